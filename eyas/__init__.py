@@ -1,0 +1,24 @@
+"""eyas: EAGLE-3 speculative decoding, trained, run, measured and understood.
+
+`eyas.load()` puts a target and a draft together; everything heavy is imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eyas.config import EyasError, Sampling, TreeShape
+
+if TYPE_CHECKING:
+    from eyas.load import load
+
+__version__ = "0.1.0"
+__all__ = ["EyasError", "Sampling", "TreeShape", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from eyas.load import load
+
+        return load
+    raise AttributeError(f"module 'eyas' has no attribute {name!r}")

@@ -1,0 +1,156 @@
+"""Every setting of eyas, once: the shapes of target and draft, how to sample, how large a tree, how to train.
+
+Plain frozen dataclasses; knows no tensors and imports nothing heavy, so `eyas --help` can read the defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class EyasError(ValueError):
+    """An error a user can mend: the message is one line that says what is wrong and what to do."""
+
+
+def cache_dir() -> Path:
+    """Where long-lived files go (converted targets, self-written data, timings): `$EYAS_CACHE`, else the user's cache directory."""
+    root = os.environ.get("EYAS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eyas")
+    return Path(root)
+
+
+def default_taps(num_layers: int) -> tuple[int, int, int]:
+    """Layers whose *input* is the low, middle and high feature (SafeAILab's choice; needs layers enough to tell them apart)."""
+    return (2, num_layers // 2, num_layers - 3)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Shape of a Llama-like target; field names are those of Hugging Face configs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False  # bias of q, k, v
+    attention_out_bias: bool = False  # bias of o
+    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape of an EAGLE-3 draft and the facts its weights were trained with."""
+
+    vocab_size: int  # the target's
+    draft_vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    target_hidden_size: int
+    taps: tuple[int, int, int]  # target layers whose input is read, ascending
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    fc_norm: bool = False  # EAGLE-3.1: one RMSNorm for each tapped feature, before fc
+    norm_output: bool = False  # EAGLE-3.1: the post-norm state is fed back instead of the pre-norm one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The filters between the target's logits and its law, in transformers' order; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise EyasError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if self.top_k < 0:
+            raise EyasError(f"top-k must be 0 (off) or a positive count, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise EyasError(f"top-p must be above 0 and at most 1 (1 is off), not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise EyasError(f"min-p must be between 0 (off) and 1, not {self.min_p}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """`NODESxDEPTHxTOPK` as SafeAILab counts: NODES with the root, DEPTH expansions after the first, TOPK children a node.
+
+    `chain:K` drafts K tokens in a row. `nodes == 1` is the empty tree: plain decoding.
+    """
+
+    nodes: int
+    depth: int
+    top_k: int
+
+    @classmethod
+    def parse(cls, text: str) -> TreeShape:
+        """Read `60x7x10` or `chain:3`."""
+        chain = re.fullmatch(r"chain:(\d+)", text.strip())
+        full = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        if chain and int(chain[1]) > 0:
+            return cls.chain(int(chain[1]))
+        if full and int(full[1]) > 0 and int(full[3]) > 0:
+            return cls(int(full[1]), int(full[2]), int(full[3]))
+        raise EyasError(f"tree shape {text!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto")
+
+    @classmethod
+    def chain(cls, tokens: int) -> TreeShape:
+        return cls(tokens + 1, tokens - 1, 1)
+
+    @property
+    def levels(self) -> int:
+        """How deep a drafted node can lie (the root's children lie at 1)."""
+        return 0 if self.nodes == 1 else min(self.depth + 1, self.nodes - 1)
+
+    def __str__(self) -> str:
+        return f"chain:{self.nodes - 1}" if self.top_k == 1 and self.nodes == self.depth + 2 else f"{self.nodes}x{self.depth}x{self.top_k}"
+
+
+PLAIN = TreeShape(1, 0, 1)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a draft is trained; each default is the one that measured best here (docs/architecture.md says how)."""
+
+    unroll_steps: int = 7
+    step_decay: float = 0.8  # weight of step i is step_decay ** i (the paper's)
+    draft_vocab_size: int = 8192
+    tokens_per_batch: int = 4096
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 3e-5
+    warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    max_length: int = 1024  # tokens of a document; longer ones are cut at a token
+    held_out: float = 0.02  # share of documents that only measure
+    seed: int = 0
+    checkpoint_minutes: float = 5.0
+    fc_norm: bool = False
+    norm_output: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)

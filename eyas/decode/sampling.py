@@ -1,0 +1,113 @@
+"""Noise and the target's law: the token at a position is a pure function of (seed, position, target distribution).
+
+At a position the noise is one Gumbel variable a token, from Philox words keyed by (seed, position); the token drawn is
+argmax(log p / T + g) over the tokens that the filters allow. So the text for a seed is the same with speculation on or off, with any
+draft, tree or batch. Knows logits and ids; knows nothing of trees or models.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eyas.config import Sampling
+
+NOISE_VERSION = 1  # results carry it: a seed means the same text only under the same version
+GUMBEL, CHOICE, DERIVE = 0, 1, 2  # purposes: streams of one (seed, position) that never meet
+
+
+def philox_words(seed: int, position: int, count: int, purpose: int = GUMBEL) -> np.ndarray:
+    """uint64 [count]. Raw Philox-4x64 words are stable across numpy versions, which library distributions are not."""
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)).random_raw(count)
+
+
+def uniforms(seed: int, position: int, count: int, purpose: int = CHOICE) -> np.ndarray:
+    """float64 [count] strictly between 0 and 1: 52 bits and a half, so that neither end can be reached by rounding."""
+    return ((philox_words(seed, position, count, purpose) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of sequence `index` of a call: 63 bits, its own stream."""
+    return int(philox_words(seed, index, 1, DERIVE)[0] >> np.uint64(1))
+
+
+def new_seed() -> int:
+    """A seed for a call that was given none (reported with the result)."""
+    return secrets.randbits(53)  # exact in JSON
+
+
+class Noise:
+    """Gumbel noise of one sequence, a vector [V] for each absolute position, kept until the text has passed it."""
+
+    def __init__(self, seed: int, vocab_size: int) -> None:
+        self.seed, self.vocab_size = seed, vocab_size
+        self._held: dict[int, Tensor] = {}
+
+    def at(self, position: int) -> Tensor:
+        """float64 [V] on the CPU."""
+        if position not in self._held:
+            self._held[position] = torch.from_numpy(-np.log(-np.log(uniforms(self.seed, position, self.vocab_size, GUMBEL))))
+        return self._held[position]
+
+    def forget_before(self, position: int) -> None:
+        self._held = {held: vector for held, vector in self._held.items() if held >= position}
+
+
+def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
+    """The target's token: argmax of score plus noise over the allowed tokens; ties go to the lowest id. Greedy takes no noise."""
+    if sampling.greedy or noise_V is None:
+        return int(logits_V.argmax())
+    scores_V = logits_V.double().cpu() / sampling.temperature
+    ids = allowed(scores_V, sampling)
+    if ids is None:
+        return int((scores_V + noise_V).argmax())
+    return int(ids[(scores_V[ids] + noise_V[ids]).argmax()])
+
+
+def law(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """float64 [V]: the probabilities that `draw` realises; one-hot when greedy."""
+    if sampling.greedy:
+        return torch.zeros(logits_V.shape[0], dtype=torch.float64).index_fill_(0, logits_V.argmax().cpu(), 1.0)
+    scores_V = logits_V.double().cpu() / sampling.temperature
+    ids = allowed(scores_V, sampling)
+    if ids is None:
+        return scores_V.softmax(0)
+    return torch.zeros_like(scores_V).index_copy_(0, ids, scores_V[ids].softmax(0))
+
+
+def allowed(scores_V: Tensor, sampling: Sampling) -> Tensor | None:
+    """Ids [A], ascending, that top-k, top-p and min-p leave (transformers' order and meaning; boundary ties by id); None: all."""
+    ids: Tensor | None = None
+    if 0 < sampling.top_k < scores_V.shape[0]:
+        ids = top_ids(scores_V, sampling.top_k)
+    if sampling.top_p < 1:
+        ids = nucleus(scores_V, ids, sampling.top_p)
+    if sampling.min_p > 0:
+        ids = torch.arange(scores_V.shape[0]) if ids is None else ids
+        kept = scores_V[ids]
+        ids = ids[kept >= kept.max() + np.log(sampling.min_p)]
+    return ids
+
+
+def top_ids(scores: Tensor, count: int) -> Tensor:
+    """The `count` best ids, ascending; of equals at the boundary the lower ids."""
+    boundary = scores.topk(count).values[-1]
+    above = (scores > boundary).nonzero()[:, 0]
+    level = (scores == boundary).nonzero()[: count - above.shape[0], 0]
+    return torch.cat([above, level]).sort().values
+
+
+def nucleus(scores_V: Tensor, ids: Tensor | None, top_p: float) -> Tensor:
+    """Ids that have less than `top_p` of the mass ranked above them."""
+    ids = torch.arange(scores_V.shape[0]) if ids is None else ids
+    probabilities = scores_V[ids].softmax(0)
+    likely = probabilities >= 1e-4  # where these alone hold top_p, the nucleus lies among them: sort few instead of all
+    if probabilities[likely].sum() >= top_p:
+        ids, probabilities = ids[likely], probabilities[likely]
+    ranked = probabilities.sort(descending=True, stable=True)
+    above = ranked.values.cumsum(0) - ranked.values
+    return ids[ranked.indices[above < top_p]].sort().values

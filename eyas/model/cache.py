@@ -1,0 +1,56 @@
+"""Keys and values of the rows a model has read: one slot a sequence, all slots in one slab a layer.
+
+Knows slots, rows and lengths; knows nothing of tokens or trees. Rows written after a slot's length are tentative until `keep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Slabs [layers][slots, kv heads, capacity, head_dim] and a committed length for each slot."""
+
+    def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (layers, slots, kv_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * slots
+        self.capacity = capacity
+
+    @property
+    def slots(self) -> int:
+        return len(self.lengths)
+
+    def write(self, layer: int, slot: int, k_nhd: Tensor, v_nhd: Tensor) -> tuple[Tensor, Tensor]:
+        """Put n tentative rows behind the committed ones; returns keys and values [heads, length + n, head_dim]."""
+        start = self.lengths[slot]
+        end = start + k_nhd.shape[0]
+        assert end <= self.capacity, f"slot {slot} holds {self.capacity} rows, {end} wanted"
+        keys, values = self.keys[layer, slot], self.values[layer, slot]
+        keys[:, start:end] = k_nhd.transpose(0, 1)
+        values[:, start:end] = v_nhd.transpose(0, 1)
+        return keys[:, :end], values[:, :end]
+
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
+        start, count = self.lengths[slot], len(rows)
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        if moved:
+            to = slice(start + moved[0][0], start + count)
+            source = torch.tensor([start + row for row in rows[moved[0][0] :]], device=self.keys.device)
+            for slab in (self.keys, self.values):
+                slab[:, slot, :, to] = slab[:, slot].index_select(2, source)
+        self.lengths[slot] = start + count
+
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Let `slot` begin with the first `length` rows of `source`."""
+        for slab in (self.keys, self.values):
+            slab[:, slot, :, :length] = slab[:, source, :, :length]
+        self.lengths[slot] = length
+
+    def clear(self, slot: int) -> None:
+        self.lengths[slot] = 0

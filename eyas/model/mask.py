@@ -1,0 +1,31 @@
+"""Who may attend to whom: one rule, a row sees itself and its ancestors.
+
+A text is the tree in which every row's parent is the row before it, so causal attention, tree verification and the training unroll are
+the same rule. Knows parents only. (Sharding keys over devices, "tree attention" in arXiv 2408.04093, shares the name and nothing else.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ancestor_mask(parents: Sequence[int]) -> Tensor:
+    """[N, N] bool: row i may see column j iff j is i or an ancestor of i; `parents[i] < i`, -1 for a root."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            mask[row] |= mask[parent]
+    return mask
+
+
+def causal_mask(count: int) -> Tensor:
+    """The ancestor mask of a chain: [count, count] lower triangle."""
+    return torch.ones(count, count, dtype=torch.bool).tril()
+
+
+def behind_prefix(mask_nn: Tensor, length: int) -> Tensor:
+    """The same rows behind `length` committed rows that all of them see: [n, length + n]."""
+    return torch.cat([torch.ones(mask_nn.shape[0], length, dtype=torch.bool), mask_nn], dim=1)

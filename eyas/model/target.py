@@ -1,0 +1,117 @@
+"""The target: reads flat rows of any number of sequences and yields logits and features.
+
+Knows rows, slots and layers; knows nothing of drafts, trees or sampling. Batch 1, ragged trees of many sequences, chunked prefill and
+self-written data are the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import EyasError, TargetConfig
+from eyas.model.cache import KVCache
+from eyas.model.linear import Dense
+from eyas.model.transformer import Block, CachedAttention, RMSNorm, Rotary, Segment, pack
+
+
+class Rows(NamedTuple):
+    """N rows of a pass, grouped by sequence in the order of `segments`."""
+
+    tokens: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    segments: list[Segment]
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [M, V] float32 (float64 in a float64 model), for the M rows asked for
+    features: Tensor | None  # [N, taps * H]: the residual stream entering each tapped layer, in layer order
+    hidden: Tensor  # [N, H] last hidden state after the final norm
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: TargetConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Target(nn.Module):
+    """A Llama-shaped causal language model with Hugging Face's parameter names."""
+
+    def __init__(self, config: TargetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.head = Dense(self.lm_head)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def prepare(self) -> Target:
+        """Pack weights for inference; logits are float32 from here on, whatever the weights are. Call once, after loading."""
+        pack(self.model)
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight = None
+        return self.eval().requires_grad_(False)
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """Room for `slots` sequences of `capacity` rows each."""
+        config = self.config
+        return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.device)
+
+    def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
+        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
+        x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
+        rotation = self.rotary(rows.positions, x_NH.dtype)
+        attention = CachedAttention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads, x_NH.dtype)
+        features = []
+        for index, block in enumerate(self.model.layers):
+            if index in taps:
+                features.append(x_NH)
+            x_NH = block(x_NH, rotation, attention.layer(index))
+        hidden_NH = self.model.norm(x_NH)
+        logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
+        wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
+        return Output(logits_MV.to(wide), torch.cat(features, -1) if features else None, hidden_NH)
+
+    def shallow(self, layers: int) -> Target:
+        """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
+        if not 0 < layers < self.config.num_hidden_layers:
+            raise EyasError(f"the target has {self.config.num_hidden_layers} layers; a shallow draft needs 1 to {self.config.num_hidden_layers - 1}, not {layers}")
+        cut = Target.__new__(Target)
+        nn.Module.__init__(cut)
+        cut.config = TargetConfig(**{**vars(self.config), "num_hidden_layers": layers})
+        cut.model = nn.Module()
+        cut.model.embed_tokens, cut.model.norm = self.model.embed_tokens, self.model.norm
+        cut.model.layers = self.model.layers[:layers]
+        cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
+        return cut
+
+
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
+    """Three different layers of the target in ascending order, or one line that says what is wrong."""
+    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (0 <= taps[0] and taps[-1] < layers):
+        raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
+    return tuple(taps)
+
+
+def chain_rows(slot: int, tokens: Sequence[int], start: int, device: torch.device | None = None) -> Rows:
+    """Rows of one sequence that follow each other, the first at position `start`: prefill, or one more token."""
+    positions = torch.arange(start, start + len(tokens), device=device)
+    return Rows(torch.tensor(tokens, device=device), positions, [Segment(slot, len(tokens))])

@@ -1,0 +1,273 @@
+"""How weights and configs come in and go out: Hugging Face directories, GGUF files, atomic saving, strict loading.
+
+Knows file formats; knows nothing of what the tensors compute. Loading is strict: a missing, surplus or mis-shaped tensor is an error
+with a list, since a model with a silently missing tensor still runs and accepts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eyas.config import EyasError, TargetConfig
+
+INDEX = "model.safetensors.index.json"
+SUPPORTED = {  # model_type -> flags that its config leaves unsaid
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EyasError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EyasError(f"{path} is not valid JSON ({error})") from None
+
+
+def target_config(directory: Path) -> TargetConfig:
+    """The target's shape from a Hugging Face config.json; a model type the blocks cannot compute is named and refused."""
+    raw = read_json(directory / "config.json")
+    kind = raw.get("model_type")
+    if kind not in SUPPORTED:
+        raise EyasError(f"{directory} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
+    if raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
+        raise EyasError(f"{directory} has MLP biases or an activation other than silu, which eyas does not compute")
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    rope = raw.get("rope_parameters") or {}  # transformers 5 puts theta and scaling here
+    scaling = rope or raw.get("rope_scaling")
+    window = raw.get("sliding_window") if kind == "mistral" or raw.get("use_sliding_window") else None
+    positions = raw.get("max_position_embeddings", 2048)
+    return TargetConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        max_position_embeddings=min(positions, window) if window else positions,  # inside the window full attention is the same
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        rope_scaling=scaling if scaling and scaling.get("rope_type", scaling.get("type", "default")) != "default" else None,
+        attention_bias=raw.get("attention_bias", False) or SUPPORTED[kind].get("attention_bias", False),
+        attention_out_bias=kind == "llama" and raw.get("attention_bias", False),
+        qk_norm=SUPPORTED[kind].get("qk_norm", False),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        eos_token_ids=end_of_turn_ids(directory, raw),
+    )
+
+
+def end_of_turn_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer: those of config.json and generation_config.json."""
+    ids: set[int] = set()
+    generation = directory / "generation_config.json"
+    for source in (raw, read_json(generation) if generation.exists() else {}):
+        found = source.get("eos_token_id")
+        ids |= set(found if isinstance(found, list) else [] if found is None else [found])
+    return tuple(sorted(ids))
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory: model.safetensors, or the shards that its index lists."""
+    if (directory / INDEX).exists():
+        files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (directory / name).exists():
+            raise EyasError(f"{directory} holds no {name}; give a directory with config.json and safetensors weights")
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise EyasError(f"{directory / name} is damaged or cut short ({error}); copy or download it again") from None
+    return tensors
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy tensors into the module's parameters by name; every name and shape must fit."""
+    own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in own]
+    shapes = [(name, tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors]
+    problems += [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
+    if problems:
+        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise EyasError(f"{what} does not fit: {'; '.join(problems[:8])}{rest}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `final` only when the block ends well; what was there before stays until then."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise EyasError(f"cannot write {final}: {error.strerror}") from None
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        old = work.with_name(work.name + "-old")
+        if final.exists():
+            os.replace(final, old)
+        os.replace(work, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise EyasError(f"cannot write {final}: {error.strerror or error}; what was there before is untouched") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: int | None = None) -> None:
+    """model.safetensors, or numbered shards with an index where one file would pass `largest_file` bytes."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        if largest_file is None or size <= largest_file:
+            save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+            return
+        shards: list[dict[str, Tensor]] = [{}]
+        for name, tensor in tensors.items():
+            if sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > largest_file:
+                shards.append({})
+            shards[-1][name] = tensor
+        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+        for name, shard in zip(names, shards):
+            save_file(shard, directory / name, metadata={"format": "pt"})
+        where = {key: name for name, shard in zip(names, shards) for key in shard}
+        (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from None
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- GGUF ----
+
+GGUF_NAMES = {  # llama.cpp's name of a block's tensor -> Hugging Face's
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write a GGUF model as a Hugging Face directory: bfloat16 safetensors, config, tokenizer, chat template."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    from eyas.model.tokenizer import tokenizer_from_gguf
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise EyasError(f"{path} cannot be read as GGUF ({error})") from None
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    kind = fields["general.architecture"]
+    if kind not in SUPPORTED:
+        raise EyasError(f"{path} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
+    config = gguf_config(fields, {tensor.name for tensor in reader.tensors})
+    tensors = {}
+    for done, tensor in enumerate(reader.tensors):
+        name = gguf_to_hugging_face(tensor.name)
+        if name is None:  # rope_freqs and the like are derived from the config
+            continue
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(tuple(int(n) for n in tensor.shape[::-1]))
+        if kind == "llama" and (".q_proj" in name or ".k_proj" in name):
+            heads = config["num_attention_heads"] if ".q_proj" in name else config["num_key_value_heads"]
+            value = halves_from_pairs(value, heads)
+        tensors[name] = value.to(torch.bfloat16)
+        progress(done + 1, len(reader.tensors))
+    with atomic_directory(final) as work:
+        save_tensors(work, tensors)
+        (work / "config.json").write_text(json.dumps(config, indent=1))
+        tokenizer_from_gguf(fields).save_pretrained(work)
+
+
+def gguf_to_hugging_face(name: str) -> str | None:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for tensors a config implies."""
+    parts = name.split(".")
+    if parts[0] == "blk" and parts[2] in GGUF_NAMES:
+        return f"model.layers.{parts[1]}.{GGUF_NAMES[parts[2]]}.{parts[3]}"
+    if parts[0] in GGUF_TOP:
+        return f"{GGUF_TOP[parts[0]]}.{parts[1]}"
+    if parts[0].startswith("rope_"):
+        return None
+    raise EyasError(f"GGUF tensor {name} has no place in a Llama-shaped model")
+
+
+def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp rotates neighbouring pairs, Hugging Face rotates halves: put each head's rows back in halves order."""
+    rows = weight.shape[0] // heads
+    return weight.view(heads, rows // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The Hugging Face config.json that a GGUF's fields amount to."""
+    kind = fields["general.architecture"]
+
+    def of(key: str, default: Any = None) -> Any:
+        return fields.get(f"{kind}.{key}", default)
+
+    heads, hidden = of("attention.head_count"), of("embedding_length")
+    head_dim = of("attention.key_length", hidden // heads)
+    theta = float(of("rope.freq_base", 10000.0))
+    if of("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
+        raise EyasError("this GGUF scales its rotary embedding, which the file describes only in part; use the Hugging Face directory")
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]],
+        "model_type": kind,
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": hidden,
+        "intermediate_size": of("feed_forward_length"),
+        "num_hidden_layers": of("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": of("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": of("context_length"),
+        "rms_norm_eps": float(of("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": "output.weight" not in names,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "dtype": "bfloat16",
+    }

@@ -1,0 +1,260 @@
+"""Turn conversations into token documents that know which tokens are answers.
+
+Knows JSONL in OpenAI's and ShareGPT's form, and any chat template: an answer is found by rendering, never by a header written here.
+Knows nothing of models, tensors or batches, and reads no tool calls (a line with a tool's turn is reported and skipped).
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+
+from eyas.config import EyasError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+MIN_ANSWER_TOKENS = 4  # a slot's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+PROBE = "\ue000eyas\ue000"  # private-use characters: stands in for an answer while the template shows where it puts answers
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
+
+
+class Document(NamedTuple):
+    """One conversation of T tokens."""
+
+    tokens: list[int]  # [T]
+    answers: list[int]  # [T] number of the answer (0, 1, ..) that the token belongs to, its end-of-turn token included; -1 elsewhere
+
+
+class _Rendered(NamedTuple):
+    """A conversation as the template writes it, and where in `text` each of its T tokens lies (characters)."""
+
+    text: str
+    tokens: list[int]  # [T]
+    starts: list[int]  # [T] ascending
+    ends: list[int]  # [T] ascending
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------------
+
+
+def read_conversations(path: str | Path) -> tuple[list[list[Message]], list[str]]:
+    """Read one conversation a line; returns (conversations, one complaint for each line that was skipped).
+
+    Raises EyasError if the file cannot be read or has no valid line.
+    """
+    conversations: list[list[Message]] = []
+    complaints: list[str] = []
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(_parse_line(line))
+        except EyasError as error:
+            complaints.append(f"line {number}: {error}")
+    if not conversations:
+        reason = complaints[0] if complaints else "the file is empty"
+        raise EyasError(f'{path}: no conversation could be read ({reason}); write one JSON object a line, {{"messages": [...]}}')
+    return conversations, complaints
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise EyasError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of conversations") from error
+    except UnicodeDecodeError as error:
+        raise EyasError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
+
+
+def _parse_line(line: str) -> list[Message]:
+    """One line of JSONL -> its messages, or EyasError that says what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EyasError(f"not JSON ({_one_line(error)})") from error
+    turns = _turns(row)
+    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise EyasError("no assistant turn in it")
+    return messages
+
+
+def _turns(row: Any) -> list[Any]:
+    if not isinstance(row, dict):
+        raise EyasError(f"not a JSON object but a {type(row).__name__}")
+    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
+    if key is None:
+        raise EyasError('no conversation in it; expected "messages" or "conversations"')
+    if not isinstance(row[key], list):
+        raise EyasError(f'"{key}" is not a list')
+    if not row[key]:
+        raise EyasError(f'"{key}" is empty')
+    return row[key]
+
+
+def _message(turn: Any, number: int) -> Message:
+    """{"role", "content"} or {"from", "value"} -> {"role", "content"}; `number` counts from 1 and is for the error."""
+    if not isinstance(turn, dict):
+        raise EyasError(f"message {number} is not a JSON object")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise EyasError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise EyasError(f"message {number} has content that is not a string")
+    if any("\ud800" <= character <= "\udfff" for character in content):  # JSON can spell them, no tokenizer can encode them
+        raise EyasError(f"message {number} has half of a surrogate pair in its content")
+    return {"role": ROLES[role], "content": content}
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> Document:
+    """The tokens a server would see for this conversation, and which of them are answers.
+
+    The text is rendered once and tokenised once with add_special_tokens=False (the template writes its own BOS). An answer is the
+    content as rendered plus the end-of-turn token; a token that straddles the answer's start belongs to what came before.
+    Raises EyasError if the template refuses the conversation, rewrites an answer (some drop reasoning), or no token is an answer.
+    """
+    rendered = _render(tokenizer, messages)
+    specials = _special_ids(tokenizer)
+    answers = [-1] * len(rendered.tokens)
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, turn in enumerate(turns):
+        begin, end = _answer_span(tokenizer, messages, turn, rendered.text)
+        first, stop = bisect_left(rendered.starts, begin), _stop(rendered, specials, end)
+        answers[first:stop] = [number] * (stop - first)
+    if max(answers, default=-1) < 0:
+        raise EyasError("no token of this conversation is an answer; it needs an assistant turn with text")
+    return Document(rendered.tokens, answers)
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> _Rendered:
+    if not tokenizer.is_fast:
+        raise EyasError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer (tokenizer.json)")
+    try:
+        text = _apply(tokenizer, messages)
+    except TEMPLATE_ERRORS as error:
+        raise EyasError(f"the chat template cannot render this conversation ({_one_line(error)}); change it or leave it out") from error
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts: list[int] = []
+    ends: list[int] = []
+    for start, end in encoded["offset_mapping"]:
+        # Byte-level tokenizers trim spaces off their offsets; a token of nothing but spaces is left empty, after them.
+        starts.append(min(start, ends[-1] if ends else 0) if start == end else start)
+        ends.append(end)
+    return _Rendered(text, list(encoded["input_ids"]), starts, ends)
+
+
+def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+
+def _try_apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str | None:
+    """Many templates refuse an empty conversation or an odd order; for a helper's rendering that is an answer, not an error."""
+    try:
+        return _apply(tokenizer, messages, prompt)
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def _answer_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
+    """Characters [begin, end) of `text` that hold the answer of message `turn`, without its end-of-turn token.
+
+    begin is where a generation prompt ends. What the template puts between that and the content (a header, an empty
+    reasoning block) is no answer; blanks there are, since there the model writes them (and may join them to the first word).
+    """
+    content = messages[turn]["content"].strip()
+    prompt = _try_apply(tokenizer, messages[:turn], prompt=True)
+    prompt_end = len(prompt) if prompt is not None and text.startswith(prompt) else None
+    span = _probed_span(tokenizer, messages, turn, text) or _literal_span(text, content, prompt_end)
+    if span is None or text[slice(*span)].strip() != content:
+        raise EyasError(f"the chat template rewrites the answer in message {turn + 1} (it may drop reasoning); leave this conversation out")
+    begin, end = span
+    if prompt_end is not None and not text[prompt_end:begin].strip():
+        begin = prompt_end
+    return begin, end
+
+
+def _probed_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int] | None:
+    """Where the content lies, from the same conversation with PROBE in its place; None if the template treats the two differently."""
+    probed = _try_apply(tokenizer, [*messages[:turn], {**messages[turn], "content": PROBE}, *messages[turn + 1 :]])
+    if probed is None or probed.count(PROBE) != 1:
+        return None
+    before, after = probed.split(PROBE)
+    begin, end = len(before), len(text) - len(after)
+    return (begin, end) if begin <= end and text.startswith(before) and text.endswith(after) else None
+
+
+def _literal_span(text: str, content: str, prompt_end: int | None) -> tuple[int, int] | None:
+    """Where the stripped content lies if it is what follows the generation prompt, blanks aside."""
+    if prompt_end is None:
+        return None
+    begin = len(text) - len(text[prompt_end:].lstrip())
+    return (begin, begin + len(content)) if text.startswith(content, begin) else None
+
+
+def _stop(rendered: _Rendered, specials: set[int], end: int) -> int:
+    """Index after the end-of-turn token: the first special token past the content's last character, with only blanks between."""
+    for index in range(bisect_right(rendered.ends, end), len(rendered.tokens)):
+        if rendered.tokens[index] in specials:
+            return index + 1
+        if rendered.text[end : rendered.ends[index]].strip():
+            break
+    return bisect_left(rendered.starts, end)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """`all_special_ids` names only eos, bos and their like; Llama-3's <|eot_id|> is special only among the added tokens."""
+    return {*tokenizer.all_special_ids, *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- documents -----------------------------------------------------------------------------------------------------------------
+
+
+def truncate(document: Document, max_length: int) -> Document | None:
+    """The first `max_length` tokens, or None if fewer than MIN_ANSWER_TOKENS of them are answers."""
+    cut = Document(document.tokens[:max_length], document.answers[:max_length])
+    return cut if sum(answer >= 0 for answer in cut.answers) >= MIN_ANSWER_TOKENS else None
+
+
+def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, always: Iterable[int] = ()) -> list[int]:
+    """The `size` target ids that a draft can say, ascending: `always`, then the most frequent in answers (ties: the lower id).
+
+    Ids never seen count 0, so too few distinct tokens are padded with the lowest unused ids (SafeAILab's list came out short).
+    `always` is for the end-of-turn ids: a draft without them misses the end of each turn.
+    """
+    forced = sorted(set(always))
+    _check_vocabulary(size, vocab_size, forced)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for document in documents:
+        said = np.array([token for token, answer in zip(document.tokens, document.answers) if answer >= 0], dtype=np.int64)
+        if said.size and said.max() >= vocab_size:
+            raise EyasError(f"token {said.max()} lies outside the target's vocabulary of {vocab_size}; use the target's own tokenizer")
+        np.add.at(counts, said, 1)
+    counts[forced] = np.iinfo(np.int64).max
+    return sorted(np.argsort(-counts, kind="stable")[:size].tolist())
+
+
+def _check_vocabulary(size: int, vocab_size: int, forced: list[int]) -> None:
+    if not 0 < size <= vocab_size:
+        raise EyasError(f"draft vocabulary of {size} does not fit a target vocabulary of {vocab_size}; choose 1 to {vocab_size}")
+    if len(forced) > size:
+        raise EyasError(f"draft vocabulary of {size} cannot hold the {len(forced)} ids that must be in it; choose a larger one")
+    if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
+        raise EyasError(f"ids {forced} must be in the draft vocabulary but the target has only 0 to {vocab_size - 1}; correct the ids")

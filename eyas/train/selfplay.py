@@ -1,0 +1,252 @@
+"""The target writes its own training data: it asks itself questions through its chat template's open user turn, and answers them.
+
+A batched sampler over flat rows with continuous refill: a finished conversation's slot is taken by the next one at once. The features
+and last hidden states that the target computes on the way are handed over with the tokens, so training needs no second target pass.
+Knows the target and the template; knows nothing of drafts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eyas.config import EyasError
+from eyas.decode.sampling import derived_seed, uniforms
+from eyas.model.target import Rows, Target
+from eyas.model.transformer import Segment
+
+PROBE = "\ue001question\ue001"
+
+
+@dataclass(frozen=True)
+class SelfPlay:
+    """What decides the text; a folder of shards carries it as its key."""
+
+    target: str  # hash of the target's weights
+    template: str  # the open user turn as text
+    taps: tuple[int, int, int]
+    seed_prompts: str = ""  # name of a file of user turns, if any
+    seeded_share: float = 0.25  # of conversations that take their question from there
+    question_top_p: float = 0.95
+    answer_temperatures: tuple[float, ...] = (0.0, 0.0, 0.7, 1.0)  # drawn evenly; most users decode near greedy
+    answer_top_p: float = 0.98
+    longest_question: int = 96
+    longest_answer: int = 240
+    loop_gram: int = 16  # an answer is cut where it repeats this many tokens in a row
+    candidates: int = 64  # sampling looks at the best so many tokens
+    version: int = 1
+
+
+@dataclass
+class Conversation:
+    """One row of the batch while it is written."""
+
+    index: int
+    seed: int
+    temperature: float
+    tokens: list[int]
+    waiting: list[int]  # tokens known but not yet read by the target
+    read: int = 0  # tokens the target has read
+    answer_start: int | None = None
+    grams: set[tuple[int, ...]] = field(default_factory=set)
+
+
+class Template:
+    """The chat template cut open at the user's turn: tokens before the question, tokens between question and answer, end of turn."""
+
+    def __init__(self, tokenizer, end_ids: Sequence[int]) -> None:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
+        if text.count(PROBE) != 1:
+            raise EyasError("the chat template does not show a user turn as it is written; train from conversations with --data")
+        before, after = text.split(PROBE)
+        self.text = before
+        self.before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+        self.after: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+        self.tokenizer = tokenizer
+        self.ends = {*end_ids, self.after[0]}
+
+    def question(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Writer:
+    """Keeps `slots` conversations in flight and yields each as it is finished: (conversation, features [n, taps*H], hidden [n, H])."""
+
+    def __init__(self, target: Target, template: Template, settings: SelfPlay, questions: Sequence[str], slots: int) -> None:
+        self.target, self.template, self.settings, self.questions = target, template, settings, questions
+        capacity = len(template.before) + settings.longest_question + len(template.after) + settings.longest_answer + 8
+        self.capacity = min(capacity, target.config.max_position_embeddings)
+        self.cache = target.new_cache(slots, self.capacity)
+        width = (len(settings.taps) + 1) * target.config.hidden_size
+        self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
+        self.dropped = 0
+
+    def write(self, seed: int, first: int = 0) -> Iterator[tuple[Conversation, Tensor, Tensor]]:
+        rows = [self.begin(seed, first + slot) for slot in range(self.cache.slots)]
+        following = first + len(rows)
+        while True:
+            for slot, outcome in self.step(rows):
+                if outcome is not None:
+                    yield outcome
+                rows[slot], following = self.begin(seed, following), following + 1
+                self.cache.clear(slot)
+
+    def begin(self, seed: int, index: int) -> Conversation:
+        settings, own_seed = self.settings, derived_seed(seed, index)
+        u_share, u_question, u_temperature = uniforms(own_seed, 2**32, 3)
+        waiting = list(self.template.before)
+        row = Conversation(index, own_seed, settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))], [], waiting)
+        if self.questions and u_share < settings.seeded_share:
+            question = self.template.question(self.questions[int(u_question * len(self.questions))])[: settings.longest_question]
+            self.open_answer(row, question)
+        return row
+
+    def open_answer(self, row: Conversation, question: list[int]) -> None:
+        row.waiting += question + self.template.after
+        row.answer_start = row.read + len(row.waiting)
+
+    def step(self, rows: list[Conversation]) -> Iterator[tuple[int, tuple[Conversation, Tensor, Tensor] | None]]:
+        """One pass over all rows' waiting tokens; yields (slot, finished conversation, or None if dropped) for slots that are free."""
+        counts = [len(row.waiting) for row in rows]
+        tokens = torch.tensor([token for row in rows for token in row.waiting])
+        positions = torch.cat([torch.arange(row.read, row.read + count) for row, count in zip(rows, counts)])
+        last = torch.tensor(np.cumsum(counts) - 1)
+        pass_rows = Rows(tokens, positions, [Segment(slot, count) for slot, count in enumerate(counts)])
+        out = self.target(pass_rows, self.cache, self.settings.taps, last)
+        self.hand_over(rows, counts, torch.cat([out.features, out.hidden], -1))
+        chosen = self.choose(out.logits, rows)
+        for slot, (row, token) in enumerate(zip(rows, chosen)):
+            self.cache.keep(slot, range(counts[slot]))
+            row.tokens += row.waiting
+            row.read += counts[slot]
+            row.waiting = [token]
+            if self.ended(row, token):
+                yield slot, self.finish(slot, row)
+
+    def hand_over(self, rows: list[Conversation], counts: list[int], states: Tensor) -> None:
+        states = states.to(torch.bfloat16)
+        if all(count == 1 for count in counts):
+            self.handed_over[torch.arange(len(rows)), torch.tensor([row.read for row in rows])] = states
+            return
+        for slot, (row, part) in enumerate(zip(rows, states.split(counts))):
+            self.handed_over[slot, row.read : row.read + counts[slot]] = part
+
+    def choose(self, logits: Tensor, rows: list[Conversation]) -> list[int]:
+        """One token a row: temperature and top-p within the best candidates, by one uniform keyed to (row's seed, position)."""
+        settings = self.settings
+        asking = torch.tensor([row.answer_start is None for row in rows])
+        temperature = torch.tensor([1.0 if row.answer_start is None else row.temperature for row in rows])
+        values, ids = logits.float().topk(settings.candidates, -1)
+        law = (values / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
+        above = law.cumsum(-1) - law
+        top_p = torch.where(asking, settings.question_top_p, settings.answer_top_p)
+        law = law.masked_fill(above >= top_p[:, None], 0.0)
+        u = torch.tensor([uniforms(row.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
+        place = (law.cumsum(-1) <= (u * law.sum(-1))[:, None]).sum(-1).clamp_max(settings.candidates - 1)
+        return ids.gather(1, place[:, None])[:, 0].tolist()
+
+    def ended(self, row: Conversation, token: int) -> bool:
+        """Whether the conversation is over with this token; an ended question opens the answer instead."""
+        settings = self.settings
+        if row.answer_start is None:
+            asked = row.read - len(self.template.before)
+            if token in self.template.ends and asked >= 3:
+                row.waiting = []
+                self.open_answer(row, [])
+                return False
+            return token in self.template.ends or asked >= settings.longest_question
+        answered = row.read + 1 - row.answer_start
+        gram = (*row.tokens[-settings.loop_gram + 1 :], token)
+        looping = answered >= settings.loop_gram and gram in row.grams
+        row.grams.add(gram)
+        return looping or token in self.template.ends or answered >= settings.longest_answer or row.read + 2 >= self.capacity
+
+    def finish(self, slot: int, row: Conversation) -> tuple[Conversation, Tensor, Tensor] | None:
+        """The last token is written but not read: it has no feature, and as the last label it needs none."""
+        row.tokens += row.waiting
+        if row.answer_start is None or len(row.tokens) - row.answer_start < 8:
+            self.dropped += 1
+            return None
+        states = self.handed_over[slot, : row.read]
+        width = len(self.settings.taps) * self.target.config.hidden_size
+        return row, states[:, :width].clone(), states[:, width:].clone()
+
+
+def write_shards(writer: Writer, folder: Path, seed: int, tokens: int, per_shard: int, report: Callable[[int, int], None]) -> int:
+    """Write shards of `per_shard` conversations until the folder's shards of this seed hold `tokens` answer tokens; returns their number.
+
+    Each shard is written atomically; a run that was stopped goes on behind the last one.
+    """
+    done = [shard for shard in sorted(folder.glob(f"{seed:08d}-*.safetensors"))]
+    written = sum(answer_tokens(shard) for shard in done)
+    first = max((last_index(shard) for shard in done), default=-1) + 1
+    held: list[tuple[Conversation, Tensor, Tensor]] = []
+    number = len(done)
+    for finished in writer.write(seed, first) if written < tokens else ():
+        held.append(finished)
+        if len(held) == per_shard:
+            written += save_shard(folder / f"{seed:08d}-{number:05d}.safetensors", held)
+            held, number = [], number + 1
+            report(written, writer.dropped)
+            if written >= tokens:
+                break
+    return written
+
+
+def save_shard(path: Path, conversations: list[tuple[Conversation, Tensor, Tensor]]) -> int:
+    """Tokens, lengths, answer starts, features and hidden states of finished conversations; returns the answer tokens in it."""
+    rows = [row for row, _, _ in conversations]
+    tensors = {
+        "tokens": torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
+        "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),
+        "answer_starts": torch.tensor([row.answer_start for row in rows], dtype=torch.int32),
+        "temperatures": torch.tensor([row.temperature for row in rows]),
+        "features": torch.cat([features for _, features, _ in conversations]),
+        "hidden": torch.cat([hidden for _, _, hidden in conversations]),
+    }
+    answers = int((tensors["lengths"] - tensors["answer_starts"]).sum())
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"answer_tokens": str(answers), "last_index": str(max(row.index for row in rows))})
+    os.replace(temporary, path)
+    return answers
+
+
+def shard_metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def answer_tokens(path: Path) -> int:
+    return int(shard_metadata(path)["answer_tokens"])
+
+
+def last_index(path: Path) -> int:
+    return int(shard_metadata(path)["last_index"])
+
+
+def claim_folder(folder: Path, settings: SelfPlay) -> None:
+    """Mark a folder of shards with what made them; a folder made otherwise is refused."""
+    key = json.loads(json.dumps(asdict(settings)))
+    marker = folder / "key.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if marker.exists():
+        found = json.loads(marker.read_text())
+        different = [name for name in key.keys() | found.keys() if key.get(name) != found.get(name)]
+        if different:
+            raise EyasError(f"{folder} holds self-written data of other settings ({', '.join(sorted(different))} differ); name another folder")
+    else:
+        marker.write_text(json.dumps(key, indent=1))
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
