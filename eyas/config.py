@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class TrainSettings:
     """How a draft is trained; each default is the one that measured best here (docs/architecture.md says how)."""
 
     unroll_steps: int = 7
+    step_keep: float = 0.7  # share of slots that go on from a step to the next: deep steps on fewer slots, 2.3 times the slots a second
     step_decay: float = 0.8  # weight of step i is step_decay ** i (the paper's)
     draft_vocab_size: int = 8192
     tokens_per_batch: int = 4096
@@ -153,4 +154,3 @@ class TrainSettings:
     checkpoint_minutes: float = 5.0
     fc_norm: bool = False
     norm_output: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)

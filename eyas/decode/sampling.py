@@ -108,6 +108,6 @@ def nucleus(scores_V: Tensor, ids: Tensor | None, top_p: float) -> Tensor:
     likely = probabilities >= 1e-4  # where these alone hold top_p, the nucleus lies among them: sort few instead of all
     if probabilities[likely].sum() >= top_p:
         ids, probabilities = ids[likely], probabilities[likely]
-    ranked = probabilities.sort(descending=True, stable=True)
+    ranked = probabilities.sort(dim=-1, descending=True, stable=True)
     above = ranked.values.cumsum(0) - ranked.values
     return ids[ranked.indices[above < top_p]].sort().values

@@ -52,5 +52,9 @@ class KVCache:
             slab[:, slot, :, :length] = slab[:, source, :, :length]
         self.lengths[slot] = length
 
+    def cut(self, slot: int, length: int) -> None:
+        """Forget all rows behind the first `length`."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
     def clear(self, slot: int) -> None:
         self.lengths[slot] = 0

@@ -26,6 +26,6 @@ def causal_mask(count: int) -> Tensor:
     return torch.ones(count, count, dtype=torch.bool).tril()
 
 
-def behind_prefix(mask_nn: Tensor, length: int) -> Tensor:
-    """The same rows behind `length` committed rows that all of them see: [n, length + n]."""
-    return torch.cat([torch.ones(mask_nn.shape[0], length, dtype=torch.bool), mask_nn], dim=1)
+def behind_prefix(mask_nk: Tensor, length: int) -> Tensor:
+    """The same rows behind `length` earlier rows that all of them see: [n, length + k]."""
+    return torch.cat([torch.ones(mask_nk.shape[0], length, dtype=torch.bool), mask_nk], dim=1)

@@ -26,7 +26,7 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the merges
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """A fast tokenizer with special tokens and chat template from a GGUF's metadata."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if fields.get("tokenizer.ggml.model") != "gpt2":
@@ -36,7 +36,10 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         raise EyasError(f"GGUF pre-tokenizer {pre!r} is unknown ({', '.join(SPLITS)} are known); use the model's Hugging Face directory")
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    whole = pre == "llama-bpe"  # Llama 3 takes a word of its vocabulary as it is, merges or not
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=whole))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     if SPLITS[pre] in ("digits", "gpt2"):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         digits = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] == "digits" else []
@@ -47,8 +50,10 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = fields.get("tokenizer.ggml.token_type", [])
     for token, kind in zip(tokens, kinds):
-        if kind in (SPECIAL, USER_DEFINED):
-            tokenizer.add_special_tokens([AddedToken(token, special=kind == SPECIAL, normalized=False)])
+        if kind == SPECIAL:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == USER_DEFINED:  # found in text like a special token, but part of the answer (<think>)
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
 
     def named(key: str) -> str | None:
         index = fields.get(f"tokenizer.ggml.{key}_token_id")

@@ -136,7 +136,8 @@ class Segment(NamedTuple):
 
     slot: int
     count: int
-    mask: Tensor | None = None  # [count, count] bool among these rows; None is causal. All committed rows are seen.
+    # bool [count, k + count]: who sees the last k committed rows and these; committed rows before those are seen by all. None: causal.
+    mask: Tensor | None = None
 
 
 class CachedAttention:
@@ -145,7 +146,7 @@ class CachedAttention:
     def __init__(self, cache: KVCache, segments: list[Segment], group: int, dtype: torch.dtype) -> None:
         self.cache = cache
         starts = [0, *itertools.accumulate(segment.count for segment in segments)]
-        singles = [i for i, segment in enumerate(segments) if segment.count == 1]
+        singles = [i for i, segment in enumerate(segments) if segment.count == 1 and segment.mask is None]
         batched = set(singles) if len(singles) > max(3, cache.slots // 2) else set()  # where a padded product pays
         self.loose = [(segment, slice(starts[i], starts[i + 1])) for i, segment in enumerate(segments) if i not in batched]
         self.biases = [self._bias(segment, group, dtype) for segment, _ in self.loose]
@@ -153,10 +154,11 @@ class CachedAttention:
 
     def _bias(self, segment: Segment, group: int, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [group * count, length + count], or None where all is seen."""
-        if segment.count == 1:
+        if segment.count == 1 and (segment.mask is None or bool(segment.mask.all())):
             return None
         among = causal_mask(segment.count) if segment.mask is None else segment.mask
-        seen = behind_prefix(among, self.cache.lengths[segment.slot]).to(self.cache.keys.device)
+        governed = among.shape[1] - segment.count
+        seen = behind_prefix(among, self.cache.lengths[segment.slot] - governed).to(self.cache.keys.device)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf")).repeat(group, 1)
 
     def layer(self, layer: int) -> Attend:
@@ -217,4 +219,5 @@ def attention_with_lse(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Ten
     if seen_nt is not None:
         scores = scores.masked_fill(~seen_nt[:, None], float("-inf"))
     lse = scores.logsumexp(-1)
-    return torch.einsum("nqt,qtd->nqd", (scores - lse[..., None]).exp(), values).flatten(1), lse
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)  # a row that sees none of these keys: out 0, lse -inf, so it merges as nothing
+    return torch.einsum("nqt,qtd->nqd", (scores - shift[..., None]).exp(), values).flatten(1), lse

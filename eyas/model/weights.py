@@ -67,7 +67,7 @@ def target_config(directory: Path) -> TargetConfig:
         rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         rope_scaling=scaling if scaling and scaling.get("rope_type", scaling.get("type", "default")) != "default" else None,
         attention_bias=raw.get("attention_bias", False) or SUPPORTED[kind].get("attention_bias", False),
-        attention_out_bias=kind == "llama" and raw.get("attention_bias", False),
+        attention_out_bias=kind in ("llama", "qwen3") and raw.get("attention_bias", False),
         qk_norm=SUPPORTED[kind].get("qk_norm", False),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         eos_token_ids=end_of_turn_ids(directory, raw),

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,15 @@ class Conversation:
     grams: set[tuple[int, ...]] = field(default_factory=set)
 
 
+class Finished(NamedTuple):
+    """A conversation of n read tokens and what the target knew at each."""
+
+    row: Conversation
+    features: Tensor  # [n, taps * H] bfloat16
+    hidden: Tensor  # [n, H] bfloat16, after the final norm
+    favourites: Tensor  # [n] int32: the target's argmax over its full vocabulary, where an answer token follows (elsewhere -1)
+
+
 class Template:
     """The chat template cut open at the user's turn: tokens before the question, tokens between question and answer, end of turn."""
 
@@ -78,7 +88,7 @@ class Template:
 
 
 class Writer:
-    """Keeps `slots` conversations in flight and yields each as it is finished: (conversation, features [n, taps*H], hidden [n, H])."""
+    """Keeps `slots` conversations in flight and yields each as it is finished."""
 
     def __init__(self, target: Target, template: Template, settings: SelfPlay, questions: Sequence[str], slots: int) -> None:
         self.target, self.template, self.settings, self.questions = target, template, settings, questions
@@ -87,9 +97,10 @@ class Writer:
         self.cache = target.new_cache(slots, self.capacity)
         width = (len(settings.taps) + 1) * target.config.hidden_size
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
+        self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.dropped = 0
 
-    def write(self, seed: int, first: int = 0) -> Iterator[tuple[Conversation, Tensor, Tensor]]:
+    def write(self, seed: int, first: int = 0) -> Iterator[Finished]:
         rows = [self.begin(seed, first + slot) for slot in range(self.cache.slots)]
         following = first + len(rows)
         while True:
@@ -98,6 +109,7 @@ class Writer:
                     yield outcome
                 rows[slot], following = self.begin(seed, following), following + 1
                 self.cache.clear(slot)
+                self.favourites[slot] = -1
 
     def begin(self, seed: int, index: int) -> Conversation:
         settings, own_seed = self.settings, derived_seed(seed, index)
@@ -113,7 +125,7 @@ class Writer:
         row.waiting += question + self.template.after
         row.answer_start = row.read + len(row.waiting)
 
-    def step(self, rows: list[Conversation]) -> Iterator[tuple[int, tuple[Conversation, Tensor, Tensor] | None]]:
+    def step(self, rows: list[Conversation]) -> Iterator[tuple[int, Finished | None]]:
         """One pass over all rows' waiting tokens; yields (slot, finished conversation, or None if dropped) for slots that are free."""
         counts = [len(row.waiting) for row in rows]
         tokens = torch.tensor([token for row in rows for token in row.waiting])
@@ -122,6 +134,8 @@ class Writer:
         pass_rows = Rows(tokens, positions, [Segment(slot, count) for slot, count in enumerate(counts)])
         out = self.target(pass_rows, self.cache, self.settings.taps, last)
         self.hand_over(rows, counts, torch.cat([out.features, out.hidden], -1))
+        ends = torch.tensor([row.read + count - 1 for row, count in zip(rows, counts)])
+        self.favourites[torch.arange(len(rows)), ends] = out.logits.argmax(-1).int()
         chosen = self.choose(out.logits, rows)
         for slot, (row, token) in enumerate(zip(rows, chosen)):
             self.cache.keep(slot, range(counts[slot]))
@@ -169,7 +183,7 @@ class Writer:
         row.grams.add(gram)
         return looping or token in self.template.ends or answered >= settings.longest_answer or row.read + 2 >= self.capacity
 
-    def finish(self, slot: int, row: Conversation) -> tuple[Conversation, Tensor, Tensor] | None:
+    def finish(self, slot: int, row: Conversation) -> Finished | None:
         """The last token is written but not read: it has no feature, and as the last label it needs none."""
         row.tokens += row.waiting
         if row.answer_start is None or len(row.tokens) - row.answer_start < 8:
@@ -177,7 +191,7 @@ class Writer:
             return None
         states = self.handed_over[slot, : row.read]
         width = len(self.settings.taps) * self.target.config.hidden_size
-        return row, states[:, :width].clone(), states[:, width:].clone()
+        return Finished(row, states[:, :width].clone(), states[:, width:].clone(), self.favourites[slot, : row.read].clone())
 
 
 def write_shards(writer: Writer, folder: Path, seed: int, tokens: int, per_shard: int, report: Callable[[int, int], None]) -> int:
@@ -188,7 +202,7 @@ def write_shards(writer: Writer, folder: Path, seed: int, tokens: int, per_shard
     done = [shard for shard in sorted(folder.glob(f"{seed:08d}-*.safetensors"))]
     written = sum(answer_tokens(shard) for shard in done)
     first = max((last_index(shard) for shard in done), default=-1) + 1
-    held: list[tuple[Conversation, Tensor, Tensor]] = []
+    held: list[Finished] = []
     number = len(done)
     for finished in writer.write(seed, first) if written < tokens else ():
         held.append(finished)
@@ -201,16 +215,17 @@ def write_shards(writer: Writer, folder: Path, seed: int, tokens: int, per_shard
     return written
 
 
-def save_shard(path: Path, conversations: list[tuple[Conversation, Tensor, Tensor]]) -> int:
+def save_shard(path: Path, conversations: list[Finished]) -> int:
     """Tokens, lengths, answer starts, features and hidden states of finished conversations; returns the answer tokens in it."""
-    rows = [row for row, _, _ in conversations]
+    rows = [finished.row for finished in conversations]
     tensors = {
         "tokens": torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),
         "answer_starts": torch.tensor([row.answer_start for row in rows], dtype=torch.int32),
         "temperatures": torch.tensor([row.temperature for row in rows]),
-        "features": torch.cat([features for _, features, _ in conversations]),
-        "hidden": torch.cat([hidden for _, _, hidden in conversations]),
+        "features": torch.cat([finished.features for finished in conversations]),
+        "hidden": torch.cat([finished.hidden for finished in conversations]),
+        "favourites": torch.cat([finished.favourites for finished in conversations]),
     }
     answers = int((tensors["lengths"] - tensors["answer_starts"]).sum())
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Claims about conversations: the answer mask, what a broken file says, the draft vocabulary. Tokenizers are built here."""
+"""Claims about conversations: the answer mask, what a broken file says, the draft vocabulary. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ import random
 from collections import Counter
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from eyas.config import EyasError
 from eyas.train.conversations import Document, draft_vocabulary, read_conversations, render, truncate
+from tests.tiny import CHATML, byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}"
-    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}{% endfor %}"
@@ -38,21 +31,6 @@ THINKING = (  # as Qwen3: reasoning of all but the last message is dropped, and 
     "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
-
-
-def byte_tokenizer(template, merges=(), trim_offsets=False):
-    """Byte-level BPE: one token a byte, but for `merges`; of the special tokens only <s> and </s> have a name of their own."""
-    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {left + right: len(vocab) + index for index, (left, right) in enumerate(merges)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, bos_token="<s>", eos_token="</s>")
-
-
 TEMPLATES = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>"), "stripping": (STRIPPING, "<|im_end|>")}
 
 

@@ -1,0 +1,247 @@
+"""The round: propose trees, read them all in one pass of the target, walk along its draws, keep the path, repeat.
+
+Knows the target, the drafter protocol and a verifier; knows no drafter. One sequence, a ragged batch and a stream are the same loop, and
+plain decoding is the same round with an empty tree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import PLAIN, EyasError, Sampling, TreeShape
+from eyas.decode.drafter import Drafter, NoDrafter, Request
+from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, uniforms
+from eyas.decode.text import TextStream
+from eyas.decode.tree import Tree
+from eyas.decode.verify import Accepted, accept_reject, walk
+from eyas.model.mask import ancestor_mask
+from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.transformer import Segment
+
+PREFILL = 256  # rows of a prompt read at once: bounds the mask and the activations
+
+
+@dataclass
+class Text:
+    """One text as it grows."""
+
+    slot: int
+    tokens: list[int]
+    prompt_length: int
+    limit: int  # total length at which it ends
+    seed: int
+    noise: Noise
+    stream: TextStream
+    finish_reason: str | None = None
+    rounds: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
+    seconds: float = 0.0
+
+    @property
+    def root(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        return self.limit - len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished text and how it came about."""
+
+    text: str
+    tokens: list[int]  # generated ids, an end-of-turn id included
+    tau: float  # tokens committed in rounds / rounds; the token that prefill draws does not count
+    rounds: int
+    accepted_lengths: dict[int, int]  # tokens committed by a round -> number of rounds
+    seconds: float
+    seed: int
+    noise_version: int
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one sequence's round did, for those who watch (trace, demo, calibration)."""
+
+    sequence: int
+    tree: Tree
+    accepted: Accepted
+    committed: list[int]
+    logits: Tensor  # [nodes, V]
+
+
+def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
+    """The target's draw at a node of depth d uses the noise of the position it fills (position + d + 1)."""
+
+    def draw_at(row: int) -> int:
+        noise = None if sampling.greedy else sequence.noise.at(sequence.position + tree.depths[row] + 1)
+        return draw(logits_NV[row], sampling, noise)
+
+    return walk(tree, draw_at)
+
+
+def verify_by_accept_reject(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
+    stream = uniforms(sequence.seed, sequence.position, len(tree) + 1, CHOICE)
+    return accept_reject(tree, lambda row: law(logits_NV[row], sampling), iter(stream.tolist()))
+
+
+VERIFIERS = {"walk": verify_by_walk, "accept-reject": verify_by_accept_reject}
+
+
+class Decoder:
+    """A target and a drafter, and the round that joins them."""
+
+    def __init__(self, target: Target, drafter: Drafter | None = None, verifier: str = "walk") -> None:
+        if verifier not in VERIFIERS:
+            raise EyasError(f"verifier {verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
+        self.target, self.drafter = target, drafter or NoDrafter()
+        self.verify, self.shares_noise = VERIFIERS[verifier], verifier == "walk"
+        self.watch: Callable[[RoundRecord], None] | None = None
+
+    # ---- the round ----
+
+    @torch.inference_mode()
+    def round(self, sequences: Sequence[Text], shape: TreeShape, sampling: Sampling) -> None:
+        """One round of all sequences: at least one token each."""
+        trees = self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences])
+        out = self.target(self.rows(sequences, trees), self.cache, self.drafter.wants)
+        first = 0
+        for sequence, tree in zip(sequences, trees):
+            logits = out.logits[first : first + len(tree)]
+            accepted = self.verify(tree, logits, sequence, sampling)
+            self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions the next round reuses
+            tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
+            committed = commit(sequence, tokens, self.target.config.eos_token_ids)
+            sequence.rounds += 1
+            sequence.accepted_lengths[len(committed)] += 1
+            if self.watch:
+                self.watch(RoundRecord(sequence.slot, tree, accepted, committed, logits))
+            if sequence.finish_reason:
+                self.drafter.forget(sequence.slot)
+            else:
+                kept = torch.tensor(accepted.path, device=out.logits.device) + first
+                self.drafter.observe(sequence.slot, tokens, out.features[kept] if self.drafter.wants else None)
+                sequence.noise.forget_before(sequence.position)
+            first += len(tree)
+
+    def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> Request:
+        """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
+        deepest = sequence.remaining - 1
+        if deepest <= 0 or shape.nodes == 1:
+            shape = PLAIN
+        elif shape.levels > deepest:
+            shape = TreeShape(shape.nodes, deepest - 1, shape.top_k)
+        noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
+        return Request(sequence.slot, sequence.root, sequence.position, shape, sampling, noise)
+
+    def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
+        """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""
+        tokens = [token for tree in trees for token in tree.tokens]
+        positions = [sequence.position + depth for sequence, tree in zip(sequences, trees) for depth in tree.depths]
+        segments = [
+            Segment(sequence.slot, len(tree), ancestor_mask(tree.parents) if len(tree) > 1 else None)
+            for sequence, tree in zip(sequences, trees)
+        ]
+        device = self.target.device
+        return Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
+
+    # ---- before and around it ----
+
+    @torch.inference_mode()
+    def prefill(self, sequence: Text, sampling: Sampling) -> None:
+        """Read the prompt and draw the first token."""
+        prompt = sequence.tokens
+        features = []
+        for start in range(0, len(prompt), PREFILL):
+            part = prompt[start : start + PREFILL]
+            rows = chain_rows(sequence.slot, part, start, self.target.device)
+            out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
+            self.cache.keep(sequence.slot, range(len(part)))
+            features.append(out.features)
+        noise = None if sampling.greedy else sequence.noise.at(len(prompt))
+        first = draw(out.logits[-1], sampling, noise)
+        commit(sequence, [first], self.target.config.eos_token_ids)
+        if not sequence.finish_reason:
+            self.drafter.observe(sequence.slot, [*prompt, first][: sequence.prompt_length + 1], torch.cat(features) if self.drafter.wants else None)
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        shape: TreeShape,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        tokenizer: Any = None,
+        stops: Sequence[str] = (),
+    ) -> Iterator[list[Text]]:
+        """Decode all prompts together; yields all sequences after prefill and after each round. Finished ones leave at once."""
+        context = self.target.config.max_position_embeddings
+        limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+        room = max(limits) + shape.nodes
+        self.cache = self.target.new_cache(len(prompts), room)
+        self.drafter.reserve(len(prompts), room + (shape.depth + 1) * shape.top_k)
+        everyone = []
+        for slot, (prompt, limit, seed) in enumerate(zip(prompts, limits, seeds)):
+            noise = Noise(seed, self.target.config.vocab_size)
+            everyone.append(Text(slot, list(prompt), len(prompt), limit, seed, noise, TextStream(tokenizer, stops)))
+        started = time.perf_counter()
+        for sequence in everyone:
+            self.prefill(sequence, sampling)
+        while True:
+            for sequence in everyone:
+                if sequence.seconds == 0 and sequence.finish_reason:
+                    sequence.seconds = time.perf_counter() - started
+            yield everyone
+            active = [sequence for sequence in everyone if not sequence.finish_reason]
+            if not active:
+                return
+            self.round(active, shape, sampling)
+
+
+def commit(sequence: Text, tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Append tokens until one ends the text (end of turn, stop string, length); what lies behind it is dropped. Returns what stayed."""
+    committed = []
+    for token in tokens:
+        sequence.tokens.append(token)
+        committed.append(token)
+        if token in end_ids:
+            sequence.finish_reason = "stop"
+        elif sequence.stream.push(token):
+            sequence.finish_reason = "stop"
+        elif sequence.remaining <= 0:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason:
+            sequence.stream.finish()
+            break
+    return committed
+
+
+def result_of(sequence: Text) -> Result:
+    """The finished sequence as a result; one that was interrupted has what it got so far."""
+    committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
+    return Result(
+        text=sequence.stream.finish(),
+        tokens=sequence.tokens[sequence.prompt_length :],
+        tau=committed / sequence.rounds if sequence.rounds else 1.0,
+        rounds=sequence.rounds,
+        accepted_lengths=dict(sorted(sequence.accepted_lengths.items())),
+        seconds=sequence.seconds,
+        seed=sequence.seed,
+        noise_version=NOISE_VERSION,
+        finish_reason=sequence.finish_reason or "interrupted",
+        prompt_tokens=sequence.prompt_length,
+    )

@@ -1,0 +1,60 @@
+"""Grow the trees of several sequences level by level, one flat pass of the draft a level (EAGLE-2's growth, which EAGLE-3 keeps).
+
+Knows requests and growth; a drafter hands in what it computes: how to read a level's nodes, and what follows each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eyas.decode.drafter import Request
+from eyas.decode.tree import Growth, Tree
+
+
+class Level(NamedTuple):
+    """The nodes of one sequence's tree that are read next."""
+
+    request: Request
+    tokens: list[int]
+    depths: list[int]
+    parents: Tensor  # [F, ...] the drafter's own output at each node's parent
+    sight: Tensor  # bool [F, k + F]: which of the k tree rows read before, and of these, each node sees (the root is not among them)
+
+
+Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
+Followers = Callable[[Request, int, Tensor], tuple[list[list[int]], list[list[float]]]]  # children of rows: target ids, log scores
+
+
+def grow(requests: Sequence[Request], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
+    """One tree a request. `roots` [S, ...]: the drafter's output at each root, from committed text alone."""
+    growths = [Growth(request.root, request.shape.top_k) for request in requests]
+    held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
+    frontiers, outputs = [[0] for _ in requests], roots
+    for level in range(1 + max((request.shape.depth for request in requests), default=0)):
+        if level > 0:
+            frontiers = [
+                growth.frontier() if level <= request.shape.depth and request.shape.nodes > 1 else []
+                for growth, request in zip(growths, requests)
+            ]
+            if not any(frontiers):
+                break
+            outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]])
+        for request, growth, frontier, rows, kept in zip(requests, growths, frontiers, outputs.split([len(f) for f in frontiers]), held):
+            if frontier and request.shape.nodes > 1:
+                growth.expand(frontier, *followers(request, level, rows))
+                kept.update(zip(frontier, rows))
+    return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
+
+
+def level_of(request: Request, growth: Growth, frontier: list[int], held: dict[int, Tensor]) -> Level:
+    return Level(
+        request,
+        [growth.tokens[node] for node in frontier],
+        [growth.depths[node] for node in frontier],
+        torch.stack([held[growth.parents[node]] for node in frontier]),
+        growth.sight(frontier)[:, 1:],
+    )

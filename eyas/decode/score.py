@@ -1,0 +1,56 @@
+"""A node's score: the log of the chance that the target draws this token here, given the noise it will draw with.
+
+The draft ranks its candidates with the target's own noise (Gumbel coupling, Daliri et al. 2024): it guesses what will be drawn, not
+what is likely. Knows a draft's logits and the filters; knows nothing of trees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eyas.config import Sampling
+from eyas.decode.sampling import allowed
+
+
+def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, scale: float = 1.0, miss: float = 0.0) -> Tensor:
+    """[R, D] log of (1 - miss) softmax((log q + noise) / scale); q: the draft's law at the same temperature and loosened filters.
+
+    Greedy, or under a verifier that draws with other randomness (`noise_D` None): log of (1 - miss) softmax(log q / scale).
+    `miss` is the share of target tokens the draft cannot say, `scale` what calibration found (1 and 0 are SafeAILab's).
+    """
+    scores = logits_RD if logits_RD.dtype == torch.float64 else logits_RD.float()
+    scores = scores if sampling.greedy else scores / sampling.temperature
+    if not sampling.greedy:
+        scores = loosely_filtered(scores, sampling).log_softmax(-1)
+    if noise_D is not None:
+        scores = scores + noise_D.to(scores.device, scores.dtype)
+    scores = (scores / scale).log_softmax(-1)
+    return scores + torch.log1p(torch.tensor(-miss)) if miss else scores
+
+
+def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:
+    """Rule out what the target's filters surely will; the draft's law is only near the target's, hence the margin."""
+    loose = replace(sampling, top_k=2 * sampling.top_k, top_p=(1 + sampling.top_p) / 2, min_p=sampling.min_p / 2)
+    if (loose.top_k, loose.top_p, loose.min_p) == (0, 1.0, 0.0):
+        return scores_RD
+    filtered = torch.full_like(scores_RD, float("-inf"))
+    for row, scores_D in enumerate(scores_RD):
+        ids = allowed(scores_D.double().cpu(), loose)
+        filtered[row, ids] = scores_D[ids]
+    return filtered
+
+
+def best_children(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and draft ids [R, count], best first; ties to the lower id."""
+    count = min(count, scores_RD.shape[1])
+    if count == 1:
+        ids = scores_RD.argmax(-1, keepdim=True)
+        return scores_RD.gather(1, ids), ids
+    values, ids = scores_RD.topk(count, -1)
+    order = ids.argsort(-1)  # topk leaves equals in any order: sort by id, then stably by value
+    values, ids = values.gather(1, order), ids.gather(1, order)
+    ranked = values.sort(dim=-1, descending=True, stable=True)
+    return ranked.values, ids.gather(1, ranked.indices)

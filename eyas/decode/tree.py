@@ -1,0 +1,126 @@
+"""A tree of guesses about what follows the last token: how it is checked, grown, cut to size and merged.
+
+Knows token ids, parents and scores; knows nothing of models, caches or temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Row 0 is the root, the last committed token. Parents come before children; siblings carry distinct tokens."""
+
+    tokens: list[int]
+    parents: list[int]  # -1 for the root
+    depths: list[int]  # 0 for the root
+    scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
+    q: list[float] | None = None  # the draft's own probability of each node's token given its path, where nodes were sampled from it
+    children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
+
+    def __post_init__(self) -> None:
+        assert self.parents[0] == -1 and self.depths[0] == 0, "row 0 is the root"
+        children: list[dict[int, int]] = [{} for _ in self.tokens]
+        for row in range(1, len(self.tokens)):
+            parent = self.parents[row]
+            assert 0 <= parent < row, f"row {row} has parent {parent}: parents come before children"
+            assert self.depths[row] == self.depths[parent] + 1, f"row {row} lies one deeper than its parent"
+            assert self.tokens[row] not in children[parent], f"rows {row} and {children[parent][self.tokens[row]]} are equal siblings"
+            children[parent][self.tokens[row]] = row
+        object.__setattr__(self, "children", children)
+
+    @classmethod
+    def root(cls, token: int) -> Tree:
+        """The empty tree: nothing is guessed, the round is plain decoding."""
+        return cls([token], [-1], [0], [0.0])
+
+    @classmethod
+    def chain(cls, root: int, tokens: Sequence[int], scores: Sequence[float]) -> Tree:
+        """Guesses in a row; scores are those of the paths."""
+        return cls([root, *tokens], list(range(-1, len(tokens))), list(range(len(tokens) + 1)), [0.0, *scores])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def keep(self, rows: Iterable[int]) -> Tree:
+        """The tree of these rows (with every kept row's parent among them), in the order they had."""
+        rows = sorted(rows)
+        place = {-1: -1} | {row: i for i, row in enumerate(rows)}
+        return Tree(
+            [self.tokens[row] for row in rows],
+            [place[self.parents[row]] for row in rows],
+            [self.depths[row] for row in rows],
+            [self.scores[row] for row in rows],
+            None if self.q is None else [self.q[row] for row in rows],
+        )
+
+    def best(self, nodes: int) -> Tree:
+        """The `nodes` best rows, root included, by (score, order): a child never beats its parent, so parents stay with children."""
+        ranked = sorted(range(1, len(self)), key=lambda row: (-self.scores[row], row))
+        return self.keep([0, *ranked[: nodes - 1]])
+
+
+class Growth:
+    """Grow a tree level by level (EAGLE-2, expansion and reranking): expand the `width` best of the newest level, keep the best of all.
+
+    The drafter asks for `frontier`, computes what follows each of its nodes, and hands that to `expand`.
+    """
+
+    def __init__(self, root: int, width: int) -> None:
+        self.tokens, self.parents, self.depths, self.scores = [root], [-1], [0], [0.0]
+        self.width = width
+        self.newest = [0]
+        self.expanded: list[int] = []  # nodes whose followers were computed, in that order: the rows of the drafter's cache
+        self.lines: list[set[int]] = [{0}]  # each node's ancestors and itself
+
+    def frontier(self) -> list[int]:
+        """Nodes to compute next: the best of the newest level, ties to the earlier made."""
+        return sorted(self.newest, key=lambda node: (-self.scores[node], node))[: self.width]
+
+    def sight(self, frontier: Sequence[int]) -> Tensor:
+        """bool [F, expanded + F]: which earlier computed rows and which of each other the frontier's rows see (their ancestors, themselves)."""
+        columns = self.expanded + list(frontier)
+        return torch.tensor([[column in self.lines[node] for column in columns] for node in frontier])
+
+    def expand(self, frontier: Sequence[int], tokens: Sequence[Sequence[int]], log_scores: Sequence[Sequence[float]]) -> None:
+        """Give each frontier node its children: tokens and log scores (at most 0), best first."""
+        self.newest = []
+        for node, its_tokens, its_scores in zip(frontier, tokens, log_scores):
+            for token, score in zip(its_tokens, its_scores):
+                if score == float("-inf"):
+                    break
+                self.newest.append(len(self.tokens))
+                self.lines.append(self.lines[node] | {len(self.tokens)})
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(self.depths[node] + 1)
+                self.scores.append(self.scores[node] + score)
+        self.expanded += frontier
+
+    def tree(self, nodes: int) -> Tree:
+        return Tree(self.tokens, self.parents, self.depths, self.scores).best(nodes)
+
+
+def merge(trees: Sequence[Tree]) -> Tree:
+    """One tree with the paths of all (same root): equal siblings become one and the larger score stays; q is dropped."""
+    tokens, parents, depths, scores = [trees[0].tokens[0]], [-1], [0], [0.0]
+    rows: dict[tuple[int, int], int] = {}  # (parent row, token) -> row
+    for tree in trees:
+        assert tree.tokens[0] == tokens[0], "trees to merge share their root"
+        place = [0]
+        for row in range(1, len(tree)):
+            key = (place[tree.parents[row]], tree.tokens[row])
+            if key not in rows:
+                rows[key] = len(tokens)
+                tokens.append(tree.tokens[row])
+                parents.append(key[0])
+                depths.append(tree.depths[row])
+                scores.append(tree.scores[row])
+            scores[rows[key]] = max(scores[rows[key]], tree.scores[row])
+            place.append(rows[key])
+    return Tree(tokens, parents, depths, scores)

@@ -1,0 +1,83 @@
+"""Vanilla speculative sampling's drafter (arXiv 2211.17192, 2302.01318): a smaller model, or the target's own first layers, guesses.
+
+It reads committed text as the target does, from tokens alone, and grows trees like any other; under the shared-noise walk its guesses
+need no accept/reject rule. Knows a model with the target's vocabulary; knows nothing of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eyas.config import EyasError
+from eyas.decode.drafter import Request
+from eyas.decode.grow import Level, grow
+from eyas.decode.score import best_children, log_scores
+from eyas.decode.tree import Tree
+from eyas.model.target import Rows, Target
+from eyas.model.transformer import Segment
+
+CATCH_UP = 256  # rows of committed text read at once
+
+
+class ModelDrafter:
+    wants: tuple[int, ...] = ()
+
+    def __init__(self, model: Target, vocab_size: int) -> None:
+        if model.config.vocab_size != vocab_size:
+            raise EyasError(f"the draft model has {model.config.vocab_size} tokens, the target {vocab_size}; they must share a vocabulary")
+        self.model = model
+        self.waiting: dict[int, list[int]] = {}
+
+    def reserve(self, sequences: int, capacity: int) -> None:
+        self.cache = self.model.new_cache(sequences, capacity)
+        self.waiting = {sequence: [] for sequence in range(sequences)}
+
+    def forget(self, sequence: int) -> None:
+        self.waiting[sequence] = []
+        self.cache.clear(sequence)
+
+    def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        self.waiting[sequence] += tokens
+
+    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+        trees = grow(requests, self.catch_up([request.sequence for request in requests]), self.read_level, self.followers)
+        for request in requests:
+            self.cache.cut(request.sequence, request.position + 1)
+        return trees
+
+    def followers(self, request: Request, level: int, logits_RV: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        noise = request.noise(request.position + level + 1) if request.noise else None
+        values, ids = best_children(log_scores(logits_RV, request.sampling, noise), request.shape.top_k)
+        return ids.tolist(), values.tolist()
+
+    def catch_up(self, sequences: Sequence[int]) -> Tensor:
+        """Read what was committed since; returns logits [S, V] behind each sequence's last token."""
+        while any(len(self.waiting[sequence]) > CATCH_UP for sequence in sequences):
+            late = [sequence for sequence in sequences if len(self.waiting[sequence]) > CATCH_UP]
+            self.read_waiting(late)
+        return self.read_waiting(sequences)
+
+    def read_waiting(self, sequences: Sequence[int]) -> Tensor:
+        parts = [self.waiting[sequence][:CATCH_UP] for sequence in sequences]
+        positions = [self.cache.lengths[sequence] + i for sequence, part in zip(sequences, parts) for i in range(len(part))]
+        segments = [Segment(sequence, len(part)) for sequence, part in zip(sequences, parts)]
+        last = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
+        for sequence, part in zip(sequences, parts):
+            self.waiting[sequence] = self.waiting[sequence][len(part) :]
+        return self.read([token for part in parts for token in part], positions, segments, last)
+
+    def read_level(self, levels: list[Level]) -> Tensor:
+        tokens = [token for level in levels for token in level.tokens]
+        positions = [level.request.position + depth for level in levels for depth in level.depths]
+        return self.read(tokens, positions, [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels])
+
+    def read(self, tokens: list[int], positions: list[int], segments: list[Segment], logits_of: Tensor | None = None) -> Tensor:
+        device = self.model.device
+        rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
+        out = self.model(rows, self.cache, (), logits_of)
+        for segment in segments:
+            self.cache.keep(segment.slot, range(segment.count))
+        return out.logits

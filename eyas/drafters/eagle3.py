@@ -1,0 +1,109 @@
+"""EAGLE-3 as a drafter: fuse the target's features, catch up on committed text, grow a dynamic tree (arXiv 2503.01840).
+
+The draft's cache holds one row a slot: slot j pairs feature f_j with token t_{j+1} at position j. Prefix rows always come from true
+features; rows of a tree, whose features are the draft's own outputs, are discarded after the walk. Knows the network and growth; knows
+nothing of verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eyas.decode.drafter import Request
+from eyas.decode.grow import Level, grow
+from eyas.decode.score import best_children, log_scores
+from eyas.decode.tree import Tree
+from eyas.model.cache import KVCache
+from eyas.model.draft import DraftNetwork
+from eyas.model.transformer import CachedAttention, Segment
+from eyas.model.vocab import DraftVocab
+
+CATCH_UP = 256  # rows of committed text read at once; more is held back no further than this
+
+
+@dataclass
+class Known:
+    """Committed text that the draft has not read yet, and where its reading stands."""
+
+    tokens: list[int] = field(default_factory=list)  # t_{j+1} of the slots to come
+    features: list[Tensor] = field(default_factory=list)
+    begun: bool = False
+
+
+class Eagle3Drafter:
+    def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
+        self.network, self.vocab = network, vocab
+        self.wants = network.config.taps
+        self.group = network.config.num_attention_heads // network.config.num_key_value_heads
+        self.known: dict[int, Known] = {}
+
+    def reserve(self, sequences: int, capacity: int) -> None:
+        config = self.network.config
+        device = self.network.norm.weight.device
+        heads, d = config.num_key_value_heads, config.head_dim
+        self.cache = KVCache(1, sequences, capacity, heads, d, self.network.dtype, device)
+        self.known = {sequence: Known() for sequence in range(sequences)}
+
+    def forget(self, sequence: int) -> None:
+        self.known[sequence] = Known()
+        self.cache.clear(sequence)
+
+    def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        known = self.known[sequence]
+        known.tokens += tokens if known.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
+        known.begun = True
+        known.features.append(features)
+        while len(known.tokens) > CATCH_UP:
+            self.catch_up([sequence])
+
+    # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
+
+    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+        trees = grow(requests, self.catch_up([request.sequence for request in requests]), self.read_level, self.followers)
+        for request in requests:
+            self.cache.cut(request.sequence, request.position)  # slots 0 .. P-1 hold the text; the tree's rows go
+        return trees
+
+    def read_level(self, levels: list[Level]) -> Tensor:
+        """Each node's token with its parent's a, seeing the prefix, its ancestors and itself; a node at depth d sits at P - 1 + d."""
+        tokens = [token for level in levels for token in level.tokens]
+        positions = [level.request.position - 1 + depth for level in levels for depth in level.depths]
+        stand_in = self.network.fed_back(torch.cat([level.parents for level in levels]))
+        return self.read(tokens, stand_in, positions, [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels])
+
+    def followers(self, request: Request, level: int, a_RH: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        """The best children of each row, as target ids with log scores under the noise the target will draw with."""
+        noise = request.noise(request.position + level + 1)[self.vocab.ids] if request.noise else None
+        values, ids = best_children(log_scores(self.network.logits(a_RH), request.sampling, noise), request.shape.top_k)
+        return self.vocab.to_target(ids.cpu()).tolist(), values.tolist()
+
+    # ---- passes ----
+
+    def catch_up(self, sequences: Sequence[int]) -> Tensor:
+        """Read up to CATCH_UP committed rows a sequence, from true features; returns a [S, H] of each sequence's last row."""
+        counts = [min(len(self.known[sequence].tokens), CATCH_UP) for sequence in sequences]
+        tokens, features, positions = [], [], []
+        for sequence, count in zip(sequences, counts):
+            known = self.known[sequence]
+            tokens += known.tokens[:count]
+            held = torch.cat(known.features)
+            features.append(held[:count])
+            known.tokens, known.features = known.tokens[count:], [held[count:]]
+            start = self.cache.lengths[sequence]
+            positions += range(start, start + count)
+        g = self.network.fuse(torch.cat(features).to(self.network.dtype))
+        a = self.read(tokens, g, positions, [Segment(sequence, count) for sequence, count in zip(sequences, counts)])
+        return a[torch.tensor(counts).cumsum(0) - 1]
+
+    def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
+        """One pass of the draft; its rows stay in the cache until they are cut."""
+        attention = CachedAttention(self.cache, segments, self.group, g.dtype)
+        device = g.device
+        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attention.layer(0))
+        for segment in segments:
+            self.cache.keep(segment.slot, range(segment.count))
+        return a

@@ -1,0 +1,170 @@
+"""The EAGLE-3 network: fuse three features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
+
+Parameter names are the published ones (`fc`, `midlayer.*`, `norm`, `lm_head`). Knows tensors only: how a tree is grown with it is
+drafters/eagle3.py, how it learns is train/unroll.py. The embedding is the target's, handed in and never saved.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
+from eyas.model.linear import Dense
+from eyas.model.target import check_taps
+from eyas.model.transformer import MLP, Attend, Attention, RMSNorm, Rotary, pack
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import load_strictly, read_json, read_tensors, save_tensors
+
+
+class DraftBlock(nn.Module):
+    """A decoder layer whose attention reads [input_layernorm(embedding) ; hidden_norm(feature)]; the residual is the feature, un-normed."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(2 * config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, e_NH: Tensor, g_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        both_N2H = torch.cat([self.input_layernorm(e_NH), self.hidden_norm(g_NH)], -1)
+        a_NH = g_NH + self.self_attn(both_N2H, rotation, attend)
+        return a_NH + self.mlp(self.post_attention_layernorm(a_NH))
+
+
+class DraftNetwork(nn.Module):
+    """Weights and arithmetic of one draft step. `embedding` [V, H] is the target's table."""
+
+    def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in range(3))
+        self.midlayer = DraftBlock(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def fuse(self, features_N3H: Tensor) -> Tensor:
+        """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
+        if self.config.fc_norm:
+            parts = features_N3H.chunk(3, -1)
+            features_N3H = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+        return self.fuse_product(features_N3H)
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
+
+    def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """a [N, H]: what the layer makes of features (or its own earlier output) and the tokens that followed."""
+        return self.midlayer(self.embed(tokens_N), g_NH, self.rotary(positions_N, self.dtype), attend)
+
+    def fed_back(self, a_NH: Tensor) -> Tensor:
+        """What stands in for g at the next step: a itself, or its norm under `norm_output` (EAGLE-3.1)."""
+        return self.norm(a_NH) if self.config.norm_output else a_NH
+
+    def logits(self, a_NH: Tensor) -> Tensor:
+        """[N, D]"""
+        return self.head(self.norm(a_NH))
+
+    def prepare(self) -> DraftNetwork:
+        """Pack weights for inference."""
+        pack(self)
+        return self.eval().requires_grad_(False)
+
+
+def draft_config(target: TargetConfig, draft_vocab_size: int, taps: tuple[int, ...] | None = None, **settings: Any) -> DraftConfig:
+    """A draft with the target's own width, heads and rotary base: one layer of it, attention twice as wide at the input."""
+    return DraftConfig(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        target_hidden_size=target.hidden_size,
+        taps=check_taps(taps or default_taps(target.num_hidden_layers), target.num_hidden_layers),
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_theta=target.rope_theta,
+        rope_scaling=target.rope_scaling,
+        **settings,
+    )
+
+
+def save_draft(directory: Path, network: DraftNetwork, vocab: DraftVocab, target_layers: int, largest_file: int | None = None) -> None:
+    """Write weights (bfloat16) and config.json in the layout that SafeAILab, SGLang and vLLM read, into an existing directory."""
+    tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in network.named_parameters()}
+    save_tensors(directory, tensors | vocab.as_tensors(), largest_file)
+    (directory / "config.json").write_text(json.dumps(config_to_file(network.config, target_layers), indent=1))
+
+
+def config_to_file(config: DraftConfig, target_layers: int) -> dict[str, Any]:
+    """config.json: engines' keys, and eyas's own facts in words under `eyas`."""
+    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    keys: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        **{key: value for key, value in asdict(config).items() if key not in ("taps", "rope_scaling")},
+        "rope_scaling": config.rope_scaling,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "eyas": {"taps_are_inputs_of_layers": list(config.taps), "target_layers": target_layers},
+    }
+    if config.taps != default_taps(target_layers):  # engines count differently: vLLM reads the first key, SGLang the second
+        keys["eagle_aux_hidden_state_layer_ids"] = list(config.taps)
+        keys["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in config.taps], "use_aux_hidden_state": True}
+    return keys
+
+
+def config_from_file(directory: Path) -> DraftConfig:
+    raw = read_json(directory / "config.json")
+    if "draft_vocab_size" not in raw or "eyas" not in raw:
+        raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas)")
+    fields = {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
+    return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
+
+
+def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[DraftNetwork, DraftVocab]:
+    """Network and vocabulary of a saved draft, on the embedding's device; strict about every tensor."""
+    config = config_from_file(directory)
+    tensors = read_tensors(directory)
+    missing = [name for name in ("d2t", "t2d") if name not in tensors]
+    if missing:
+        raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
+    vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d")}, config.vocab_size)
+    network = DraftNetwork(config, embedding).to(embedding.device, dtype)
+    load_strictly(network, tensors, f"draft {directory}")
+    return network, vocab
+
+
+def check_fits(config: DraftConfig, target: TargetConfig) -> None:
+    """A draft for another target is refused with what differs."""
+    pairs = {"hidden size": (config.target_hidden_size, target.hidden_size), "vocabulary": (config.vocab_size, target.vocab_size)}
+    wrong = [f"{name} {draft} against the target's {own}" for name, (draft, own) in pairs.items() if draft != own]
+    if config.taps[-1] >= target.num_hidden_layers:
+        wrong.append(f"taps {config.taps} of a target with {target.num_hidden_layers} layers")
+    if wrong:
+        raise EyasError(f"this draft was trained for another target: {'; '.join(wrong)}; use the matching draft")

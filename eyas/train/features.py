@@ -1,0 +1,97 @@
+"""Where training examples and what the target knew about them come from: shards that self-play wrote, or a target pass on the fly.
+
+Knows documents, shards and the target's pass; knows nothing of the draft. Either way an example is tokens with answer numbers, and
+`states` gives features [M, 3H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from eyas.model.target import Rows, Target
+from eyas.model.transformer import Segment
+from eyas.train.conversations import Document
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document and where its states are to be found."""
+
+    tokens: list[int]
+    answers: list[int]
+    greedy: bool = False  # the answer is the target's own at temperature 0
+    source: Path | None = None
+    start: int = 0  # first row of its states in `source`
+
+
+class States(NamedTuple):
+    features: Tensor  # [M, 3H]
+    hidden: Tensor  # [M, H] after the target's final norm
+    favourites: Tensor  # [M] int64, the target's argmax; -1 where not computed
+
+
+class StateSource(Protocol):
+    def states(self, examples: Sequence[Example]) -> States: ...
+
+
+def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
+    """Examples of self-written shards. The last token of each was never read by the target: it is only a label."""
+    examples = []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
+            starts, temperatures = file.get_tensor("answer_starts").tolist(), file.get_tensor("temperatures").tolist()
+        place = row = 0
+        for length, answer, temperature in zip(lengths, starts, temperatures):
+            kept = min(length, max_length)
+            answers = [-1] * min(answer, kept) + [0] * max(0, kept - answer)
+            if kept - answer >= 8:
+                examples.append(Example(tokens[place : place + kept], answers, temperature == 0, path, row))
+            place, row = place + length, row + length - 1
+    return examples
+
+
+class ShardStates:
+    """Reads what the generator handed over; nothing is held in memory but what is asked for."""
+
+    def states(self, examples: Sequence[Example]) -> States:
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for example in examples:
+            with safe_open(example.source, framework="pt") as file:
+                rows = slice(example.start, example.start + len(example.tokens) - 1)
+                part = [file.get_slice(name)[rows] for name in ("features", "hidden", "favourites")]
+            # the last token has no state; a row of zeros keeps rows and tokens in step, and no slot reads it
+            parts.append(tuple(torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in part))
+        features, hidden, favourites = (torch.cat(column) for column in zip(*parts))
+        return States(features, hidden, favourites.long())
+
+
+class TargetStates:
+    """Runs the target over the documents, one flat pass of all of them."""
+
+    def __init__(self, target: Target, taps: Sequence[int]) -> None:
+        self.target, self.taps = target, taps
+
+    @torch.no_grad()
+    def states(self, examples: Sequence[Example]) -> States:
+        lengths = [len(example.tokens) for example in examples]
+        cache = self.target.new_cache(len(examples), max(lengths))
+        tokens = torch.tensor([token for example in examples for token in example.tokens])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        answers = torch.tensor([number for example in examples for number in example.answers])
+        asked = torch.cat([answers[1:] >= 0, torch.tensor([False])]).nonzero()[:, 0]  # rows whose next token is an answer's
+        rows = Rows(tokens, positions, [Segment(slot, length) for slot, length in enumerate(lengths)])
+        out = self.target(rows, cache, self.taps, asked)
+        favourites = torch.full((len(tokens),), -1).index_copy_(0, asked, out.logits.argmax(-1))
+        return States(out.features, out.hidden, favourites)
+
+
+def document_examples(documents: Sequence[Document]) -> list[Example]:
+    return [Example(document.tokens, document.answers) for document in documents]

@@ -1,0 +1,290 @@
+"""The training loop: batches, gradients in parallel single-thread workers, AdamW, held-out acceptance, checkpoints that survive.
+
+Knows examples, a network and a budget; knows nothing of how examples came to be. Two single-thread workers beat one two-thread one on
+a laptop: OpenMP's threads stall at every barrier as soon as anything else runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import EyasError, TrainSettings
+from eyas.model.draft import DraftNetwork, save_draft
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import atomic_directory
+from eyas.train.features import Example, StateSource
+from eyas.train.unroll import Batch, unroll, unrolled_loss
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclass
+class Budget:
+    """When training ends: whichever of these is reached first."""
+
+    steps: int | None = None
+    tokens: int | None = None  # answer slots trained
+    minutes: float | None = None
+
+    def spent(self, progress: Progress) -> float:
+        """Share of the budget used, 0 to 1 and beyond."""
+        pairs = ((progress.steps, self.steps), (progress.slots, self.tokens), (progress.minutes, self.minutes))
+        return max((done / limit for done, limit in pairs if limit), default=1.0)
+
+
+@dataclass
+class Progress:
+    steps: int = 0
+    slots: int = 0
+    minutes: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Teacher:
+    """The target's head, cut to the draft vocabulary: what a hidden state says about the next token."""
+
+    head_DH: Tensor
+    member_V: Tensor
+
+    @classmethod
+    def of(cls, head_VH: Tensor, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
+        return cls(head_VH[vocab.ids].to(dtype), vocab.member())
+
+    def law(self, hidden_MH: Tensor) -> Tensor:
+        return (hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()).softmax(-1)
+
+    def within(self, favourites_M: Tensor) -> Tensor:
+        return self.member_V[favourites_M.clamp_min(0)]
+
+
+def initialise(network: DraftNetwork, target_head: Tensor, target_norm: Tensor, vocab: DraftVocab, seed: int) -> None:
+    """Start the head and its norm from the target's, fc from the high feature, and the rest small and random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.7 / math.sqrt(parameter.shape[1]), generator=generator)
+        network.lm_head.weight.copy_(target_head[vocab.ids])
+        network.norm.weight.copy_(target_norm)
+        width = network.config.target_hidden_size
+        network.fc.weight.mul_(0.3)
+        if width == network.config.hidden_size:
+            network.fc.weight[:, 2 * width :].diagonal().add_(1.0)
+
+
+class Trainer:
+    """Trains `network` on `examples` until the budget is spent, writing checkpoints and the draft to `out`."""
+
+    def __init__(
+        self,
+        network: DraftNetwork,
+        vocab: DraftVocab,
+        teacher: Teacher,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        source: StateSource,
+        settings: TrainSettings,
+        out: Path,
+        facts: dict[str, Any],
+        target_layers: int,
+        workers: int = 1,
+    ) -> None:
+        self.network, self.vocab, self.teacher, self.source = network, vocab, teacher, source
+        self.examples, self.held_out, self.settings, self.out, self.facts = examples, held_out, settings, out, facts
+        self.target_layers, self.workers = target_layers, workers
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.progress = Progress()
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers > 1 else None
+
+    # ---- one step ----
+
+    def batches(self, epoch: int) -> Iterator[list[Example]]:
+        """Shuffled batches of about `tokens_per_batch` tokens, of documents alike in length; a pure function of (seed, epoch)."""
+        rng = random.Random(f"{self.settings.seed}-{epoch}")
+        order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
+        found: list[list[Example]] = [[]]
+        for example in order:
+            if found[-1] and sum(len(held.tokens) for held in found[-1]) + len(example.tokens) > self.settings.tokens_per_batch:
+                found.append([])
+            found[-1].append(example)
+        rng.shuffle(found)
+        yield from found
+
+    def gradients(self, examples: list[Example], seed: str) -> tuple[list[Tensor], list[Tensor], int]:
+        """Gradients, losses by step and slots of some examples; each worker computes its own and none writes to `.grad`."""
+        batch, states = make_batch(examples, self.source, self.network.dtype)
+        slots, _ = batch.slots()
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+        drops = torch.rand(len(slots), generator=generator).clamp_min(1e-30).log() / math.log(self.settings.step_keep or 1e-9)
+        depths = (1 + drops.floor().long()) if self.settings.step_keep < 1 else None
+        loss, losses, count = unrolled_loss(
+            self.network,
+            batch,
+            self.teacher.law(states.hidden),
+            self.teacher.within(states.favourites),
+            self.settings.unroll_steps,
+            self.settings.step_decay,
+            depths,
+        )
+        return list(torch.autograd.grad(loss, self.parameters)), losses, count
+
+    def step(self, examples: list[Example]) -> list[float]:
+        parts = [part for part in split_evenly(examples, self.workers) if part]
+        seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
+        results = list(self.pool.map(self.gradients, parts, seeds)) if self.pool else [self.gradients(parts[0], seeds[0])]
+        total = sum(count for _, _, count in results)
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad = sum(gradients[index] * (count / total) for gradients, _, count in results)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
+        if not math.isfinite(norm):
+            raise EyasError(f"the loss exploded at step {self.progress.steps}; resume with a lower --learning-rate")
+        self.optimiser.step()
+        self.progress.steps += 1
+        self.progress.slots += total
+        return [float(sum(losses[i] * (count / total) for _, losses, count in results)) for i in range(self.settings.unroll_steps)] + [norm]
+
+    def learning_rate(self, spent: float) -> float:
+        """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` over the budget."""
+        s = self.settings
+        warm = min(1.0, (self.progress.steps + 1) / s.warmup_steps)
+        return warm * (s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
+
+    # ---- the run ----
+
+    def run(self, budget: Budget, report: Callable[[Progress, list[float], float], None]) -> None:
+        """Train until the budget is spent. Ctrl-C saves a checkpoint and passes on."""
+        started, before = time.monotonic(), self.progress.minutes
+        saved = time.monotonic()
+        try:
+            for batch in self.remaining():
+                spent = budget.spent(self.progress)
+                if spent >= 1:
+                    break
+                for group in self.optimiser.param_groups:
+                    group["lr"] = self.learning_rate(spent)
+                losses = self.step(batch)
+                self.progress.minutes = before + (time.monotonic() - started) / 60
+                report(self.progress, losses, spent)
+                if time.monotonic() - saved > self.settings.checkpoint_minutes * 60:
+                    self.measure()
+                    self.save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        self.measure()
+        self.save()
+
+    def remaining(self) -> Iterator[list[Example]]:
+        """Batches of all epochs to come, from where the run stands."""
+        skipped, epoch = self.progress.steps, 0
+        while True:
+            for batch in self.batches(epoch):
+                if skipped:
+                    skipped -= 1
+                else:
+                    yield batch
+            epoch += 1
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Add held-out simulated tau and acceptance by step to the curve."""
+        tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
+        point = {"step": self.progress.steps, "slots": self.progress.slots, "minutes": round(self.progress.minutes, 2), "tau": round(tau, 4)}
+        self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
+
+    # ---- saving ----
+
+    def save(self) -> None:
+        """Write the draft and what a resumed run needs, all or nothing."""
+        with atomic_directory(self.out) as work:
+            save_draft(work, self.network, self.vocab, self.target_layers)
+            (work / "training.json").write_text(json.dumps({**self.facts, **asdict(self.progress), "settings": asdict(self.settings)}, indent=1))
+            state = {
+                "weights": self.network.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "progress": asdict(self.progress),
+                "settings": asdict(self.settings),
+                "vocab": self.vocab.ids,
+                "facts": self.facts,
+            }
+            torch.save(state, work / CHECKPOINT)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in `out`; one of other settings is refused with the difference."""
+        state = read_checkpoint(self.out)
+        ours = asdict(self.settings)
+        different = [key for key in ours if state["settings"].get(key) != ours[key] and key != "checkpoint_minutes"]
+        if different:
+            raise EyasError(f"{self.out} was trained with other settings ({', '.join(different)}); resume with the same or choose another --out")
+        self.network.load_state_dict(state["weights"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.progress = Progress(**state["progress"])
+
+
+def read_checkpoint(out: Path) -> dict[str, Any]:
+    if not (out / CHECKPOINT).exists():
+        raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume, or give the directory of an earlier run")
+    return torch.load(out / CHECKPOINT, weights_only=True)
+
+
+def make_batch(examples: Sequence[Example], source: StateSource, dtype: torch.dtype) -> tuple[Batch, Any]:
+    """Lay examples end to end; answers get numbers of their own."""
+    states = source.states(examples)
+    answers, used = [], 0
+    for example in examples:
+        answers += [number + used if number >= 0 else -1 for number in example.answers]
+        used += 1 + max(example.answers)
+    tokens = torch.tensor([token for example in examples for token in example.tokens])
+    return Batch(tokens, states.features.to(dtype), torch.tensor(answers), [len(example.tokens) for example in examples]), states
+
+
+def split_evenly(examples: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Parts of about equal tokens, the longest documents dealt first."""
+    found: list[list[Example]] = [[] for _ in range(parts)]
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        min(found, key=lambda part: sum(len(held.tokens) for held in part)).append(example)
+    return found
+
+
+def held_out_tau(
+    network: DraftNetwork, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, settings: TrainSettings
+) -> tuple[float, list[float]]:
+    """Simulated tau (1 + mean number of leading steps right) over all slots, and P(step k right | steps before right)."""
+    steps = settings.unroll_steps
+    leading, alive, right = 0, [0] * steps, [0] * steps
+    slots_seen = 0
+    for first in range(0, len(examples), 8):
+        batch, states = make_batch(examples[first : first + 8], source, network.dtype)
+        good = torch.ones(len(batch.tokens), dtype=torch.bool)
+        for i, step in enumerate(unroll(network, batch, steps)):
+            slots_seen += len(step.slots) if i == 0 else 0
+            guesses = vocab.to_target(network.logits(step.a).argmax(-1))
+            hit = guesses == states.favourites[step.teacher_rows]
+            before = good[step.slots]
+            alive[i] += int(before.sum())
+            right[i] += int((hit & before).sum())
+            good[step.slots] = hit & before
+    leading = sum(right)
+    return 1 + leading / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
+
+
+def target_head(target: Target) -> tuple[Tensor, Tensor]:
+    """The loose head and final norm of a target that was not prepared yet."""
+    return target.lm_head.weight.detach(), target.model.norm.weight.detach()

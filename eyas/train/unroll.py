@@ -1,0 +1,151 @@
+"""The training-time test: run the draft on its own output for several steps, as decoding will (EAGLE-3, draft model training).
+
+An unroll is a comb-shaped tree: the parent of (step i, slot j) is (i-1, j), of (0, j) it is (0, j-1). So under the one ancestor rule a
+row sees step-0 keys 0..j and its own slot's later keys, never a later step-0 key, whose feature the target would not have computed yet.
+Here that is computed as causal scores against step 0 and one dot product for each own key, in one softmax; the dense mask is the tests'.
+Knows the network and packed documents; knows nothing of files, optimisers or where features come from.
+
+    slot        0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
+    feature    f0   f1   f2     step 1: (a_j, t_{j+2}) at position j+1    -> p_{j+2}
+    token      t1   t2   t3     step i: (a_j, t_{j+1+i}) at position j+i  -> p_{j+1+i}, the law of t_{j+2+i}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eyas.model.draft import DraftNetwork
+from eyas.train.losses import soft_cross_entropy
+
+# Axes: M rows of all documents of a batch, N slots that count at a step, H width, D draft vocabulary
+
+
+@dataclass
+class Batch:
+    """Documents laid end to end."""
+
+    tokens: Tensor  # [M] int64
+    features: Tensor  # [M, 3H]
+    answers: Tensor  # [M] int64: number of the answer a token belongs to (different for every answer of the batch), -1 outside
+    lengths: list[int]  # of the documents; they sum to M
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
+        changes = torch.cat([(self.answers[1:] != self.answers[:-1]).nonzero()[:, 0], torch.tensor([len(self.answers) - 1])])
+        last = changes[torch.searchsorted(changes, torch.arange(len(self.answers)))]  # last row of the answer a row belongs to
+        rows = torch.arange(len(self.answers) - 1)
+        counted = torch.where(self.answers[1:] >= 0, last[1:] - rows - 1, 0)
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)
+        counted[starts[1:-1] - 1] = 0  # a document's last row has no next token of its own
+        slots = (counted > 0).nonzero()[:, 0]
+        return slots, counted[slots]
+
+
+class Step(NamedTuple):
+    """What the draft made of the slots that count at one step."""
+
+    slots: Tensor  # [N] rows of the batch
+    a: Tensor  # [N, H] output before the final norm
+    teacher_rows: Tensor  # [N] rows of the batch whose law is the teacher: slot + 1 + step
+
+
+def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
+    """Yield each step; gradients flow through all. `depths` [N]: steps after which a slot drops out (default: none does early)."""
+    attention = network.midlayer.self_attn
+    place = torch.cat([torch.arange(length) for length in batch.lengths])
+    following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
+    slots, counted = batch.slots()
+    counted = counted if depths is None else torch.minimum(counted, depths)
+    g = network.fuse(batch.features)
+    own: list[tuple[Tensor, Tensor]] = []
+    x = g[slots]
+    for step in range(steps):
+        if step == 0:
+            q, k0, v0 = heads(network, following[1 : len(g) + 1], g, place)
+            q = q[slots]
+        else:
+            going = counted > step
+            slots, counted, x = slots[going], counted[going], x[going]
+            own = [(k[going], v[going]) for k, v in own]
+            q, k, v = heads(network, following[slots + 1 + step], network.fed_back(x), place[slots] + step)
+            own.append((k, v))
+            x = network.fed_back(x)
+        mixed = comb_attention(q, k0, v0, own, slots, batch.lengths)
+        x = x + attention.out(mixed)
+        x = x + network.midlayer.mlp(network.midlayer.post_attention_layernorm(x))
+        yield Step(slots, x, slots + 1 + step)
+
+
+def heads(network: DraftNetwork, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending."""
+    caught: list[Tensor] = []
+
+    def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        caught.extend((q, k, v))
+        return q.new_zeros(0, q.shape[1] * q.shape[2])
+
+    block = network.midlayer
+    both = torch.cat([block.input_layernorm(network.embed(tokens)), block.hidden_norm(g)], -1)
+    block.self_attn(both, network.rotary(positions, network.dtype), catch)
+    return caught[0], caught[1], caught[2]
+
+
+def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor, Tensor]], slots: Tensor, lengths: list[int]) -> Tensor:
+    """[N, q*d]: slot j sees step-0 keys 0..j of its document and its own slot's later keys, in one softmax. Works document by document."""
+    N, heads_q, d = q.shape
+    groups = heads_q // k0.shape[1]
+    q = q.view(N, -1, groups, d) * d**-0.5
+    own_scores = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in own], -1) if own else q.new_zeros(*q.shape[:-1], 0)  # [N,k,g,own]
+    outputs, start, first = [], 0, 0
+    ends = torch.searchsorted(slots, torch.tensor(lengths).cumsum(0)).tolist()
+    for length, end in zip(lengths, ends):
+        if end > first:
+            rows = slots[first:end] - start
+            last = int(rows[-1]) + 1  # keys behind the last slot are seen by none
+            hidden = torch.arange(last)[None] > rows[:, None]
+            outputs.append(one_document(q[first:end], k0[start : start + last], v0[start : start + last], own_scores[first:end], hidden))
+        start, first = start + length, end
+    mixed = torch.cat([out for out, _ in outputs])
+    shares = torch.cat([share for _, share in outputs])
+    for i, (_, v) in enumerate(own):
+        mixed = mixed + shares[..., i, None] * v[:, :, None]
+    return mixed.reshape(N, heads_q * d)
+
+
+def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """q [n,k,g,d] over m step-0 keys [m,k,d]: the step-0 part of the result [n,k,g,d] and the shares [n,k,g,own] of the slots' own keys."""
+    n, kv_heads, groups, d = q.shape
+    folded = q.permute(1, 2, 0, 3).reshape(kv_heads, groups * n, d)
+    scores = torch.bmm(folded, k0.permute(1, 2, 0)).view(kv_heads, groups, n, -1).masked_fill(hidden, float("-inf"))
+    shares = torch.cat([scores, own_scores.permute(1, 2, 0, 3)], -1).softmax(-1)
+    m = k0.shape[0]
+    mixed = torch.bmm(shares[..., :m].reshape(kv_heads, groups * n, m), v0.transpose(0, 1)).view(kv_heads, groups, n, d)
+    return mixed.permute(2, 0, 1, 3), shares[..., m:].permute(2, 0, 1, 3)
+
+
+def unrolled_loss(
+    network: DraftNetwork,
+    batch: Batch,
+    teacher_MD: Tensor,
+    within_M: Tensor,
+    steps: int,
+    decay: float,
+    depths: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], int]:
+    """Sum over steps of decay**i times the mean cross-entropy of step i; also the steps' losses and the number of slots.
+
+    `teacher_MD`: the target's law over the draft vocabulary at every row. `within_M`: whether the target's favourite token there is in
+    the draft vocabulary; slots where it is not add nothing to the sum but stay in the mean (SafeAILab's mask).
+    """
+    losses, count = [], 0
+    for step in unroll(network, batch, steps, depths):
+        weight = within_M[step.teacher_rows].to(step.a.dtype) / max(len(step.slots), 1)
+        losses.append(soft_cross_entropy(network.norm(step.a), network.lm_head.weight, teacher_MD[step.teacher_rows], weight))
+        count = max(count, len(step.slots))
+    total = sum(decay**i * loss for i, loss in enumerate(losses))
+    return total, [loss.detach() for loss in losses], count

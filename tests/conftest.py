@@ -1,0 +1,23 @@
+"""What every test may ask for. Helpers that are plain functions live in tests/tiny.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eyas.config import EyasError
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The embedded target's directory; mark tests that use it `real`. With EYAS_REQUIRE_REAL set, its absence is a failure."""
+    from eyas.model.embedded import embedded_target
+
+    try:
+        return embedded_target()
+    except EyasError as error:
+        if os.environ.get("EYAS_REQUIRE_REAL"):
+            pytest.fail(f"EYAS_REQUIRE_REAL is set, and {error}")
+        pytest.skip(str(error))

@@ -1,0 +1,89 @@
+"""Tiny models and a byte tokenizer for tests: random weights, nothing downloaded, ready in milliseconds on any CPU.
+
+Knows shapes and seeds; knows nothing of drafts or of decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from eyas.config import TargetConfig
+from eyas.model.draft import DraftNetwork, draft_config
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+
+CHATML = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
+SHARPNESS = 2.5  # standard deviation of the logits: the likeliest of 53 tokens then has about a third of the mass
+
+
+def tiny_config(**changes) -> TargetConfig:
+    """Five layers, 53 tokens, two query heads for each key-value head."""
+    sizes = {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    }
+    return TargetConfig(**sizes | changes)
+
+
+def tiny_target(seed: int = 0, dtype: torch.dtype = torch.float64, prepare: bool = True, **changes) -> Target:
+    """A target whose law is peaked but not degenerate; the weights are the same for a seed in every `dtype`, up to rounding."""
+    target = Target(tiny_config(**changes)).double()
+    randomize(target, seed)
+    target = target.to(dtype).eval().requires_grad_(False)
+    return target.prepare() if prepare else target
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module, seed: int = 0) -> None:
+    """Fill every parameter of a Llama-shaped model, norms and biases too: zeros and ones would hide a mistake."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        if "norm" in name:
+            value = 1 + 0.2 * noise
+        elif parameter.dim() == 1:
+            value = 0.2 * noise
+        else:
+            value = noise * (SHARPNESS if "lm_head" in name or "embed" in name else 1) * parameter.shape[1] ** -0.5
+        parameter.copy_(value)
+
+
+def byte_tokenizer(template: str | None = CHATML, merges=(), trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: one token a byte, but for `merges`; of the special tokens only <s> and </s> have a name of their own."""
+    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {left + right: len(vocab) + index for index, (left, right) in enumerate(merges)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, **settings) -> tuple[DraftNetwork, DraftVocab]:
+    """A random float64 draft for a tiny target, not packed; its vocabulary is a seeded choice of the target's."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(target.config.vocab_size, generator=draw)[:draft_vocab_size].sort().values
+    config = draft_config(target.config, draft_vocab_size, (1, 2, 4), **settings)
+    network = DraftNetwork(config, target.model.embed_tokens.weight.detach()).double()
+    randomize(network, seed)
+    return network, DraftVocab(ids, target.config.vocab_size)
+
+
+def reference_weights(network: DraftNetwork) -> dict[str, torch.Tensor]:
+    """A network's weights as the slow reference takes them."""
+    return {**dict(network.named_parameters()), "embed_tokens.weight": network.embedding[0]}

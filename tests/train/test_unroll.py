@@ -1,0 +1,87 @@
+"""The training-time test: the fast unroll is the slow reference, slot by slot, loss and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eyas import reference
+from eyas.train.unroll import Batch, unroll, unrolled_loss
+from tests.tiny import reference_weights, tiny_draft, tiny_target
+
+STEPS, DECAY = 5, 0.8
+
+
+def documents(vocab_size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and answer numbers of documents: one answer, two answers, a short answer, an answer that ends the document."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [[(-1, 4), (0, 9)], [(-1, 3), (0, 5), (-1, 4), (1, 7), (-1, 2)], [(-1, 5), (0, 2), (-1, 1)], [(-1, 2), (0, 1), (-1, 2), (1, 6)]]
+    found = []
+    for shape in shapes:
+        answers = torch.tensor([number for number, count in shape for _ in range(count)])
+        found.append((torch.randint(0, vocab_size, (len(answers),), generator=draw), answers))
+    return found
+
+
+def packed(docs, features) -> Batch:
+    answers, used = [], 0
+    for _, numbers in docs:
+        answers.append(torch.where(numbers >= 0, numbers + used, -1))
+        used += int(numbers.max()) + 1
+    return Batch(torch.cat([t for t, _ in docs]), torch.cat(features), torch.cat(answers), [len(t) for t, _ in docs])
+
+
+@pytest.mark.parametrize("settings", [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+def test_unrolled_loss_and_gradients_equal_the_reference(settings):
+    target = tiny_target()
+    network, vocab = tiny_draft(target, **settings)
+    docs = documents(target.config.vocab_size)
+    draw = torch.Generator().manual_seed(3)
+    features = [torch.randn(len(t), 3 * 32, generator=draw, dtype=torch.float64) for t, _ in docs]
+    logits = [3 * torch.randn(len(t), target.config.vocab_size, generator=draw, dtype=torch.float64) for t, _ in docs]
+    weights = reference_weights(network)
+    slots = [[int(reference.loss_slots(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
+    expected = torch.zeros((), dtype=torch.float64)
+    for (tokens, answers), feature, logit, counts in zip(docs, features, logits, slots):
+        _, losses = reference.unrolled_loss(weights, network.config, tokens, feature, logit, answers, vocab.ids, STEPS, DECAY)
+        for step, loss in enumerate(losses):  # the batch's mean is over all documents' slots, the reference's over one document's
+            expected = expected + DECAY**step * loss * counts[step] / sum(count[step] for count in slots)
+    teacher = torch.cat(logits)[:, vocab.ids].softmax(-1)
+    within = vocab.contains(torch.cat(logits).argmax(-1))
+    loss, _, count = unrolled_loss(network, packed(docs, features), teacher, within, STEPS, DECAY)
+    assert count == sum(counts[0] for counts in slots)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    parameters = list(network.parameters())
+    for ours, theirs in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_every_slot_of_every_step_equals_the_reference():
+    target = tiny_target()
+    network, _ = tiny_draft(target)
+    docs = documents(target.config.vocab_size)
+    features = [torch.randn(len(t), 3 * 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, (t, _) in enumerate(docs)]
+    expected = [reference.unroll(reference_weights(network), network.config, t, f, STEPS) for (t, _), f in zip(docs, features)]
+    starts = torch.tensor([0, *(len(t) for t, _ in docs)]).cumsum(0)
+    for i, step in enumerate(unroll(network, packed(docs, features), STEPS)):
+        wanted = [start + slot for (_, answers), start in zip(docs, starts.tolist()) for slot in reference.loss_slots(answers, i).nonzero()[:, 0].tolist()]
+        assert step.slots.tolist() == wanted
+        assert torch.equal(step.teacher_rows, step.slots + 1 + i)
+        document = torch.searchsorted(starts, step.slots, right=True) - 1
+        for d, slot, a in zip(document.tolist(), step.slots.tolist(), step.a):
+            torch.testing.assert_close(a, expected[d][i, slot - starts[d]], rtol=1e-10, atol=1e-10)
+
+
+def test_slots_that_drop_out_leave_the_others_as_they_were():
+    target = tiny_target()
+    network, _ = tiny_draft(target)
+    docs = documents(target.config.vocab_size)
+    features = [torch.randn(len(t), 3 * 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, (t, _) in enumerate(docs)]
+    batch = packed(docs, features)
+    slots, counted = batch.slots()
+    depths = torch.randint(1, STEPS + 1, (len(slots),), generator=torch.Generator().manual_seed(5))
+    whole = list(unroll(network, batch, STEPS))
+    for i, step in enumerate(unroll(network, batch, STEPS, depths)):
+        assert step.slots.tolist() == slots[torch.minimum(counted, depths) > i].tolist()
+        place = torch.searchsorted(whole[i].slots, step.slots)
+        torch.testing.assert_close(step.a, whole[i].a[place], rtol=1e-12, atol=1e-12)
