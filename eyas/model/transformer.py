@@ -51,7 +51,7 @@ class Rotary:
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None, positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies [d/2] and the factor on cos and sin; scaled forms (llama3, yarn, linear, ...) are transformers' own."""
     if not scaling or scaling.get("rope_type", scaling.get("type")) in (None, "default"):
-        return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim), 1.0
+        return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim), 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

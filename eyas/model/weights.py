@@ -34,11 +34,14 @@ SUPPORTED = {  # model_type -> flags that its config leaves unsaid
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EyasError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EyasError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise EyasError(f"{path} holds no JSON object")
+    return content
 
 
 def target_config(directory: Path) -> TargetConfig:
@@ -49,6 +52,9 @@ def target_config(directory: Path) -> TargetConfig:
         raise EyasError(f"{directory} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
     if raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
         raise EyasError(f"{directory} has MLP biases or an activation other than silu, which eyas does not compute")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if absent := [key for key in needed if key not in raw]:
+        raise EyasError(f"{directory / 'config.json'} lacks {', '.join(absent)}")
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     rope = raw.get("rope_parameters") or {}  # transformers 5 puts theta and scaling here
     scaling = rope or raw.get("rope_scaling")
@@ -87,7 +93,10 @@ def end_of_turn_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a directory: model.safetensors, or the shards that its index lists."""
     if (directory / INDEX).exists():
-        files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+        where = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(where, dict):
+            raise EyasError(f"{directory / INDEX} has no weight_map; copy or download it again")
+        files = sorted(set(where.values()))
     else:
         files = ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
@@ -105,8 +114,13 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy tensors into the module's parameters by name; every name and shape must fit."""
     own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
+    first = {id(parameter): name for name, parameter in own.items()}
+    every = module.named_parameters(remove_duplicate=False)
+    again = {name: first[id(parameter)] for name, parameter in every if name in tensors and name not in own}  # stored twice: Qwen3-0.6B
     problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in own]
+    problems += [f"unknown {name}" for name in tensors if name not in own and name not in again]
+    unequal = [(name, twin) for name, twin in again.items() if twin in tensors and not torch.equal(tensors[name], tensors[twin])]
+    problems += [f"{name} differs from {twin}, to which it is tied" for name, twin in unequal]
     shapes = [(name, tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors]
     problems += [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
     if problems:
@@ -131,7 +145,12 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         old = work.with_name(work.name + "-old")
         if final.exists():
             os.replace(final, old)
-        os.replace(work, final)
+        try:
+            os.replace(work, final)
+        except BaseException:
+            if old.exists():
+                os.replace(old, final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise EyasError(f"cannot write {final}: {error.strerror or error}; what was there before is untouched") from None
@@ -149,7 +168,7 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: i
             return
         shards: list[dict[str, Tensor]] = [{}]
         for name, tensor in tensors.items():
-            if sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > largest_file:
+            if shards[-1] and sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > largest_file:
                 shards.append({})
             shards[-1][name] = tensor
         names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
@@ -197,10 +216,10 @@ def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] =
 
     try:
         reader = GGUFReader(path)
-    except (OSError, ValueError) as error:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, IndexError) as error:  # IndexError: the file ends early
         raise EyasError(f"{path} cannot be read as GGUF ({error})") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    kind = fields["general.architecture"]
+    kind = fields.get("general.architecture")
     if kind not in SUPPORTED:
         raise EyasError(f"{path} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
     config = gguf_config(fields, {tensor.name for tensor in reader.tensors})

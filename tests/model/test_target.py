@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -158,7 +159,7 @@ def test_chunked_prefill_is_one_pass(chunks):
 )
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_ragged_pass_is_separate_passes(counts, turned):
-    """Sequence i is 2i + 1 rows old, the last none; `turned` passes the sequences in reverse. Four and more single rows go as one product."""
+    """Sequence i is 2i + 1 rows old, the last none; `turned`: in reverse order. Four or more single rows go as one product."""
     target = tiny_target()
     texts = [text(2 * slot + 1 + counts[slot], seed=slot) for slot in range(len(counts))]
     texts[-1] = text(counts[-1], seed=99)
@@ -349,7 +350,7 @@ def test_parts_of_the_keys_merge_into_attention_over_all(cuts, age):
     seen = behind_prefix(causal_mask(10 - age), age)[-4:]
     whole = grouped_attention(q, k, v, torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf")).repeat(2, 1))
     edges = [0, *cuts, 10]
-    parts = [attention_with_lse(q, k[:, a:b], v[:, a:b], seen[:, a:b]) for a, b in zip(edges, edges[1:])]
+    parts = [attention_with_lse(q, k[:, a:b], v[:, a:b], seen[:, a:b]) for a, b in itertools.pairwise(edges)]
     lses = torch.stack([lse for _, lse in parts])
     shares = lses.softmax(0).repeat_interleave(8, -1)
     assert_close((shares * torch.stack([out for out, _ in parts])).sum(0), whole, **EXACT)
@@ -359,7 +360,9 @@ def test_parts_of_the_keys_merge_into_attention_over_all(cuts, age):
 # ---- packed weights, number formats ----
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "attention_out_bias": True, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "attention_out_bias": True, "qk_norm": True}]
+)
 def test_packed_weights_say_the_same(changes):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         loose, packed = tiny_target(dtype=dtype, prepare=False, **changes), tiny_target(dtype=dtype, **changes)

@@ -54,7 +54,7 @@ def test_missing_surplus_and_misshaped_tensors_are_listed_by_name():
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:7]
     target = tiny_target(seed=1, prepare=False)
     before = target.model.norm.weight.clone()
-    with pytest.raises(EyasError, match="^my weights does not fit: ") as caught:
+    with pytest.raises(EyasError, match=r"^my weights does not fit: ") as caught:
         load_strictly(target, tensors, "my weights")
     message = one_line(caught)
     assert "missing model.layers.3.mlp.up_proj.weight" in message
@@ -78,7 +78,7 @@ def test_tied_weights_may_be_stored_once_or_twice_but_not_twice_and_different():
         target = tiny_target(seed=1, prepare=False, tie_word_embeddings=True)
         load_strictly(target, stored, "tied")
         assert torch.equal(target.lm_head.weight, tensors["model.embed_tokens.weight"])
-    with pytest.raises(EyasError, match="lm_head.weight"):
+    with pytest.raises(EyasError, match=r"lm_head.weight"):
         load_strictly(target, twice | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, "tied")
 
 
@@ -91,13 +91,13 @@ def test_a_truncated_file_is_one_line(tmp_path, kept):
     file = tmp_path / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
-    with pytest.raises(EyasError, match="model.safetensors is damaged or cut short") as caught:
+    with pytest.raises(EyasError, match=r"model.safetensors is damaged or cut short") as caught:
         read_tensors(tmp_path)
     one_line(caught)
 
 
 def test_a_directory_without_weights_or_without_a_shard_names_the_file(tmp_path):
-    with pytest.raises(EyasError, match="holds no model.safetensors") as caught:
+    with pytest.raises(EyasError, match=r"holds no model.safetensors") as caught:
         read_tensors(tmp_path)
     assert str(tmp_path) in one_line(caught)
     save_tensors(tmp_path, parameters(), largest_file=20_000)
@@ -224,7 +224,7 @@ def test_what_fails_inside_leaves_the_old_directory_and_nothing_else(tmp_path, e
 
 def test_a_full_disk_while_tensors_are_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "save_file", lambda *_, **__: boom(SafetensorError("Error while serializing: I/O error: No space left")))
-    with pytest.raises(EyasError, match="cannot write .*model: .*No space left") as caught, atomic_directory(tmp_path / "model") as work:
+    with pytest.raises(EyasError, match=r"cannot write .*model: .*No space left") as caught, atomic_directory(tmp_path / "model") as work:
         save_tensors(work, parameters())
     one_line(caught)
     assert list(tmp_path.iterdir()) == []
@@ -277,7 +277,9 @@ def hugging_face(kind, tied):
     """A model whose weights lose nothing in Q8_0 and bfloat16: integers to 127 times a power of two, 127 in each block of 32."""
     sizes = {name: value for name, value in vars(tiny_config()).items() if name.startswith(("num", "hidden", "max", "head_dim"))}
     vocab = len(fields()["tokenizer.ggml.tokens"])
-    config = AutoConfig.for_model(kind, vocab_size=vocab, intermediate_size=64, tie_word_embeddings=tied, eos_token_id=2, bos_token_id=1, **sizes)
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocab, intermediate_size=64, tie_word_embeddings=tied, eos_token_id=2, bos_token_id=1, **sizes
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     randomize(model)
     draw = torch.Generator().manual_seed(0)
@@ -335,7 +337,9 @@ def write_gguf(path, model, quantized=True, extra=(), **changes):
     return path
 
 
-@pytest.mark.parametrize(("kind", "tied", "quantized"), [("llama", True, True), ("llama", False, False), ("qwen2", True, True), ("qwen3", False, True)])
+@pytest.mark.parametrize(
+    ("kind", "tied", "quantized"), [("llama", True, True), ("llama", False, False), ("qwen2", True, True), ("qwen3", False, True)]
+)
 def test_a_converted_gguf_is_the_original_model(tmp_path, kind, tied, quantized):
     model, steps = hugging_face(kind, tied), []
     path = write_gguf(tmp_path / "tiny.gguf", model, quantized)
@@ -385,7 +389,9 @@ def test_a_gguf_that_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
-@pytest.mark.parametrize("data", [b"", b"no", b"not a GGUF file at all, but text of some length", b"GGUF", b"GGUF\x03\0\0\0" + bytes(16), None])
+@pytest.mark.parametrize(
+    "data", [b"", b"no", b"not a GGUF file at all, but text of some length", b"GGUF", b"GGUF\x03\0\0\0" + bytes(16), None]
+)
 def test_what_is_no_gguf_at_all_is_one_line(tmp_path, data):
     path = tmp_path / "no.gguf"
     if data is not None:

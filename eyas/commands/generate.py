@@ -1,0 +1,65 @@
+"""`eyas generate`: one answer, streamed as rounds commit it, or one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eyas.commands.common import engine_from, request_from
+from eyas.config import EyasError
+from eyas.load import Prompt
+
+JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
+
+
+def run(options: argparse.Namespace) -> int:
+    request, prompt = request_from(options), prompt_from(options)
+    engine = engine_from(options)
+    if options.json:
+        print(json.dumps({key: value for key, value in asdict(engine.generate(prompt, request)).items() if key in JSON_KEYS}))
+        return 0
+    try:
+        for piece in engine.stream(prompt, request):
+            if isinstance(piece, str):
+                print(piece, end="", flush=True)
+            else:
+                print(f"\n[{summary(piece)}]", file=sys.stderr)
+    except KeyboardInterrupt:
+        print()  # what was written stays
+        raise
+    return 0
+
+
+def summary(result: Any) -> str:
+    rate = len(result.tokens) / result.seconds if result.seconds else 0
+    return f"{len(result.tokens)} tokens, {result.rounds} rounds, tau {result.tau:.2f}, {rate:.1f} tokens/s, seed {result.seed}"
+
+
+def prompt_from(options: argparse.Namespace) -> Prompt:
+    """The prompt as text or messages, checked before a model is loaded."""
+    if (options.prompt is None) == (options.messages is None):
+        raise EyasError("give a PROMPT or --messages F.json, one of the two")
+    if options.messages:
+        return read_messages(Path(options.messages), options.system)
+    if not options.prompt.strip():
+        raise EyasError("the prompt is empty; give some text")
+    if options.system is None:
+        return options.prompt
+    if options.raw:
+        raise EyasError("--system needs a chat template, --raw does without one; drop one of the two")
+    return [{"role": "system", "content": options.system}, {"role": "user", "content": options.prompt}]
+
+
+def read_messages(path: Path, system: str | None) -> list[dict[str, str]]:
+    from eyas.model.weights import read_json
+
+    found = read_json(path)
+    messages = found.get("messages") if isinstance(found, dict) else found
+    well = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    if not well or not messages:
+        raise EyasError(f'{path} must hold a list of messages like [{{"role": "user", "content": "..."}}]')
+    return ([{"role": "system", "content": system}] if system else []) + messages

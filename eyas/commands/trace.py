@@ -1,0 +1,28 @@
+"""`eyas trace`: the rounds told step by step, in the order of the paper's inference figure."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from rich.console import Console
+
+from eyas.commands.common import engine_from, request_from
+from eyas.config import EyasError, TreeShape
+from eyas.view.trace import Story
+
+SMALL = TreeShape(8, 3, 2)  # a tree that fits on a page
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.rounds < 1:
+        raise EyasError(f"rounds must be at least 1, not {options.rounds}")
+    request = request_from(options, "eagle3")
+    if request.tree == "auto":
+        request = replace(request, tree=SMALL)
+    if not options.prompt.strip():
+        raise EyasError("the prompt is empty; give some text")
+    engine = engine_from(options)
+    engine.drafter("eagle3")
+    Story(engine, Console(highlight=False)).tell(options.prompt, request, options.rounds)
+    return 0

@@ -1,0 +1,257 @@
+"""Puts a target, its tokenizer and the drafters together: `eyas.load()`.
+
+Knows where models lie and how a prompt becomes tokens; knows nothing of how a round works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eyas.config import PLAIN, EyasError, Sampling, TreeShape, cache_dir
+from eyas.decode.drafter import Drafter, NoDrafter
+from eyas.decode.generate import Decoder, Result, Text, result_of
+from eyas.decode.sampling import derived_seed, new_seed
+from eyas.drafters.draft_model import ModelDrafter
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.drafters.lookup import LookupDrafter
+from eyas.model.draft import check_fits, config_from_file, load_draft
+from eyas.model.embedded import embedded_target
+from eyas.model.target import Target
+from eyas.model.weights import convert_gguf, file_hash, load_strictly, read_tensors, target_config
+
+METHODS = ("eagle3", "lookup", "draft-model", "plain")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUNDLED = Path(__file__).parent / "bundled"
+FIXED_SHAPES = {"lookup": TreeShape.chain(5), "draft-model": TreeShape.chain(2), "plain": PLAIN}
+
+Messages = Sequence[dict[str, str]]
+Prompt = str | Messages
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate with; one object so that command line, Python and benchmarks cannot drift apart."""
+
+    method: str | None = None  # None: eagle3 where there is a draft, else plain
+    tree: str | TreeShape = "auto"
+    sampling: Sampling = Sampling()
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    raw: bool = False  # the prompt is text to go on with, not a user's turn
+    verifier: str = "walk"
+
+
+def target_directory(source: str | Path | None) -> Path:
+    """A Hugging Face directory for: nothing (the embedded target), a directory, a GGUF file, or a hub name."""
+    if source is None or str(source) == "embedded":
+        return embedded_target()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise EyasError(f"{path} does not exist")
+        final = cache_dir() / "targets" / f"gguf-{file_hash(path)[:16]}"
+        if not (final / "config.json").exists():
+            convert_gguf(path, final)
+        return final
+    if path.exists() or str(source).count("/") != 1:
+        raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]))
+    except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        raise EyasError(f"could not fetch {source} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
+
+
+def load_target(directory: Path, precision: str = "bf16", device: str | torch.device = "cpu") -> Target:
+    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read)."""
+    if precision not in PRECISIONS:
+        raise EyasError(f"precision {precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
+    config = target_config(directory)
+    with torch.device("meta"):
+        target = Target(config)
+    target = target.to(PRECISIONS[precision]).to_empty(device=device)
+    if config.tie_word_embeddings:
+        target.lm_head.weight = target.model.embed_tokens.weight
+    tensors = read_tensors(directory)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    load_strictly(target, tensors, f"target {directory}")
+    return target
+
+
+def load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise EyasError(f"{directory} holds no tokenizer that transformers can read ({str(error).splitlines()[0]})") from None
+
+
+def draft_directory(source: str | Path | None, target: Path) -> Path | None:
+    """A draft's directory; without a name, the bundled one for the embedded target and none for others."""
+    if source is None:
+        embedded = target.parent == cache_dir() / "targets" and target.name.startswith("SmolLM2")
+        return BUNDLED if embedded and (BUNDLED / "config.json").exists() else None
+    if str(source) == "bundled":
+        if not (BUNDLED / "config.json").exists():
+            raise EyasError("this installation carries no bundled draft; train one with `eyas train --out DIR`")
+        return BUNDLED
+    path = Path(source).expanduser()
+    if not (path / "config.json").exists():
+        raise EyasError(f"draft {source} is not a directory with a config.json; give one that `eyas train` wrote, or `bundled`")
+    return path
+
+
+def load(
+    target: str | Path | None = None,
+    draft: str | Path | None = None,
+    device: str | None = None,
+    precision: str = "bf16",
+) -> Engine:
+    """Load a target (default: the embedded one) and its draft; see `Engine.generate`."""
+    if device and device.startswith("cuda") and not torch.cuda.is_available():
+        raise EyasError(f"device {device} was asked for, but this PyTorch sees no CUDA device; use --device cpu")
+    directory = target_directory(target)
+    drafted = draft_directory(draft, directory)
+    if drafted:
+        check_fits(config_from_file(drafted), target_config(directory))  # before the target's weights: a misfit is said at once
+    model = load_target(directory, precision, device or "cpu")
+    return Engine(model, load_tokenizer(directory), directory, drafted, precision)
+
+
+class Engine:
+    """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
+
+    def __init__(self, target: Target, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
+        embedding = target.model.embed_tokens.weight.detach()
+        self.drafters: dict[str, Drafter] = {"plain": NoDrafter(), "lookup": LookupDrafter()}
+        if draft:
+            network, vocab = load_draft(draft, embedding, embedding.dtype)
+            self.drafters["eagle3"] = Eagle3Drafter(network.prepare(), vocab)
+        self.target = target.prepare()
+        self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
+        self.watch: Callable[..., None] | None = None
+
+    # ---- prompts ----
+
+    def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise EyasError("the prompt is empty; give some text")
+            if raw:
+                return self.checked(self.tokenizer(prompt)["input_ids"])
+            prompt = [{"role": "user", "content": prompt}]
+        if raw:
+            raise EyasError("raw mode continues plain text; give a string, not messages")
+        if not prompt:
+            raise EyasError("the prompt is empty; give at least one message")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise EyasError(f"{self.directory} has no chat template; use --raw to continue plain text")
+        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return self.checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def checked(self, ids: list[int]) -> list[int]:
+        context = self.target.config.max_position_embeddings
+        if len(ids) >= context:
+            raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
+        return ids
+
+    # ---- methods and shapes ----
+
+    def drafter(self, method: str) -> Drafter:
+        if method not in METHODS:
+            raise EyasError(f"method {method!r} is unknown; choose {', '.join(METHODS)}")
+        if method == "eagle3" and method not in self.drafters:
+            raise EyasError(f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain")
+        if method == "draft-model" and method not in self.drafters:  # the cheapest one there is: the target's own first third
+            layers = max(1, self.target.config.num_hidden_layers // 3)
+            self.drafters[method] = ModelDrafter(self.target.shallow(layers), self.target.config.vocab_size)
+        return self.drafters[method]
+
+    def use_draft_model(self, model: Target) -> None:
+        """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
+        self.drafters["draft-model"] = ModelDrafter(model.prepare(), self.target.config.vocab_size)
+
+    @property
+    def default_method(self) -> str:
+        return "eagle3" if "eagle3" in self.drafters else "plain"
+
+    def shape(self, tree: str | TreeShape, method: str, sampling: Sampling) -> TreeShape:
+        if method == "plain":
+            return PLAIN
+        if isinstance(tree, TreeShape):
+            return tree
+        if tree != "auto":
+            return TreeShape.parse(tree)
+        if method in FIXED_SHAPES:
+            return FIXED_SHAPES[method]
+        from eyas.auto_tree import fastest_shape
+
+        return fastest_shape(self, method, sampling)
+
+    # ---- generation ----
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], request: Request | None = None, **settings: Any) -> Result | list[Result]:
+        """Generate for one prompt (a string or messages) or, for a list of prompts, for all together.
+
+        Settings are `Request`'s fields and `Sampling`'s (temperature, top_k, top_p, min_p), or a finished `request`.
+        """
+        many = is_many(prompt)
+        texts: list[Text] = []
+        for texts in self.rounds(list(prompt) if many else [prompt], request or make_request(**settings)):  # noqa: B007 (the last is wanted)
+            pass
+        results = [result_of(text) for text in texts]
+        return results if many else results[0]
+
+    def stream(self, prompt: Prompt, request: Request | None = None, **settings: Any) -> Iterator[str | Result]:
+        """Yield pieces of text as rounds commit them, then the `Result`."""
+        request = request or make_request(**settings)
+        if is_many(prompt):
+            raise EyasError("stream takes one prompt; use generate for several")
+        for texts in self.rounds([prompt], request):
+            if piece := texts[0].stream.certain():
+                yield piece
+        yield result_of(texts[0])
+
+    def rounds(self, prompts: Sequence[Prompt], request: Request) -> Iterator[list[Text]]:
+        """All texts after prefill and after each round."""
+        if request.max_new_tokens < 1:
+            raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
+        if not prompts:
+            raise EyasError("no prompts were given")
+        method = request.method or self.default_method
+        drafter = self.drafter(method)
+        encoded = [self.encode(prompt, request.raw) for prompt in prompts]
+        shape = self.shape(request.tree, method, request.sampling)
+        seed = new_seed() if request.seed is None else request.seed
+        seeds = [seed] if len(prompts) == 1 else [derived_seed(seed, i) for i in range(len(prompts))]
+        decoder = Decoder(self.target, drafter, request.verifier)
+        decoder.watch = self.watch
+        yield from decoder.run(encoded, shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop)
+
+
+def is_many(prompt: Any) -> bool:
+    """Whether this is a list of prompts rather than one string or one conversation."""
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict)
+
+
+def make_request(**settings: Any) -> Request:
+    """A request from loose settings, Sampling's fields among them."""
+    own = {name: settings.pop(name) for name in list(settings) if name in Request.__dataclass_fields__}
+    law = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
+    if settings:
+        raise EyasError(f"unknown setting {', '.join(settings)}; known are {', '.join(Request.__dataclass_fields__)} and Sampling's")
+    if law:
+        own["sampling"] = Sampling(**law)
+    return Request(**own)

@@ -1,0 +1,119 @@
+"""Tells rounds as the paper's inference figure does: g, the drawn token, a in its place, the tree, the target's draws, the path kept.
+
+Everything shown comes from a real run; knows records of rounds and a console.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree as Drawing
+
+from eyas.decode.generate import RoundRecord, Text
+from eyas.decode.sampling import draw
+from eyas.decode.tree import Tree
+from eyas.load import Engine, Prompt, Request
+
+
+class Story:
+    def __init__(self, engine: Engine, console: Console) -> None:
+        self.engine, self.console = engine, console
+        self.records: list[RoundRecord] = []
+
+    def tell(self, prompt: Prompt, request: Request, rounds: int) -> None:
+        """Run `rounds` rounds and tell each."""
+        self.engine.watch = self.records.append
+        try:
+            for number, texts in enumerate(self.engine.rounds([prompt], request)):
+                text = texts[0]
+                if number == 0:
+                    self.setup(text)
+                else:
+                    self.round(number, text, request)
+                if number == rounds or text.finish_reason:
+                    break
+        finally:
+            self.engine.watch = None
+        written = self.engine.tokenizer.decode(text.tokens[text.prompt_length :])
+        self.say(f"\nWritten in {text.rounds} rounds: [bold]{escape(repr(written))}[/bold]")
+
+    # ---- the parts of the story ----
+
+    def setup(self, text: Text) -> None:
+        prompt = text.tokens[: text.prompt_length]
+        taps = self.engine.drafter("eagle3").wants
+        self.say("[bold]The target reads the prompt[/bold] in one pass.")
+        self.say(f"  {len(prompt)} tokens, ending in {self.words(prompt[-4:])}")
+        self.say(f"  At every token its states before layers {taps[0]}, {taps[1]} and {taps[2]} are kept: low l, middle m, high h.")
+        self.say(f"  The draft's fc fuses each [l ; m ; h] into one vector g: {self.vectors('g', prompt[-3:])}.")
+        self.say(f"  From its logits the target draws {self.word(text.tokens[-1])}. Its g does not exist yet: the target has not read it.")
+
+    def round(self, number: int, text: Text, request: Request) -> None:
+        record = self.records[-1]
+        end = len(text.tokens) - len(record.committed)
+        self.say(f"\n[bold]Round {number}[/bold]")
+        self.draft_steps(record.tree, text.tokens[end - 2])
+        self.say(f"  [bold]The tree[/bold], with each path's chance, and what the target draws there (read in one pass of {len(record.tree)} rows):")
+        self.console.print(self.drawing(record, text, end - 1, request))
+        kept = [record.tree.tokens[row] for row in record.accepted.path[1:]]
+        path = f"keeps {self.words(kept)}" if kept else "keeps no guess"
+        self.say(
+            f"  [bold]The walk[/bold] {path}, and the draw that left the tree, {self.word(record.accepted.bonus)}, is the bonus token: "
+            f"{len(record.committed)} token{'s' if len(record.committed) > 1 else ''} from one pass of the target."
+        )
+        self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {self.vectors('g', [record.tree.tokens[0], *kept])}.")
+
+    def draft_steps(self, tree: Tree, before: int) -> None:
+        """Step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist."""
+        root = tree.tokens[0]
+        self.say(f"  Step 1: the draft reads {self.vectors('g', [before])} with the embedding of {self.word(root)} and makes {self.vectors('a', [root])};")
+        self.say(f"          its head guesses {self.guesses(tree, 0)}")
+        row, step = 0, 2
+        while children := sorted(tree.children[row].values(), key=lambda child: -tree.scores[child]):
+            best = children[0]
+            if not tree.children[best]:
+                break
+            parent, token = tree.tokens[row], tree.tokens[best]
+            self.say(
+                f"  Step {step}: {self.vectors('g', [parent])} does not exist, {self.vectors('a', [parent])} stands in; with {self.word(token)} "
+                f"it gives {self.vectors('a', [token])};"
+            )
+            self.say(f"          its head guesses {self.guesses(tree, best)}")
+            row, step = best, step + 1
+
+    def guesses(self, tree: Tree, row: int) -> str:
+        children = sorted(tree.children[row].values(), key=lambda child: -tree.scores[child])
+        return ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
+
+    def drawing(self, record: RoundRecord, text: Text, position: int, request: Request) -> Drawing:
+        """The tree with scores; the kept path in green, each node with the target's own draw."""
+
+        def label(row: int) -> str:
+            noise = None if request.sampling.greedy else text.noise.at(position + record.tree.depths[row] + 1)
+            drawn = draw(record.logits[row], request.sampling, noise)
+            kept = row in record.accepted.path
+            name = f"[bold green]{self.word(record.tree.tokens[row])}[/bold green]" if kept else self.word(record.tree.tokens[row])
+            chance = f" {math.exp(record.tree.scores[row]):.2f}" if row else ""
+            return f"{name}{chance} [dim]target draws {self.word(drawn)}[/dim]"
+
+        drawings = [Drawing(label(0))]
+        for row in range(1, len(record.tree)):
+            drawings.append(drawings[record.tree.parents[row]].add(label(row)))
+        return drawings[0]
+
+    # ---- words ----
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def word(self, token: int) -> str:
+        return escape(repr(self.engine.tokenizer.decode([token])))
+
+    def words(self, tokens: list[int]) -> str:
+        return " ".join(self.word(token) for token in tokens)
+
+    def vectors(self, letter: str, tokens: list[int]) -> str:
+        """`g_How g_can`: a vector and the token it belongs to."""
+        return " ".join(f"{letter}_{escape(self.engine.tokenizer.decode([token]).strip() or repr(token))}" for token in tokens)
