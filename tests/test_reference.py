@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from eyas import reference as R
 from eyas.config import DraftConfig, TreeShape
+from tests.enumeration import distance, law_of_accept_reject, law_of_walk, random_law, random_parents, random_tree, surprise
 
 H, D, V = 8, 7, 11
 CONFIG = DraftConfig(V, D, H, 12, 2, 1, 4, H, (1, 2, 3), 64)
@@ -58,27 +59,6 @@ def random_document(length: int = n, seed: int = 1) -> tuple[torch.Tensor, torch
     make = torch.Generator().manual_seed(seed)
     tokens = torch.randint(V, (length,), generator=make)
     return tokens, torch.randn(length, 3 * H, generator=make), 2 * torch.randn(length, V, generator=make)
-
-
-def random_parents(rng: random.Random, size: int) -> list[int]:
-    return [-1, *(rng.randrange(node) for node in range(1, size))]
-
-
-def random_tree(rng: random.Random, size: int, vocab: int) -> tuple[list[int], list[int]]:
-    """Tokens and parents, root first, siblings with distinct tokens."""
-    tokens, parents = [0], [-1]
-    while len(tokens) < size:
-        token, parent = rng.randrange(vocab), rng.randrange(len(tokens))
-        if token not in [tokens[child] for child in R.children(parents, parent)]:
-            tokens.append(token)
-            parents.append(parent)
-    return tokens, parents
-
-
-def random_law(rng: random.Random, nodes: int, vocab: int) -> list[list[float]]:
-    """One target distribution for each node; some tokens have no chance at all."""
-    rows = [[rng.random() * (rng.random() < 0.8) for _ in range(vocab)] for _ in range(nodes)]
-    return [[p / (sum(row) or 1) if sum(row) else 1 / vocab for p in row] for row in rows]
 
 
 def drafted_step_by_step(weights, config, prefix: torch.Tensor, features: torch.Tensor, follow: list[int]) -> torch.Tensor:
@@ -130,41 +110,6 @@ def test_comb_positions_are_slot_plus_step():
 # ---- verification ----
 
 
-def law_of_walk(tokens, parents, law) -> dict[tuple[int, ...], float]:
-    """Every way the target can draw at every node, followed by `walk`."""
-    total: dict[tuple[int, ...], float] = defaultdict(float)
-    for draws in itertools.product(range(len(law[0])), repeat=len(tokens)):
-        chance = 1.0
-        for node, draw in enumerate(draws):
-            chance *= law[node][draw]
-        if chance:
-            path, bonus = R.walk(tokens, parents, draws)
-            total[(*(tokens[node] for node in path[1:]), bonus)] += chance
-    return total
-
-
-def law_of_accept_reject(tokens, parents, law) -> dict[tuple[int, ...], float]:
-    """Every way the children can be accepted or rejected, with the distribution really renormalised."""
-    total: dict[tuple[int, ...], float] = defaultdict(float)
-
-    def visit(node: int, committed: tuple[int, ...], chance: float) -> None:
-        p = list(law[node])
-        for child in [k for k, parent in enumerate(parents) if parent == node]:
-            x = tokens[child]
-            visit(child, (*committed, x), chance * p[x]) if p[x] else None
-            chance *= 1 - p[x]
-            p[x] = 0.0
-            if sum(p) <= 1e-12:  # the child took all there was
-                return
-            p = [q / sum(p) for q in p]
-        for token, q in enumerate(p):
-            if q:
-                total[(*committed, token)] += chance * q
-
-    visit(0, (), 1.0)
-    return total
-
-
 def test_walk_has_the_law_of_accept_reject():
     rng = random.Random(1)
     for _ in range(100):
@@ -173,7 +118,7 @@ def test_walk_has_the_law_of_accept_reject():
         law = random_law(rng, len(tokens), vocab)
         walked, rejected = law_of_walk(tokens, parents, law), law_of_accept_reject(tokens, parents, law)
         assert abs(sum(walked.values()) - 1) < 1e-12
-        assert max(abs(walked[text] - rejected[text]) for text in {*walked, *rejected}) < 1e-12
+        assert distance(walked, rejected) < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,15 +127,11 @@ def test_accept_reject_draws_from_its_law(seed: int):
     tokens, parents = random_tree(rng, 6, 4)
     law = random_law(rng, 6, 4)
     exact = law_of_accept_reject(tokens, parents, law)
-    uniforms, runs = iter(rng.random, None), 6000
-    seen = Counter()
-    for _ in range(runs):
+    uniforms, seen = iter(rng.random, None), Counter()
+    for _ in range(6000):
         path, bonus = R.accept_reject(tokens, parents, torch.tensor(law), uniforms)
         seen[(*(tokens[node] for node in path[1:]), bonus)] += 1
-    assert set(seen) <= {text for text, chance in exact.items() if chance > 0}
-    chi_square = sum((seen[text] - runs * chance) ** 2 / (runs * chance) for text, chance in exact.items())
-    freedom = len(exact) - 1
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    assert surprise(seen, exact) < 1
 
 
 def test_accept_reject_never_commits_what_the_target_cannot_draw():

@@ -189,6 +189,13 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def directory_hash(directory: Path) -> str:
+    """sha256 over the weight files of a directory (of the file itself where there is one)."""
+    files = sorted(directory.glob("*.safetensors"))
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 # ---- GGUF ----
 
 GGUF_NAMES = {  # llama.cpp's name of a block's tensor -> Hugging Face's

@@ -7,8 +7,11 @@ Knows the target and the template; knows nothing of drafts.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,15 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from eyas.config import EyasError
+from eyas.config import EyasError, cache_dir
 from eyas.decode.sampling import derived_seed, uniforms
 from eyas.model.target import Rows, Target
 from eyas.model.transformer import Segment
 
 PROBE = "\ue001question\ue001"
+SLOTS = 64  # conversations in flight a worker: beyond this the products gain nothing and the keys leave the cache
+PER_SHARD = 128  # conversations
 
 
 @dataclass(frozen=True)
@@ -263,5 +268,54 @@ def claim_folder(folder: Path, settings: SelfPlay) -> None:
         marker.write_text(json.dumps(key, indent=1))
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+def data_folder(settings: SelfPlay) -> Path:
+    """Where shards of these settings lie: other settings, another folder."""
+    key = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "selfplay" / key
+
+
+def write_own_data(
+    directory: Path,
+    folder: Path,
+    settings: SelfPlay,
+    questions: Sequence[str],
+    tokens: int,
+    workers: int,
+    report: Callable[[int], None],
+) -> None:
+    """Let single-thread workers, each with a seed of its own, write until the folder holds `tokens` answer tokens."""
+    claim_folder(folder, settings)
+
+    def written() -> int:
+        return sum(map(answer_tokens, folder.glob("*.safetensors")))
+
+    report(min(written(), tokens))
+    if written() >= tokens:
+        return
+    context = multiprocessing.get_context("spawn")
+    shares = (directory, folder, settings, list(questions), -(-tokens // workers), tokens)
+    processes = [context.Process(target=work, args=(seed, *shares), daemon=True) for seed in range(1, workers + 1)]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes) and written() < tokens:
+            processes[0].join(2.0)
+            report(min(written(), tokens))
+    finally:
+        for process in processes:
+            process.terminate()
+    if written() < tokens:
+        raise EyasError(f"the target stopped writing at {written()} of {tokens} answer tokens; see the error above")
+
+
+def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions: list[str], own: int, tokens: int) -> None:
+    """One worker: a process with one thread."""
+    from eyas.load import load_target, load_tokenizer
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
+    with torch.inference_mode():
+        target = load_target(directory, "fp32").prepare()
+        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
+        writer = Writer(target, template, settings, questions, SLOTS)
+        write_shards(writer, folder, seed, max(own, 1), min(PER_SHARD, max(1, tokens // 2000)), lambda written, dropped: None)

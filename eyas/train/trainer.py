@@ -28,6 +28,7 @@ from eyas.train.features import Example, StateSource
 from eyas.train.unroll import Batch, unroll, unrolled_loss
 
 CHECKPOINT = "checkpoint"
+FC_SPREAD = 0.3  # of fc's random part at the start, beside the identity on the high feature
 
 
 @dataclass
@@ -70,19 +71,28 @@ class Teacher:
         return self.member_V[favourites_M.clamp_min(0)]
 
 
-def initialise(network: DraftNetwork, target_head: Tensor, target_norm: Tensor, vocab: DraftVocab, seed: int) -> None:
-    """Start the head and its norm from the target's, fc from the high feature, and the rest small and random."""
+def initialise(network: DraftNetwork, target: Target, vocab: DraftVocab, seed: int) -> None:
+    """Start from the target: its head and final norm, its last layer, and fc as the high feature; the rest small and random.
+
+    Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
+    """
     generator = torch.Generator().manual_seed(seed)
+    last, width = target.model.layers[-1], network.config.target_hidden_size
+    own = network.midlayer
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
+        for parameter in network.parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.7 / math.sqrt(parameter.shape[1]), generator=generator)
-        network.lm_head.weight.copy_(target_head[vocab.ids])
-        network.norm.weight.copy_(target_norm)
-        width = network.config.target_hidden_size
-        network.fc.weight.mul_(0.3)
-        if width == network.config.hidden_size:
-            network.fc.weight[:, 2 * width :].diagonal().add_(1.0)
+                parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
+        network.lm_head.weight.copy_(target.lm_head.weight[vocab.ids])
+        network.norm.weight.copy_(target.model.norm.weight)
+        own.mlp.load_state_dict(last.mlp.state_dict())
+        own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
+        own.hidden_norm.weight.copy_(last.input_layernorm.weight)
+        own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)
+        network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
+        network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
 
 
 class Trainer:
@@ -283,8 +293,3 @@ def held_out_tau(
             good[step.slots] = hit & before
     leading = sum(right)
     return 1 + leading / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
-
-
-def target_head(target: Target) -> tuple[Tensor, Tensor]:
-    """The loose head and final norm of a target that was not prepared yet."""
-    return target.lm_head.weight.detach(), target.model.norm.weight.detach()

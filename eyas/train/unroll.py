@@ -71,6 +71,8 @@ def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | Non
         else:
             going = counted > step
             slots, counted, x = slots[going], counted[going], x[going]
+            if len(slots) == 0:  # every answer is shorter than this step reaches
+                return
             own = [(k[going], v[going]) for k, v in own]
             q, k, v = heads(network, following[slots + 1 + step], network.fed_back(x), place[slots] + step)
             own.append((k, v))
@@ -147,5 +149,5 @@ def unrolled_loss(
         weight = within_M[step.teacher_rows].to(step.a.dtype) / max(len(step.slots), 1)
         losses.append(soft_cross_entropy(network.norm(step.a), network.lm_head.weight, teacher_MD[step.teacher_rows], weight))
         count = max(count, len(step.slots))
-    total = sum(decay**i * loss for i, loss in enumerate(losses))
-    return total, [loss.detach() for loss in losses], count
+    total = sum((decay**i * loss for i, loss in enumerate(losses)), torch.zeros(()))
+    return total, [loss.detach() for loss in losses] + [torch.zeros(())] * (steps - len(losses)), count

@@ -1,0 +1,173 @@
+"""The tree keeps its rules: what the constructor refuses, how growth counts, what `best` and `merge` leave, who sees whom."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from eyas import reference
+from eyas.config import TreeShape
+from eyas.decode.tree import Growth, Tree, merge
+from eyas.model import mask
+from tests.enumeration import depths_of, random_parents, random_tree
+
+
+def scored_tree(rng: random.Random, size: int, vocab: int = 4) -> Tree:
+    """Random scores in which a child never beats its parent; some are equal."""
+    tokens, parents = random_tree(rng, size, vocab)
+    scores = [0.0]
+    for parent in parents[1:]:
+        scores.append(scores[parent] - rng.choice([0.0, 0.5, rng.random()]))
+    return Tree(tokens, parents, depths_of(parents), scores)
+
+
+def paths(tree: Tree) -> dict[tuple[int, ...], float]:
+    """Every node as the tokens that lead to it, with its score."""
+    lines: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.tokens, tree.parents):
+        lines.append((*(lines[parent] if parent >= 0 else ()), token))
+    return dict(zip(lines, tree.scores))
+
+
+def ancestors(parents: list[int], row: int) -> set[int]:
+    """The row and all above it."""
+    line = set()
+    while row >= 0:
+        line.add(row)
+        row = parents[row]
+    return line
+
+
+# ---- the constructor ----
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "depths", "words"),
+    [
+        ([1, 5, 5], [-1, 0, 0], [0, 1, 1], "equal siblings"),
+        ([1, 5, 6], [-1, 2, 0], [0, 2, 1], "parents come before children"),
+        ([1, 5], [-1, 1], [0, 1], "parents come before children"),
+        ([1, 5], [-1, -1], [0, 0], "parents come before children"),
+        ([1, 5, 6], [-1, 0, 1], [0, 1, 1], "one deeper than its parent"),
+        ([1, 5], [-1, 0], [1, 2], "row 0 is the root"),
+        ([1, 5], [0, 0], [0, 1], "row 0 is the root"),
+    ],
+)
+def test_a_tree_that_breaks_a_rule_is_refused(tokens, parents, depths, words):
+    with pytest.raises(AssertionError, match=words):
+        Tree(tokens, parents, depths, [0.0] * len(tokens))
+
+
+def test_cousins_may_be_equal():
+    assert len(Tree([1, 5, 6, 7, 7], [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2], [0.0] * 5)) == 5
+
+
+def test_a_chain_and_a_root_are_trees():
+    assert Tree.chain(3, [4, 5], [-1.0, -2.0]) == Tree([3, 4, 5], [-1, 0, 1], [0, 1, 2], [0.0, -1.0, -2.0])
+    assert Tree.root(3) == Tree([3], [-1], [0], [0.0])
+
+
+# ---- growth ----
+
+
+def grown(rng: random.Random, shape: TreeShape, vocab: int = 40) -> Growth:
+    growth = Growth(7, shape.top_k)
+    for _ in range(shape.depth + 1):
+        frontier = growth.frontier()
+        tokens = [rng.sample(range(vocab), shape.top_k) for _ in frontier]
+        growth.expand(frontier, tokens, [sorted((-5 * rng.random() for _ in range(shape.top_k)), reverse=True) for _ in frontier])
+    return growth
+
+
+def test_60x7x10_expands_ten_nodes_a_level_and_drafts_59_on_at_most_8_levels():
+    shape = TreeShape.parse("60x7x10")
+    for seed in range(5):
+        growth = grown(random.Random(seed), shape)
+        assert len(growth.tokens) == 1 + 10 + 7 * 100
+        assert len(growth.expanded) == 1 + 7 * 10
+        tree = growth.tree(shape.nodes)
+        assert len(tree) - 1 == 59
+        assert max(tree.depths) <= shape.levels == 8
+
+
+def test_a_level_expands_its_best_and_ties_go_to_the_earlier_made():
+    growth = Growth(0, 2)
+    growth.expand([0], [[5, 6, 7]], [[-1.0, -1.0, -1.0]])
+    assert growth.frontier() == [1, 2]
+    growth.expand([1, 2], [[1, 2], [3, 4]], [[-3.0, -3.0], [-1.0, -2.0]])
+    assert growth.frontier() == [6, 7]
+
+
+def test_impossible_children_are_not_made():
+    growth = Growth(0, 3)
+    growth.expand([0], [[5, 6, 7]], [[-1.0, float("-inf"), float("-inf")]])
+    assert growth.tree(60).tokens == [0, 5]
+    growth.expand([1], [[5]], [[float("-inf")]])
+    assert growth.frontier() == []
+
+
+def test_sight_is_being_an_ancestor():
+    for seed in range(5):
+        rng = random.Random(seed)
+        growth = grown(rng, TreeShape(30, seed, 1 + seed))
+        frontier = growth.frontier()
+        columns = growth.expanded + frontier
+        expected = [[column in ancestors(growth.parents, node) for column in columns] for node in frontier]
+        assert growth.sight(frontier).tolist() == expected
+
+
+def test_best_keeps_parents_and_the_best_scores():
+    rng = random.Random(3)
+    for _ in range(200):
+        tree = scored_tree(rng, rng.randint(1, 25))
+        nodes = rng.randint(1, 25)
+        kept = tree.best(nodes)  # its constructor refuses an orphan
+        assert len(kept) == min(nodes, len(tree))
+        assert paths(kept).items() <= paths(tree).items()
+        assert sorted(kept.scores) == sorted(tree.scores)[-nodes:]
+
+
+def test_best_breaks_ties_by_order():
+    tree = Tree([0, 5, 6, 7], [-1, 0, 0, 0], [0, 1, 1, 1], [0.0, -2.0, -1.0, -2.0], [1.0, 0.1, 0.2, 0.3])
+    assert tree.best(3) == Tree([0, 5, 6], [-1, 0, 0], [0, 1, 1], [0.0, -2.0, -1.0], [1.0, 0.1, 0.2])
+
+
+# ---- merge ----
+
+
+def test_merged_paths_are_the_union_and_the_larger_score_stays():
+    rng = random.Random(4)
+    for _ in range(200):
+        trees = [scored_tree(rng, rng.randint(1, 15)) for _ in range(rng.randint(1, 4))]
+        expected: dict[tuple[int, ...], float] = {}
+        for tree in trees:
+            for path, score in paths(tree).items():
+                expected[path] = max(score, expected.get(path, float("-inf")))
+        merged = merge(trees)
+        assert paths(merged) == expected
+        assert all(merged.scores[row] <= merged.scores[merged.parents[row]] for row in range(1, len(merged)))
+        assert paths(merge(trees[::-1])) == expected, "the order of the trees does not matter"
+        assert merge([merged, merged]) == merged
+        assert paths(merge([merge(trees[:1]), merge(trees)])) == expected
+
+
+def test_merge_refuses_other_roots_and_drops_q():
+    with pytest.raises(AssertionError, match="share their root"):
+        merge([Tree.root(1), Tree.root(2)])
+    sampled = Tree([1, 2], [-1, 0], [0, 1], [0.0, -1.0], [1.0, 0.5])
+    assert merge([sampled, Tree.root(1)]).q is None
+
+
+# ---- who sees whom ----
+
+
+def test_ancestor_mask_is_being_an_ancestor_and_the_references_mask():
+    rng = random.Random(5)
+    for _ in range(200):
+        parents = random_parents(rng, rng.randint(1, 30))
+        seen = mask.ancestor_mask(parents)
+        assert torch.equal(seen, reference.ancestor_mask(parents))
+        assert [set(row.nonzero()[:, 0].tolist()) for row in seen] == [ancestors(parents, row) for row in range(len(parents))]
+    assert torch.equal(mask.ancestor_mask(list(range(-1, 9))), mask.causal_mask(10))
