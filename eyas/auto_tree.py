@@ -20,14 +20,20 @@ if TYPE_CHECKING:
     from eyas.load import Engine
 
 CANDIDATES = [PLAIN, *map(TreeShape.parse, ("chain:1", "chain:2", "chain:3", "6x2x3", "8x3x3", "12x3x4", "20x4x5"))]
-PROMPTS = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.", "List three uses of a paper clip.")
+PROMPTS = (
+    "Explain how a bicycle stays upright.",
+    "Write a short letter to a friend about the weather.",
+    "List three uses of a paper clip.",
+)
 TOKENS = 32
 
 
 def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
     """Look the shape up under what decides it (machine, threads, model, draft, precision, greedy or not), or time it."""
     path = cache_dir() / "shapes.json"
-    key = "|".join(map(str, (machine(), torch.get_num_threads(), engine.directory.name, draft_key(engine), engine.precision, method, sampling.greedy)))
+    key = "|".join(
+        map(str, (machine(), torch.get_num_threads(), engine.directory.name, draft_key(engine), engine.precision, method, sampling.greedy))
+    )
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         print("timing a few tree shapes (once on this machine) ...", file=sys.stderr, flush=True)

@@ -41,15 +41,23 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded target)")
     train.add_argument("--out", required=True, help="directory of the draft; checkpoints go there too")
     train.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
-    train.add_argument("--self-play", type=int, metavar="TOKENS", default=None, help="answer tokens for the target to write itself (default 400000)")
-    train.add_argument("--seed-prompts", metavar="F.jsonl", help="conversations whose first user turns a quarter of the self-written ones take")
+    train.add_argument(
+        "--self-play", type=int, metavar="TOKENS", default=None, help="answer tokens for the target to write itself (default 400000)"
+    )
+    train.add_argument(
+        "--seed-prompts", metavar="F.jsonl", help="conversations whose first user turns a quarter of the self-written ones take"
+    )
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")
     train.add_argument("--minutes", type=float, help="stop after so many minutes of training (default 60 if nothing else is given)")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
-    train.add_argument("--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)")
-    train.add_argument("--unroll", type=int, default=TrainSettings.unroll_steps, help="steps of the training-time test (default %(default)s)")
+    train.add_argument(
+        "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
+    )
+    train.add_argument(
+        "--unroll", type=int, default=TrainSettings.unroll_steps, help="steps of the training-time test (default %(default)s)"
+    )
     train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
@@ -91,10 +99,14 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
     command.add_argument("--top-k", type=int, default=Sampling.top_k)
     command.add_argument("--top-p", type=float, default=Sampling.top_p)
     command.add_argument("--min-p", type=float, default=Sampling.min_p)
-    command.add_argument("--seed", type=int, default=None, help="the same seed gives the same text with any method (default: drawn and reported)")
+    command.add_argument(
+        "--seed", type=int, default=None, help="the same seed gives the same text with any method (default: drawn and reported)"
+    )
     command.add_argument("--max-new-tokens", type=int, default=new_tokens)
     command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
-    command.add_argument("--verifier", choices=("walk", "accept-reject"), default="walk", help="accept-reject is EAGLE's rule, for comparison")
+    command.add_argument(
+        "--verifier", choices=("walk", "accept-reject"), default="walk", help="accept-reject is EAGLE's rule, for comparison"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

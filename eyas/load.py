@@ -29,6 +29,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUNDLED = Path(__file__).parent / "bundled"
 FIXED_SHAPES = {"lookup": TreeShape.chain(5), "draft-model": TreeShape.chain(2), "plain": PLAIN}
 
+GREEDY = Sampling()
+
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
 
@@ -39,7 +41,7 @@ class Request:
 
     method: str | None = None  # None: eagle3 where there is a draft, else plain
     tree: str | TreeShape = "auto"
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     seed: int | None = None
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
@@ -173,7 +175,9 @@ class Engine:
         if method not in METHODS:
             raise EyasError(f"method {method!r} is unknown; choose {', '.join(METHODS)}")
         if method == "eagle3" and method not in self.drafters:
-            raise EyasError(f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain")
+            raise EyasError(
+                f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain"
+            )
         if method == "draft-model" and method not in self.drafters:  # the cheapest one there is: the target's own first third
             layers = max(1, self.target.config.num_hidden_layers // 3)
             self.drafters[method] = ModelDrafter(self.target.shallow(layers), self.target.config.vocab_size)

@@ -48,8 +48,7 @@ def texts(engine: Engine, drafter, shape: TreeShape, sampling: Sampling, prompts
     for first in range(0, len(prompts), 25):
         encoded = [engine.encode(prompt) for prompt in prompts[first : first + 25]]
         seeds = [derived_seed(11, first + i) for i in range(len(encoded))]
-        for everyone in Decoder(engine.target, drafter).run(encoded, shape, sampling, seeds, tokens):
-            pass
+        *_, everyone = Decoder(engine.target, drafter).run(encoded, shape, sampling, seeds, tokens)
         found += [text.tokens[text.prompt_length :] for text in everyone]
     return found
 

@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     config = target_config(directory)
     taps = taps_from(options.taps, config.num_hidden_layers)
     if settings.draft_vocab_size > config.vocab_size:
-        raise EyasError(f"a draft vocabulary of {settings.draft_vocab_size} is larger than the target's {config.vocab_size}; lower --draft-vocab")
+        raise EyasError(
+            f"a draft vocabulary of {settings.draft_vocab_size} is larger than the target's {config.vocab_size}; lower --draft-vocab"
+        )
     workers = options.workers or os.cpu_count() or 1
     target = load_target(directory, "fp32")
     hash_of_target = directory_hash(directory)
@@ -181,7 +183,8 @@ def make_trainer(
     ids = draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids)
     vocab = DraftVocab(ids, config.vocab_size)
     slots = sum(number >= 0 for example in kept for number in example.answers)
-    console.print(f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out; {coverage(held_out, vocab):.1%} of theirs in the draft vocabulary")
+    told = f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out"
+    console.print(f"{told}; the draft vocabulary covers {coverage(held_out, vocab):.1%} of their answers")
     network = DraftNetwork(
         draft_config(config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output),
         target.model.embed_tokens.weight.detach(),
@@ -251,4 +254,6 @@ def resume_words(options: argparse.Namespace) -> str:
 
 
 def progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=console)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=console
+    )

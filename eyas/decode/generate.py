@@ -176,7 +176,9 @@ class Decoder:
         first = draw(out.logits[-1], sampling, noise)
         commit(sequence, [first], self.target.config.eos_token_ids)
         if not sequence.finish_reason:
-            self.drafter.observe(sequence.slot, [*prompt, first][: sequence.prompt_length + 1], torch.cat(features) if self.drafter.wants else None)
+            self.drafter.observe(
+                sequence.slot, [*prompt, first][: sequence.prompt_length + 1], torch.cat(features) if self.drafter.wants else None
+            )
 
     def run(
         self,
@@ -218,9 +220,7 @@ def commit(sequence: Text, tokens: Sequence[int], end_ids: Sequence[int]) -> lis
     for token in tokens:
         sequence.tokens.append(token)
         committed.append(token)
-        if token in end_ids:
-            sequence.finish_reason = "stop"
-        elif sequence.stream.push(token):
+        if token in end_ids or sequence.stream.push(token):
             sequence.finish_reason = "stop"
         elif sequence.remaining <= 0:
             sequence.finish_reason = "length"

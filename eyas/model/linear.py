@@ -44,7 +44,9 @@ class Dense:
         weight = torch.cat([layer.weight.detach() for layer in self.layers])
         bias = None if self.layers[0].bias is None else torch.cat([layer.bias.detach() for layer in self.layers])
         self.result = result or weight.dtype
-        self.onednn = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        self.onednn = (
+            weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        )
         if self.onednn:
             exact = self.result == torch.float32 or not cpu_multiplies_bfloat16()
             weight = weight.float() if exact else weight

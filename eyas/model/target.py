@@ -93,7 +93,8 @@ class Target(nn.Module):
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
         if not 0 < layers < self.config.num_hidden_layers:
-            raise EyasError(f"the target has {self.config.num_hidden_layers} layers; a shallow draft needs 1 to {self.config.num_hidden_layers - 1}, not {layers}")
+            most = self.config.num_hidden_layers - 1
+            raise EyasError(f"the target has {most + 1} layers; a shallow draft needs 1 to {most}, not {layers}")
         cut = Target.__new__(Target)
         nn.Module.__init__(cut)
         cut.config = TargetConfig(**{**vars(self.config), "num_hidden_layers": layers})
@@ -106,7 +107,7 @@ class Target(nn.Module):
 
 def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
     """Three different layers of the target in ascending order, or one line that says what is wrong."""
-    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (0 <= taps[0] and taps[-1] < layers):
+    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
         raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
     return tuple(taps)
 

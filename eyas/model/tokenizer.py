@@ -30,7 +30,9 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     if fields.get("tokenizer.ggml.model") != "gpt2":
-        raise EyasError(f"GGUF tokenizer {fields.get('tokenizer.ggml.model')!r} is not byte-level BPE; use the model's Hugging Face directory")
+        raise EyasError(
+            f"GGUF tokenizer {fields.get('tokenizer.ggml.model')!r} is not byte-level BPE; use the model's Hugging Face directory"
+        )
     pre = fields.get("tokenizer.ggml.pre", "default")
     if pre not in SPLITS:
         raise EyasError(f"GGUF pre-tokenizer {pre!r} is unknown ({', '.join(SPLITS)} are known); use the model's Hugging Face directory")

@@ -17,7 +17,9 @@ class DraftVocab:
         self.ids = torch.as_tensor(target_ids, dtype=torch.int64)  # [D]
         self.vocab_size = vocab_size
         if len(self.ids) == 0 or not bool((self.ids[1:] > self.ids[:-1]).all()) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
-            raise EyasError(f"a draft vocabulary must be ascending target ids below {vocab_size}; this one is not (is d2t an offset table?)")
+            raise EyasError(
+                f"a draft vocabulary must be ascending target ids below {vocab_size}; this one is not (is d2t an offset table?)"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

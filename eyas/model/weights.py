@@ -278,7 +278,9 @@ def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     if of("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
         raise EyasError("this GGUF scales its rotary embedding, which the file describes only in part; use the Hugging Face directory")
     return {
-        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]],
+        "architectures": [
+            {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
+        ],
         "model_type": kind,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,

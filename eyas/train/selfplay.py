@@ -120,7 +120,9 @@ class Writer:
         settings, own_seed = self.settings, derived_seed(seed, index)
         u_share, u_question, u_temperature = uniforms(own_seed, 2**32, 3)
         waiting = list(self.template.before)
-        row = Conversation(index, own_seed, settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))], [], waiting)
+        row = Conversation(
+            index, own_seed, settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))], [], waiting
+        )
         if self.questions and u_share < settings.seeded_share:
             question = self.template.question(self.questions[int(u_question * len(self.questions))])[: settings.longest_question]
             self.open_answer(row, question)
@@ -263,7 +265,9 @@ def claim_folder(folder: Path, settings: SelfPlay) -> None:
         found = json.loads(marker.read_text())
         different = [name for name in key.keys() | found.keys() if key.get(name) != found.get(name)]
         if different:
-            raise EyasError(f"{folder} holds self-written data of other settings ({', '.join(sorted(different))} differ); name another folder")
+            raise EyasError(
+                f"{folder} holds self-written data of other settings ({', '.join(sorted(different))} differ); name another folder"
+            )
     else:
         marker.write_text(json.dumps(key, indent=1))
 

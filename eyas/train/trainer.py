@@ -216,7 +216,12 @@ class Trainer:
     def measure(self) -> None:
         """Add held-out simulated tau and acceptance by step to the curve."""
         tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
-        point = {"step": self.progress.steps, "slots": self.progress.slots, "minutes": round(self.progress.minutes, 2), "tau": round(tau, 4)}
+        point = {
+            "step": self.progress.steps,
+            "slots": self.progress.slots,
+            "minutes": round(self.progress.minutes, 2),
+            "tau": round(tau, 4),
+        }
         self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
 
     # ---- saving ----
@@ -225,7 +230,9 @@ class Trainer:
         """Write the draft and what a resumed run needs, all or nothing."""
         with atomic_directory(self.out) as work:
             save_draft(work, self.network, self.vocab, self.target_layers)
-            (work / "training.json").write_text(json.dumps({**self.facts, **asdict(self.progress), "settings": asdict(self.settings)}, indent=1))
+            (work / "training.json").write_text(
+                json.dumps({**self.facts, **asdict(self.progress), "settings": asdict(self.settings)}, indent=1)
+            )
             state = {
                 "weights": self.network.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
@@ -242,7 +249,9 @@ class Trainer:
         ours = asdict(self.settings)
         different = [key for key in ours if state["settings"].get(key) != ours[key] and key != "checkpoint_minutes"]
         if different:
-            raise EyasError(f"{self.out} was trained with other settings ({', '.join(different)}); resume with the same or choose another --out")
+            raise EyasError(
+                f"{self.out} was trained with other settings ({', '.join(different)}); resume with the same or choose another --out"
+            )
         self.network.load_state_dict(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])

@@ -55,7 +55,10 @@ class Story:
         end = len(text.tokens) - len(record.committed)
         self.say(f"\n[bold]Round {number}[/bold]")
         self.draft_steps(record.tree, text.tokens[end - 2])
-        self.say(f"  [bold]The tree[/bold], with each path's chance, and what the target draws there (read in one pass of {len(record.tree)} rows):")
+        rows = len(record.tree)
+        self.say(
+            f"  [bold]The tree[/bold] with each path's chance, and what the target draws at each of its {rows} rows, read in one pass:"
+        )
         self.console.print(self.drawing(record, text, end - 1, request))
         kept = [record.tree.tokens[row] for row in record.accepted.path[1:]]
         path = f"keeps {self.words(kept)}" if kept else "keeps no guess"
@@ -63,23 +66,23 @@ class Story:
             f"  [bold]The walk[/bold] {path}, and the draw that left the tree, {self.word(record.accepted.bonus)}, is the bonus token: "
             f"{len(record.committed)} token{'s' if len(record.committed) > 1 else ''} from one pass of the target."
         )
-        self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {self.vectors('g', [record.tree.tokens[0], *kept])}.")
+        made = self.vectors("g", [record.tree.tokens[0], *kept])
+        self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {made}.")
 
     def draft_steps(self, tree: Tree, before: int) -> None:
         """Step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist."""
         root = tree.tokens[0]
-        self.say(f"  Step 1: the draft reads {self.vectors('g', [before])} with the embedding of {self.word(root)} and makes {self.vectors('a', [root])};")
+        g, a = self.vectors("g", [before]), self.vectors("a", [root])
+        self.say(f"  Step 1: the draft reads {g} with the embedding of {self.word(root)} and makes {a};")
         self.say(f"          its head guesses {self.guesses(tree, 0)}")
         row, step = 0, 2
         while children := sorted(tree.children[row].values(), key=lambda child: -tree.scores[child]):
             best = children[0]
             if not tree.children[best]:
                 break
-            parent, token = tree.tokens[row], tree.tokens[best]
-            self.say(
-                f"  Step {step}: {self.vectors('g', [parent])} does not exist, {self.vectors('a', [parent])} stands in; with {self.word(token)} "
-                f"it gives {self.vectors('a', [token])};"
-            )
+            token = tree.tokens[best]
+            g, a, made = self.vectors("g", [tree.tokens[row]]), self.vectors("a", [tree.tokens[row]]), self.vectors("a", [token])
+            self.say(f"  Step {step}: {g} does not exist, {a} stands in; with {self.word(token)} it gives {made};")
             self.say(f"          its head guesses {self.guesses(tree, best)}")
             row, step = best, step + 1
 

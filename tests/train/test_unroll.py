@@ -15,12 +15,22 @@ STEPS, DECAY = 5, 0.8
 def documents(vocab_size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and answer numbers of documents: one answer, two answers, a short answer, an answer that ends the document."""
     draw = torch.Generator().manual_seed(seed)
-    shapes = [[(-1, 4), (0, 9)], [(-1, 3), (0, 5), (-1, 4), (1, 7), (-1, 2)], [(-1, 5), (0, 2), (-1, 1)], [(-1, 2), (0, 1), (-1, 2), (1, 6)]]
+    shapes = [
+        [(-1, 4), (0, 9)],
+        [(-1, 3), (0, 5), (-1, 4), (1, 7), (-1, 2)],
+        [(-1, 5), (0, 2), (-1, 1)],
+        [(-1, 2), (0, 1), (-1, 2), (1, 6)],
+    ]
     found = []
     for shape in shapes:
         answers = torch.tensor([number for number, count in shape for _ in range(count)])
         found.append((torch.randint(0, vocab_size, (len(answers),), generator=draw), answers))
     return found
+
+
+def random_features(docs) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(4)
+    return [torch.randn(len(tokens), 3 * 32, generator=draw, dtype=torch.float64) for tokens, _ in docs]
 
 
 def packed(docs, features) -> Batch:
@@ -37,7 +47,7 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     network, vocab = tiny_draft(target, **settings)
     docs = documents(target.config.vocab_size)
     draw = torch.Generator().manual_seed(3)
-    features = [torch.randn(len(t), 3 * 32, generator=draw, dtype=torch.float64) for t, _ in docs]
+    features = random_features(docs)
     logits = [3 * torch.randn(len(t), target.config.vocab_size, generator=draw, dtype=torch.float64) for t, _ in docs]
     weights = reference_weights(network)
     slots = [[int(reference.loss_slots(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
@@ -60,12 +70,12 @@ def test_every_slot_of_every_step_equals_the_reference():
     target = tiny_target()
     network, _ = tiny_draft(target)
     docs = documents(target.config.vocab_size)
-    features = [torch.randn(len(t), 3 * 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, (t, _) in enumerate(docs)]
+    features = random_features(docs)
     expected = [reference.unroll(reference_weights(network), network.config, t, f, STEPS) for (t, _), f in zip(docs, features)]
     starts = torch.tensor([0, *(len(t) for t, _ in docs)]).cumsum(0)
     for i, step in enumerate(unroll(network, packed(docs, features), STEPS)):
-        wanted = [start + slot for (_, answers), start in zip(docs, starts.tolist()) for slot in reference.loss_slots(answers, i).nonzero()[:, 0].tolist()]
-        assert step.slots.tolist() == wanted
+        wanted = [start + reference.loss_slots(answers, i).nonzero()[:, 0] for (_, answers), start in zip(docs, starts)]
+        assert torch.equal(step.slots, torch.cat(wanted))
         assert torch.equal(step.teacher_rows, step.slots + 1 + i)
         document = torch.searchsorted(starts, step.slots, right=True) - 1
         for d, slot, a in zip(document.tolist(), step.slots.tolist(), step.a):
@@ -76,7 +86,7 @@ def test_slots_that_drop_out_leave_the_others_as_they_were():
     target = tiny_target()
     network, _ = tiny_draft(target)
     docs = documents(target.config.vocab_size)
-    features = [torch.randn(len(t), 3 * 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, (t, _) in enumerate(docs)]
+    features = random_features(docs)
     batch = packed(docs, features)
     slots, counted = batch.slots()
     depths = torch.randint(1, STEPS + 1, (len(slots),), generator=torch.Generator().manual_seed(5))
