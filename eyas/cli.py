@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
     demo.add_argument("--max-new-tokens", type=int, default=160)
     demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
+    demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
 
     generate = add(commands, "generate", "write one answer, streamed")
     generate.add_argument("prompt", nargs="?", help="a user's turn, or text to go on with under --raw")

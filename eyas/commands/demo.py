@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     engine.drafter("eagle3")
     prompt = options.prompt or QUESTION
-    console = Console(file=sys.stderr if options.json else sys.stdout, highlight=False, quiet=options.json)
+    console = console_for(options)
     shared = {"max_new_tokens": options.max_new_tokens, "seed": 0}
     plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
@@ -35,7 +34,22 @@ def run(options: argparse.Namespace) -> int:
     slow_result = written(engine, prompt, plain, console)
     console.print("\n[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]")
     fast_result = written(engine, prompt, fast, console)
-    return report(engine, prompt, slow_result, fast_result, console, options)
+    status = report(engine, prompt, slow_result, fast_result, console, options)
+    if options.svg:
+        save_picture(console, options.svg)
+    return status
+
+
+def console_for(options: argparse.Namespace) -> Console:
+    width = 100 if options.svg else None
+    return Console(highlight=False, quiet=options.json, record=bool(options.svg), width=width)
+
+
+def save_picture(console: Console, path: str) -> None:
+    try:
+        console.save_svg(path, title="eyas demo")
+    except OSError as error:
+        raise EyasError(f"cannot write {path} ({error.strerror})") from None
 
 
 def written(engine: Engine, prompt: Prompt, request: Request, console: Console) -> Result:

@@ -24,6 +24,7 @@ class TextStream:
         self._window: list[int] = []  # tokens decoded together: those of `_shown`, then new ones
         self._shown = ""  # text of the window that `text` already has
         self._given = 0
+        self._ended = False
 
     def push(self, token: int) -> bool:
         """Add a token; True if a stop string is complete with it."""
@@ -41,12 +42,13 @@ class TextStream:
         if self.tokenizer is not None and not self.stopped:
             self._append(self._decode(self._window)[len(self._shown) :])
             self._shown = self._decode(self._window)
+        self._ended = True
         return self.text
 
     def certain(self) -> str:
-        """New text since the last call that no stop string can take back."""
+        """New text since the last call that no stop string can take back; once finished, all the rest."""
         held = 0
-        if not self.stopped:
+        if not (self.stopped or self._ended):
             held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         ready = self.text[self._given : len(self.text) - held]
         self._given += len(ready)

@@ -47,7 +47,7 @@ class Story:
         self.say("[bold]The target reads the prompt[/bold] in one pass.")
         self.say(f"  {len(prompt)} tokens, ending in {self.words(prompt[-4:])}")
         self.say(f"  At every token its states before layers {taps[0]}, {taps[1]} and {taps[2]} are kept: low l, middle m, high h.")
-        self.say(f"  The draft's fc fuses each [l ; m ; h] into one vector g: {self.vectors('g', prompt[-3:])}.")
+        self.say(f"  The draft's fc fuses l, m and h of each into one vector g: {self.vectors('g', prompt[-3:])}.")
         self.say(f"  From its logits the target draws {self.word(text.tokens[-1])}. Its g does not exist yet: the target has not read it.")
 
     def round(self, number: int, text: Text, request: Request) -> None:
@@ -119,4 +119,8 @@ class Story:
 
     def vectors(self, letter: str, tokens: list[int]) -> str:
         """`g_How g_can`: a vector and the token it belongs to."""
-        return " ".join(f"{letter}_{escape(self.engine.tokenizer.decode([token]).strip() or repr(token))}" for token in tokens)
+        return " ".join(f"{letter}_{escape(self.spelled(token))}" for token in tokens)
+
+    def spelled(self, token: int) -> str:
+        text = self.engine.tokenizer.decode([token])
+        return text.strip() or repr(text)
