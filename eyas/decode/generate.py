@@ -164,21 +164,17 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, sequence: Text, sampling: Sampling) -> None:
         """Read the prompt and draw the first token."""
-        prompt = sequence.tokens
         features = []
-        for start in range(0, len(prompt), PREFILL):
-            part = prompt[start : start + PREFILL]
+        for start in range(0, sequence.prompt_length, PREFILL):
+            part = sequence.tokens[start : start + PREFILL]
             rows = chain_rows(sequence.slot, part, start, self.target.device)
             out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
             self.cache.keep(sequence.slot, range(len(part)))
             features.append(out.features)
-        noise = None if sampling.greedy else sequence.noise.at(len(prompt))
-        first = draw(out.logits[-1], sampling, noise)
-        commit(sequence, [first], self.target.config.eos_token_ids)
+        noise = None if sampling.greedy else sequence.noise.at(sequence.prompt_length)
+        commit(sequence, [draw(out.logits[-1], sampling, noise)], self.target.config.eos_token_ids)
         if not sequence.finish_reason:
-            self.drafter.observe(
-                sequence.slot, [*prompt, first][: sequence.prompt_length + 1], torch.cat(features) if self.drafter.wants else None
-            )
+            self.drafter.observe(sequence.slot, sequence.tokens, torch.cat(features) if self.drafter.wants else None)
 
     def run(
         self,
