@@ -196,10 +196,12 @@ def make_trainer(
 
 
 def hold_out(examples: list[Example], settings: TrainSettings) -> tuple[list[Example], list[Example]]:
-    """A seeded split; at least one document measures and one trains."""
+    """A seeded split; at least one document measures and one trains. Tau is defined on the target's greedy answers: where there are
+    such, they measure."""
     if len(examples) < 2:
         raise EyasError("one conversation is too little to train on and measure with; give at least two")
     order = random.Random(settings.seed).sample(examples, len(examples))
+    order.sort(key=lambda example: not example.greedy)  # stable: the greedy ones first, each kind in its drawn order
     count = min(max(1, round(len(order) * settings.held_out)), 64)
     return order[count:], order[:count]
 

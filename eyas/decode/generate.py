@@ -42,6 +42,7 @@ class Text:
     finish_reason: str | None = None
     rounds: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
+    prefill_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -66,7 +67,8 @@ class Result:
     tau: float  # tokens committed in rounds / rounds; the token that prefill draws does not count
     rounds: int
     accepted_lengths: dict[int, int]  # tokens committed by a round -> number of rounds
-    seconds: float
+    seconds: float  # from the call's start to this text's end
+    prefill_seconds: float  # of that, until its first token
     seed: int
     noise_version: int
     finish_reason: str  # "stop" or "length"
@@ -199,6 +201,7 @@ class Decoder:
         started = time.perf_counter()
         for sequence in everyone:
             self.prefill(sequence, sampling)
+            sequence.prefill_seconds = time.perf_counter() - started
         while True:
             for sequence in everyone:
                 if sequence.seconds == 0 and sequence.finish_reason:
@@ -236,6 +239,7 @@ def result_of(sequence: Text) -> Result:
         rounds=sequence.rounds,
         accepted_lengths=dict(sorted(sequence.accepted_lengths.items())),
         seconds=sequence.seconds,
+        prefill_seconds=sequence.prefill_seconds,
         seed=sequence.seed,
         noise_version=NOISE_VERSION,
         finish_reason=sequence.finish_reason or "interrupted",
