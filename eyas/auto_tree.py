@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     from eyas.load import Engine
 
 CANDIDATES = [PLAIN, *map(TreeShape.parse, ("chain:1", "chain:2", "chain:3", "6x2x3", "8x3x3", "12x3x4", "20x4x5"))]
-PROMPTS = (
-    "Explain how a bicycle stays upright.",
-    "Write a short letter to a friend about the weather.",
-    "List three uses of a paper clip.",
-)
+PROMPTS = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.")
 TOKENS = 32
 
 
