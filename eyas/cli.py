@@ -9,14 +9,22 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from eyas.config import EyasError, Sampling, TrainSettings
 
 METHODS = "eagle3, lookup, draft-model or plain"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"eyas: {message}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
+    top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
@@ -66,7 +74,13 @@ def parser() -> argparse.ArgumentParser:
     bench = add(commands, "bench", "compare methods on prompts, interleaved, with intervals")
     bench.add_argument("--prompts", required=True, metavar="F.jsonl", help="lines with turns, prompt, question or messages")
     bench.add_argument("--limit", type=int, help="only the first so many prompts")
-    bench.add_argument("--methods", default="plain,eagle3,lookup", help="comma-separated (default %(default)s)")
+    bench.add_argument(
+        "--methods",
+        default="plain,eagle3,lookup",
+        metavar="METHOD[@TREE][+VERIFIER],..",
+        help=f"{METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
+        "(default %(default)s)",
+    )
     bench.add_argument("--out", metavar="r.json", help="write the result there")
     generation(bench, method=False, new_tokens=200)
 
@@ -111,10 +125,11 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
-    command = importlib.import_module(f"eyas.commands.{options.command}")
+    options.arguments = arguments
     try:
-        return command.run(options) or 0
+        return importlib.import_module(f"eyas.commands.{options.command}").run(options) or 0
     except EyasError as error:
         print(f"eyas: {error}", file=sys.stderr)
         return 2
@@ -124,6 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:  # no space, no permission: where no better words were found closer to it
+        print(f"eyas: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from eyas.config import PLAIN, EyasError, Sampling, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter, NoDrafter
@@ -114,6 +115,17 @@ def draft_directory(source: str | Path | None, target: Path) -> Path | None:
     return path
 
 
+def check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise EyasError(f"device {device!r} is unknown; use cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EyasError(f"device {device} was asked for, but this PyTorch sees no CUDA device; use --device cpu")
+
+
 def load(
     target: str | Path | None = None,
     draft: str | Path | None = None,
@@ -121,8 +133,7 @@ def load(
     precision: str = "bf16",
 ) -> Engine:
     """Load a target (default: the embedded one) and its draft; see `Engine.generate`."""
-    if device and device.startswith("cuda") and not torch.cuda.is_available():
-        raise EyasError(f"device {device} was asked for, but this PyTorch sees no CUDA device; use --device cpu")
+    check_device(device or "cpu")
     directory = target_directory(target)
     drafted = draft_directory(draft, directory)
     if drafted:
@@ -152,7 +163,7 @@ class Engine:
             if not prompt.strip():
                 raise EyasError("the prompt is empty; give some text")
             if raw:
-                return self.checked(self.tokenizer(prompt)["input_ids"])
+                return self.checked(self.tokenizer(prompt, verbose=False)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
         if raw:
             raise EyasError("raw mode continues plain text; give a string, not messages")
@@ -160,8 +171,11 @@ class Engine:
             raise EyasError("the prompt is empty; give at least one message")
         if not getattr(self.tokenizer, "chat_template", None):
             raise EyasError(f"{self.directory} has no chat template; use --raw to continue plain text")
-        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        return self.checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # a template may refuse a system turn, or roles that do not alternate
+            raise EyasError(f"the chat template refuses this conversation ({error}); change its messages or use --raw") from None
+        return self.checked(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # too long is said below, once
 
     def checked(self, ids: list[int]) -> list[int]:
         context = self.target.config.max_position_embeddings

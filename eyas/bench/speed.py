@@ -1,0 +1,129 @@
+"""Run methods against each other on the same prompts: interleaved, with the same seeds, in one process.
+
+Knows an engine, a clock and how a method is written; what the runs amount to is figures.py's.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from eyas.bench.figures import Generation, Round, Row, figures_of
+from eyas.bench.prompts import PromptItem
+from eyas.bench.report import conditions_of, tree_name
+from eyas.config import EyasError, TreeShape
+from eyas.decode.generate import VERIFIERS, RoundRecord
+from eyas.decode.sampling import derived_seed, new_seed
+from eyas.load import METHODS, Engine, Prompt, Request
+
+WARM_UP_TOKENS = 8
+
+Report = Callable[[int, int, str], None]  # generations done, of how many, the method that comes next
+
+
+class Method(NamedTuple):
+    """`METHOD[@TREE][+VERIFIER]`; what is left out comes from the request."""
+
+    text: str
+    name: str
+    tree: str | None
+    verifier: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        found = re.fullmatch(r"([^@+]+)(?:@([^@+]+))?(?:\+([^@+]+))?", text)
+        if not found:
+            raise EyasError(f"method {text!r} is not understood; write METHOD[@TREE][+VERIFIER], say eagle3@chain:3")
+        method = cls(text, *found.groups())
+        if method.name not in METHODS:
+            raise EyasError(f"method {method.name!r} is unknown; choose {', '.join(METHODS)}")
+        if method.tree and method.name == "plain":
+            raise EyasError(f"method {text!r}: plain decoding has no tree")
+        if method.tree not in (None, "auto"):
+            TreeShape.parse(method.tree)
+        if method.verifier and method.verifier not in VERIFIERS:
+            raise EyasError(f"verifier {method.verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
+        return method
+
+    def request(self, engine: Engine, base: Request) -> Request:
+        """The base request by this method; its tree is settled here, so that no prompt pays for choosing it."""
+        shape = engine.shape(self.tree or base.tree, self.name, base.sampling)
+        return replace(base, method=self.name, tree=shape, verifier=self.verifier or base.verifier)
+
+
+def parse_methods(text: str) -> list[Method]:
+    methods = [Method.parse(part.strip()) for part in text.split(",") if part.strip()]
+    if not methods:
+        raise EyasError("no method was given; try --methods plain,lookup")
+    for method, times in Counter(methods).items():
+        if times > 1:
+            raise EyasError(f"method {method.text!r} is given {times} times; once is enough")
+    return methods
+
+
+# ---- the run ----
+
+
+def run_bench(
+    engine: Engine, prompts: Sequence[PromptItem], methods: Sequence[Method], request: Request, report: Report = lambda *_: None
+) -> dict[str, Any]:
+    """{"conditions": .., "methods": {as written: figures}}; an interrupt ends it early with "complete": False."""
+    request = replace(request, seed=new_seed() if request.seed is None else request.seed)
+    plans = {method.text: method.request(engine, request) for method in methods}
+    for plan in plans.values():  # the first pass of a process is slow: no method shall pay for it
+        engine.generate(prompts[0].prompt, replace(plan, max_new_tokens=min(WARM_UP_TOKENS, plan.max_new_tokens)))
+    rows = timed_rows(engine, prompts, plans, report)
+    figures = {text: settings_of(plan) | figures_of(text, rows, same_draws(plan, plans.get("plain"))) for text, plan in plans.items()}
+    result = {"conditions": conditions_of(engine, plans, request, len(rows)), "methods": figures}
+    return result if len(rows) == len(prompts) else {**result, "complete": False}
+
+
+def settings_of(plan: Request) -> dict[str, str]:
+    return {"tree": tree_name(plan.tree), "verifier": plan.verifier}
+
+
+def same_draws(plan: Request, plain: Request | None) -> bool:
+    """Whether this method must write plain's text: EAGLE's rule draws other (as good) tokens unless greedy."""
+    return plain is not None and (plan.sampling.greedy or plan.verifier == plain.verifier == "walk")
+
+
+def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, Request], report: Report) -> list[Row]:
+    """Each prompt by every method in a rotating order, all with one seed. An interrupt keeps the prompts that every method has done."""
+    rows: list[Row] = []
+    names = list(plans)
+    try:
+        for index, item in enumerate(prompts):
+            row: Row = {}
+            first = index % len(names)
+            for text in names[first:] + names[:first]:
+                report(index * len(names) + len(row), len(prompts) * len(names), text)
+                plan = plans[text]
+                row[text] = measure(engine, item.prompt, replace(plan, seed=derived_seed(plan.seed, index)))
+            rows.append(row)
+        report(len(prompts) * len(names), len(prompts) * len(names), "done")
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+    return rows
+
+
+def round_of(record: RoundRecord) -> Round:
+    committed, right = len(record.committed), len(record.accepted.path) - 1
+    if committed <= right:  # the text ended inside the path: deeper guesses were never put to the test
+        return Round(committed, committed, committed)
+    return Round(committed, max(record.tree.depths), right)
+
+
+def measure(engine: Engine, prompt: Prompt, request: Request) -> Generation:
+    rounds: list[Round] = []
+    watch, engine.watch = engine.watch, lambda record: rounds.append(round_of(record))
+    try:
+        started = time.perf_counter()
+        result = engine.generate(prompt, request)
+        return Generation(result.tokens, time.perf_counter() - started, rounds)
+    finally:
+        engine.watch = watch

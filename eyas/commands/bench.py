@@ -1,0 +1,84 @@
+"""`eyas bench`: methods against each other on the same prompts, as a table and, under --out, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eyas.bench.prompts import PromptItem, fitting, read_prompts
+from eyas.bench.report import print_result
+from eyas.bench.speed import Method, parse_methods, run_bench
+from eyas.commands.common import engine_from, request_from
+from eyas.config import EyasError
+from eyas.load import Engine, Request
+
+SHOWN = 5  # complaints about a file before only their number is told
+PIPED_WIDTH = 140  # columns where standard output is no terminal
+
+
+def run(options: argparse.Namespace) -> int:
+    methods, request = parse_methods(options.methods), request_from(options)
+    items, complaints = read_prompts(options.prompts, options.limit)
+    out = writable(options.out)
+    engine = engine_from(options)
+    for method in methods:
+        engine.drafter(method.name)  # a missing draft is said before anything is timed
+    items, unfit = fitting(engine, items)
+    complain(options.prompts, [*complaints, *unfit])
+    result = with_progress(engine, items, methods, request)
+    result["conditions"] |= facts_of_options(options, methods, len(complaints) + len(unfit))
+    print_result(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    if out:
+        write(out, result)
+    return 0 if result.get("complete", True) else 130
+
+
+def writable(out: str | None) -> Path | None:
+    """The path, once it is sure that the result can be written there; an earlier result is left as it is until then."""
+    if out is None:
+        return None
+    path = Path(out).expanduser()
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise EyasError(f"--out {out} cannot be written ({error.strerror}); give a file in a directory that exists") from None
+    if not existed:
+        path.unlink()
+    return path
+
+
+def complain(source: str, complaints: Sequence[str]) -> None:
+    for complaint in complaints[:SHOWN]:
+        print(f"eyas: {source}: {complaint}", file=sys.stderr)
+    if complaints:
+        print(f"eyas: {source}: {len(complaints)} line{'s' * (len(complaints) > 1)} skipped", file=sys.stderr)
+
+
+def with_progress(engine: Engine, items: list[PromptItem], methods: list[Method], request: Request) -> dict[str, Any]:
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("warming up", total=len(items) * len(methods))
+        return run_bench(engine, items, methods, request, lambda done, total, text: progress.update(task, completed=done, description=text))
+
+
+def facts_of_options(options: argparse.Namespace, methods: Sequence[Method], skipped: int) -> dict[str, Any]:
+    facts = {"prompt_file": Path(options.prompts).name, "skipped_lines": skipped}
+    if any(method.name == "draft-model" for method in methods):
+        facts["draft_model"] = options.draft_model or "the target's first third"
+    return facts
+
+
+def write(out: Path, result: dict[str, Any]) -> None:
+    try:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise EyasError(f"--out {out} could not be written ({error.strerror})") from None

@@ -1,0 +1,91 @@
+"""Imports point one way, the two purest modules stay pure, and importing eyas is quick because it imports little."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STATIONS = [  # each may import those before it and its own
+    ("config",),
+    ("model", "reference"),
+    ("decode", "parallel"),
+    ("drafters",),
+    ("load", "auto_tree"),
+    ("bench", "view", "train", "serve", "formats"),
+    ("commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+]
+PLACE = {name: place for place, names in enumerate(STATIONS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "eyas").rglob("*.py"))
+
+
+def station(path: Path) -> str:
+    parts = path.relative_to(ROOT / "eyas").with_suffix("").parts
+    return parts[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all that a module imports, inside functions too; not what only type checkers read."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they point"
+            yield from (f"eyas.{alias.name}" for alias in node.names) if node.module == "eyas" else [node.module]
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def own(path: Path) -> set[str]:
+    """Stations of eyas that a module imports."""
+    found = {name.split(".")[1] for name in imported(path) if name.startswith("eyas.")}
+    return {name for name in found if name in PLACE or (ROOT / "eyas" / name).exists() or (ROOT / "eyas" / f"{name}.py").exists()}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    assert station(path) in PLACE, f"give {station(path)} a place among the STATIONS"
+    wrong = [name for name in own(path) if name not in PLACE or PLACE[name] > PLACE[station(path)]]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}, which lie above it"
+
+
+def test_the_core_does_not_lean_on_its_neighbours():
+    """Bench, view, train, serve and formats may import each other; model and reference, decode and parallel may not."""
+    for path in modules():
+        neighbours = {name for name in own(path) if name != station(path) and PLACE.get(name) == PLACE[station(path)]}
+        assert station(path) not in ("config", "model", "reference", "decode", "parallel", "drafters") or not neighbours
+
+
+def test_tree_and_verify_know_no_model():
+    allowed = {"numpy", "torch", *sys.stdlib_module_names}
+    for name in ("tree.py", "verify.py"):
+        for module in imported(ROOT / "eyas" / "decode" / name):
+            assert module.startswith("eyas.decode.") or module.split(".")[0] in allowed, f"{name} imports {module}"
+
+
+def test_decode_knows_no_drafter():
+    for path in (ROOT / "eyas" / "decode").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("eyas.drafters")]
+
+
+def test_the_reference_knows_only_the_config():
+    assert own(ROOT / "eyas" / "reference.py") == {"config"}
+
+
+def test_import_eyas_and_its_command_line_import_no_torch():
+    program = "import eyas, eyas.cli, sys; eyas.cli.parser(); assert not {'torch', 'numpy', 'transformers'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
