@@ -6,6 +6,7 @@ what is likely. Knows a draft's logits and the filters; knows nothing of trees.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, sc
     if noise_D is not None:
         scores = scores + noise_D.to(scores.device, scores.dtype)
     scores = (scores / scale).log_softmax(-1)
-    return scores + torch.log1p(torch.tensor(-miss)) if miss else scores
+    return scores + math.log1p(-miss) if miss else scores
 
 
 def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:
