@@ -5,14 +5,19 @@ Knows shapes and seeds; knows nothing of drafts or of decoding.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from eyas.config import TargetConfig
-from eyas.model.draft import DraftNetwork, draft_config
+from eyas.load import load_target
+from eyas.model.draft import DraftNetwork, draft_config, save_draft
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
+from eyas.model.weights import save_tensors
 
 CHATML = (
     "{% for m in messages %}"
@@ -87,3 +92,28 @@ def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, **sett
 def reference_weights(network: DraftNetwork) -> dict[str, torch.Tensor]:
     """A network's weights as the slow reference takes them."""
     return {**dict(network.named_parameters()), "embed_tokens.weight": network.embedding[0]}
+
+
+def save_tiny_target(directory: Path, seed: int = 0, **changes) -> Path:
+    """Write a tiny float32 Llama with the byte tokenizer as a Hugging Face directory; <|im_end|> ends a turn."""
+    tokenizer = byte_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = tiny_config(**{"vocab_size": len(tokenizer), "eos_token_ids": (end,), **changes})
+    target = Target(config).double()
+    randomize(target, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tensors(directory, {name: parameter.float() for name, parameter in target.named_parameters()})
+    fields = {key: value for key, value in vars(config).items() if value is not None and key != "eos_token_ids"}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_act": "silu", **fields, "eos_token_id": end}))
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_tiny_draft(directory: Path, target: Path, seed: int = 1, draft_vocab_size: int = 200, **settings) -> Path:
+    """Write a random draft for a target that `save_tiny_target` wrote."""
+    loaded = load_target(target, "fp32")
+    network, vocab = tiny_draft(loaded, seed, draft_vocab_size, **settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_draft(directory, network, vocab, loaded.config.num_hidden_layers)
+    return directory

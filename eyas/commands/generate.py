@@ -55,11 +55,17 @@ def prompt_from(options: argparse.Namespace) -> Prompt:
 
 
 def read_messages(path: Path, system: str | None) -> list[dict[str, str]]:
-    from eyas.model.weights import read_json
-
-    found = read_json(path)
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EyasError(f"--messages {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise EyasError(f"--messages {path} is not valid JSON ({error})") from None
     messages = found.get("messages") if isinstance(found, dict) else found
-    well = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    well = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
     if not well or not messages:
         raise EyasError(f'{path} must hold a list of messages like [{{"role": "user", "content": "..."}}]')
     return ([{"role": "system", "content": system}] if system else []) + messages

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import random
+import shlex
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import eyas
+from eyas.bench.prompts import read_prompts
 from eyas.config import EyasError, TargetConfig, TrainSettings, default_taps
 from eyas.load import load_target, load_tokenizer, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
@@ -36,7 +38,7 @@ DEFAULT_MINUTES = 60.0
 def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     budget = budget_from(options)
-    out = Path(options.out)
+    out = Path(options.out).expanduser().resolve()
     check_out(out, options.resume)
     directory = target_directory(options.target)
     config = target_config(directory)
@@ -87,6 +89,8 @@ def budget_from(options: argparse.Namespace) -> training.Budget:
 
 
 def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
+    if text is None and len(set(default_taps(layers))) < 3:
+        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name three of its layers with --taps L,M,H")
     if text is None:
         return check_taps(default_taps(layers), layers)
     try:
@@ -97,10 +101,12 @@ def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
 
 def check_out(out: Path, resume: bool) -> None:
     """Nothing is overwritten, and an unwritable place is said before hours of work."""
-    if not resume and (out / "config.json").exists():
-        raise EyasError(f"{out} holds a draft already; go on with --resume, or choose another --out")
     if resume and not (out / training.CHECKPOINT).exists():
         raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume")
+    if not resume and (out / "config.json").exists():
+        raise EyasError(f"{out} holds a draft already; go on with --resume, or choose another --out")
+    if out.is_mount() or (out.exists() and not resume and not (out.is_dir() and not any(out.iterdir()))):
+        raise EyasError(f"{out} exists and a draft's directory is replaced as a whole; choose a new or an empty directory as --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.probe"
@@ -117,20 +123,22 @@ def from_conversations(path: Path, directory: Path, settings: TrainSettings, con
     conversations, complaints = read_conversations(path)
     tokenizer = load_tokenizer(directory)
     documents: list[Document] = []
-    for messages in conversations:
+    for number, messages in enumerate(conversations, start=1):
         try:
             document = truncate(render(tokenizer, messages), settings.max_length)
         except EyasError as error:
-            complaints.append(str(error))
+            complaints.append(f"conversation {number}: {error}")
             continue
         if document:
             documents.append(document)
+        else:
+            complaints.append(f"conversation {number}: too little of an answer in its first {settings.max_length} tokens")
     for complaint in complaints[:5]:
-        console.print(f"skipped: {complaint}", markup=False)
+        console.print(f"skipped: {complaint}", markup=False, soft_wrap=True)
     if complaints:
         console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
     if not documents:
-        raise EyasError(f"{path} holds no conversation with an answer to learn from")
+        raise EyasError(f"{path} holds no conversation with an answer to learn from; the first was skipped since {complaints[0]}")
     return document_examples(documents), {"data": {"kind": "conversations", "file": path.name, "skipped": len(complaints)}}
 
 
@@ -148,8 +156,12 @@ def from_self_play(
     template = Template(load_tokenizer(directory), config.eos_token_ids)
     questions, prompts_key = [], ""
     if options.seed_prompts:
-        conversations, _ = read_conversations(Path(options.seed_prompts))
-        questions = [next(message["content"] for message in messages if message["role"] == "user") for messages in conversations]
+        items, complaints = read_prompts(options.seed_prompts)
+        if complaints:
+            console.print(
+                f"skipped {len(complaints)} lines of {options.seed_prompts}, the first: {complaints[0]}", markup=False, soft_wrap=True
+            )
+        questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
         prompts_key = Path(options.seed_prompts).name
     play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=prompts_key)
     folder = data_folder(play)
@@ -251,8 +263,7 @@ def curve_line(point: dict[str, float]) -> str:
 
 
 def resume_words(options: argparse.Namespace) -> str:
-    given = [part for part in sys.argv[2:] if part != "--resume"]
-    return " ".join([*given, "--resume"]) if given else f"--out {options.out} --resume"
+    return shlex.join([*(part for part in options.arguments[1:] if part != "--resume"), "--resume"])
 
 
 def progress(console: Console) -> Progress:

@@ -50,8 +50,7 @@ def best_children(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if count == 1:
         ids = scores_RD.argmax(-1, keepdim=True)
         return scores_RD.gather(1, ids), ids
-    values, ids = scores_RD.topk(count, -1)
-    order = ids.argsort(-1)  # topk leaves equals in any order: sort by id, then stably by value
-    values, ids = values.gather(1, order), ids.gather(1, order)
-    ranked = values.sort(dim=-1, descending=True, stable=True)
-    return ranked.values, ids.gather(1, ranked.indices)
+    values, ids = scores_RD.topk(min(count + 1, scores_RD.shape[1]), -1)
+    if bool((values[:, 1:] == values[:, :-1]).any()):  # topk leaves equals in any order, and may leave out the lower id
+        values, ids = scores_RD.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -228,9 +229,10 @@ def _one_line(error: Exception) -> str:
 
 
 def truncate(document: Document, max_length: int) -> Document | None:
-    """The first `max_length` tokens, or None if fewer than MIN_ANSWER_TOKENS of them are answers."""
+    """The first `max_length` tokens, or None if fewer than MIN_ANSWER_TOKENS of them are answers or no two of one answer."""
     cut = Document(document.tokens[:max_length], document.answers[:max_length])
-    return cut if sum(answer >= 0 for answer in cut.answers) >= MIN_ANSWER_TOKENS else None
+    enough = sum(answer >= 0 for answer in cut.answers) >= MIN_ANSWER_TOKENS
+    return cut if enough and any(one == other >= 0 for one, other in pairwise(cut.answers)) else None
 
 
 def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, always: Iterable[int] = ()) -> list[int]:

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,6 +173,7 @@ class Writer:
         law = law.masked_fill(above >= top_p[:, None], 0.0)
         u = torch.tensor([uniforms(row.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
         place = (law.cumsum(-1) <= (u * law.sum(-1))[:, None]).sum(-1).clamp_max(settings.candidates - 1)
+        place = torch.where(temperature > 0, place, 0)  # at 0 the best, however near the second is
         return ids.gather(1, place[:, None])[:, 0].tolist()
 
     def ended(self, row: Conversation, token: int) -> bool:
@@ -260,7 +262,10 @@ def claim_folder(folder: Path, settings: SelfPlay) -> None:
     """Mark a folder of shards with what made them; a folder made otherwise is refused."""
     key = json.loads(json.dumps(asdict(settings)))
     marker = folder / "key.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EyasError(f"cannot write {folder} ({error.strerror}); set EYAS_CACHE to a directory that can be written") from None
     if marker.exists():
         found = json.loads(marker.read_text())
         different = [name for name in key.keys() | found.keys() if key.get(name) != found.get(name)]
@@ -303,7 +308,7 @@ def write_own_data(
         process.start()
     try:
         while any(process.is_alive() for process in processes) and written() < tokens:
-            processes[0].join(2.0)
+            wait([process.sentinel for process in processes if process.is_alive()], timeout=2.0)
             report(min(written(), tokens))
     finally:
         for process in processes:

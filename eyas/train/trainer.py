@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +30,11 @@ from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
 from eyas.train.features import Example, StateSource
-from eyas.train.unroll import Batch, unroll, unrolled_loss
+from eyas.train.unroll import Batch, loss_slots, unroll, unrolled_loss
 
 CHECKPOINT = "checkpoint"
-FC_SPREAD = 0.3  # of fc's random part at the start, beside the identity on the high feature
+SAME_FACTS = {"target_sha256": "another target", "taps_are_inputs_of_layers": "other taps"}  # of a run and its resumption
+FC_SPREAD = 0.1  # of fc's random part at the start, beside the identity on the high feature
 
 
 @dataclass
@@ -136,14 +142,19 @@ class Trainer:
         rng.shuffle(found)
         yield from found
 
-    def gradients(self, examples: list[Example], seed: str) -> tuple[list[Tensor], list[Tensor], int]:
-        """Gradients, losses by step and slots of some examples; each worker computes its own and none writes to `.grad`."""
-        batch, states = make_batch(examples, self.source, self.network.dtype)
-        slots, _ = batch.slots()
+    def depths(self, examples: list[Example], seed: str) -> Tensor:
+        """For how many steps each slot [N] of some examples counts: to its answer's end, or until a coin of `step_keep` drops it."""
+        _, counted = loss_slots(numbered_answers(examples), [len(example.tokens) for example in examples])
+        if self.settings.step_keep >= 1:
+            return counted
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
-        drops = torch.rand(len(slots), generator=generator).clamp_min(1e-30).log() / math.log(self.settings.step_keep or 1e-9)
-        depths = (1 + drops.floor().long()) if self.settings.step_keep < 1 else None
-        loss, losses, count = unrolled_loss(
+        drops = torch.rand(len(counted), generator=generator).clamp_min(1e-30).log() / math.log(self.settings.step_keep or 1e-9)
+        return torch.minimum(counted, 1 + drops.floor().long())
+
+    def gradients(self, examples: list[Example], depths: Tensor, counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """A part's share of gradients and of losses by step; each worker computes its own and none writes to `.grad`."""
+        batch, states = make_batch(examples, self.source, self.network.dtype)
+        loss, losses, _ = unrolled_loss(
             self.network,
             batch,
             self.teacher.law(states.hidden),
@@ -151,23 +162,29 @@ class Trainer:
             self.settings.unroll_steps,
             self.settings.step_decay,
             depths,
+            counts,
         )
-        return list(torch.autograd.grad(loss, self.parameters)), losses, count
+        return list(torch.autograd.grad(loss, self.parameters)), losses
 
     def step(self, examples: list[Example]) -> list[float]:
         parts = [part for part in split_evenly(examples, self.workers) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
-        results = list(self.pool.map(self.gradients, parts, seeds)) if self.pool else [self.gradients(parts[0], seeds[0])]
-        total = sum(count for _, _, count in results)
+        depths = [self.depths(part, seed) for part, seed in zip(parts, seeds)]
+        counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
+        results = list((self.pool.map if self.pool else map)(self.gradients, parts, depths, repeat(counts)))
         for index, parameter in enumerate(self.parameters):
-            parameter.grad = sum(gradients[index] * (count / total) for gradients, _, count in results)
+            parameter.grad = sum(gradients[index] for gradients, _ in results)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
-            raise EyasError(f"the loss exploded at step {self.progress.steps}; resume with a lower --learning-rate")
-        self.optimiser.step()
-        self.progress.steps += 1
-        self.progress.slots += total
-        return [float(sum(losses[i] * (count / total) for _, losses, count in results)) for i in range(self.settings.unroll_steps)] + [norm]
+            kept = "its last checkpoint is untouched" if (self.out / CHECKPOINT).exists() else "nothing was saved yet"
+            raise EyasError(
+                f"the loss exploded at step {self.progress.steps + 1} of {self.out} ({kept}); train anew with a lower --learning-rate"
+            )
+        with undisturbed():
+            self.optimiser.step()
+            self.progress.steps += 1
+            self.progress.slots += counts[0]
+        return [float(sum(losses[step] for _, losses in results)) for step in range(self.settings.unroll_steps)] + [norm]
 
     def learning_rate(self, spent: float) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` over the budget."""
@@ -195,11 +212,11 @@ class Trainer:
                     self.measure()
                     self.save()
                     saved = time.monotonic()
+            self.measure()
+            self.save()
         except KeyboardInterrupt:
             self.save()
             raise
-        self.measure()
-        self.save()
 
     def remaining(self) -> Iterator[list[Example]]:
         """Batches of all epochs to come, from where the run stands."""
@@ -214,7 +231,9 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Add held-out simulated tau and acceptance by step to the curve."""
+        """Add held-out simulated tau and acceptance by step to the curve, once a step."""
+        if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
+            return
         tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
         point = {
             "step": self.progress.steps,
@@ -228,11 +247,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write the draft and what a resumed run needs, all or nothing."""
-        with atomic_directory(self.out) as work:
+        with undisturbed(), atomic_directory(self.out) as work:
             save_draft(work, self.network, self.vocab, self.target_layers)
-            (work / "training.json").write_text(
-                json.dumps({**self.facts, **asdict(self.progress), "settings": asdict(self.settings)}, indent=1)
-            )
+            told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
+            (work / "training.json").write_text(json.dumps(told, indent=1))
             state = {
                 "weights": self.network.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
@@ -241,17 +259,29 @@ class Trainer:
                 "vocab": self.vocab.ids,
                 "facts": self.facts,
             }
-            torch.save(state, work / CHECKPOINT)
+            try:
+                torch.save(state, work / CHECKPOINT)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise OSError("the checkpoint could not be written whole (is the disk full?)") from error
 
     def resume(self) -> None:
-        """Go on from the checkpoint in `out`; one of other settings is refused with the difference."""
+        """Go on from the checkpoint in `out`; one of other settings is refused with the difference.
+
+        With as many workers and the same budget this equals a run that never stopped, to the last bit, unless the budget counts minutes.
+        A run that spent its budget may go on to a larger one; its learning rate then rises again.
+        """
         state = read_checkpoint(self.out)
-        ours = asdict(self.settings)
-        different = [key for key in ours if state["settings"].get(key) != ours[key] and key != "checkpoint_minutes"]
-        if different:
-            raise EyasError(
-                f"{self.out} was trained with other settings ({', '.join(different)}); resume with the same or choose another --out"
-            )
+        ours, theirs = asdict(self.settings), state["settings"]
+        told = [
+            f"{key} {theirs.get(key)} there, {ours[key]} here"
+            for key in ours
+            if theirs.get(key) != ours[key] and key != "checkpoint_minutes"
+        ]
+        told += [what for key, what in SAME_FACTS.items() if state["facts"].get(key) != self.facts.get(key)]
+        if not told and not torch.equal(state["vocab"], self.vocab.ids):  # its head would say other tokens
+            told = ["the data, and with it the draft vocabulary"]
+        if told:
+            raise EyasError(f"{self.out} was trained otherwise ({'; '.join(told)}); resume with the same or choose another --out")
         self.network.load_state_dict(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
@@ -260,18 +290,43 @@ class Trainer:
 def read_checkpoint(out: Path) -> dict[str, Any]:
     if not (out / CHECKPOINT).exists():
         raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume, or give the directory of an earlier run")
-    return torch.load(out / CHECKPOINT, weights_only=True)
+    try:
+        return torch.load(out / CHECKPOINT, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError):
+        raise EyasError(f"{out / CHECKPOINT} is damaged or cut short; train anew into another --out") from None
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: weights and progress change together or not at all."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # another thread cannot, and where Ctrl-C is ignored or handled already it stays so
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def make_batch(examples: Sequence[Example], source: StateSource, dtype: torch.dtype) -> tuple[Batch, Any]:
     """Lay examples end to end; answers get numbers of their own."""
     states = source.states(examples)
+    tokens = torch.tensor([token for example in examples for token in example.tokens])
+    lengths = [len(example.tokens) for example in examples]
+    return Batch(tokens, states.features.to(dtype), numbered_answers(examples), lengths), states
+
+
+def numbered_answers(examples: Sequence[Example]) -> Tensor:
+    """Answer numbers [M] of examples laid end to end, no number twice; -1 outside."""
     answers, used = [], 0
     for example in examples:
         answers += [number + used if number >= 0 else -1 for number in example.answers]
         used += 1 + max(example.answers)
-    tokens = torch.tensor([token for example in examples for token in example.tokens])
-    return Batch(tokens, states.features.to(dtype), torch.tensor(answers), [len(example.tokens) for example in examples]), states
+    return torch.tensor(answers)
 
 
 def split_evenly(examples: Sequence[Example], parts: int) -> list[list[Example]]:

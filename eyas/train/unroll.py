@@ -36,14 +36,19 @@ class Batch:
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
-        changes = torch.cat([(self.answers[1:] != self.answers[:-1]).nonzero()[:, 0], torch.tensor([len(self.answers) - 1])])
-        last = changes[torch.searchsorted(changes, torch.arange(len(self.answers)))]  # last row of the answer a row belongs to
-        rows = torch.arange(len(self.answers) - 1)
-        counted = torch.where(self.answers[1:] >= 0, last[1:] - rows - 1, 0)
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        counted[starts[1:-1] - 1] = 0  # a document's last row has no next token of its own
-        slots = (counted > 0).nonzero()[:, 0]
-        return slots, counted[slots]
+        return loss_slots(self.answers, self.lengths)
+
+
+def loss_slots(answers: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """`Batch.slots` of answer numbers [M] alone, before there are features."""
+    changes = torch.cat([(answers[1:] != answers[:-1]).nonzero()[:, 0], torch.tensor([len(answers) - 1])])
+    last = changes[torch.searchsorted(changes, torch.arange(len(answers)))]  # last row of the answer a row belongs to
+    rows = torch.arange(len(answers) - 1)
+    counted = torch.where(answers[1:] >= 0, last[1:] - rows - 1, 0)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    counted[starts[1:-1] - 1] = 0  # a document's last row has no next token of its own
+    slots = (counted > 0).nonzero()[:, 0]
+    return slots, counted[slots]
 
 
 class Step(NamedTuple):
@@ -138,15 +143,19 @@ def unrolled_loss(
     steps: int,
     decay: float,
     depths: Tensor | None = None,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, list[Tensor], int]:
     """Sum over steps of decay**i times the mean cross-entropy of step i; also the steps' losses and the number of slots.
+
+    `counts`: slots of each step that its mean is over, where this is a part of a larger batch: parts add up to the whole.
 
     `teacher_MD`: the target's law over the draft vocabulary at every row. `within_M`: whether the target's favourite token there is in
     the draft vocabulary; slots where it is not add nothing to the sum but stay in the mean (SafeAILab's mask).
     """
     losses, count = [], 0
     for step in unroll(network, batch, steps, depths):
-        weight = within_M[step.teacher_rows].to(step.a.dtype) / max(len(step.slots), 1)
+        mean_over = counts[len(losses)] if counts else len(step.slots)
+        weight = within_M[step.teacher_rows].to(step.a.dtype) / max(mean_over, 1)
         losses.append(soft_cross_entropy(network.norm(step.a), network.lm_head.weight, teacher_MD[step.teacher_rows], weight))
         count = max(count, len(step.slots))
     total = sum((decay**i * loss for i, loss in enumerate(losses)), torch.zeros(()))

@@ -44,4 +44,5 @@ def test_best_children_are_sorted_and_ties_go_to_the_lower_id():
     values, ids = best_children(scores, 4)
     assert ids[0].tolist() == [1, 3, 2, 4]
     assert values[0].tolist() == [2.0, 2.0, 1.0, 1.0]
+    assert ids[1].tolist() == [0, 1, 2, 3]
     assert best_children(scores, 1)[1].tolist() == [[1], [0]]
