@@ -83,8 +83,11 @@ class DraftNetwork(nn.Module):
         return self.head(self.norm(a_NH))
 
     def prepare(self) -> DraftNetwork:
-        """Pack weights for inference."""
-        pack(self)
+        """Pack weights for inference; logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal."""
+        pack(self.midlayer)
+        self.fuse_product.pack()
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.fc.weight = self.lm_head.weight = None
         return self.eval().requires_grad_(False)
 
 
