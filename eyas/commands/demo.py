@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from eyas.commands.common import engine_from
 from eyas.config import EyasError
-from eyas.decode.generate import Result, result_of
+from eyas.decode.generate import Result
 from eyas.load import Engine, Prompt, Request
 from eyas.model.target import chain_rows
 from eyas.view.colour import write_coloured
@@ -25,51 +28,50 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     engine.drafter("eagle3")
     prompt = options.prompt or QUESTION
-    console = console_for(options)
+    console = Console(highlight=False, quiet=options.json)
     shared = {"max_new_tokens": options.max_new_tokens, "seed": 0}
     plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
-        engine.generate(prompt, Request(**{**vars(request), "max_new_tokens": 4}))
-    console.print(f"[bold]{prompt}[/bold]\n\n[dim]plain decoding, one token a pass:[/dim]")
-    slow_result = written(engine, prompt, plain, console)
-    console.print("\n[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]")
-    fast_result = written(engine, prompt, fast, console)
-    status = report(engine, prompt, slow_result, fast_result, console, options)
+        engine.generate(prompt, replace(request, max_new_tokens=4))
+    shown: list[Any] = [f"[bold]{escape(prompt)}[/bold]", "[dim]plain decoding, one token a pass:[/dim]"]
+    console.print(*shown, sep="\n\n")
+    slow_result, slow_text = write_coloured(engine, prompt, plain, console)
+    heading = "[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]"
+    console.print(f"\n{heading}")
+    fast_result, fast_text = write_coloured(engine, prompt, fast, console)
+    lines = verdict(engine, prompt, slow_result, fast_result, options.precision)
+    console.print(f"\n{lines}")
+    if options.json:
+        print(json.dumps(facts(slow_result, fast_result)))
     if options.svg:
-        save_picture(console, options.svg)
-    return status
+        save_picture(options.svg, [*shown, slow_text, heading, fast_text, lines])
+    return 0
 
 
-def console_for(options: argparse.Namespace) -> Console:
-    width = 100 if options.svg else None
-    return Console(highlight=False, quiet=options.json, record=bool(options.svg), width=width)
+def facts(plain: Result, fast: Result) -> dict[str, Any]:
+    """Whether the texts are equal, tokens a round, and how many times faster (tokens a second over tokens a second)."""
+    ratio = (len(fast.tokens) / fast.seconds) / (len(plain.tokens) / plain.seconds)
+    return {"same_text": plain.tokens == fast.tokens, "tau": round(fast.tau, 4), "ratio": round(ratio, 4), "tokens": len(fast.tokens)}
 
 
-def save_picture(console: Console, path: str) -> None:
+def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str) -> str:
+    found = facts(plain, fast)
+    rates = f"{len(plain.tokens) / plain.seconds:.1f} -> {len(fast.tokens) / fast.seconds:.1f} tokens/s"
+    conditions = f"[dim]({precision}, greedy, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
+    same = "Same text" if found["same_text"] else "Texts part"
+    line = f"[bold]{same}[/bold] · tau {found['tau']:.2f} tokens a round · {rates}, [bold]{found['ratio']:.2f}x[/bold] {conditions}"
+    return line if found["same_text"] else f"{line}\n{explain_parting(engine, prompt, plain, fast, precision)}"
+
+
+def save_picture(path: str, shown: list[Any]) -> None:
+    """What was shown, as an SVG of a terminal."""
+    console = Console(record=True, file=io.StringIO(), width=110, highlight=False)
+    for part in shown:
+        console.print(part, end="\n\n")
     try:
         console.save_svg(path, title="eyas demo")
     except OSError as error:
         raise EyasError(f"cannot write {path} ({error.strerror})") from None
-
-
-def written(engine: Engine, prompt: Prompt, request: Request, console: Console) -> Result:
-    return result_of(next(iter(list(write_coloured(engine, prompt, request, console)))))
-
-
-def report(engine: Engine, prompt: Prompt, plain: Result, fast: Result, console: Console, options: argparse.Namespace) -> int:
-    same = plain.tokens == fast.tokens
-    ratio = (len(fast.tokens) / fast.seconds) / (len(plain.tokens) / plain.seconds)
-    if options.json:
-        print(json.dumps({"same_text": same, "tau": round(fast.tau, 4), "ratio": round(ratio, 4), "tokens": len(fast.tokens)}))
-        return 0
-    console.print(
-        f"\n[bold]{'Same text' if same else 'Texts part'}[/bold] · tau {fast.tau:.2f} tokens a round · "
-        f"{len(plain.tokens) / plain.seconds:.1f} -> {len(fast.tokens) / fast.seconds:.1f} tokens/s, [bold]{ratio:.2f}x[/bold]"
-        f" [dim]({options.precision}, greedy, {len(fast.tokens)} tokens, {torch.get_num_threads()} threads)[/dim]"
-    )
-    if not same:
-        console.print(explain_parting(engine, prompt, plain, fast, options.precision))
-    return 0
 
 
 def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str) -> str:

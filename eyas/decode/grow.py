@@ -25,26 +25,34 @@ class Level(NamedTuple):
     sight: Tensor  # bool [F, k + F]: which of the k tree rows read before, and of these, each node sees (the root is not among them)
 
 
+Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
 Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
 Followers = Callable[[Request, int, Tensor], tuple[list[list[int]], list[list[float]]]]  # children of rows: target ids, log scores
 
 
-def grow(requests: Sequence[Request], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
-    """One tree a request. `roots` [S, ...]: the drafter's output at each root, from committed text alone."""
+def grow(requests: Sequence[Request], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
+    """One tree a request. Where an empty tree is asked for the drafter is left alone: committed text waits until it is next needed."""
+    wanted = [request for request in requests if request.shape.nodes > 1]
+    trees = {request.sequence: Tree.root(request.root) for request in requests}
+    if wanted:
+        roots = begin([request.sequence for request in wanted])
+        trees |= {request.sequence: tree for request, tree in zip(wanted, grow_levels(wanted, roots, read, followers))}
+    return list(trees.values())
+
+
+def grow_levels(requests: Sequence[Request], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
+    """Expand the best of each newest level, keep the best of all. `roots` [S, ...]: the drafter's output at each root."""
     growths = [Growth(request.root, request.shape.top_k) for request in requests]
     held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
     frontiers, outputs = [[0] for _ in requests], roots
-    for level in range(1 + max((request.shape.depth for request in requests), default=0)):
+    for level in range(1 + max(request.shape.depth for request in requests)):
         if level > 0:
-            frontiers = [
-                growth.frontier() if level <= request.shape.depth and request.shape.nodes > 1 else []
-                for growth, request in zip(growths, requests)
-            ]
+            frontiers = [growth.frontier() if level <= request.shape.depth else [] for growth, request in zip(growths, requests)]
             if not any(frontiers):
                 break
             outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]])
         for request, growth, frontier, rows, kept in zip(requests, growths, frontiers, outputs.split([len(f) for f in frontiers]), held):
-            if frontier and request.shape.nodes > 1:
+            if frontier:
                 growth.expand(frontier, *followers(request, level, rows))
                 kept.update(zip(frontier, rows))
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]

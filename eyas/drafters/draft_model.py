@@ -43,9 +43,9 @@ class ModelDrafter:
         self.waiting[sequence] += tokens
 
     def propose(self, requests: Sequence[Request]) -> list[Tree]:
-        trees = grow(requests, self.catch_up([request.sequence for request in requests]), self.read_level, self.followers)
+        trees = grow(requests, self.catch_up, self.read_level, self.followers)
         for request in requests:
-            self.cache.cut(request.sequence, request.position + 1)
+            self.cache.cut(request.sequence, request.position + 1)  # the root's row stays, the tree's go
         return trees
 
     def followers(self, request: Request, level: int, logits_RV: Tensor) -> tuple[list[list[int]], list[list[float]]]:

@@ -63,7 +63,7 @@ class Eagle3Drafter:
     # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
 
     def propose(self, requests: Sequence[Request]) -> list[Tree]:
-        trees = grow(requests, self.catch_up([request.sequence for request in requests]), self.read_level, self.followers)
+        trees = grow(requests, self.catch_up, self.read_level, self.followers)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # slots 0 .. P-1 hold the text; the tree's rows go
         return trees

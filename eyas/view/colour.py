@@ -5,13 +5,12 @@ Knows which committed tokens were guessed and which the target drew itself; know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text as Styled
 
-from eyas.decode.generate import RoundRecord
+from eyas.decode.generate import Result, RoundRecord, result_of
 from eyas.decode.text import TextStream
 from eyas.load import Engine, Prompt, Request
 
@@ -23,11 +22,14 @@ class Colouring:
 
     def __init__(self, console: Console, tokenizer: Any) -> None:
         self.console, self.stream = console, TextStream(tokenizer)
+        self.written = Styled()
 
     def token(self, token: int, drafted: bool) -> None:
         self.stream.push(token)
         if piece := self.stream.certain():
-            self.console.print(Styled(piece, DRAFTED if drafted else DRAWN), end="", soft_wrap=True)
+            styled = Styled(piece, DRAFTED if drafted else DRAWN)
+            self.console.print(styled, end="", soft_wrap=True)
+            self.written.append_text(styled)
 
     def round(self, record: RoundRecord) -> None:
         guessed = len(record.accepted.path) - 1
@@ -35,17 +37,16 @@ class Colouring:
             self.token(token, place < guessed)
 
 
-def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Console) -> Iterator[Any]:
-    """Stream one answer to the console; yields the `Result` at its end."""
+def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Console) -> tuple[Result, Styled]:
+    """Stream one answer to the console; returns it as a result and as it was shown."""
     colouring = Colouring(console, engine.tokenizer)
     engine.watch = colouring.round
+    texts: Any = None
     try:
-        first = True
         for texts in engine.rounds([prompt], request):
-            if first:
+            if texts[0].rounds == 0:
                 colouring.token(texts[0].tokens[-1], False)
-            first = False
-        yield texts[0]
     finally:
         engine.watch = None
     console.print()
+    return result_of(texts[0]), colouring.written
