@@ -230,7 +230,7 @@ def facts_of_run(directory: Path, hash_of_target: str, taps: tuple[int, int, int
         "target_sha256": hash_of_target,
         "taps_are_inputs_of_layers": list(taps),
         "date": date.today().isoformat(),
-        "versions": {"eyas": eyas.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"eyas": eyas.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {capability()}",
     }
 

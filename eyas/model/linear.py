@@ -1,10 +1,10 @@
-"""The one door to dense products: several matrices that read the same input, as one product, packed where that is measured to win.
+"""The one door to dense products: several matrices that read the same input, as one product, in the fastest form a device offers.
 
-Knows devices and number formats; knows nothing of attention or of models.
+Knows devices and number formats; knows nothing of attention or of models. On a CPU weights are prepared once:
 
-Measured (two Zen 3 cores, 8 rows by 3072x576): PyTorch's float32 product 450 us, oneDNN with weights packed once 229 us; its bfloat16
-product 1426 us, since that CPU has no bfloat16 instructions. So on a CPU weights are packed once, in bfloat16 where the CPU multiplies
-bfloat16 and in float32 elsewhere (bfloat16 weights are exact in float32; only the result is rounded).
+- bfloat16 result, and the CPU multiplies bfloat16: oneDNN with weights packed for few rows;
+- else, where weights are bfloat16 values: the native kernel (native.py), which reads them as such and sums in float32;
+- else oneDNN with float32 weights packed; elsewhere PyTorch's own product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from eyas.model import native
 
 PACKED_FOR_ROWS = 8  # oneDNN lays weights out for a row count; verification passes have about this many
 
@@ -37,28 +39,39 @@ class Dense:
         self.widths = [layer.out_features for layer in layers]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.onednn = False
+        self.kind = "loose"
 
     def pack(self, result: torch.dtype | None = None) -> None:
         """Stack and pack the weights for inference. `result` is the number format of y (default: that of the weights)."""
-        weight = torch.cat([layer.weight.detach() for layer in self.layers])
+        weights = [layer.weight.detach() for layer in self.layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None if self.layers[0].bias is None else torch.cat([layer.bias.detach() for layer in self.layers])
         self.result = result or weight.dtype
-        self.onednn = (
-            weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-        )
-        if self.onednn:
+        self.kind = self.choose(weight)
+        if self.kind == "native":
+            weight, bias = weight.to(torch.bfloat16).contiguous(), None if bias is None else bias.float()
+        elif self.kind == "onednn":
             exact = self.result == torch.float32 or not cpu_multiplies_bfloat16()
-            weight = weight.float() if exact else weight
-            bias = None if bias is None else bias.to(weight.dtype)
-        self.compute = weight.dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS) if self.onednn else weight
-        self.bias = bias
+            weight, bias = (weight.float(), None if bias is None else bias.float()) if exact else (weight, bias)
+            self.compute = weight.dtype
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        self.weight, self.bias = weight, bias
+
+    def choose(self, weight: Tensor) -> str:
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+            return "torch"
+        native_wins = self.result == torch.float32 or not cpu_multiplies_bfloat16()
+        if native_wins and native.kernel() and native.fits(weight):
+            return "native"
+        return "onednn" if torch.backends.mkldnn.is_available() else "torch"
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is None:
             outputs = [layer(x) for layer in self.layers]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if self.onednn:
+        if self.kind == "native":
+            y = native.product(x.float().contiguous(), self.weight)
+            return (y if self.bias is None else y + self.bias).to(self.result)
+        if self.kind == "onednn":
             return torch.ops.mkldnn._linear_pointwise(x.to(self.compute), self.weight, self.bias, "none", [], "").to(self.result)
         return F.linear(x, self.weight, self.bias).to(self.result)

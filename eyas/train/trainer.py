@@ -257,7 +257,7 @@ class Trainer:
                 "progress": asdict(self.progress),
                 "settings": asdict(self.settings),
                 "vocab": self.vocab.ids,
-                "facts": self.facts,
+                "facts": json.loads(json.dumps(self.facts)),  # plain values only: a checkpoint is read back with weights_only
             }
             try:
                 torch.save(state, work / CHECKPOINT)
