@@ -165,6 +165,9 @@ class CachedAttention:
         """The `attend` function of one layer."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(self.loose) == 1 and not self.singles:  # one sequence: nothing to gather
+                keys, values = self.cache.write(layer, self.loose[0][0].slot, k, v)
+                return grouped_attention(q, keys, values, self.biases[0])
             out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
             for (segment, rows), bias in zip(self.loose, self.biases):
                 keys, values = self.cache.write(layer, segment.slot, k[rows], v[rows])
