@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,13 +31,22 @@ def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
     key = "|".join(
         map(str, (machine(), torch.get_num_threads(), engine.directory.name, draft_key(engine), engine.precision, method, sampling.greedy))
     )
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = remembered(path)
     if key not in known:
         print("timing a few tree shapes (once on this machine) ...", file=sys.stderr, flush=True)
         known[key] = str(time_shapes(engine, method, sampling))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1))
     return PLAIN if known[key] == str(PLAIN) else TreeShape.parse(known[key])
+
+
+def remembered(path: Path) -> dict[str, str]:
+    """What was timed before; a damaged file only means timing again."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def time_shapes(engine: Engine, method: str, sampling: Sampling) -> TreeShape:

@@ -170,9 +170,10 @@ def from_self_play(
         task = bar.add_task("the target writes", total=wanted)
         write_own_data(directory, folder, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
     shards = sorted(folder.glob("*.safetensors"))
-    examples = shard_examples(shards, settings.max_length)
-    facts = {"kind": "self-written", "answer_tokens": sum(map(answer_tokens, shards)), "conversations": len(examples), **asdict(play)}
-    return examples, {"data": facts}
+    every = shard_examples(shards, settings.max_length)
+    examples = list({tuple(example.tokens): example for example in every}.values())  # a twin of a held-out one must not train
+    facts = {"kind": "self-written", "answer_tokens": sum(map(answer_tokens, shards)), "conversations": len(examples)}
+    return examples, {"data": {**facts, "duplicates_dropped": len(every) - len(examples), **asdict(play)}}
 
 
 # ---- the run ----

@@ -147,7 +147,10 @@ def config_from_file(directory: Path) -> DraftConfig:
     if "draft_vocab_size" not in raw or "eyas" not in raw:
         raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas)")
     fields = {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
-    return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
+    try:
+        return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
+    except (TypeError, KeyError) as error:
+        raise EyasError(f"{directory / 'config.json'} lacks what a draft's config must say ({error}); take it from the original") from None
 
 
 def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[DraftNetwork, DraftVocab]:
@@ -158,6 +161,8 @@ def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[
     if missing:
         raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
     vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d")}, config.vocab_size)
+    if len(vocab) != config.draft_vocab_size:
+        raise EyasError(f"draft {directory} does not fit: d2t names {len(vocab)} tokens, its config {config.draft_vocab_size}")
     network = DraftNetwork(config, embedding).to(embedding.device, dtype)
     load_strictly(network, tensors, f"draft {directory}")
     return network, vocab

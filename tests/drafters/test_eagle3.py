@@ -432,3 +432,20 @@ def test_a_directory_that_is_no_draft_of_eyas_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(EyasError, match="lacks draft_vocab_size or eyas"):
         load_draft(tmp_path, embedding(), torch.float64)
+
+
+def test_a_vocabulary_of_another_size_than_the_config_says_is_refused(saved):
+    directory, _, vocab = saved
+    shorter = DraftVocab(vocab.ids[:-1], V).as_tensors()
+    rewrite(directory, lambda tensors: tensors.update(shorter))
+    with pytest.raises(EyasError, match="d2t names 28 tokens, its config 29"):
+        load_draft(directory, embedding(), torch.float64)
+
+
+def test_a_config_that_lacks_a_key_names_it(saved):
+    directory, _, _ = saved
+    config = json.loads((directory / "config.json").read_text())
+    del config["intermediate_size"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EyasError, match="intermediate_size"):
+        load_draft(directory, embedding(), torch.float64)

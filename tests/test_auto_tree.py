@@ -1,0 +1,49 @@
+"""The default tree is timed once and remembered; a damaged memory only means timing again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eyas import auto_tree
+from eyas.config import PLAIN, Sampling, TreeShape
+
+
+class Machine:
+    """What decides the key, and nothing else: the timing itself is replaced."""
+
+    class directory:
+        name = "target"
+
+    draft, precision = None, "fp32"
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    monkeypatch.setenv("EYAS_CACHE", str(tmp_path))
+    calls = []
+
+    def time_shapes(engine, method, sampling):
+        calls.append(sampling.greedy)
+        return TreeShape.parse("8x3x3") if sampling.greedy else PLAIN
+
+    monkeypatch.setattr(auto_tree, "time_shapes", time_shapes)
+    return calls, tmp_path / "shapes.json"
+
+
+def test_each_kind_of_sampling_is_timed_once(timed):
+    calls, _ = timed
+    for _ in range(2):
+        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling(1.0)) == PLAIN
+    assert calls == [True, False]
+
+
+@pytest.mark.parametrize("damage", ["", "[1", "[]"])
+def test_a_damaged_memory_is_timed_anew(timed, damage):
+    calls, path = timed
+    path.write_text(damage)
+    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+    assert calls == [True]
+    assert list(json.loads(path.read_text()).values()) == ["8x3x3"]
