@@ -48,7 +48,6 @@ def run(options: argparse.Namespace) -> int:
             f"a draft vocabulary of {settings.draft_vocab_size} is larger than the target's {config.vocab_size}; lower --draft-vocab"
         )
     workers = options.workers or os.cpu_count() or 1
-    target = load_target(directory, "fp32")
     hash_of_target = directory_hash(directory)
     console = Console(stderr=True, highlight=False)
     if options.data:
@@ -58,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         examples, facts = from_self_play(options, directory, config, taps, hash_of_target, workers, settings, console)
         source = ShardStates()
     facts = {**facts, **facts_of_run(directory, hash_of_target, taps)}
+    target = load_target(directory, "fp32")  # not before: while workers write, each holds its own
     trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console)
     if options.resume:
         trainer.resume()
