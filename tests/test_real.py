@@ -119,9 +119,9 @@ def test_bf16_parts_from_plain_no_more_than_another_pass_shape_does(bf16):
     fast = texts(bf16, bf16.drafter("eagle3"), TREE, sampling, PROMPTS, tokens)
     total = sum(map(len, plain))
     by_padding, by_trees = divergences(plain, padded), divergences(plain, fast)
-    allowed = max(1.5 * len(by_padding), 3)  # at these counts three of 2,000 are within chance of none
+    by_chance = 2 * math.sqrt(len(by_trees) + 1.5**2 * len(by_padding))  # both are small counts: two standard deviations of the difference
     print(f"first divergences per 1,000 tokens: padding {1000 * len(by_padding) / total:.2f}, trees {1000 * len(by_trees) / total:.2f}")
-    assert len(by_trees) <= allowed
+    assert len(by_trees) <= 1.5 * len(by_padding) + by_chance
     limit = logit_change(bf16, plain)
     for prompt, place in by_trees:
         ids = bf16.encode(PROMPTS[prompt]) + plain[prompt][:place]
@@ -139,7 +139,7 @@ def logit_change(engine: Engine, plain: list[list[int]]) -> float:
         with torch.inference_mode():
             whole = engine.target(chain_rows(0, ids, 0), engine.target.new_cache(1, len(ids))).logits
             cache, parts = engine.target.new_cache(1, len(ids)), []
-            for start in range(0, len(ids), 1):
+            for start in range(len(ids)):
                 parts.append(engine.target(chain_rows(0, ids[start : start + 1], start), cache).logits)
                 cache.keep(0, [0])
         favourites = whole.topk(8, -1).indices  # the tokens that could win
