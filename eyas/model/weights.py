@@ -142,6 +142,8 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     try:
         yield work
         os.chmod(work, 0o755)
+        for file in work.iterdir():  # safetensors leaves files that only their writer may read
+            os.chmod(file, 0o644)
         old = work.with_name(work.name + "-old")
         if final.exists():
             os.replace(final, old)
