@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import eyas
 from eyas.bench.prompts import read_prompts
-from eyas.load import PRECISIONS
+from eyas.engine import PRECISIONS
 
 
 def main() -> None:

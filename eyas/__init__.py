@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eyas.config import EyasError, Sampling, TreeShape
 
 if TYPE_CHECKING:
-    from eyas.load import load
+    from eyas.engine import load
 
 __version__ = "0.1.0"
 __all__ = ["EyasError", "Sampling", "TreeShape", "load"]
@@ -18,7 +18,7 @@ __all__ = ["EyasError", "Sampling", "TreeShape", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from eyas.load import load
+        from eyas.engine import load
 
         return load
     raise AttributeError(f"module 'eyas' has no attribute {name!r}")

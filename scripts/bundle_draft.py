@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from eyas.load import BUNDLED
+from eyas.engine import BUNDLED
 from eyas.model.weights import atomic_directory, read_tensors, save_tensors
 
 LARGEST_FILE = 15_000_000  # bytes; history keeps every copy, and some hosts refuse more

@@ -510,7 +510,7 @@ def test_any_other_trouble_with_files_is_one_line(models, refused, monkeypatch):
     def locked(*_):
         raise PermissionError(errno.EACCES, "Permission denied", "/locked/config.json")
 
-    monkeypatch.setattr("eyas.load.target_config", locked)
+    monkeypatch.setattr("eyas.engine.target_config", locked)
     assert refused(*generate(models, "hi")) == "Permission denied: /locked/config.json"
 
 

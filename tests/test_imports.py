@@ -16,7 +16,7 @@ STATIONS = [  # each may import those before it and its own
     ("model", "reference"),
     ("decode", "parallel"),
     ("drafters",),
-    ("load", "auto_tree"),
+    ("engine", "auto_tree"),
     ("bench", "view", "train", "serve", "formats"),
     ("commands",),
     ("cli",),
@@ -89,3 +89,8 @@ def test_the_reference_knows_only_the_config():
 def test_import_eyas_and_its_command_line_import_no_torch():
     program = "import eyas, eyas.cli, sys; eyas.cli.parser(); assert not {'torch', 'numpy', 'transformers'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_load_stays_a_function_whatever_was_imported_before():
+    code = "import eyas; import eyas.engine; assert callable(eyas.load) and callable(eyas.load)"
+    subprocess.run([sys.executable, "-c", code], check=True)

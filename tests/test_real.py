@@ -16,7 +16,7 @@ from eyas.decode.drafter import Request
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
-from eyas.load import Engine, load_target
+from eyas.engine import Engine, load_target
 from eyas.model.target import chain_rows
 
 pytestmark = pytest.mark.real

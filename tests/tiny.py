@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from eyas.config import TargetConfig
-from eyas.load import load_target
+from eyas.engine import load_target
 from eyas.model.draft import DraftNetwork, draft_config, save_draft
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eyas.config import EyasError
-from eyas.load import Engine, Prompt
+from eyas.engine import Engine, Prompt
 
 TEXT_KEYS = ("prompt", "question")
 CHAT_KEYS = ("messages", "conversations")  # OpenAI's and ShareGPT's

@@ -17,7 +17,7 @@ from rich.text import Text
 import eyas
 from eyas.config import PLAIN, TreeShape
 from eyas.decode.sampling import NOISE_VERSION
-from eyas.load import Engine, Request
+from eyas.engine import Engine, Request
 from eyas.model.linear import capability
 from eyas.model.weights import directory_hash
 

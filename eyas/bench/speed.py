@@ -18,7 +18,7 @@ from eyas.bench.report import conditions_of, tree_name
 from eyas.config import EyasError, TreeShape
 from eyas.decode.generate import VERIFIERS, RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
-from eyas.load import METHODS, Engine, Prompt, Request
+from eyas.engine import METHODS, Engine, Prompt, Request
 
 WARM_UP_TOKENS = 8
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from eyas.commands.common import engine_from
 from eyas.config import EyasError
 from eyas.decode.generate import Result
-from eyas.load import Engine, Prompt, Request
+from eyas.engine import Engine, Prompt, Request
 from eyas.model.target import chain_rows
 from eyas.view.colour import write_coloured
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError
-from eyas.load import Prompt
+from eyas.engine import Prompt
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 

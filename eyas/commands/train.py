@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import eyas
 from eyas.bench.prompts import read_prompts
 from eyas.config import EyasError, TargetConfig, TrainSettings, default_taps
-from eyas.load import load_target, load_tokenizer, target_directory
+from eyas.engine import load_target, load_tokenizer, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps

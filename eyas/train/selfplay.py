@@ -319,7 +319,7 @@ def write_own_data(
 
 def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions: list[str], own: int, tokens: int) -> None:
     """One worker: a process with one thread."""
-    from eyas.load import load_target, load_tokenizer
+    from eyas.engine import load_target, load_tokenizer
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay

@@ -12,7 +12,7 @@ from rich.text import Text as Styled
 
 from eyas.decode.generate import Result, RoundRecord, result_of
 from eyas.decode.text import TextStream
-from eyas.load import Engine, Prompt, Request
+from eyas.engine import Engine, Prompt, Request
 
 DRAFTED, DRAWN = "bold green", ""
 

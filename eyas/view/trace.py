@@ -14,7 +14,7 @@ from rich.tree import Tree as Drawing
 from eyas.decode.generate import RoundRecord, Text
 from eyas.decode.sampling import draw
 from eyas.decode.tree import Tree
-from eyas.load import Engine, Prompt, Request
+from eyas.engine import Engine, Prompt, Request
 
 
 class Story:

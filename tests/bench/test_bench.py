@@ -28,7 +28,7 @@ from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
-from eyas.load import Engine, Request
+from eyas.engine import Engine, Request
 from eyas.model.draft import save_draft
 from tests.tiny import byte_tokenizer, tiny_draft, tiny_target
 

@@ -19,7 +19,7 @@ from eyas.decode.tree import merge
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
-from eyas.load import Engine
+from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.target import chain_rows
 from eyas.model.vocab import DraftVocab

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from eyas import reference
 from eyas.config import PLAIN, EyasError, Sampling, TrainSettings
 from eyas.decode.generate import Decoder
-from eyas.load import load_target
+from eyas.engine import load_target
 from eyas.model import weights
 from eyas.model.draft import DraftNetwork, draft_config, load_draft
 from eyas.model.vocab import DraftVocab
