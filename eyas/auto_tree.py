@@ -34,7 +34,11 @@ def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
     known = remembered(path)
     if key not in known:
         print("timing a few tree shapes (once on this machine) ...", file=sys.stderr, flush=True)
-        known[key] = str(time_shapes(engine, method, sampling))
+        watch, engine.watch = engine.watch, None  # who watches the answer does not want to see these
+        try:
+            known[key] = str(time_shapes(engine, method, sampling))
+        finally:
+            engine.watch = watch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1))
     return PLAIN if known[key] == str(PLAIN) else TreeShape.parse(known[key])

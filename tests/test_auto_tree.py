@@ -16,7 +16,7 @@ class Machine:
     class directory:
         name = "target"
 
-    draft, precision = None, "fp32"
+    draft, precision, watch = None, "fp32", None
 
 
 @pytest.fixture
@@ -38,6 +38,15 @@ def test_each_kind_of_sampling_is_timed_once(timed):
         assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
         assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling(1.0)) == PLAIN
     assert calls == [True, False]
+
+
+def test_who_watches_the_answer_does_not_see_the_timing(timed, monkeypatch):
+    engine, seen = Machine(), []
+    engine.watch = seen.append
+    monkeypatch.setattr(auto_tree, "time_shapes", lambda engine, *_: seen.append(engine.watch) or PLAIN)
+    auto_tree.fastest_shape(engine, "eagle3", Sampling())
+    assert seen == [None]
+    assert engine.watch == seen.append
 
 
 @pytest.mark.parametrize("damage", ["", "[1", "[]"])
