@@ -266,6 +266,8 @@ def is_many(prompt: Any) -> bool:
 
 def make_request(**settings: Any) -> Request:
     """A request from loose settings, Sampling's fields among them."""
+    if isinstance(settings.get("stop"), str):
+        settings["stop"] = (settings["stop"],)
     own = {name: settings.pop(name) for name in list(settings) if name in Request.__dataclass_fields__}
     law = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
     if settings:

@@ -582,3 +582,11 @@ def test_a_real_ctrl_c_in_train_leaves_a_checkpoint(models, data, tmp_path):
     steps = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["steps"]
     assert steps == json.loads((out / "training.json").read_text())["steps"]
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_target_with_scaled_rotary_embeddings_loads_and_a_stop_may_be_one_string(tmp_path):
+    from eyas.engine import load, make_request
+
+    directory = save_tiny_target(tmp_path / "scaled", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert load(directory, precision="fp32").generate("hello", max_new_tokens=3).rounds <= 2
+    assert make_request(stop="END").stop == ("END",)

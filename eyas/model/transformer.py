@@ -60,7 +60,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
     config = LlamaConfig(
         hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=positions, rope_parameters=parameters
     )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    with torch.device("cpu"):  # models are built on "meta", where a table has no values
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies.double(), float(scale)
 
 
