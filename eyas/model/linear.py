@@ -55,6 +55,8 @@ class Dense:
             weight, bias = (weight.float(), None if bias is None else bias.float()) if exact else (weight, bias)
             self.compute = weight.dtype
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        else:  # a wider result, logits say, is computed wide: rounding first would make many of them equal
+            weight, bias = weight.to(self.result), None if bias is None else bias.to(self.result)
         self.weight, self.bias = weight, bias
 
     def choose(self, weight: Tensor) -> str:
@@ -74,4 +76,4 @@ class Dense:
             return (y if self.bias is None else y + self.bias).to(self.result)
         if self.kind == "onednn":
             return torch.ops.mkldnn._linear_pointwise(x.to(self.compute), self.weight, self.bias, "none", [], "").to(self.result)
-        return F.linear(x, self.weight, self.bias).to(self.result)
+        return F.linear(x.to(self.result), self.weight, self.bias)
