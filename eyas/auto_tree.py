@@ -41,7 +41,7 @@ def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
             engine.watch = watch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1))
-    return PLAIN if known[key] == str(PLAIN) else TreeShape.parse(known[key])
+    return TreeShape.parse(known[key])
 
 
 def remembered(path: Path) -> dict[str, str]:

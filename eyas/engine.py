@@ -84,10 +84,7 @@ def load_target(directory: Path, precision: str = "bf16", device: str | torch.de
     target = target.to(PRECISIONS[precision]).to_empty(device=device)
     if config.tie_word_embeddings:
         target.lm_head.weight = target.model.embed_tokens.weight
-    tensors = read_tensors(directory)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    load_strictly(target, tensors, f"target {directory}")
+    load_strictly(target, read_tensors(directory), f"target {directory}")
     return target
 
 

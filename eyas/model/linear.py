@@ -36,7 +36,6 @@ class Dense:
 
     def __init__(self, *layers: nn.Linear) -> None:
         self.layers = layers
-        self.widths = [layer.out_features for layer in layers]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.kind = "loose"

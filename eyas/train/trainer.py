@@ -342,7 +342,7 @@ def held_out_tau(
 ) -> tuple[float, list[float]]:
     """Simulated tau (1 + mean number of leading steps right) over all slots, and P(step k right | steps before right)."""
     steps = settings.unroll_steps
-    leading, alive, right = 0, [0] * steps, [0] * steps
+    alive, right = [0] * steps, [0] * steps
     slots_seen = 0
     for first in range(0, len(examples), 8):
         batch, states = make_batch(examples[first : first + 8], source, network.dtype)
@@ -355,5 +355,4 @@ def held_out_tau(
             alive[i] += int(before.sum())
             right[i] += int((hit & before).sum())
             good[step.slots] = hit & before
-    leading = sum(right)
-    return 1 + leading / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
+    return 1 + sum(right) / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
