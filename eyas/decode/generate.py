@@ -21,9 +21,9 @@ from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, unifor
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, accept_reject, walk
+from eyas.model.attention import Segment
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
-from eyas.model.transformer import Segment
 
 PREFILL = 256  # rows of a prompt read at once: bounds the mask and the activations
 

@@ -16,8 +16,8 @@ from eyas.decode.drafter import Request
 from eyas.decode.grow import Level, grow
 from eyas.decode.score import best_children, log_scores
 from eyas.decode.tree import Tree
+from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target
-from eyas.model.transformer import Segment
 
 CATCH_UP = 256  # rows of committed text read at once
 

@@ -17,9 +17,9 @@ from eyas.decode.drafter import Request
 from eyas.decode.grow import Level, grow
 from eyas.decode.score import best_children, log_scores
 from eyas.decode.tree import Tree
+from eyas.model.attention import Segment, cached_attention
 from eyas.model.cache import KVCache
 from eyas.model.draft import DraftNetwork
-from eyas.model.transformer import CachedAttention, Segment
 from eyas.model.vocab import DraftVocab
 
 CATCH_UP = 256  # rows of committed text read at once; more is held back no further than this
@@ -101,9 +101,9 @@ class Eagle3Drafter:
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft; its rows stay in the cache until they are cut."""
-        attention = CachedAttention(self.cache, segments, self.group, g.dtype)
+        attend = cached_attention(self.cache, segments, self.group)
         device = g.device
-        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attention.layer(0))
+        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attend(0))
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return a

@@ -48,10 +48,10 @@ class KVCache:
                 slab[:, slot, :, to] = slab[:, slot].index_select(2, source)
         self.lengths[slot] = start + count
 
-    def copy_prefix(self, source: int, slot: int, length: int) -> None:
-        """Let `slot` begin with the first `length` rows of `source`."""
-        for slab in (self.keys, self.values):
-            slab[:, slot, :, :length] = slab[:, source, :, :length]
+    def copy_prefix(self, other: KVCache, source: int, slot: int, length: int) -> None:
+        """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
+        self.keys[:, slot, :, :length] = other.keys[:, source, :, :length]
+        self.values[:, slot, :, :length] = other.values[:, source, :, :length]
         self.lengths[slot] = length
 
     def cut(self, slot: int, length: int) -> None:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
+from eyas.model.attention import Attend
 from eyas.model.linear import Dense
 from eyas.model.target import check_taps
-from eyas.model.transformer import MLP, Attend, Attention, RMSNorm, Rotary, pack
+from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import load_strictly, read_json, read_tensors, save_tensors
 

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from eyas.config import cache_dir
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-march=native", "-funroll-loops", "-fopenmp", "-fPIC", "-shared"]
+
+
+class Plan(ctypes.Structure):
+    """native.c's `plan`."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "width", "q_stride", "k_stride", "v_stride", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("slot", "place", "prefix", "start", "other")),
+    ]
 
 
 @cache
@@ -42,6 +52,8 @@ def kernel() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     library.eyas_product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
+    for attention in (library.eyas_attention_float32, library.eyas_attention_bfloat16):
+        attention.argtypes, attention.restype = [ctypes.POINTER(Plan), *[ctypes.c_void_p] * 7, ctypes.c_int], None
     library.eyas_product.restype = None
     return library
 
@@ -83,3 +95,34 @@ def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
         x_NI.data_ptr(), weight_OI.data_ptr(), y.data_ptr(), x_NI.shape[0], x_NI.shape[1], weight_OI.shape[0], torch.get_num_threads()
     )
     return y
+
+
+class RowPlan(NamedTuple):
+    """Where the N rows of a pass live in a cache and which cached rows they see; all int64."""
+
+    slot: Tensor  # [N]
+    place: Tensor  # [N] row of its slot where its key and value go
+    prefix: Tensor  # [N] how many of its slot's first rows it sees
+    start: Tensor  # [N + 1] where its part of `other` begins and ends
+    other: Tensor  # places behind the prefix that it sees, ascending
+
+
+def attends(keys: Tensor) -> bool:
+    """Whether the kernel can attend over a cache [.., capacity, d]."""
+    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and keys.shape[-1] % 8 == 0 and kernel() is not None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, lse: Tensor | None = None) -> Tensor:
+    """Write k, v [N,k,d] of the rows to their places in keys, values [slots,k,capacity,d]; attention of q [N,q,d] over what each row sees.
+
+    Returns [N, q*d] in q's number format, sums taken in float32. `lse`: float32 [N, q] to fill with log-sum-exps of the scores.
+    """
+    N, heads, d = q.shape
+    for rows in (q, k, v):
+        assert rows.stride(2) == 1 and rows.stride(1) == d and rows.dtype == keys.dtype
+    out = torch.empty(N, heads * d, dtype=q.dtype)
+    shape = Plan(N, heads, k.shape[1], d, q.stride(0), k.stride(0), v.stride(0), keys.shape[2], *(part.data_ptr() for part in plan))
+    call = kernel().eyas_attention_float32 if q.dtype == torch.float32 else kernel().eyas_attention_bfloat16
+    pointers = (part.data_ptr() for part in (q, k, v, keys, values, out))
+    call(shape, *pointers, None if lse is None else lse.data_ptr(), torch.get_num_threads())
+    return out

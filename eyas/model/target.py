@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import EyasError, TargetConfig
+from eyas.model.attention import Segment, cached_attention
 from eyas.model.cache import KVCache
 from eyas.model.linear import Dense
-from eyas.model.transformer import Block, CachedAttention, RMSNorm, Rotary, Segment, pack
+from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 
 
 class Rows(NamedTuple):
@@ -79,12 +80,12 @@ class Target(nn.Module):
         """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
         x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
         rotation = self.rotary(rows.positions, x_NH.dtype)
-        attention = CachedAttention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads, x_NH.dtype)
+        attend = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
         features = []
         for index, block in enumerate(self.model.layers):
             if index in taps:
                 features.append(x_NH)
-            x_NH = block(x_NH, rotation, attention.layer(index))
+            x_NH = block(x_NH, rotation, attend(index))
         hidden_NH = self.model.norm(x_NH)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32

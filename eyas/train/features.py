@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target
-from eyas.model.transformer import Segment
 from eyas.train.conversations import Document
 
 

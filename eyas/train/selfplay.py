@@ -25,8 +25,8 @@ from torch import Tensor
 
 from eyas.config import EyasError, cache_dir
 from eyas.decode.sampling import derived_seed, uniforms
-from eyas.model.target import Rows, Target
-from eyas.model.transformer import Segment
+from eyas.model.attention import Segment
+from eyas.model.target import Rows, Target, chain_rows
 
 PROBE = "\ue001question\ue001"
 SLOTS = 64  # conversations in flight a worker: beyond this the products gain nothing and the keys leave the cache
@@ -105,25 +105,31 @@ class Writer:
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.dropped = 0
+        opening = template.before[:-1]  # every conversation begins with it: read once, copied to each
+        self.opening = target.new_cache(1, len(opening))
+        read = target(chain_rows(0, opening, 0), self.opening, settings.taps, slice(0, 1))
+        self.opening_states = torch.cat([read.features, read.hidden], -1).to(torch.bfloat16)
 
     def write(self, seed: int, first: int = 0) -> Iterator[Finished]:
-        rows = [self.begin(seed, first + slot) for slot in range(self.cache.slots)]
+        rows = [self.begin(slot, seed, first + slot) for slot in range(self.cache.slots)]
         following = first + len(rows)
         while True:
             for slot, outcome in self.step(rows):
                 if outcome is not None:
                     yield outcome
-                rows[slot], following = self.begin(seed, following), following + 1
-                self.cache.clear(slot)
-                self.favourites[slot] = -1
+                rows[slot], following = self.begin(slot, seed, following), following + 1
 
-    def begin(self, seed: int, index: int) -> Conversation:
+    def begin(self, slot: int, seed: int, index: int) -> Conversation:
+        """Let `slot` hold conversation `index` of a seed: the template's opening, and a question where one comes from the seed prompts."""
+        opened = len(self.template.before) - 1
+        self.cache.copy_prefix(self.opening, 0, slot, opened)
+        self.handed_over[slot, :opened] = self.opening_states
+        self.favourites[slot] = -1
         settings, own_seed = self.settings, derived_seed(seed, index)
         u_share, u_question, u_temperature = uniforms(own_seed, 2**32, 3)
-        waiting = list(self.template.before)
-        row = Conversation(
-            index, own_seed, settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))], [], waiting
-        )
+        temperature = settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))]
+        before = self.template.before
+        row = Conversation(index, own_seed, temperature, before[:-1], before[-1:], opened)
         if self.questions and u_share < settings.seeded_share:
             question = self.template.question(self.questions[int(u_question * len(self.questions))])[: settings.longest_question]
             self.open_answer(row, question)

@@ -11,9 +11,10 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eyas.config import EyasError
+from eyas.model.attention import Segment, attention_with_lse, grouped_attention
 from eyas.model.mask import ancestor_mask, behind_prefix, causal_mask
 from eyas.model.target import Rows, Target, chain_rows, check_taps
-from eyas.model.transformer import Segment, attention_with_lse, grouped_attention, rotary_frequencies
+from eyas.model.transformer import rotary_frequencies
 from eyas.model.weights import load_strictly, read_tensors, target_config
 from tests.tiny import randomize, tiny_config, tiny_target
 
@@ -291,7 +292,7 @@ def test_after_keep_the_next_pass_is_that_of_the_kept_text(path):
 def test_a_copied_prefix_is_read_as_ones_own():
     target, tokens = tiny_target(), text(12)
     cache = prefilled(target, [tokens[:9], text(4, seed=5)])
-    cache.copy_prefix(0, 1, 6)
+    cache.copy_prefix(cache, 0, 1, 6)
     assert cache.lengths == [9, 6]
     other = text(5, seed=7)
     assert_same(target(chain_rows(1, other, 6), cache, TAPS), slice(None), alone(target, tokens[:6] + other), slice(6, None))

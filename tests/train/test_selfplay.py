@@ -119,7 +119,7 @@ def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
     writer = Writer(target(), template(), SETTINGS, (), 1)
     logits = torch.zeros(40, 263)
     logits[:, 5], logits[:, 9] = 7.00001, 7.0
-    rows = [writer.begin(seed, 0) for seed in range(40)]
+    rows = [writer.begin(0, seed, 0) for seed in range(40)]
     for row in rows:
         row.answer_start, row.temperature = 0, 0.0
     assert writer.choose(logits, rows) == [5] * 40
@@ -167,9 +167,9 @@ def test_a_finished_slot_is_taken_by_the_next_conversation_at_once():
     begun, widths = [], []
     begin, step = writer.begin, writer.step
 
-    def counted_begin(seed, index):
+    def counted_begin(slot, seed, index):
         begun.append(index)
-        return begin(seed, index)
+        return begin(slot, seed, index)
 
     def counted_step(rows):
         widths.append(len(rows))
