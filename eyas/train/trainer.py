@@ -154,10 +154,12 @@ class Trainer:
     def gradients(self, examples: list[Example], depths: Tensor, counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """A part's share of gradients and of losses by step; each worker computes its own and none writes to `.grad`."""
         batch, states = make_batch(examples, self.source, self.network.dtype)
-        loss, losses, _ = unrolled_loss(
+        taught, teacher_of = batch.taught()
+        loss, losses = unrolled_loss(
             self.network,
             batch,
-            self.teacher.law(states.hidden),
+            self.teacher.law(states.hidden[taught]),
+            teacher_of,
             self.teacher.within(states.favourites),
             self.settings.unroll_steps,
             self.settings.step_decay,

@@ -38,6 +38,11 @@ class Batch:
         """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
         return loss_slots(self.answers, self.lengths)
 
+    def taught(self) -> tuple[Tensor, Tensor]:
+        """Rows [R] before a token of an answer, the only ones whose law teaches; and for every row [M] its place among them, or 0."""
+        before = torch.cat([self.answers[1:] >= 0, torch.tensor([False])])
+        return before.nonzero()[:, 0], (before.cumsum(0) - 1).clamp_min(0)
+
 
 def loss_slots(answers: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """`Batch.slots` of answer numbers [M] alone, before there are features."""
@@ -138,25 +143,28 @@ def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: 
 def unrolled_loss(
     network: DraftNetwork,
     batch: Batch,
-    teacher_MD: Tensor,
+    teacher_RD: Tensor,
+    teacher_of_M: Tensor,
     within_M: Tensor,
     steps: int,
     decay: float,
     depths: Tensor | None = None,
     counts: Sequence[int] | None = None,
-) -> tuple[Tensor, list[Tensor], int]:
-    """Sum over steps of decay**i times the mean cross-entropy of step i; also the steps' losses and the number of slots.
+) -> tuple[Tensor, list[Tensor]]:
+    """Sum over steps i of decay**i times the mean cross-entropy of step i, and those means.
 
     `counts`: slots of each step that its mean is over, where this is a part of a larger batch: parts add up to the whole.
 
-    `teacher_MD`: the target's law over the draft vocabulary at every row. `within_M`: whether the target's favourite token there is in
-    the draft vocabulary; slots where it is not add nothing to the sum but stay in the mean (SafeAILab's mask).
+    `teacher_RD`: the target's law over the draft vocabulary at R rows, `teacher_of_M`: which of them is that of row m. `within_M`:
+    whether the target's favourite token there is in the draft vocabulary; slots where it is not add nothing to the sum but stay in the
+    mean (SafeAILab's mask). All steps pass the head together: it is the largest matrix, and few rows use it badly.
     """
-    losses, count = [], 0
-    for step in unroll(network, batch, steps, depths):
-        mean_over = counts[len(losses)] if counts else len(step.slots)
-        weight = within_M[step.teacher_rows].to(step.a.dtype) / max(mean_over, 1)
-        losses.append(soft_cross_entropy(network.norm(step.a), network.lm_head.weight, teacher_MD[step.teacher_rows], weight))
-        count = max(count, len(step.slots))
-    total = sum((decay**i * loss for i, loss in enumerate(losses)), torch.zeros(()))
-    return total, [loss.detach() for loss in losses] + [torch.zeros(())] * (steps - len(losses)), count
+    found = list(unroll(network, batch, steps, depths))
+    sizes = [len(step.slots) for step in found]
+    shares = [decay**i / max(over, 1) for i, over in enumerate(counts or sizes)]
+    rows = torch.cat([step.teacher_rows for step in found])
+    a = torch.cat([step.a for step in found])
+    weight = torch.cat([within_M[step.teacher_rows].to(a.dtype) * share for step, share in zip(found, shares)])
+    total, terms = soft_cross_entropy(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight)
+    means = [part.sum() / decay**i for i, part in enumerate(terms.split(sizes))]
+    return total, means + [torch.zeros(())] * (steps - len(means))

@@ -240,13 +240,12 @@ def test_one_step_is_the_gradient_of_the_unrolled_loss(tmp_path):
     trainer = make_trainer(tmp_path, replace(SETTINGS, step_keep=1.0, clip=1e9))
     documents = list(examples()[4:8])
     batch, states = make_batch(documents, trainer.source, torch.float64)
-    loss, losses, slots = unrolled_loss(
-        trainer.network, batch, trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites), 4, SETTINGS.step_decay
-    )
+    law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
+    loss, losses = unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)
     expected = torch.autograd.grad(loss, trainer.parameters)
     *found, norm = trainer.step(documents)
     assert_close(torch.tensor(found), torch.stack(losses).float())
-    assert trainer.progress.slots == slots
+    assert trainer.progress.slots == len(batch.slots()[0])
     assert norm == pytest.approx(float(torch.stack([gradient.norm() for gradient in expected]).norm()))
     for parameter, gradient in zip(trainer.parameters, expected):
         assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
@@ -286,7 +285,7 @@ def held_out_loss(trainer: Trainer) -> float:
     batch, states = make_batch(trainer.held_out, trainer.source, trainer.network.dtype)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
     with torch.no_grad():
-        return float(unrolled_loss(trainer.network, batch, law, within, 4, SETTINGS.step_decay)[0])
+        return float(unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)[0])
 
 
 def test_sixty_steps_lower_the_held_out_loss(tmp_path):

@@ -58,8 +58,11 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
             expected = expected + DECAY**step * loss * counts[step] / sum(count[step] for count in slots)
     teacher = torch.cat(logits)[:, vocab.ids].softmax(-1)
     within = vocab.contains(torch.cat(logits).argmax(-1))
-    loss, _, count = unrolled_loss(network, packed(docs, features), teacher, within, STEPS, DECAY)
-    assert count == sum(counts[0] for counts in slots)
+    batch = packed(docs, features)
+    taught, place = batch.taught()
+    assert len(taught) == sum(int((answers >= 0).sum()) for _, answers in docs)
+    loss, losses = unrolled_loss(network, batch, teacher[taught], place, within, STEPS, DECAY)
+    torch.testing.assert_close(sum(DECAY**step * mean for step, mean in enumerate(losses)), loss.detach())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     parameters = list(network.parameters())
     for ours, theirs in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)):
