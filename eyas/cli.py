@@ -53,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--self-play", type=int, metavar="TOKENS", default=None, help="answer tokens for the target to write itself (default 400000)"
     )
+    train.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
     train.add_argument(
-        "--seed-prompts", metavar="F.jsonl", help="conversations whose first user turns a quarter of the self-written ones take"
+        "--shards", metavar="DIR", nargs="+", default=[], help="train on these folders of self-written shards too (or alone)"
     )
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import platform
 import random
 import shlex
 import sys
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from eyas.model.weights import directory_hash, target_config
 from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary, read_conversations, render, truncate
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
-from eyas.train.selfplay import SelfPlay, Template, answer_tokens, data_folder, write_own_data
+from eyas.train.selfplay import SelfPlay, Template, answer_tokens, check_shards, data_folder, settings_of_folder, write_own_data
 
 DEFAULT_SELF_PLAY = 400_000
 DEFAULT_MINUTES = 60.0
@@ -122,24 +123,34 @@ def check_out(out: Path, resume: bool) -> None:
 def from_conversations(path: Path, directory: Path, settings: TrainSettings, console: Console) -> tuple[list[Example], dict[str, Any]]:
     conversations, complaints = read_conversations(path)
     tokenizer = load_tokenizer(directory)
+    if not getattr(tokenizer, "chat_template", None):
+        raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; use the target's instruction-tuned form")
     documents: list[Document] = []
-    for number, messages in enumerate(conversations, start=1):
+    for line, messages in conversations:
         try:
             document = truncate(render(tokenizer, messages), settings.max_length)
         except EyasError as error:
-            complaints.append(f"conversation {number}: {error}")
+            complaints.append(f"line {line}: {error}")
             continue
         if document:
             documents.append(document)
         else:
-            complaints.append(f"conversation {number}: too little of an answer in its first {settings.max_length} tokens")
+            complaints.append(f"line {line}: too little of an answer in its first {settings.max_length} tokens")
     for complaint in complaints[:5]:
         console.print(f"skipped: {complaint}", markup=False, soft_wrap=True)
     if complaints:
         console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
     if not documents:
         raise EyasError(f"{path} holds no conversation with an answer to learn from; the first was skipped since {complaints[0]}")
-    return document_examples(documents), {"data": {"kind": "conversations", "file": path.name, "skipped": len(complaints)}}
+    examples, twins = without_twins(document_examples(documents))
+    facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
+    return examples, {"data": facts}
+
+
+def without_twins(examples: list[Example]) -> tuple[list[Example], int]:
+    """Each text once, and how many were dropped: a twin of a held-out conversation must not train."""
+    kept = list({tuple(example.tokens): example for example in examples}.values())
+    return kept, len(examples) - len(kept)
 
 
 def from_self_play(
@@ -152,7 +163,7 @@ def from_self_play(
     settings: TrainSettings,
     console: Console,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Let the target write what is missing, then read all shards of the same settings."""
+    """Let the target write what is missing, then read all shards of the same settings and those of --shards."""
     template = Template(load_tokenizer(directory), config.eos_token_ids)
     questions, prompts_key = [], ""
     if options.seed_prompts:
@@ -162,18 +173,34 @@ def from_self_play(
                 f"skipped {len(complaints)} lines of {options.seed_prompts}, the first: {complaints[0]}", markup=False, soft_wrap=True
             )
         questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
-        prompts_key = Path(options.seed_prompts).name
+        prompts_key = f"{Path(options.seed_prompts).name} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}"
     play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=prompts_key)
-    folder = data_folder(play)
-    wanted = options.self_play or DEFAULT_SELF_PLAY
-    with progress(console) as bar:
-        task = bar.add_task("the target writes", total=wanted)
-        write_own_data(directory, folder, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
-    shards = sorted(folder.glob("*.safetensors"))
-    every = shard_examples(shards, settings.max_length)
-    examples = list({tuple(example.tokens): example for example in every}.values())  # a twin of a held-out one must not train
-    facts = {"kind": "self-written", "answer_tokens": sum(map(answer_tokens, shards)), "conversations": len(examples)}
-    return examples, {"data": {**facts, "duplicates_dropped": len(every) - len(examples), **asdict(play)}}
+    folders = [Path(folder) for folder in options.shards]
+    for folder in folders:
+        check_shards(folder, play)
+    if options.self_play or not folders:
+        own, wanted = data_folder(play), options.self_play or DEFAULT_SELF_PLAY
+        with progress(console) as bar:
+            task = bar.add_task("the target writes", total=wanted)
+            write_own_data(directory, own, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
+        folders.append(own)
+    shards = [shard for folder in folders for shard in sorted(folder.glob("*.safetensors"))]
+    if options.resume:  # a folder may have grown since; a run goes on with what it began with
+        before = training.read_checkpoint(Path(options.out).expanduser())["facts"]["data"].get("shards")
+        missing = set(before or []) - {shard.name for shard in shards}
+        if missing:
+            raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
+        shards = [shard for shard in shards if before is None or shard.name in before]
+    examples, twins = without_twins(shard_examples(shards, settings.max_length))
+    facts = {
+        "kind": "self-written",
+        "answer_tokens": sum(map(answer_tokens, shards)),
+        "conversations": len(examples),
+        "duplicates_dropped": twins,
+        "settings": [settings_of_folder(folder) for folder in folders],
+        "shards": [shard.name for shard in shards],
+    }
+    return examples, {"data": facts}
 
 
 # ---- the run ----
@@ -254,7 +281,8 @@ def train(trainer: training.Trainer, budget: training.Budget, console: Console, 
             print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
             raise
     console.print(curve_line(trainer.progress.curve[-1]))
-    print(f"draft written to {trainer.out}; try: eyas generate 'Tell me about hawks.' --draft {trainer.out}")
+    target = f" --target {shlex.quote(options.target)}" if options.target else ""
+    print(f"draft written to {trainer.out}; try: eyas generate 'Tell me about hawks.'{target} --draft {shlex.quote(str(trainer.out))}")
     return 0
 
 

@@ -1,12 +1,11 @@
 """Turn conversations into token documents that know which tokens are answers.
 
-Knows JSONL in OpenAI's and ShareGPT's form, and any chat template: an answer is found by rendering, never by a header written here.
+Knows any chat template: an answer is found by rendering, never by a header written here.
 Knows nothing of models, tensors or batches, and reads no tool calls (a line with a tool's turn is reported and skipped).
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -17,14 +16,12 @@ import numpy as np
 from jinja2 import TemplateError
 
 from eyas.config import EyasError
+from eyas.jsonl import CHAT_KEYS, Message, messages_of, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
 MIN_ANSWER_TOKENS = 4  # a slot's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PROBE = "\ue000eyas\ue000"  # private-use characters: stands in for an answer while the template shows where it puts answers
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
 
@@ -48,74 +45,21 @@ class _Rendered(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------------------------------------
 
 
-def read_conversations(path: str | Path) -> tuple[list[list[Message]], list[str]]:
-    """Read one conversation a line; returns (conversations, one complaint for each line that was skipped).
+def read_conversations(path: str | Path) -> tuple[list[tuple[int, list[Message]]], list[str]]:
+    """(line number, conversation) of every valid line, and one complaint for each line that was skipped.
 
     Raises EyasError if the file cannot be read or has no valid line.
     """
-    conversations: list[list[Message]] = []
-    complaints: list[str] = []
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(_parse_line(line))
-        except EyasError as error:
-            complaints.append(f"line {number}: {error}")
-    if not conversations:
-        reason = complaints[0] if complaints else "the file is empty"
-        raise EyasError(f'{path}: no conversation could be read ({reason}); write one JSON object a line, {{"messages": [...]}}')
-    return conversations, complaints
+    return read_lines(path, conversation_of, "conversation", '{"messages": [...]}')
 
 
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EyasError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of conversations") from error
-    except UnicodeDecodeError as error:
-        raise EyasError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
-
-
-def _parse_line(line: str) -> list[Message]:
-    """One line of JSONL -> its messages, or EyasError that says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EyasError(f"not JSON ({_one_line(error)})") from error
-    turns = _turns(row)
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+def conversation_of(row: dict[str, Any]) -> list[Message]:
+    messages = messages_of(row)
+    if messages is None:
+        raise EyasError(f"no conversation in it; expected {' or '.join(f'{key!r}' for key in CHAT_KEYS)}".replace("'", '"'))
     if not any(message["role"] == "assistant" for message in messages):
         raise EyasError("no assistant turn in it")
     return messages
-
-
-def _turns(row: Any) -> list[Any]:
-    if not isinstance(row, dict):
-        raise EyasError(f"not a JSON object but a {type(row).__name__}")
-    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
-    if key is None:
-        raise EyasError('no conversation in it; expected "messages" or "conversations"')
-    if not isinstance(row[key], list):
-        raise EyasError(f'"{key}" is not a list')
-    if not row[key]:
-        raise EyasError(f'"{key}" is empty')
-    return row[key]
-
-
-def _message(turn: Any, number: int) -> Message:
-    """{"role", "content"} or {"from", "value"} -> {"role", "content"}; `number` counts from 1 and is for the error."""
-    if not isinstance(turn, dict):
-        raise EyasError(f"message {number} is not a JSON object")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise EyasError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise EyasError(f"message {number} has content that is not a string")
-    if any("\ud800" <= character <= "\udfff" for character in content):  # JSON can spell them, no tokenizer can encode them
-        raise EyasError(f"message {number} has half of a surrogate pair in its content")
-    return {"role": ROLES[role], "content": content}
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target
 from eyas.train.conversations import Document
 
+SCORED = 256  # rows whose logits over the whole vocabulary are held at once
+
 
 @dataclass(frozen=True)
 class Example:
@@ -88,8 +90,10 @@ class TargetStates:
         answers = torch.tensor([number for example in examples for number in example.answers])
         asked = torch.cat([answers[1:] >= 0, torch.tensor([False])]).nonzero()[:, 0]  # rows whose next token is an answer's
         rows = Rows(tokens, positions, [Segment(slot, length) for slot, length in enumerate(lengths)])
-        out = self.target(rows, cache, self.taps, asked)
-        favourites = torch.full((len(tokens),), -1).index_copy_(0, asked, out.logits.argmax(-1))
+        out = self.target(rows, cache, self.taps, slice(0, 0))
+        favourites = torch.full((len(tokens),), -1)
+        for part in asked.split(SCORED):
+            favourites[part] = self.target.head(out.hidden[part]).argmax(-1)
         return States(out.features, out.hidden, favourites)
 
 

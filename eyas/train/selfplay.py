@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from eyas.config import EyasError, cache_dir
 from eyas.decode.sampling import derived_seed, uniforms
 from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.weights import target_config
 
 PROBE = "\ue001question\ue001"
 SLOTS = 64  # conversations in flight a worker: beyond this the products gain nothing and the keys leave the cache
@@ -38,18 +39,23 @@ class SelfPlay:
     """What decides the text; a folder of shards carries it as its key."""
 
     target: str  # hash of the target's weights
-    template: str  # the open user turn as text
+    template: str  # the chat template around a question, as text
     taps: tuple[int, int, int]
-    seed_prompts: str = ""  # name of a file of user turns, if any
-    seeded_share: float = 0.25  # of conversations that take their question from there
+    seed_prompts: str = ""  # name of a file of user turns and a hash of them, if any
+    seeded_share: float = 0.2  # of conversations that take their question from there
     question_top_p: float = 0.95
-    answer_temperatures: tuple[float, ...] = (0.0, 0.0, 0.7, 1.0)  # drawn evenly; most users decode near greedy
+    # Drawn evenly. Most users decode near greedy; but greedy answers to alike questions are alike, and teach little after the first.
+    answer_temperatures: tuple[float, ...] = (0.0, 0.7, 0.7, 1.0, 1.0)
     answer_top_p: float = 0.98
     longest_question: int = 96
-    longest_answer: int = 240
+    longest_answer: int = 320
     loop_gram: int = 16  # an answer is cut where it repeats this many tokens in a row
     candidates: int = 64  # sampling looks at the best so many tokens
-    version: int = 1
+    version: int = 2
+
+    def digest(self) -> str:
+        """Ten hex digits of all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass
@@ -72,18 +78,20 @@ class Finished(NamedTuple):
     row: Conversation
     features: Tensor  # [n, taps * H] bfloat16
     hidden: Tensor  # [n, H] bfloat16, after the final norm
-    favourites: Tensor  # [n] int32: the target's argmax over its full vocabulary, where an answer token follows (elsewhere -1)
+    favourites: Tensor  # [n] int32: the target's argmax over its full vocabulary, at rows the target was asked about (others -1)
 
 
 class Template:
     """The chat template cut open at the user's turn: tokens before the question, tokens between question and answer, end of turn."""
 
     def __init__(self, tokenizer, end_ids: Sequence[int]) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise EyasError("the target has no chat template, so it cannot ask itself questions; use its instruction-tuned form")
         text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
         if text.count(PROBE) != 1:
             raise EyasError("the chat template does not show a user turn as it is written; train from conversations with --data")
         before, after = text.split(PROBE)
-        self.text = before
+        self.text = before + "{question}" + after
         self.before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
         self.after: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
         self.tokenizer = tokenizer
@@ -105,6 +113,7 @@ class Writer:
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.dropped = 0
+        self.root = int(settings.digest(), 16)  # other settings, other conversations: folders may train together
         opening = template.before[:-1]  # every conversation begins with it: read once, copied to each
         self.opening = target.new_cache(1, len(opening))
         read = target(chain_rows(0, opening, 0), self.opening, settings.taps, slice(0, 1))
@@ -125,7 +134,7 @@ class Writer:
         self.cache.copy_prefix(self.opening, 0, slot, opened)
         self.handed_over[slot, :opened] = self.opening_states
         self.favourites[slot] = -1
-        settings, own_seed = self.settings, derived_seed(seed, index)
+        settings, own_seed = self.settings, derived_seed(self.root + seed, index)
         u_share, u_question, u_temperature = uniforms(own_seed, 2**32, 3)
         temperature = settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))]
         before = self.template.before
@@ -283,10 +292,25 @@ def claim_folder(folder: Path, settings: SelfPlay) -> None:
         marker.write_text(json.dumps(key, indent=1))
 
 
+def settings_of_folder(folder: Path) -> dict[str, Any]:
+    """What made a folder of shards, as `claim_folder` wrote it there."""
+    try:
+        return json.loads((folder / "key.json").read_text())
+    except (OSError, ValueError):
+        raise EyasError(f"{folder} is not a folder of self-written shards (its key.json cannot be read); leave it out") from None
+
+
+def check_shards(folder: Path, settings: SelfPlay) -> None:
+    """Shards of other settings may train together, but only where the same target, template and taps wrote them."""
+    found, wanted = settings_of_folder(folder), json.loads(json.dumps(asdict(settings)))
+    different = [name for name in ("target", "taps") if found.get(name) != wanted[name]]
+    if different:
+        raise EyasError(f"{folder} was written by another target or with other taps ({', '.join(different)} differ); leave it out")
+
+
 def data_folder(settings: SelfPlay) -> Path:
     """Where shards of these settings lie: other settings, another folder."""
-    key = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
-    return cache_dir() / "selfplay" / key
+    return cache_dir() / "selfplay" / settings.digest()
 
 
 def write_own_data(
@@ -307,6 +331,7 @@ def write_own_data(
     report(min(written(), tokens))
     if written() >= tokens:
         return
+    workers = affordable(workers, directory, settings)
     context = multiprocessing.get_context("spawn")
     shares = (directory, folder, settings, list(questions), -(-tokens // workers), tokens)
     processes = [context.Process(target=work, args=(seed, *shares), daemon=True) for seed in range(1, workers + 1)]
@@ -321,6 +346,20 @@ def write_own_data(
             process.terminate()
     if written() < tokens:
         raise EyasError(f"the target stopped writing at {written()} of {tokens} answer tokens; see the error above")
+
+
+def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
+    """So many of the workers as half of the free memory can hold (where the system says how much that is), at least one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return workers
+    config = target_config(directory)
+    weights = 3 * sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # as stored, in float32 while loading
+    rows = SLOTS * (settings.longest_question + settings.longest_answer + 64)
+    keys = 2 * rows * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    return max(1, min(workers, free // 2 // (weights + keys)))
 
 
 def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions: list[str], own: int, tokens: int) -> None:

@@ -179,7 +179,7 @@ def test_every_form_becomes_role_and_content(tmp_path):
     share = {"id": 1, "conversations": [{"from": f, "value": v} for f, v in [("system", "s"), ("human", "q"), ("gpt", "a")]]}
     path = write(tmp_path, GOOD, "", share, "   ", {"messages": None, "conversations": talk("q", "a")}, "")
     conversations, complaints = read_conversations(path)
-    assert conversations == [talk("q", "a"), talk("q", "a", system="s"), talk("q", "a")]
+    assert conversations == [(1, talk("q", "a")), (3, talk("q", "a", system="s")), (5, talk("q", "a"))]
     assert complaints == []
 
 
@@ -198,7 +198,7 @@ def test_every_form_becomes_role_and_content(tmp_path):
         ({"messages": [{"role": ["user"], "content": "hello"}]}, "message 1 has the unknown role ['user']"),
         ({"messages": [{"role": "user", "content": [{"text": "q"}]}]}, "message 1 has content that is not a string"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "message 1 has content that is not a string"),
-        ({"conversations": [{"from": "gpt", "value": "\ud83d"}]}, "message 1 has half of a surrogate pair"),
+        ({"conversations": [{"from": "gpt", "value": "\ud83d"}]}, "message 1 holds half of a surrogate pair"),
         ({"messages": talk("q")}, "no assistant turn in it"),
     ],
 )
@@ -214,13 +214,13 @@ def test_complaints_count_the_lines_of_the_file(tmp_path):
     raw = '{"messages": [{"role": "assistant", "content": "a\u2028b\u0085c"}]}'  # no line ends inside a string
     conversations, complaints = read_conversations(write(tmp_path, raw, "oops\r", GOOD, {}, ""))
     assert [complaint.split(":")[0] for complaint in complaints] == ["line 2", "line 4"]
-    assert conversations[0][0]["content"] == "a\u2028b\u0085c"
+    assert conversations[0][1][0]["content"] == "a\u2028b\u0085c"
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "talk.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(GOOD).encode() + b"\r\n")
-    assert read_conversations(path) == ([talk("q", "a")] * 2, [])
+    assert read_conversations(path) == ([(1, talk("q", "a")), (3, talk("q", "a"))], [])
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_every_conversation_follows_the_template():
 
 def test_answers_at_temperature_0_are_plain_greedy_decoding():
     greedy = [finished for finished in forty() if finished.row.temperature == 0]
-    assert 10 < len(greedy) < 35
+    assert 4 < len(greedy) < 20
     prompts = [finished.row.tokens[: finished.row.answer_start] for finished in greedy]
     texts = []
     for texts in Decoder(target()).run(prompts, PLAIN, Sampling(), [0] * len(prompts), SETTINGS.longest_answer):  # noqa: B007
@@ -314,7 +314,7 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
 
 def test_other_settings_have_another_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("EYAS_CACHE", str(tmp_path))
-    changed = [replace(SETTINGS, **change) for change in ({"target": "x"}, {"taps": (0, 1, 2)}, {"seed_prompts": "f"}, {"version": 2})]
+    changed = [replace(SETTINGS, **change) for change in ({"target": "x"}, {"taps": (0, 1, 2)}, {"seed_prompts": "f"}, {"version": 3})]
     folders = [data_folder(settings) for settings in (SETTINGS, *changed)]
     assert len(set(folders)) == 5 and all(folder.is_relative_to(tmp_path) for folder in folders)
 
