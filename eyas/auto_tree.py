@@ -6,6 +6,7 @@ A planner that sizes each round's tree will take this file's place. Knows an eng
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -26,11 +27,10 @@ TOKENS = 32
 
 
 def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
-    """Look the shape up under what decides it (machine, threads, model, draft, precision, greedy or not), or time it."""
+    """Look the shape up under what decides it (machine, device, threads, model, draft, precision, greedy or not), or time it."""
     path = cache_dir() / "shapes.json"
-    key = "|".join(
-        map(str, (machine(), torch.get_num_threads(), engine.directory.name, draft_key(engine), engine.precision, method, sampling.greedy))
-    )
+    where = (machine(), engine.target.device, torch.get_num_threads())
+    key = "|".join(map(str, (*where, engine.directory.resolve(), draft_key(engine), engine.precision, method, sampling.greedy)))
     known = remembered(path)
     if key not in known:
         print("timing a few tree shapes (once on this machine) ...", file=sys.stderr, flush=True)
@@ -39,30 +39,41 @@ def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
             known[key] = str(time_shapes(engine, method, sampling))
         finally:
             engine.watch = watch
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1))
+        remember(path, known)
     return TreeShape.parse(known[key])
 
 
 def remembered(path: Path) -> dict[str, str]:
-    """What was timed before; a damaged file only means timing again."""
+    """What was timed before; a damaged file or entry only means timing again."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {key: shape for key, shape in found.items() if shape in map(str, CANDIDATES)} if isinstance(found, dict) else {}
+
+
+def remember(path: Path, known: dict[str, str]) -> None:
+    """Replace the file whole; a cache that cannot be written only means timing again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_suffix(f".{os.getpid()}.tmp")
+        work.write_text(json.dumps(known, indent=1))
+        os.replace(work, path)
+    except OSError as error:
+        print(f"the shape cannot be remembered ({error.strerror}: {path})", file=sys.stderr)
 
 
 def time_shapes(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
     """Tokens a second of every candidate over the same prompts, interleaved so that a slow moment hits all alike."""
     seconds = dict.fromkeys(CANDIDATES, 0.0)
     tokens = dict.fromkeys(CANDIDATES, 0)
-    engine.generate(PROMPTS[0], method=method, tree=CANDIDATES[3], max_new_tokens=4)  # the first pass of a process is slow
+    raw = not getattr(engine.tokenizer, "chat_template", None)
+    engine.generate(PROMPTS[0], method=method, tree=CANDIDATES[3], max_new_tokens=4, raw=raw)  # the first pass of a process is slow
     for number, prompt in enumerate(PROMPTS):
         for shape in CANDIDATES:
             drafted = "plain" if shape == PLAIN else method
             started = time.perf_counter()
-            result = engine.generate(prompt, method=drafted, tree=shape, sampling=sampling, seed=number, max_new_tokens=TOKENS)
+            result = engine.generate(prompt, method=drafted, tree=shape, sampling=sampling, seed=number, max_new_tokens=TOKENS, raw=raw)
             seconds[shape] += time.perf_counter() - started
             tokens[shape] += len(result.tokens)
     return max(CANDIDATES, key=lambda shape: tokens[shape] / seconds[shape])

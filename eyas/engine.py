@@ -20,6 +20,7 @@ from eyas.decode.sampling import derived_seed, new_seed
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
+from eyas.jsonl import encodable
 from eyas.model.draft import check_fits, config_from_file, load_draft
 from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
@@ -144,10 +145,12 @@ class Engine:
 
     def __init__(self, target: Target, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
         embedding = target.model.embed_tokens.weight.detach()
-        self.drafters: dict[str, Drafter] = {"plain": NoDrafter(), "lookup": LookupDrafter()}
+        # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
+        self.makers: dict[str, Callable[[], Drafter]] = {"plain": NoDrafter, "lookup": LookupDrafter}
         if draft:
             network, vocab = load_draft(draft, embedding, embedding.dtype)
-            self.drafters["eagle3"] = Eagle3Drafter(network.prepare(), vocab)
+            network.prepare()
+            self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
         self.target = target.prepare()
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
@@ -160,7 +163,7 @@ class Engine:
             if not prompt.strip():
                 raise EyasError("the prompt is empty; give some text")
             if raw:
-                return self.checked(self.tokenizer(prompt, verbose=False)["input_ids"])
+                return self.checked(self.tokenizer(encodable(prompt, "the prompt"), verbose=False)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
         if raw:
             raise EyasError("raw mode continues plain text; give a string, not messages")
@@ -169,7 +172,7 @@ class Engine:
         if not getattr(self.tokenizer, "chat_template", None):
             raise EyasError(f"{self.directory} has no chat template; use --raw to continue plain text")
         try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            text = encodable(self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), "the prompt")
         except TemplateError as error:  # a template may refuse a system turn, or roles that do not alternate
             raise EyasError(f"the chat template refuses this conversation ({error}); change its messages or use --raw") from None
         return self.checked(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # too long is said below, once
@@ -183,24 +186,27 @@ class Engine:
     # ---- methods and shapes ----
 
     def drafter(self, method: str) -> Drafter:
+        """A new drafter of this method."""
         if method not in METHODS:
             raise EyasError(f"method {method!r} is unknown; choose {', '.join(METHODS)}")
-        if method == "eagle3" and method not in self.drafters:
+        if method == "eagle3" and method not in self.makers:
             raise EyasError(
                 f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain"
             )
-        if method == "draft-model" and method not in self.drafters:  # the cheapest one there is: the target's own first third
+        if method == "draft-model" and method not in self.makers:  # the cheapest one there is: the target's own first third
             layers = max(1, self.target.config.num_hidden_layers // 3)
-            self.drafters[method] = ModelDrafter(self.target.shallow(layers), self.target.config.vocab_size)
-        return self.drafters[method]
+            small = self.target.shallow(layers)
+            self.makers[method] = lambda: ModelDrafter(small, self.target.config.vocab_size)
+        return self.makers[method]()
 
     def use_draft_model(self, model: Target) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
-        self.drafters["draft-model"] = ModelDrafter(model.prepare(), self.target.config.vocab_size)
+        small = model.prepare()
+        self.makers["draft-model"] = lambda: ModelDrafter(small, self.target.config.vocab_size)
 
     @property
     def default_method(self) -> str:
-        return "eagle3" if "eagle3" in self.drafters else "plain"
+        return "eagle3" if "eagle3" in self.makers else "plain"
 
     def shape(self, tree: str | TreeShape, method: str, sampling: Sampling) -> TreeShape:
         if method == "plain":
@@ -224,33 +230,36 @@ class Engine:
         """
         many = is_many(prompt)
         texts: list[Text] = []
-        for texts in self.rounds(list(prompt) if many else [prompt], request or make_request(**settings)):  # noqa: B007 (the last is wanted)
+        for texts in self.rounds(prompt, make_request(request, **settings)):  # noqa: B007 (the last is wanted)
             pass
         results = [result_of(text) for text in texts]
         return results if many else results[0]
 
     def stream(self, prompt: Prompt, request: Request | None = None, **settings: Any) -> Iterator[str | Result]:
         """Yield pieces of text as rounds commit them, then the `Result`."""
-        request = request or make_request(**settings)
+        request = make_request(request, **settings)
         if is_many(prompt):
             raise EyasError("stream takes one prompt; use generate for several")
-        for texts in self.rounds([prompt], request):
+        for texts in self.rounds(prompt, request):
             if piece := texts[0].stream.certain():
                 yield piece
         yield result_of(texts[0])
 
-    def rounds(self, prompts: Sequence[Prompt], request: Request) -> Iterator[list[Text]]:
-        """All texts after prefill and after each round."""
+    def rounds(self, prompt: Prompt | Sequence[Prompt], request: Request) -> Iterator[list[Text]]:
+        """All texts after prefill and after each round.
+
+        One prompt draws with the call's seed, prompt i of a list with a seed derived from it and i.
+        """
+        many = is_many(prompt)
+        prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[list-item]
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
-        if not prompts:
-            raise EyasError("no prompts were given")
         method = request.method or self.default_method
         drafter = self.drafter(method)
         encoded = [self.encode(prompt, request.raw) for prompt in prompts]
         shape = self.shape(request.tree, method, request.sampling)
         seed = new_seed() if request.seed is None else request.seed
-        seeds = [seed] if len(prompts) == 1 else [derived_seed(seed, i) for i in range(len(prompts))]
+        seeds = [derived_seed(seed, i) for i in range(len(prompts))] if many else [seed]
         decoder = Decoder(self.target, drafter, request.verifier)
         decoder.watch = self.watch
         yield from decoder.run(encoded, shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop)
@@ -261,14 +270,20 @@ def is_many(prompt: Any) -> bool:
     return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict)
 
 
-def make_request(**settings: Any) -> Request:
-    """A request from loose settings, Sampling's fields among them."""
+def make_request(request: Request | None = None, **settings: Any) -> Request:
+    """The request itself, or one from loose settings, Sampling's fields among them; never both, since one would have to win."""
+    if request is not None:
+        if settings:
+            raise EyasError(f"give a finished request or loose settings ({', '.join(settings)}), not both")
+        return request
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)
     own = {name: settings.pop(name) for name in list(settings) if name in Request.__dataclass_fields__}
     law = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
     if settings:
         raise EyasError(f"unknown setting {', '.join(settings)}; known are {', '.join(Request.__dataclass_fields__)} and Sampling's")
+    if law and "sampling" in own:
+        raise EyasError(f"give sampling= or {', '.join(law)}, not both")
     if law:
         own["sampling"] = Sampling(**law)
     return Request(**own)

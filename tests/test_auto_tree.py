@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +15,8 @@ from eyas.config import PLAIN, Sampling, TreeShape
 class Machine:
     """What decides the key, and nothing else: the timing itself is replaced."""
 
-    class directory:
-        name = "target"
-
+    directory = Path("target")
+    target = SimpleNamespace(device="cpu")
     draft, precision, watch = None, "fp32", None
 
 
@@ -56,3 +57,19 @@ def test_a_damaged_memory_is_timed_anew(timed, damage):
     assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
     assert calls == [True]
     assert list(json.loads(path.read_text()).values()) == ["8x3x3"]
+
+
+def test_a_shape_that_is_none_of_the_candidates_is_timed_anew(timed):
+    calls, path = timed
+    auto_tree.fastest_shape(Machine(), "eagle3", Sampling())
+    path.write_text(path.read_text().replace("8x3x3", "8x3"))
+    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+    assert calls == [True, True]
+
+
+def test_a_cache_that_cannot_be_written_only_means_timing_again(timed, monkeypatch, capsys):
+    calls, path = timed
+    path.mkdir()  # a directory in the file's place
+    for _ in range(2):
+        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+    assert calls == [True, True] and "cannot be remembered" in capsys.readouterr().err

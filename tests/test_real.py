@@ -12,7 +12,7 @@ import torch
 
 import eyas
 from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
@@ -93,7 +93,7 @@ class Padding:
     def observe(self, sequence, tokens, features):
         pass
 
-    def propose(self, requests: list[Request]) -> list[Tree]:
+    def propose(self, requests: list[TreeRequest]) -> list[Tree]:
         rows = TREE.nodes - 1
         return [Tree([r.root, *range(rows)], [-1] + [0] * rows, [0] + [1] * rows, [0.0] + [-9.0] * rows) for r in requests]
 

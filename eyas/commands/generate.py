@@ -11,6 +11,7 @@ from typing import Any
 
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError
+from eyas.decode.generate import Text, result_of
 from eyas.engine import Prompt
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
@@ -20,7 +21,13 @@ def run(options: argparse.Namespace) -> int:
     request, prompt = request_from(options), prompt_from(options)
     engine = engine_from(options)
     if options.json:
-        print(json.dumps({key: value for key, value in asdict(engine.generate(prompt, request)).items() if key in JSON_KEYS}))
+        texts: list[Text] = []
+        try:
+            for texts in engine.rounds(prompt, request):  # noqa: B007 (the last is wanted)
+                pass
+        finally:  # what was written before Ctrl-C stays
+            if texts:
+                print(json.dumps({key: value for key, value in asdict(result_of(texts[0])).items() if key in JSON_KEYS}))
         return 0
     try:
         for piece in engine.stream(prompt, request):

@@ -16,7 +16,7 @@ from eyas.decode.tree import Tree
 
 
 @dataclass(frozen=True)
-class Request:
+class TreeRequest:
     """A tree is wanted for this sequence."""
 
     sequence: int
@@ -40,7 +40,7 @@ class Drafter(Protocol):
         t_0 .. t_{P-1} and the first draw, tokens are t_0 .. t_P and features f_0 .. f_{P-1}.
         """
 
-    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         """One tree a request, rooted at its last token; all of them computed together."""
 
     def forget(self, sequence: int) -> None:
@@ -58,7 +58,7 @@ class NoDrafter:
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         return None
 
-    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         return [Tree.root(request.root) for request in requests]
 
     def forget(self, sequence: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import PLAIN, EyasError, Sampling, TreeShape
-from eyas.decode.drafter import Drafter, NoDrafter, Request
+from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, uniforms
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
@@ -71,7 +71,7 @@ class Result:
     prefill_seconds: float  # of that, until its first token
     seed: int
     noise_version: int
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length", or "interrupted" where the call was ended early
     prompt_tokens: int
 
 
@@ -140,7 +140,7 @@ class Decoder:
                 sequence.noise.forget_before(sequence.position)
             first += len(tree)
 
-    def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> Request:
+    def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> TreeRequest:
         """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
         deepest = sequence.remaining - 1
         if deepest <= 0 or shape.nodes == 1:
@@ -148,7 +148,7 @@ class Decoder:
         elif shape.levels > deepest:
             shape = TreeShape(shape.nodes, deepest - 1, shape.top_k)
         noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
-        return Request(sequence.slot, sequence.root, sequence.position, shape, sampling, noise)
+        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise)
 
     def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Growth, Tree
 
 
 class Level(NamedTuple):
     """The nodes of one sequence's tree that are read next."""
 
-    request: Request
+    request: TreeRequest
     tokens: list[int]
     depths: list[int]
     parents: Tensor  # [F, ...] the drafter's own output at each node's parent
@@ -27,10 +27,10 @@ class Level(NamedTuple):
 
 Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
 Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
-Followers = Callable[[Request, int, Tensor], tuple[list[list[int]], list[list[float]]]]  # children of rows: target ids, log scores
+Followers = Callable[[TreeRequest, int, Tensor], tuple[list[list[int]], list[list[float]]]]  # children of rows: target ids, log scores
 
 
-def grow(requests: Sequence[Request], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
+def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
     """One tree a request. Where an empty tree is asked for the drafter is left alone: committed text waits until it is next needed."""
     wanted = [request for request in requests if request.shape.nodes > 1]
     trees = {request.sequence: Tree.root(request.root) for request in requests}
@@ -40,7 +40,7 @@ def grow(requests: Sequence[Request], begin: Begin, read: Read, followers: Follo
     return list(trees.values())
 
 
-def grow_levels(requests: Sequence[Request], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
+def grow_levels(requests: Sequence[TreeRequest], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
     """Expand the best of each newest level, keep the best of all. `roots` [S, ...]: the drafter's output at each root."""
     growths = [Growth(request.root, request.shape.top_k) for request in requests]
     held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
@@ -58,7 +58,7 @@ def grow_levels(requests: Sequence[Request], roots: Tensor, read: Read, follower
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
 
 
-def level_of(request: Request, growth: Growth, frontier: list[int], held: dict[int, Tensor]) -> Level:
+def level_of(request: TreeRequest, growth: Growth, frontier: list[int], held: dict[int, Tensor]) -> Level:
     return Level(
         request,
         [growth.tokens[node] for node in frontier],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import EyasError
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.score import best_children, log_scores
 from eyas.decode.tree import Tree
@@ -42,13 +42,13 @@ class ModelDrafter:
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         self.waiting[sequence] += tokens
 
-    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, self.followers)
         for request in requests:
             self.cache.cut(request.sequence, request.position + 1)  # the root's row stays, the tree's go
         return trees
 
-    def followers(self, request: Request, level: int, logits_RV: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    def followers(self, request: TreeRequest, level: int, logits_RV: Tensor) -> tuple[list[list[int]], list[list[float]]]:
         noise = request.noise(request.position + level + 1) if request.noise else None
         values, ids = best_children(log_scores(logits_RV, request.sampling, noise), request.shape.top_k)
         return ids.tolist(), values.tolist()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
 
 CHANCES = {4: 0.8, 3: 0.65, 2: 0.45, 1: 0.2}  # rough chance that a token follows again, by how many tokens matched
@@ -42,10 +42,10 @@ class LookupDrafter:
                     held.append(len(text))
                     del held[: -OCCURRENCES - 1]
 
-    def propose(self, requests: Sequence[Request]) -> list[Tree]:
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         return [self.look_up(request) for request in requests]
 
-    def look_up(self, request: Request) -> Tree:
+    def look_up(self, request: TreeRequest) -> Tree:
         """The continuations of the longest pattern that occurred before, the latest first, merged into one tree."""
         text, places = self.texts[request.sequence], self.places[request.sequence]
         levels = request.shape.levels

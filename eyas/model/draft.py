@@ -171,9 +171,16 @@ def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[
 
 def check_fits(config: DraftConfig, target: TargetConfig) -> None:
     """A draft for another target is refused with what differs."""
-    pairs = {"hidden size": (config.target_hidden_size, target.hidden_size), "vocabulary": (config.vocab_size, target.vocab_size)}
+    pairs = {
+        "hidden size": (config.target_hidden_size, target.hidden_size),
+        "vocabulary": (config.vocab_size, target.vocab_size),
+    }
     wrong = [f"{name} {draft} against the target's {own}" for name, (draft, own) in pairs.items() if draft != own]
-    if config.taps[-1] >= target.num_hidden_layers:
+    if config.hidden_size != config.target_hidden_size == target.hidden_size:  # it reads the target's embeddings
+        wrong.append(f"its own width {config.hidden_size} against the target's {target.hidden_size}")
+    try:
+        check_taps(config.taps, target.num_hidden_layers)
+    except EyasError:
         wrong.append(f"taps {config.taps} of a target with {target.num_hidden_layers} layers")
     if wrong:
         raise EyasError(f"this draft was trained for another target: {'; '.join(wrong)}; use the matching draft")

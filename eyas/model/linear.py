@@ -19,8 +19,9 @@ PACKED_FOR_ROWS = 8  # oneDNN lays weights out for a row count; verification pas
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions that oneDNN uses (AVX-512 or better)."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX512" in capability()
+    """Whether this CPU has bfloat16 instructions that oneDNN uses; AVX-512 alone has none."""
+    asked = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.backends.mkldnn.is_available() and any(has() for has in asked)
 
 
 def capability() -> str:

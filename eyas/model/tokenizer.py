@@ -26,7 +26,7 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the merges
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """A fast tokenizer with special tokens and chat template from a GGUF's metadata."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     if fields.get("tokenizer.ggml.model") != "gpt2":
@@ -50,6 +50,12 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         split = pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    if fields.get("tokenizer.ggml.add_bos_token") and bos is not None:  # plain text begins with it; a chat template writes its own
+        first = tokens[bos]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, bos)]
+        )
     kinds = fields.get("tokenizer.ggml.token_type", [])
     for token, kind in zip(tokens, kinds):
         if kind == SPECIAL:

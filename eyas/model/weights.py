@@ -113,6 +113,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy tensors into the module's parameters by name; every name and shape must fit."""
+    derived = "rotary_emb.inv_freq"  # old checkpoints hold it; the config says it
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(derived)}
     own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
     first = {id(parameter): name for name, parameter in own.items()}
     every = module.named_parameters(remove_duplicate=False)
@@ -231,7 +233,10 @@ def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] =
     kind = fields.get("general.architecture")
     if kind not in SUPPORTED:
         raise EyasError(f"{path} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
+    if fields.get("split.count", 0) > 1:
+        raise EyasError(f"{path} is one of {fields['split.count']} parts of a model; join them with llama.cpp's gguf-split --merge")
     config = gguf_config(fields, {tensor.name for tensor in reader.tensors})
+    tokenizer = tokenizer_from_gguf(fields)  # before minutes of conversion
     tensors = {}
     for done, tensor in enumerate(reader.tensors):
         name = gguf_to_hugging_face(tensor.name)
@@ -246,7 +251,7 @@ def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] =
     with atomic_directory(final) as work:
         save_tensors(work, tensors)
         (work / "config.json").write_text(json.dumps(config, indent=1))
-        tokenizer_from_gguf(fields).save_pretrained(work)
+        tokenizer.save_pretrained(work)
 
 
 def gguf_to_hugging_face(name: str) -> str | None:
@@ -276,6 +281,7 @@ def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
     heads, hidden = of("attention.head_count"), of("embedding_length")
     head_dim = of("attention.key_length", hidden // heads)
+    ends = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in fields]
     theta = float(of("rope.freq_base", 10000.0))
     if of("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
         raise EyasError("this GGUF scales its rotary embedding, which the file describes only in part; use the Hugging Face directory")
@@ -298,6 +304,6 @@ def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": sorted(set(ends)) if len(set(ends)) > 1 else (ends or [None])[0],
         "dtype": "bfloat16",
     }

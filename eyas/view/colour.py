@@ -43,7 +43,7 @@ def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Co
     engine.watch = colouring.round
     texts: Any = None
     try:
-        for texts in engine.rounds([prompt], request):
+        for texts in engine.rounds(prompt, request):
             if texts[0].rounds == 0:
                 colouring.token(texts[0].tokens[-1], False)
     finally:

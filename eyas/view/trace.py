@@ -26,7 +26,7 @@ class Story:
         """Run `rounds` rounds and tell each."""
         self.engine.watch = self.records.append
         try:
-            for number, texts in enumerate(self.engine.rounds([prompt], request)):
+            for number, texts in enumerate(self.engine.rounds(prompt, request)):
                 text = texts[0]
                 if number == 0:
                     self.setup(text)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas.config import EyasError, Sampling, TreeShape
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder, Result, result_of
 from eyas.decode.sampling import Noise, draw
 from eyas.drafters import draft_model
@@ -50,7 +50,7 @@ def test_a_shallow_draft_proposes_what_the_first_layers_would_draw():
         drafter = ModelDrafter(model, V)
         drafter.reserve(1, 40)
         drafter.observe(0, text, None)
-        (tree,) = drafter.propose([Request(0, text[-1], 5, TreeShape.chain(4), sampling, noise.at)])
+        (tree,) = drafter.propose([TreeRequest(0, text[-1], 5, TreeShape.chain(4), sampling, noise.at)])
         expected = list(text)
         for _ in range(4):
             expected.append(draw(logits_behind(model, expected), sampling, noise.at(len(expected))))
@@ -77,7 +77,7 @@ def test_trees_of_a_batch_are_the_trees_alone_and_text_may_wait_unread(monkeypat
     model, sampling, shape = TARGET.shallow(2), Sampling(1.0), TreeShape.parse("9x2x3")
 
     def requests():
-        return [Request(i, text[-1], len(text) - 1, shape, sampling, Noise(i, V).at) for i, text in enumerate(texts)]
+        return [TreeRequest(i, text[-1], len(text) - 1, shape, sampling, Noise(i, V).at) for i, text in enumerate(texts)]
 
     drafter = ModelDrafter(model, V)
     drafter.reserve(4, 60)
@@ -98,12 +98,12 @@ def test_trees_of_a_batch_are_the_trees_alone_and_text_may_wait_unread(monkeypat
 def test_a_forgotten_sequence_leaves_no_trace():
     drafter = ModelDrafter(TARGET.shallow(2), V)
     drafter.reserve(1, 60)
-    request = Request(0, 8, 2, TreeShape.parse("9x2x3"), Sampling(), None)
+    request = TreeRequest(0, 8, 2, TreeShape.parse("9x2x3"), Sampling(), None)
     trees = []
     for earlier in ([], [1, 2, 3, 4, 5]):
         drafter.observe(0, earlier, None)
         if earlier:
-            drafter.propose([Request(0, 5, 4, TreeShape.chain(2), Sampling(), None)])
+            drafter.propose([TreeRequest(0, 5, 4, TreeShape.chain(2), Sampling(), None)])
         drafter.forget(0)
         drafter.observe(0, [6, 7, 8], None)
         trees += drafter.propose([request])

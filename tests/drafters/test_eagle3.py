@@ -11,7 +11,7 @@ import torch
 
 from eyas import reference
 from eyas.config import PLAIN, EyasError, Sampling, TreeShape
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import Noise
 from eyas.decode.tree import Tree
@@ -50,9 +50,9 @@ class Text:
         count = int(torch.randint(1, 5, (), generator=self.draw))
         return self.grow(count, count)
 
-    def request(self, sequence: int, shape: TreeShape, sampling: Sampling) -> Request:
+    def request(self, sequence: int, shape: TreeShape, sampling: Sampling) -> TreeRequest:
         noise = None if sampling.greedy else self.noise.at
-        return Request(sequence, self.tokens[-1], len(self.tokens) - 1, shape, sampling, noise)
+        return TreeRequest(sequence, self.tokens[-1], len(self.tokens) - 1, shape, sampling, noise)
 
 
 class Pair:

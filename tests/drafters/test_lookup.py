@@ -7,7 +7,7 @@ import random
 import pytest
 
 from eyas.config import Sampling, TreeShape
-from eyas.decode.drafter import Request
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree
 from eyas.drafters.lookup import OCCURRENCES, LookupDrafter
 
@@ -22,7 +22,7 @@ def proposed(text: list[int], shape: TreeShape = WIDE, shortest: int = 2, sequen
 
 
 def tree_of(drafter: LookupDrafter, text: list[int], shape: TreeShape = WIDE, sequence: int = 0) -> Tree:
-    return drafter.propose([Request(sequence, text[-1], len(text) - 1, shape, Sampling(), None)])[0]
+    return drafter.propose([TreeRequest(sequence, text[-1], len(text) - 1, shape, Sampling(), None)])[0]
 
 
 def lines(tree: Tree) -> set[tuple[int, ...]]:
@@ -105,7 +105,7 @@ def test_sequences_know_nothing_of_each_other_and_a_forgotten_one_knows_nothing(
     drafter.reserve(2, 100)
     drafter.observe(0, text, None)
     drafter.observe(1, [1, 2], None)
-    requests = [Request(sequence, 2, 1, WIDE, Sampling(), None) for sequence in (0, 1)]
+    requests = [TreeRequest(sequence, 2, 1, WIDE, Sampling(), None) for sequence in (0, 1)]
     trees = drafter.propose(requests)
     assert len(trees[0]) > 1 and trees[1] == Tree.root(2)
     drafter.forget(0)
