@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from eyas.config import EyasError, Sampling, TrainSettings
+from eyas.config import METHODS, PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, VERIFIERS, EyasError, Request, Sampling, TrainSettings
 
-METHODS = "eagle3, lookup, draft-model or plain"
+KNOWN_METHODS = f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +27,12 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    for options in (demo_options, generate_options, chat_options, train_options, bench_options, trace_options):
+        options(commands)
+    return top
+
+
+def demo_options(commands: argparse._SubParsersAction) -> None:
     demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
     models(demo)
     demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
@@ -34,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
     demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
 
+
+def generate_options(commands: argparse._SubParsersAction) -> None:
     generate = add(commands, "generate", "write one answer, streamed")
     generate.add_argument("prompt", nargs="?", help="a user's turn, or text to go on with under --raw")
     generate.add_argument("--messages", metavar="F.json", help="a conversation as a JSON list of {role, content} instead of PROMPT")
@@ -42,16 +50,24 @@ def parser() -> argparse.ArgumentParser:
     generation(generate)
     generate.add_argument("--json", action="store_true", help="print one object: text, tokens, tau, rounds, seconds, seed, finish_reason")
 
+
+def chat_options(commands: argparse._SubParsersAction) -> None:
     chat = add(commands, "chat", "a conversation in the terminal")
     chat.add_argument("--system", help="a system message to begin with")
     generation(chat)
 
+
+def train_options(commands: argparse._SubParsersAction) -> None:
     train = add(commands, "train", "train a draft for a target, on text the target writes itself or on your conversations")
     train.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded target)")
     train.add_argument("--out", required=True, help="directory of the draft; checkpoints go there too")
     train.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
     train.add_argument(
-        "--self-play", type=int, metavar="TOKENS", default=None, help="answer tokens for the target to write itself (default 400000)"
+        "--self-play",
+        type=int,
+        metavar="TOKENS",
+        default=None,
+        help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
     )
     train.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
     train.add_argument(
@@ -59,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")
-    train.add_argument("--minutes", type=float, help="stop after so many minutes of training (default 60 if nothing else is given)")
+    train.add_argument(
+        "--minutes", type=float, help=f"stop after so many minutes of training (default {TRAIN_MINUTES:g} if nothing else is given)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
     train.add_argument(
@@ -69,9 +87,11 @@ def parser() -> argparse.ArgumentParser:
         "--unroll", type=int, default=TrainSettings.unroll_steps, help="steps of the training-time test (default %(default)s)"
     )
     train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=TrainSettings.seed)
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
 
+
+def bench_options(commands: argparse._SubParsersAction) -> None:
     bench = add(commands, "bench", "compare methods on prompts, interleaved, with intervals")
     bench.add_argument("--prompts", required=True, metavar="F.jsonl", help="lines with turns, prompt, question or messages")
     bench.add_argument("--limit", type=int, help="only the first so many prompts")
@@ -79,18 +99,19 @@ def parser() -> argparse.ArgumentParser:
         "--methods",
         default="plain,eagle3,lookup",
         metavar="METHOD[@TREE][+VERIFIER],..",
-        help=f"{METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
+        help=f"{KNOWN_METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
         "(default %(default)s)",
     )
     bench.add_argument("--out", metavar="r.json", help="write the result there")
     generation(bench, method=False, new_tokens=200)
 
+
+def trace_options(commands: argparse._SubParsersAction) -> None:
     trace = add(commands, "trace", "the rounds told step by step on what the model really writes")
     trace.add_argument("prompt")
     trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
     trace.add_argument("--rounds", type=int, default=4, help="how many rounds to tell (default %(default)s)")
     generation(trace, method=False, new_tokens=48)
-    return top
 
 
 def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
@@ -100,15 +121,15 @@ def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.
 def models(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
     command.add_argument("--draft", help="draft directory, or `bundled` (default: the bundled one for the embedded target)")
-    command.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     command.add_argument("--device", default=None, help="cpu (default) or cuda")
-    command.add_argument("--tree", default="auto", help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default)")
+    command.add_argument("--tree", default=Request.tree, help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default)")
 
 
-def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = 256) -> None:
+def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:
     models(command)
     if method:
-        command.add_argument("--method", default=None, help=f"{METHODS} (default: eagle3 where there is a draft)")
+        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: eagle3 where there is a draft)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")
@@ -120,9 +141,7 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
     )
     command.add_argument("--max-new-tokens", type=int, default=new_tokens)
     command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
-    command.add_argument(
-        "--verifier", choices=("walk", "accept-reject"), default="walk", help="accept-reject is EAGLE's rule, for comparison"
-    )
+    command.add_argument("--verifier", choices=VERIFIERS, default=Request.verifier, help="accept-reject is EAGLE's rule, for comparison")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -131,6 +131,24 @@ class TreeShape:
 
 
 PLAIN = TreeShape(1, 0, 1)
+GREEDY = Sampling()
+METHODS = ("eagle3", "lookup", "draft-model", "plain")
+VERIFIERS = ("walk", "accept-reject")  # the second is EAGLE's rule, for comparison
+PRECISIONS = ("bf16", "fp32")  # the first is the default
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate with; one object so that command line, Python and benchmarks cannot drift apart."""
+
+    method: str | None = None  # None: eagle3 where there is a draft, else plain
+    tree: str | TreeShape = "auto"
+    sampling: Sampling = GREEDY
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    raw: bool = False  # the prompt is text to go on with, not a user's turn
+    verifier: str = VERIFIERS[0]
 
 
 @dataclass(frozen=True)
@@ -154,3 +172,7 @@ class TrainSettings:
     checkpoint_minutes: float = 5.0
     fc_norm: bool = False
     norm_output: bool = False
+
+
+SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is given
+TRAIN_MINUTES = 60.0  # of training where no budget is given

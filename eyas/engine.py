@@ -6,14 +6,13 @@ Knows where models lie and how a prompt becomes tokens; knows nothing of how a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from eyas.config import PLAIN, EyasError, Sampling, TreeShape, cache_dir
+from eyas.config import METHODS, PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter, NoDrafter
 from eyas.decode.generate import Decoder, Result, Text, result_of
 from eyas.decode.sampling import derived_seed, new_seed
@@ -26,29 +25,12 @@ from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
 from eyas.model.weights import convert_gguf, file_hash, load_strictly, read_tensors, target_config
 
-METHODS = ("eagle3", "lookup", "draft-model", "plain")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUNDLED = Path(__file__).parent / "bundled"
 FIXED_SHAPES = {"lookup": TreeShape.chain(5), "draft-model": TreeShape.chain(2), "plain": PLAIN}
 
-GREEDY = Sampling()
-
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate with; one object so that command line, Python and benchmarks cannot drift apart."""
-
-    method: str | None = None  # None: eagle3 where there is a draft, else plain
-    tree: str | TreeShape = "auto"
-    sampling: Sampling = GREEDY
-    seed: int | None = None
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    raw: bool = False  # the prompt is text to go on with, not a user's turn
-    verifier: str = "walk"
 
 
 def target_directory(source: str | Path | None) -> Path:
@@ -75,14 +57,14 @@ def target_directory(source: str | Path | None) -> Path:
         raise EyasError(f"could not fetch {source} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
 
 
-def load_target(directory: Path, precision: str = "bf16", device: str | torch.device = "cpu") -> Target:
+def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target:
     """The target with its weights in, not yet prepared for inference (its loose matrices can still be read)."""
     if precision not in PRECISIONS:
         raise EyasError(f"precision {precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
     config = target_config(directory)
     with torch.device("meta"):
         target = Target(config)
-    target = target.to(PRECISIONS[precision]).to_empty(device=device)
+    target = target.to(DTYPES[precision]).to_empty(device=device)
     if config.tie_word_embeddings:
         target.lm_head.weight = target.model.embed_tokens.weight
     load_strictly(target, read_tensors(directory), f"target {directory}")
@@ -128,7 +110,7 @@ def load(
     target: str | Path | None = None,
     draft: str | Path | None = None,
     device: str | None = None,
-    precision: str = "bf16",
+    precision: str = PRECISIONS[0],
 ) -> Engine:
     """Load a target (default: the embedded one) and its draft; see `Engine.generate`."""
     check_device(device or "cpu")

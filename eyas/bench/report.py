@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 import eyas
-from eyas.config import PLAIN, TreeShape
+from eyas.config import PLAIN, Request, TreeShape
 from eyas.decode.sampling import NOISE_VERSION
-from eyas.engine import Engine, Request
+from eyas.engine import Engine
 from eyas.model.linear import capability
 from eyas.model.weights import directory_hash
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
-from eyas.config import EyasError, TreeShape
-from eyas.decode.generate import VERIFIERS, RoundRecord
+from eyas.config import METHODS, VERIFIERS, EyasError, Request, TreeShape
+from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
-from eyas.engine import METHODS, Engine, Prompt, Request
+from eyas.engine import Engine, Prompt
 
 WARM_UP_TOKENS = 8
 

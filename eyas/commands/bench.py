@@ -16,8 +16,8 @@ from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
 from eyas.bench.speed import Method, parse_methods, run_bench
 from eyas.commands.common import engine_from, request_from
-from eyas.config import EyasError
-from eyas.engine import Engine, Request
+from eyas.config import EyasError, Request
+from eyas.engine import Engine
 
 SHOWN = 5  # complaints about a file before only their number is told
 PIPED_WIDTH = 140  # columns where standard output is no terminal

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from eyas.config import EyasError, Sampling
-from eyas.engine import Engine, Request, load, load_target, target_directory
+from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
+from eyas.engine import Engine, load, load_target, target_directory
 
 
 def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
     """Check all settings before anything heavy is loaded."""
-    from eyas.config import TreeShape
-    from eyas.engine import METHODS
-
     chosen = method or ("plain" if getattr(options, "plain", False) else getattr(options, "method", None))
     if chosen is not None and chosen not in METHODS:
         raise EyasError(f"method {chosen!r} is unknown; choose {', '.join(METHODS)}")

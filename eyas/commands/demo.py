@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from eyas.commands.common import engine_from
-from eyas.config import PLAIN, EyasError, TreeShape
+from eyas.config import GREEDY, PLAIN, EyasError, Request, TreeShape
 from eyas.decode.generate import Result
-from eyas.engine import GREEDY, Engine, Prompt, Request
+from eyas.engine import Engine, Prompt
 from eyas.model.target import chain_rows
 from eyas.view.colour import write_coloured
 

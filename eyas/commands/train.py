@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import eyas
 from eyas.bench.prompts import read_prompts
-from eyas.config import EyasError, TargetConfig, TrainSettings, default_taps
+from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, default_taps
 from eyas.engine import load_target, load_tokenizer, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.linear import capability
@@ -31,9 +31,6 @@ from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary, read_conversations, render, truncate
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
 from eyas.train.selfplay import SelfPlay, Template, answer_tokens, check_shards, data_folder, settings_of_folder, write_own_data
-
-DEFAULT_SELF_PLAY = 400_000
-DEFAULT_MINUTES = 60.0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,7 +83,7 @@ def budget_from(options: argparse.Namespace) -> training.Budget:
         if value is not None and not value > 0:
             raise EyasError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     unbounded = options.tokens is None and options.steps is None and options.minutes is None
-    return training.Budget(options.steps, options.tokens, DEFAULT_MINUTES if unbounded else options.minutes)
+    return training.Budget(options.steps, options.tokens, TRAIN_MINUTES if unbounded else options.minutes)
 
 
 def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
@@ -179,7 +176,7 @@ def from_self_play(
     for folder in folders:
         check_shards(folder, play)
     if options.self_play or not folders:
-        own, wanted = data_folder(play), options.self_play or DEFAULT_SELF_PLAY
+        own, wanted = data_folder(play), options.self_play or SELF_PLAY_TOKENS
         with progress(console) as bar:
             task = bar.add_task("the target writes", total=wanted)
             write_own_data(directory, own, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))

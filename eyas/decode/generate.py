@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import PLAIN, EyasError, Sampling, TreeShape
+from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, uniforms
 from eyas.decode.text import TextStream
@@ -101,17 +101,17 @@ def verify_by_accept_reject(tree: Tree, logits_NV: Tensor, sequence: Text, sampl
     return accept_reject(tree, lambda row: law(logits_NV[row], sampling), iter(stream.tolist()))
 
 
-VERIFIERS = {"walk": verify_by_walk, "accept-reject": verify_by_accept_reject}
+VERIFY = dict(zip(VERIFIERS, (verify_by_walk, verify_by_accept_reject)))
 
 
 class Decoder:
     """A target and a drafter, and the round that joins them."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, verifier: str = "walk") -> None:
-        if verifier not in VERIFIERS:
+    def __init__(self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0]) -> None:
+        if verifier not in VERIFY:
             raise EyasError(f"verifier {verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
         self.target, self.drafter = target, drafter or NoDrafter()
-        self.verify, self.shares_noise = VERIFIERS[verifier], verifier == "walk"
+        self.verify, self.shares_noise = VERIFY[verifier], verifier == VERIFIERS[0]
         self.watch: Callable[[RoundRecord], None] | None = None
 
     # ---- the round ----

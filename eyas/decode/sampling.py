@@ -59,8 +59,9 @@ class Noise:
 
 def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
     """The target's token: argmax of score plus noise over the allowed tokens; ties go to the lowest id. Greedy takes no noise."""
-    if sampling.greedy or noise_V is None:
+    if sampling.greedy:
         return int(logits_V.argmax())
+    assert noise_V is not None, "above temperature 0 a draw needs noise"
     scores_V = logits_V.double().cpu() / sampling.temperature
     ids = allowed(scores_V, sampling)
     if ids is None:

@@ -6,7 +6,6 @@ what is likely. Knows a draft's logits and the filters; knows nothing of trees.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,11 +15,10 @@ from eyas.config import Sampling
 from eyas.decode.sampling import allowed
 
 
-def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, scale: float = 1.0, miss: float = 0.0) -> Tensor:
-    """[R, D] log of (1 - miss) softmax((log q + noise) / scale); q: the draft's law at the same temperature and loosened filters.
+def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:
+    """[R, D] log softmax(log q + noise); q: the draft's law at the same temperature and loosened filters.
 
-    Greedy, or under a verifier that draws with other randomness (`noise_D` None): log of (1 - miss) softmax(log q / scale).
-    `miss` is the share of target tokens the draft cannot say, `scale` what calibration found (1 and 0 are SafeAILab's).
+    Greedy, or under a verifier that draws with other randomness (`noise_D` None): log q, as SafeAILab has it.
     """
     scores = logits_RD if logits_RD.dtype == torch.float64 else logits_RD.float()
     scores = scores if sampling.greedy else scores / sampling.temperature
@@ -28,8 +26,7 @@ def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, sc
         scores = loosely_filtered(scores, sampling).log_softmax(-1)
     if noise_D is not None:
         scores = scores + noise_D.to(scores.device, scores.dtype)
-    scores = (scores / scale).log_softmax(-1)
-    return scores + math.log1p(-miss) if miss else scores
+    return scores.log_softmax(-1)
 
 
 def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:

@@ -20,7 +20,6 @@ class Tree:
     parents: list[int]  # -1 for the root
     depths: list[int]  # 0 for the root
     scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
-    q: list[float] | None = None  # the draft's own probability of each node's token given its path, where nodes were sampled from it
     children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
 
     def __post_init__(self) -> None:
@@ -56,7 +55,6 @@ class Tree:
             [place[self.parents[row]] for row in rows],
             [self.depths[row] for row in rows],
             [self.scores[row] for row in rows],
-            None if self.q is None else [self.q[row] for row in rows],
         )
 
     def best(self, nodes: int) -> Tree:
@@ -107,7 +105,7 @@ class Growth:
 
 
 def merge(trees: Sequence[Tree]) -> Tree:
-    """One tree with the paths of all (same root): equal siblings become one and the larger score stays; q is dropped."""
+    """One tree with the paths of all (same root): equal siblings become one and the larger score stays."""
     tokens, parents, depths, scores = [trees[0].tokens[0]], [-1], [0], [0.0]
     rows: dict[tuple[int, int], int] = {}  # (parent row, token) -> row
     for tree in trees:

@@ -13,15 +13,14 @@ from torch import Tensor
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
 
-CHANCES = {4: 0.8, 3: 0.65, 2: 0.45, 1: 0.2}  # rough chance that a token follows again, by how many tokens matched
+CHANCES = {4: 0.8, 3: 0.65, 2: 0.45}  # rough chance that a token follows again, by how many tokens matched
 OCCURRENCES = 4  # latest places looked at, so a much repeated pattern stays cheap
 
 
 class LookupDrafter:
     wants: tuple[int, ...] = ()
 
-    def __init__(self, shortest: int = 2) -> None:
-        self.lengths = [length for length in CHANCES if length >= shortest]
+    def __init__(self) -> None:
         self.texts: dict[int, list[int]] = {}
         self.places: dict[int, dict[tuple[int, ...], list[int]]] = {}  # sequence -> pattern -> where it ended, latest last
 
@@ -36,7 +35,7 @@ class LookupDrafter:
         text, places = self.texts[sequence], self.places[sequence]
         for token in tokens:
             text.append(token)
-            for length in self.lengths:
+            for length in CHANCES:
                 if len(text) >= length:
                     held = places.setdefault(tuple(text[-length:]), [])
                     held.append(len(text))
@@ -49,7 +48,7 @@ class LookupDrafter:
         """The continuations of the longest pattern that occurred before, the latest first, merged into one tree."""
         text, places = self.texts[request.sequence], self.places[request.sequence]
         levels = request.shape.levels
-        for length in self.lengths if levels else ():
+        for length in CHANCES if levels else ():
             earlier = [end for end in places.get(tuple(text[-length:]), ()) if end < len(text)]
             if earlier:
                 trees = []

@@ -27,10 +27,6 @@ class DraftVocab:
     def to_target(self, draft_ids: Tensor) -> Tensor:
         return self.ids[draft_ids]
 
-    def contains(self, target_ids: Tensor) -> Tensor:
-        """bool, shaped like `target_ids`."""
-        return self.member()[target_ids]
-
     def member(self) -> Tensor:
         """bool [V]; in files `t2d`."""
         return torch.zeros(self.vocab_size, dtype=torch.bool).index_fill_(0, self.ids, True)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,11 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
 
 
 @contextmanager
-def atomic_directory(final: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `final` only when the block ends well; what was there before stays until then."""
+def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
+    """A temporary sibling that becomes `final` only when the block ends well; what was there before stays until then.
+
+    `ours`: names that are replaced; anything else that lies in `final` (a user's notes, say) moves along. None: all of it is replaced.
+    """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
@@ -146,6 +149,10 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         os.chmod(work, 0o755)
         for file in work.iterdir():  # safetensors leaves files that only their writer may read
             os.chmod(file, 0o644)
+        for other in final.iterdir() if ours is not None and final.exists() else ():
+            if other.name not in ours and not (work / other.name).exists():
+                copy = shutil.copytree if other.is_dir() else shutil.copy2
+                copy(other, work / other.name)
         old = work.with_name(work.name + "-old")
         if final.exists():
             os.replace(final, old)

@@ -33,6 +33,7 @@ from eyas.train.features import Example, StateSource
 from eyas.train.unroll import Batch, loss_slots, unroll, unrolled_loss
 
 CHECKPOINT = "checkpoint"
+FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
 SAME_FACTS = {"target_sha256": "another target", "taps_are_inputs_of_layers": "other taps"}  # of a run and its resumption
 FC_SPREAD = 0.1  # of fc's random part at the start, beside the identity on the high feature
 
@@ -249,7 +250,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the draft and what a resumed run needs, all or nothing."""
-        with undisturbed(), atomic_directory(self.out) as work:
+        with undisturbed(), atomic_directory(self.out, FILES) as work:
             save_draft(work, self.network, self.vocab, self.target_layers)
             told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
             (work / "training.json").write_text(json.dumps(told, indent=1))

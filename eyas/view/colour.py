@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text as Styled
 
+from eyas.config import Request
 from eyas.decode.generate import Result, RoundRecord, result_of
 from eyas.decode.text import TextStream
-from eyas.engine import Engine, Prompt, Request
+from eyas.engine import Engine, Prompt
 
 DRAFTED, DRAWN = "bold green", ""
 

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree as Drawing
 
+from eyas.config import VERIFIERS, Request
 from eyas.decode.generate import RoundRecord, Text
 from eyas.decode.sampling import draw
 from eyas.decode.tree import Tree
-from eyas.engine import Engine, Prompt, Request
+from eyas.engine import Engine, Prompt
+
+WALK = VERIFIERS[0]
 
 
 class Story:
@@ -44,7 +47,7 @@ class Story:
     def setup(self, text: Text) -> None:
         prompt = text.tokens[: text.prompt_length]
         taps = self.engine.drafter("eagle3").wants
-        self.say("[bold]The target reads the prompt[/bold] in one pass.")
+        self.say("[bold]The target reads the prompt.[/bold]")
         self.say(f"  {len(prompt)} tokens, ending in {self.words(prompt[-4:])}")
         self.say(f"  At every token its states before layers {taps[0]}, {taps[1]} and {taps[2]} are kept: low l, middle m, high h.")
         self.say(f"  The draft's fc fuses l, m and h of each into one vector g: {self.vectors('g', prompt[-3:])}.")
@@ -56,16 +59,14 @@ class Story:
         self.say(f"\n[bold]Round {number}[/bold]")
         self.draft_steps(record.tree, text.tokens[end - 2])
         rows = len(record.tree)
-        self.say(
-            f"  [bold]The tree[/bold] with each path's chance, and what the target draws at each of its {rows} rows, read in one pass:"
-        )
+        self.say(f"  [bold]The tree[/bold] with each path's chance{self.seen(request)}; the target reads its {rows} rows in one pass:")
         self.console.print(self.drawing(record, text, end - 1, request))
         kept = [record.tree.tokens[row] for row in record.accepted.path[1:]]
         path = f"keeps {self.words(kept)}" if kept else "keeps no guess"
-        self.say(
-            f"  [bold]The walk[/bold] {path}, and the draw that left the tree, {self.word(record.accepted.bonus)}, is the bonus token: "
-            f"{len(record.committed)} token{'s' if len(record.committed) > 1 else ''} from one pass of the target."
-        )
+        told = f"{len(record.committed)} token{'s' if len(record.committed) > 1 else ''} from one pass of the target."
+        left = f"and the draw that left the tree, {self.word(record.accepted.bonus)}, is the bonus token"
+        ended = len(record.committed) <= len(kept)
+        self.say(f"  [bold]The walk[/bold] {path}, {'and the text ends on it' if ended else left}: {told}")
         made = self.vectors("g", [record.tree.tokens[0], *kept])
         self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {made}.")
 
@@ -86,6 +87,9 @@ class Story:
             self.say(f"          its head guesses {self.guesses(tree, best)}")
             row, step = best, step + 1
 
+    def seen(self, request: Request) -> str:
+        return ", and what the target draws at each node" if request.verifier == WALK else ""
+
     def guesses(self, tree: Tree, row: int) -> str:
         children = sorted(tree.children[row].values(), key=lambda child: -tree.scores[child])
         return ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
@@ -94,11 +98,13 @@ class Story:
         """The tree with scores; the kept path in green, each node with the target's own draw."""
 
         def label(row: int) -> str:
+            name = self.word(record.tree.tokens[row])
+            name = f"[bold green]{name}[/bold green]" if row in record.accepted.path else name
+            chance = f" {math.exp(record.tree.scores[row]):.2f}" if row else ""
+            if request.verifier != WALK:  # accept or reject: nothing is drawn at a node
+                return f"{name}{chance}"
             noise = None if request.sampling.greedy else text.noise.at(position + record.tree.depths[row] + 1)
             drawn = draw(record.logits[row], request.sampling, noise)
-            kept = row in record.accepted.path
-            name = f"[bold green]{self.word(record.tree.tokens[row])}[/bold green]" if kept else self.word(record.tree.tokens[row])
-            chance = f" {math.exp(record.tree.scores[row]):.2f}" if row else ""
             return f"{name}{chance} [dim]target draws {self.word(drawn)}[/dim]"
 
         drawings = [Drawing(label(0))]

@@ -23,12 +23,12 @@ from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.speed import Method, parse_methods, round_of, run_bench
 from eyas.cli import main
 from eyas.commands import bench as command
-from eyas.config import EyasError, Sampling
+from eyas.config import EyasError, Request, Sampling
 from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
-from eyas.engine import Engine, Request
+from eyas.engine import Engine
 from eyas.model.draft import save_draft
 from tests.tiny import byte_tokenizer, tiny_draft, tiny_target
 

@@ -21,13 +21,6 @@ def test_with_noise_the_score_is_softmax_of_log_q_plus_noise():
     torch.testing.assert_close(log_scores(LOGITS, Sampling(0.7), NOISE), expected)
 
 
-def test_scale_and_miss_bend_and_lower_the_score():
-    plain = log_scores(LOGITS, Sampling(), None)
-    torch.testing.assert_close(log_scores(LOGITS, Sampling(), None, scale=2.0), (plain / 2).log_softmax(-1))
-    lowered = log_scores(LOGITS, Sampling(), None, miss=0.25)
-    torch.testing.assert_close(lowered.exp().sum(-1), torch.full((3,), 0.75, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.2)], ids=str)
 def test_filters_are_loosened_but_rule_tokens_out(sampling):
     from eyas.decode.sampling import allowed

@@ -14,8 +14,8 @@ from eyas.drafters.lookup import OCCURRENCES, LookupDrafter
 WIDE = TreeShape(60, 3, 4)
 
 
-def proposed(text: list[int], shape: TreeShape = WIDE, shortest: int = 2, sequence: int = 0) -> Tree:
-    drafter = LookupDrafter(shortest)
+def proposed(text: list[int], shape: TreeShape = WIDE, sequence: int = 0) -> Tree:
+    drafter = LookupDrafter()
     drafter.reserve(sequence + 1, 100)
     drafter.observe(sequence, text, None)
     return tree_of(drafter, text, shape, sequence)
@@ -41,7 +41,6 @@ def test_what_followed_the_same_tokens_is_proposed():
 def test_nothing_is_proposed_where_nothing_matches():
     for text in ([1], [1, 2, 3, 4], [1, 2, 3, 4, 1, 3]):
         assert proposed(text) == Tree.root(text[-1])
-    assert lines(proposed([1, 2, 3, 4, 1, 3], TreeShape.chain(2), shortest=1)) == {(4, 1)}, "one token is enough when so asked"
     assert proposed([1, 2, 1, 2, 1, 2], TreeShape(1, 0, 1)) == Tree.root(2), "the empty tree stays empty"
 
 

@@ -250,6 +250,17 @@ def test_a_good_end_replaces_the_whole_directory(tmp_path):
         assert final.stat().st_mode & 0o777 == 0o755
 
 
+def test_files_of_others_move_along(tmp_path):
+    final = tmp_path / "draft"
+    (final / "pictures").mkdir(parents=True)
+    for name in ("weights", "notes.txt", "pictures/curve.png"):
+        (final / name).write_text("old")
+    with atomic_directory(final, ("weights", "log")) as work:
+        (work / "weights").write_text("new")
+    assert (final / "weights").read_text() == "new" and (final / "notes.txt").read_text() == "old"
+    assert (final / "pictures" / "curve.png").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EyasError, match="cannot write") as caught, atomic_directory(tmp_path / "file" / "model"):

@@ -202,7 +202,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, se
 
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
     make_trainer(tmp_path).run(Budget(steps=1), silent)
-    make_trainer(tmp_path, replace(SETTINGS, checkpoint_minutes=1.0)).resume()
+    later = make_trainer(tmp_path, replace(SETTINGS, checkpoint_minutes=1.0))
+    later.resume()
+    assert later.progress.steps == 1
 
 
 def test_no_checkpoint_or_a_damaged_one_is_one_line(tmp_path):

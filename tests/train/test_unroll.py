@@ -57,7 +57,7 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
         for step, loss in enumerate(losses):  # the batch's mean is over all documents' slots, the reference's over one document's
             expected = expected + DECAY**step * loss * counts[step] / sum(count[step] for count in slots)
     teacher = torch.cat(logits)[:, vocab.ids].softmax(-1)
-    within = vocab.contains(torch.cat(logits).argmax(-1))
+    within = vocab.member()[torch.cat(logits).argmax(-1)]
     batch = packed(docs, features)
     taught, place = batch.taught()
     assert len(taught) == sum(int((answers >= 0).sum()) for _, answers in docs)
