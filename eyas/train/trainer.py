@@ -132,14 +132,18 @@ class Trainer:
     # ---- one step ----
 
     def batches(self, epoch: int) -> Iterator[list[Example]]:
-        """Shuffled batches of about `tokens_per_batch` tokens, of documents alike in length; a pure function of (seed, epoch)."""
+        """Shuffled batches of about `tokens_per_batch` tokens, of documents alike in length; a function of (seed, epoch, workers).
+
+        Each has as many documents for every worker: with three long ones for two, one worker would wait half of the time.
+        """
         rng = random.Random(f"{self.settings.seed}-{epoch}")
         order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
         found: list[list[Example]] = [[]]
-        for example in order:
-            if found[-1] and sum(len(held.tokens) for held in found[-1]) + len(example.tokens) > self.settings.tokens_per_batch:
+        for start in range(0, len(order), self.workers):
+            dealt = order[start : start + self.workers]
+            if found[-1] and sum(len(example.tokens) for example in found[-1] + dealt) > self.settings.tokens_per_batch:
                 found.append([])
-            found[-1].append(example)
+            found[-1] += dealt
         rng.shuffle(found)
         yield from found
 
