@@ -37,7 +37,7 @@ class Dense:
 
     def __init__(self, *layers: nn.Linear) -> None:
         self.layers = layers
-        self.weight: Tensor | None = None
+        self.weight: Tensor | native.Packed | None = None
         self.bias: Tensor | None = None
         self.kind = "loose"
 
@@ -49,7 +49,7 @@ class Dense:
         self.result = result or weight.dtype
         self.kind = self.choose(weight)
         if self.kind == "native":
-            weight, bias = weight.to(torch.bfloat16).contiguous(), None if bias is None else bias.float()
+            weight, bias = native.packed(weight), None if bias is None else bias.float()
         elif self.kind == "onednn":
             exact = self.result == torch.float32 or not cpu_multiplies_bfloat16()
             weight, bias = (weight.float(), None if bias is None else bias.float()) if exact else (weight, bias)

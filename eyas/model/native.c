@@ -3,16 +3,95 @@
  * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and bfloat16 w, which is widened on the fly: a pass of
  * few rows is bound by reading weights, and bfloat16 halves that. eyas_attention is attention over a cache. In both every sum of a row
  * is taken in one order, whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows
- * give exactly what plain decoding's single rows give. `in` and the heads' width must be multiples of 8. */
+ * give exactly what plain decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
+ *
+ * Weights lie packed: [out / 16][in][16], so that one broadcast input meets 16 outputs and no sum crosses lanes. Of the 16, outputs j
+ * and 8 + j are neighbours: one 32-byte load, a shift and a mask widen all of them. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#define LANES 16
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
-#define AHEAD 8        /* outputs between the weights in use and those asked for */
-#define TASK 96         /* outputs a thread takes at a time; a multiple of every block's width */
+#define TASK 6          /* blocks of 16 outputs a thread takes at a time */
+#define AHEAD 1024      /* weights between those in use and those asked for */
+#define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
+
+/* R rows by B blocks of 16 outputs. Sums, two halves of weights and one input must fit 16 registers; with fewer than 8 sums the
+ * additions wait for each other, so few rows take several blocks at once. */
+#define BLOCK(R, B)                                                                                                    \
+    static inline void block_##R##_##B(const float *x, const uint16_t *w, float *y, long in, long out) {               \
+        const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                     \
+        __m256 sum[R][B][2];                                                                                           \
+        ALL for (int r = 0; r < R; r++)                                                                                \
+            ALL for (int b = 0; b < B; b++) sum[r][b][0] = sum[r][b][1] = _mm256_setzero_ps();                         \
+        for (long i = 0; i < in; i++) {                                                                                \
+            ALL for (int b = 0; b < B; b++) {                                                                          \
+                const uint16_t *at = w + (b * in + i) * LANES;                                                         \
+                _mm_prefetch((const char *)(at + AHEAD), _MM_HINT_T0);                                                 \
+                __m256i pair = _mm256_loadu_si256((const __m256i *)at);                                                \
+                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));                                       \
+                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));                                    \
+                ALL for (int r = 0; r < R; r++) {                                                                      \
+                    __m256 value = _mm256_broadcast_ss(x + r * in + i);                                                \
+                    sum[r][b][0] = _mm256_fmadd_ps(value, first, sum[r][b][0]);                                        \
+                    sum[r][b][1] = _mm256_fmadd_ps(value, second, sum[r][b][1]);                                       \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        ALL for (int r = 0; r < R; r++)                                                                                \
+            ALL for (int b = 0; b < B; b++) {                                                                          \
+                _mm256_storeu_ps(y + r * out + b * LANES, sum[r][b][0]);                                               \
+                _mm256_storeu_ps(y + r * out + b * LANES + 8, sum[r][b][1]);                                           \
+            }                                                                                                          \
+    }
+
+BLOCK(1, 6)
+BLOCK(2, 3)
+BLOCK(1, 1)
+BLOCK(2, 1)
+BLOCK(3, 1)
+BLOCK(4, 1)
+BLOCK(5, 1)
+BLOCK(6, 1)
+
+/* One block of outputs for all rows, in groups of at most 6 rows, as equal as can be. */
+static void one_block(const float *x, const uint16_t *w, float *y, long rows, long in, long out) {
+    for (long groups = (rows + 5) / 6, r = 0, n; groups > 0; groups--, r += n) {
+        n = (rows - r + groups - 1) / groups;
+        switch (n) {
+            case 1: block_1_1(x + r * in, w, y + r * out, in, out); break;
+            case 2: block_2_1(x + r * in, w, y + r * out, in, out); break;
+            case 3: block_3_1(x + r * in, w, y + r * out, in, out); break;
+            case 4: block_4_1(x + r * in, w, y + r * out, in, out); break;
+            case 5: block_5_1(x + r * in, w, y + r * out, in, out); break;
+            default: block_6_1(x + r * in, w, y + r * out, in, out);
+        }
+    }
+}
+
+static void blocks(const float *x, const uint16_t *w, float *y, long rows, long in, long out, long first, long last) {
+    long b = first;
+    if (rows == 1)
+        for (; b + 6 <= last; b += 6) block_1_6(x, w + b * in * LANES, y + b * LANES, in, out);
+    if (rows == 2)
+        for (; b + 3 <= last; b += 3) block_2_3(x, w + b * in * LANES, y + b * LANES, in, out);
+    for (; b < last; b++) one_block(x, w + b * in * LANES, y + b * LANES, rows, in, out);
+}
+
+void eyas_product(const float *x, const uint16_t *w, float *y, long rows, long in, long out, int threads) {
+    long count = out / LANES, tasks = (count + TASK - 1) / TASK;
+    for (long r = 0; r < rows; r += ROWS_AT_ONCE) {
+        long some = rows - r < ROWS_AT_ONCE ? rows - r : ROWS_AT_ONCE;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (long t = 0; t < tasks; t++)
+            blocks(x + r * in, w, y + r * out, some, in, out, t * TASK, (t + 1) * TASK < count ? (t + 1) * TASK : count);
+    }
+}
+
+/* ---- attention ---- */
 
 static inline __m256 widened(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
@@ -23,69 +102,6 @@ static inline float total(__m256 v) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
-
-/* R rows by C outputs. Sums, inputs and one weight must fit 16 registers: 4 by 2 beats 4 by 3 by a third at 8 rows. */
-#define BLOCK(R, C)                                                                                                    \
-    static inline void block_##R##_##C(const float *x, const uint16_t *w, float *y, long in, long out) {               \
-        __m256 sum[R][C];                                                                                              \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) sum[r][c] = _mm256_setzero_ps();                                               \
-        for (long i = 0; i < in; i += 8) {                                                                             \
-            __m256 value[R];                                                                                           \
-            for (int r = 0; r < R; r++) value[r] = _mm256_loadu_ps(x + r * in + i);                                    \
-            for (int c = 0; c < C; c++) {                                                                              \
-                __m256 weight = widened(w + c * in + i);                                                               \
-                for (int r = 0; r < R; r++) sum[r][c] = _mm256_fmadd_ps(value[r], weight, sum[r][c]);                  \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) y[r * out + c] = total(sum[r][c]);                                             \
-    }
-
-BLOCK(1, 8)
-BLOCK(2, 6)
-BLOCK(4, 2)
-BLOCK(4, 1)
-BLOCK(2, 2)
-BLOCK(1, 2)
-BLOCK(1, 1)
-
-/* Ask for weights some blocks ahead, so that memory works while this block computes. */
-static inline void ask(const uint16_t *w, long count) {
-    for (long i = 0; i < count; i += 32) _mm_prefetch((const char *)(w + i), _MM_HINT_T1);
-}
-
-static void outputs(const float *x, const uint16_t *w, float *y, long rows, long in, long out, long first, long last) {
-    long o = first;
-    if (rows == 1)
-        for (; o + 8 <= last; o += 8) block_1_8(x, w + o * in, y + o, in, out);
-    if (rows == 2)
-        for (; o + 6 <= last; o += 6) block_2_6(x, w + o * in, y + o, in, out);
-    for (; o + 2 <= last; o += 2) {
-        long r = 0;
-        ask(w + (o + AHEAD) * in, 2 * in);
-        for (; r + 4 <= rows; r += 4) block_4_2(x + r * in, w + o * in, y + r * out + o, in, out);
-        for (; r + 2 <= rows; r += 2) block_2_2(x + r * in, w + o * in, y + r * out + o, in, out);
-        for (; r < rows; r++) block_1_2(x + r * in, w + o * in, y + r * out + o, in, out);
-    }
-    for (; o < last; o++) {
-        long r = 0;
-        for (; r + 4 <= rows; r += 4) block_4_1(x + r * in, w + o * in, y + r * out + o, in, out);
-        for (; r < rows; r++) block_1_1(x + r * in, w + o * in, y + r * out + o, in, out);
-    }
-}
-
-void eyas_product(const float *x, const uint16_t *w, float *y, long rows, long in, long out, int threads) {
-    long tasks = (out + TASK - 1) / TASK;
-    for (long r = 0; r < rows; r += ROWS_AT_ONCE) {
-        long count = rows - r < ROWS_AT_ONCE ? rows - r : ROWS_AT_ONCE;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (long t = 0; t < tasks; t++)
-            outputs(x + r * in, w, y + r * out, count, in, out, t * TASK, (t + 1) * TASK < out ? (t + 1) * TASK : out);
-    }
-}
-
-/* ---- attention ---- */
 
 typedef struct {
     long rows, heads, kv_heads, width; /* width of a head, a multiple of 8 */
