@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.arguments = arguments
     try:
-        return importlib.import_module(f"eyas.commands.{options.command}").run(options) or 0
+        return importlib.import_module(f"eyas.commands.{options.command.replace('-', '_')}").run(options) or 0
     except EyasError as error:
         print(f"eyas: {error}", file=sys.stderr)
         return 2

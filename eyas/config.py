@@ -169,6 +169,7 @@ class TrainSettings:
     max_length: int = 1024  # tokens of a document; longer ones are cut at a token
     held_out: float = 0.02  # share of documents that only measure
     seed: int = 0
+    measure_steps: int = 500  # between measurements of held-out acceptance, by which the best weights are chosen
     checkpoint_minutes: float = 5.0
     fc_norm: bool = False
     norm_output: bool = False

@@ -7,6 +7,7 @@ drafters/eagle3.py, how it learns is train/unroll.py. The embedding is the targe
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,14 @@ def draft_config(target: TargetConfig, draft_vocab_size: int, taps: tuple[int, .
     )
 
 
-def save_draft(directory: Path, network: DraftNetwork, vocab: DraftVocab, target_layers: int, largest_file: int | None = None) -> None:
-    """Write weights (bfloat16) and config.json in the layout that SafeAILab, SGLang and vLLM read, into an existing directory."""
-    tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in network.named_parameters()}
-    save_tensors(directory, tensors | vocab.as_tensors(), largest_file)
+def save_draft(
+    directory: Path, network: DraftNetwork, vocab: DraftVocab, target_layers: int, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write weights (bfloat16; the network's own, or others of its) and config.json in the layout that SafeAILab, SGLang and vLLM read,
+    into an existing directory."""
+    own = dict(network.named_parameters())
+    tensors = {name: (weights or own)[name].detach().to(torch.bfloat16) for name in own}
+    save_tensors(directory, tensors | vocab.as_tensors())
     (directory / "config.json").write_text(json.dumps(config_to_file(network.config, target_layers), indent=1))
 
 

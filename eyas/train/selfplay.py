@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
@@ -31,7 +33,7 @@ from eyas.model.weights import target_config
 
 PROBE = "\ue001question\ue001"
 SLOTS = 64  # conversations in flight a worker: beyond this the products gain nothing and the keys leave the cache
-PER_SHARD = 128  # conversations
+PER_SHARD = 32  # conversations, about a minute of a worker: what a kill may cost
 
 
 @dataclass(frozen=True)
@@ -321,15 +323,17 @@ def write_own_data(
     tokens: int,
     workers: int,
     report: Callable[[int], None],
+    minutes: float = math.inf,
 ) -> None:
-    """Let single-thread workers, each with a seed of its own, write until the folder holds `tokens` answer tokens."""
+    """Let single-thread workers, each with a seed of its own, write until the folder holds `tokens` answer tokens or time is up."""
     claim_folder(folder, settings)
+    deadline = time.monotonic() + 60 * minutes
 
     def written() -> int:
         return sum(map(answer_tokens, folder.glob("*.safetensors")))
 
     report(min(written(), tokens))
-    if written() >= tokens:
+    if written() >= tokens or minutes <= 0:
         return
     workers = affordable(workers, directory, settings)
     context = multiprocessing.get_context("spawn")
@@ -338,13 +342,13 @@ def write_own_data(
     for process in processes:
         process.start()
     try:
-        while any(process.is_alive() for process in processes) and written() < tokens:
+        while any(process.is_alive() for process in processes) and written() < tokens and time.monotonic() < deadline:
             wait([process.sentinel for process in processes if process.is_alive()], timeout=2.0)
             report(min(written(), tokens))
     finally:
         for process in processes:
             process.terminate()
-    if written() < tokens:
+    if written() < tokens and time.monotonic() < deadline:
         raise EyasError(f"the target stopped writing at {written()} of {tokens} answer tokens; see the error above")
 
 

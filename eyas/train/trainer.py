@@ -127,6 +127,7 @@ class Trainer:
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.progress = Progress()
+        self.best: dict[str, Tensor] = {}  # the weights with the highest held-out tau so far, once measured
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers > 1 else None
 
     # ---- one step ----
@@ -214,9 +215,10 @@ class Trainer:
                     group["lr"] = self.learning_rate(spent)
                 losses = self.step(batch)
                 self.progress.minutes = before + (time.monotonic() - started) / 60
+                if self.progress.steps % self.settings.measure_steps == 0:
+                    self.measure()
                 report(self.progress, losses, spent)
                 if time.monotonic() - saved > self.settings.checkpoint_minutes * 60:
-                    self.measure()
                     self.save()
                     saved = time.monotonic()
             self.measure()
@@ -248,18 +250,22 @@ class Trainer:
             "minutes": round(self.progress.minutes, 2),
             "tau": round(tau, 4),
         }
+        highest = max((earlier["tau"] for earlier in self.progress.curve), default=0.0)
         self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
+        if point["tau"] > highest:
+            self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
 
     # ---- saving ----
 
     def save(self) -> None:
-        """Write the draft and what a resumed run needs, all or nothing."""
+        """Write the draft, as it was when it accepted most, and what a resumed run needs, all or nothing."""
         with undisturbed(), atomic_directory(self.out, FILES) as work:
-            save_draft(work, self.network, self.vocab, self.target_layers)
+            save_draft(work, self.network, self.vocab, self.target_layers, self.best)
             told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
             (work / "training.json").write_text(json.dumps(told, indent=1))
             state = {
                 "weights": self.network.state_dict(),
+                "best": self.best,
                 "optimiser": self.optimiser.state_dict(),
                 "progress": asdict(self.progress),
                 "settings": asdict(self.settings),
@@ -290,6 +296,7 @@ class Trainer:
         if told:
             raise EyasError(f"{self.out} was trained otherwise ({'; '.join(told)}); resume with the same or choose another --out")
         self.network.load_state_dict(state["weights"])
+        self.best = state["best"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
 

@@ -478,3 +478,25 @@ def test_a_saved_tiny_target_is_the_target_in_memory(tmp_path):
     assert config.vocab_size == 263 and config.eos_token_ids == (257,) and config.num_hidden_layers == 5
     loaded, made = load_target(tmp_path, "fp32"), tiny_target(dtype=torch.float32, prepare=False, vocab_size=263)
     assert_identical(dict(loaded.state_dict()), dict(made.state_dict()))
+
+
+def test_the_weights_that_accepted_most_are_the_draft(tmp_path, monkeypatch):
+    """Held-out tau rises, then falls: what is saved is the peak, what is resumed is the end."""
+    trainer = make_trainer(tmp_path / "draft", replace(SETTINGS, measure_steps=2))
+    taus, seen = iter([1.1, 1.5, 1.3]), {}
+
+    def told(network, *_):
+        tau = next(taus)
+        seen[tau] = {name: value.clone() for name, value in network.state_dict().items()}
+        return tau, [tau - 1]
+
+    monkeypatch.setattr(training, "held_out_tau", told)
+    trainer.run(Budget(steps=6), silent)
+    assert [(point["step"], point["tau"]) for point in trainer.progress.curve] == [(2, 1.1), (4, 1.5), (6, 1.3)]
+    saved = read_tensors(trainer.out)
+    assert torch.equal(saved["fc.weight"], seen[1.5]["fc.weight"].bfloat16())
+    assert not torch.equal(saved["fc.weight"], seen[1.3]["fc.weight"].bfloat16())
+    again = make_trainer(tmp_path / "draft", replace(SETTINGS, measure_steps=2))
+    again.resume()
+    assert_identical(dict(again.network.state_dict()), seen[1.3])
+    assert_identical(again.best, seen[1.5])
