@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for options in (demo_options, generate_options, chat_options, train_options, bench_options, trace_options):
+    for options in (demo_options, generate_options, chat_options, new_draft_options, train_options, bench_options, trace_options):
         options(commands)
     return top
 
@@ -55,6 +55,16 @@ def chat_options(commands: argparse._SubParsersAction) -> None:
     chat = add(commands, "chat", "a conversation in the terminal")
     chat.add_argument("--system", help="a system message to begin with")
     generation(chat)
+
+
+def new_draft_options(commands: argparse._SubParsersAction) -> None:
+    new = add(
+        commands, "new-draft", "a draft for a model in a given time: the model writes the data, what the draft accepts is measured and told"
+    )
+    new.add_argument("model", nargs="?", help="directory, .gguf file or hub name (default: the embedded target)")
+    new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
+    new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
+    new.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
 
 
 def train_options(commands: argparse._SubParsersAction) -> None:

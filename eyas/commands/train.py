@@ -59,7 +59,14 @@ def run(options: argparse.Namespace) -> int:
     trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console)
     if options.resume:
         trainer.resume()
-    return train(trainer, budget, console, options)
+    try:
+        run_with_progress(trainer, budget, console)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
+        raise
+    where = f" --target {shlex.quote(options.target)}" if options.target else ""
+    print(f"draft written to {out}; try: eyas generate 'Tell me about hawks.'{where} --draft {shlex.quote(str(out))}")
+    return 0
 
 
 # ---- options ----
@@ -87,7 +94,7 @@ def budget_from(options: argparse.Namespace) -> training.Budget:
 
 
 def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
-    if text is None and len(set(default_taps(layers))) < 3:
+    if text is None and not 0 <= default_taps(layers)[0] < default_taps(layers)[1] < default_taps(layers)[2]:
         raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name three of its layers with --taps L,M,H")
     if text is None:
         return check_taps(default_taps(layers), layers)
@@ -162,15 +169,7 @@ def from_self_play(
 ) -> tuple[list[Example], dict[str, Any]]:
     """Let the target write what is missing, then read all shards of the same settings and those of --shards."""
     template = Template(load_tokenizer(directory), config.eos_token_ids)
-    questions, prompts_key = [], ""
-    if options.seed_prompts:
-        items, complaints = read_prompts(options.seed_prompts)
-        if complaints:
-            console.print(
-                f"skipped {len(complaints)} lines of {options.seed_prompts}, the first: {complaints[0]}", markup=False, soft_wrap=True
-            )
-        questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
-        prompts_key = f"{Path(options.seed_prompts).name} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}"
+    questions, prompts_key = seed_questions(options.seed_prompts, console)
     play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=prompts_key)
     folders = [Path(folder) for folder in options.shards]
     for folder in folders:
@@ -181,13 +180,30 @@ def from_self_play(
             task = bar.add_task("the target writes", total=wanted)
             write_own_data(directory, own, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
         folders.append(own)
+    out = Path(options.out).expanduser()
+    return shard_facts(folders, settings, training.read_checkpoint(out) if options.resume else None)
+
+
+def seed_questions(path: str | None, console: Console) -> tuple[list[str], str]:
+    """User turns of a file, and a key that names it and what it holds."""
+    if not path:
+        return [], ""
+    items, complaints = read_prompts(path)
+    if complaints:
+        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+    questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
+    return questions, f"{Path(path).name} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}"
+
+
+def shard_facts(folders: list[Path], settings: TrainSettings, checkpoint: dict[str, Any] | None) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of all shards in some folders, and what they are. A resumed run goes on with the shards that it began with."""
     shards = [shard for folder in folders for shard in sorted(folder.glob("*.safetensors"))]
-    if options.resume:  # a folder may have grown since; a run goes on with what it began with
-        before = training.read_checkpoint(Path(options.out).expanduser())["facts"]["data"].get("shards")
-        missing = set(before or []) - {shard.name for shard in shards}
+    before = checkpoint["facts"]["data"].get("shards") if checkpoint else None
+    if before is not None:
+        missing = set(before) - {shard.name for shard in shards}
         if missing:
             raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
-        shards = [shard for shard in shards if before is None or shard.name in before]
+        shards = [shard for shard in shards if shard.name in before]
     examples, twins = without_twins(shard_examples(shards, settings.max_length))
     facts = {
         "kind": "self-written",
@@ -260,7 +276,7 @@ def facts_of_run(directory: Path, hash_of_target: str, taps: tuple[int, int, int
     }
 
 
-def train(trainer: training.Trainer, budget: training.Budget, console: Console, options: argparse.Namespace) -> int:
+def run_with_progress(trainer: training.Trainer, budget: training.Budget, console: Console) -> None:
     told = len(trainer.progress.curve)
     with progress(console) as bar:
         task = bar.add_task("training", total=1000)
@@ -272,15 +288,8 @@ def train(trainer: training.Trainer, budget: training.Budget, console: Console, 
                 console.print(curve_line(point))
             told = len(progress_.curve)
 
-        try:
-            trainer.run(budget, report)
-        except KeyboardInterrupt:
-            print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
-            raise
+        trainer.run(budget, report)
     console.print(curve_line(trainer.progress.curve[-1]))
-    target = f" --target {shlex.quote(options.target)}" if options.target else ""
-    print(f"draft written to {trainer.out}; try: eyas generate 'Tell me about hawks.'{target} --draft {shlex.quote(str(trainer.out))}")
-    return 0
 
 
 def curve_line(point: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -332,23 +333,27 @@ def write_own_data(
     def written() -> int:
         return sum(map(answer_tokens, folder.glob("*.safetensors")))
 
+    def done() -> bool:
+        return written() >= tokens or (time.monotonic() >= deadline and written() > 0)  # something, however little time there is
+
     report(min(written(), tokens))
-    if written() >= tokens or minutes <= 0:
+    if done():
         return
     workers = affordable(workers, directory, settings)
     context = multiprocessing.get_context("spawn")
-    shares = (directory, folder, settings, list(questions), -(-tokens // workers), tokens)
+    per_shard = int(max(4, min(PER_SHARD, tokens // 2000, 4 * minutes)))  # small where little is wanted
+    shares = (directory, folder, settings, list(questions), max(1, -(-tokens // workers)), per_shard)
     processes = [context.Process(target=work, args=(seed, *shares), daemon=True) for seed in range(1, workers + 1)]
     for process in processes:
         process.start()
     try:
-        while any(process.is_alive() for process in processes) and written() < tokens and time.monotonic() < deadline:
+        while any(process.is_alive() for process in processes) and not done():
             wait([process.sentinel for process in processes if process.is_alive()], timeout=2.0)
             report(min(written(), tokens))
     finally:
         for process in processes:
             process.terminate()
-    if written() < tokens and time.monotonic() < deadline:
+    if not done():
         raise EyasError(f"the target stopped writing at {written()} of {tokens} answer tokens; see the error above")
 
 
@@ -366,14 +371,23 @@ def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
     return max(1, min(workers, free // 2 // (weights + keys)))
 
 
-def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions: list[str], own: int, tokens: int) -> None:
+def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions: list[str], tokens: int, per_shard: int) -> None:
     """One worker: a process with one thread."""
     from eyas.engine import load_target, load_tokenizer
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
+    threading.Thread(target=die_with_parent, daemon=True).start()
     with torch.inference_mode():
         target = load_target(directory, "fp32").prepare()
         template = Template(load_tokenizer(directory), target.config.eos_token_ids)
         writer = Writer(target, template, settings, questions, SLOTS)
-        write_shards(writer, folder, seed, max(own, 1), min(PER_SHARD, max(1, tokens // 2000)), lambda written, dropped: None)
+        write_shards(writer, folder, seed, tokens, per_shard, lambda written, dropped: None)
+
+
+def die_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and two sets of them would write the same shards."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

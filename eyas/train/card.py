@@ -1,0 +1,86 @@
+"""What a finished draft says about itself: a model card with figures and their conditions, and its learning curve as a picture.
+
+Knows training.json and a benchmark's result; measures nothing itself. The picture needs matplotlib (`pip install 'eyas[bench]'`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CARD, PICTURE = "README.md", "curve.png"
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
+    """Held-out simulated tau and acceptance of the first, third and last step against trained answer tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = sorted(int(name.removeprefix("accept_")) for name in curve[-1] if name.startswith("accept_"))
+    slots = [point["slots"] / 1000 for point in curve]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    left.plot(slots, [point["tau"] for point in curve], marker="o", markersize=3)
+    left.set(xlabel="answer tokens trained, thousands", ylabel="held-out simulated tau", title=f"a chain of {steps[-1]}")
+    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
+        right.plot(slots, [point[f"accept_{step}"] for point in curve], marker="o", markersize=3, label=f"step {step}")
+    right.set(xlabel="answer tokens trained, thousands", ylabel="right, of those right before", ylim=(0, 1))
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def card(told: dict[str, Any], measured: dict[str, Any], command: str, use: str) -> str:
+    """The card's text. `told` is training.json, `measured` a result of bench, `command` what made the draft, `use` how to run it."""
+    data, best = told["data"], max(told["curve"], key=lambda point: point["tau"])
+    steps = ", ".join(f"{value:.2f}" for name, value in best.items() if name.startswith("accept_"))
+    conditions = measured["conditions"]
+    rows = "\n".join(
+        f"| {name} | {interval(figures, 'tau')} | {interval(figures, 'speedup')} |" for name, figures in measured["methods"].items()
+    )
+    return f"""# An EAGLE-3 draft for {told["target"]}
+
+Made by `{command}` on {told["date"]}; target's weights sha256 {told["target_sha256"][:16]}. It serves this target only.
+
+```bash
+{use}
+```
+
+## How it was trained
+
+{told["hours"]:.2f} hours of training on {told["machine"]}: {told["slots"]:,} answer tokens in {told["steps"]:,} steps, with training-time
+test over {told["settings"]["unroll_steps"]} steps, on {data["answer_tokens"]:,} answer tokens in {data["conversations"]:,} conversations
+that the target wrote itself. Settings, versions, data and curve: `training.json`.
+
+![learning curve]({PICTURE})
+
+The weights kept are those with the highest held-out simulated tau, {best["tau"]:.2f} (a chain of {told["settings"]["unroll_steps"]} on
+held-out text of the training's own kind), reached after {best["slots"]:,} tokens. Acceptance by step, of those right before: {steps}.
+
+## What it does
+
+{conditions["prompt_count"]} held-out questions of the training's own kind, up to {conditions["max_new_tokens"]} tokens, temperature
+{conditions["temperature"]:g}, {conditions["precision"]}, {conditions["threads"]} threads; intervals are 95%, by bootstrap over
+questions. Questions of other kinds may accept less: measure yours with `eyas bench`.
+
+| method | tau (tokens a round) | speed over plain |
+|---|---|---|
+{rows}
+"""
+
+
+def interval(figures: dict[str, Any], name: str) -> str:
+    value, between = figures.get(name), figures.get(f"{name}_interval")
+    if value is None:
+        return "-"
+    return f"{value:.2f} [{between[0]:.2f}, {between[1]:.2f}]" if between else f"{value:.2f}"

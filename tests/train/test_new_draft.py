@@ -1,0 +1,114 @@
+"""`eyas new-draft`: one command from a model to a measured draft with its card, which goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from eyas import cli
+from eyas.commands import new_draft
+from eyas.train import card
+from eyas.train import trainer as training
+from tests.tiny import save_tiny_target
+
+HOURS = "0.006"  # 22 seconds
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_tiny_target(root / "target", 0, num_hidden_layers=7)
+    save_tiny_target(root / "other", 1, num_hidden_layers=7)
+    save_tiny_target(root / "shallow", 0, num_hidden_layers=3)
+    return root / "target"
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("EYAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(new_draft, "LEAST_HOURS", 0.001)
+    monkeypatch.setattr(new_draft, "METHODS", "plain,eagle3@chain:2")
+    return tmp_path
+
+
+def words(target: Path, out: Path, *more: str) -> list[str]:
+    return ["new-draft", str(target), "--hours", HOURS, "--out", str(out), *more]
+
+
+def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, capsys):
+    out = own_cache / "draft"
+    assert cli.main(words(target, out)) == 0
+    said = capsys.readouterr().out
+    assert said.strip().endswith(f"eyas generate 'Tell me about hawks.' --target {target} --draft {out}")
+    told, measured = json.loads((out / "training.json").read_text()), json.loads((out / "bench.json").read_text())
+    text = (out / card.CARD).read_text()
+    best = max(point["tau"] for point in told["curve"])
+    for fact in (f"{told['slots']:,} answer tokens", f"tau, {best:.2f}", f"eyas new-draft {target}", told["target_sha256"][:16]):
+        assert fact in text, fact
+    tau = measured["methods"]["eagle3@chain:2"]["tau"]
+    assert f"| eagle3@chain:2 | {tau:.2f} [" in text and tau >= 1
+    assert (out / card.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert told["data"]["answer_tokens"] > 0 and told["data"]["shards"]
+    assert cli.main(["generate", "hi", "--target", str(target), "--draft", str(out), "--max-new-tokens", "4", "--tree", "chain:2"]) == 0
+    before = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert cli.main(words(target, out)) == 0
+    assert "is finished" in capsys.readouterr().out and (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_where_it_was(target, own_cache, monkeypatch):
+    """Killed once while the target writes and once in training: what was written and trained is used, and time is not spent again."""
+    out = own_cache / "draft"
+    program = (
+        "import sys; from dataclasses import make_dataclass; from eyas import cli; from eyas.commands import new_draft as n; "
+        "n.LEAST_HOURS = 0; n.METHODS = 'plain,eagle3@chain:2'; "
+        "n.TrainSettings = make_dataclass('Quick', [('checkpoint_minutes', float, 0.01)], bases=(n.TrainSettings,), frozen=True); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+
+    def killed_when(condition) -> None:
+        process = subprocess.Popen([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 90
+        while not condition() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+
+    killed_when(lambda: any(own_cache.glob("cache/selfplay/*/*.safetensors")))
+    written = json.loads((out / new_draft.RUN).read_text())["written_minutes"]
+    assert written > 0
+    killed_when(lambda: (out / training.CHECKPOINT).exists())
+    shards = sorted(path.name for path in own_cache.glob("cache/selfplay/*/*.safetensors"))
+    trained = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["minutes"]
+    assert subprocess.run([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    told = json.loads((out / "training.json").read_text())
+    assert told["data"]["shards"] == shards and json.loads((out / new_draft.RUN).read_text())["finished"]
+    assert trained < told["minutes"] < 60 * float(HOURS)
+
+
+def test_wishes_that_cannot_be_met_are_one_line(target, own_cache, capsys, monkeypatch):
+    out = own_cache / "draft"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+    def refused(*words: str) -> str:
+        assert cli.main(list(map(str, words))) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("eyas: ")
+        return said
+
+    assert "holds other things than a run of new-draft" in refused(*words(target, out))
+    (out / "notes.txt").unlink()
+    new_draft.Run("another", float(HOURS), "").save(out)
+    assert "was begun otherwise (target_sha256 another there" in refused(*words(target, out))
+    assert "is too short to train anything" in refused("new-draft", target, "--hours", "0.0001", "--out", own_cache / "x")
+    assert "is too short to train anything" in refused("new-draft", target, "--hours", "nan", "--out", own_cache / "x")
+    assert "too shallow for the default taps" in refused(*words(target.parent / "shallow", own_cache / "y"))
+    assert not (own_cache / "x").exists() and not (own_cache / "y").exists()
