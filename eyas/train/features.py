@@ -49,13 +49,12 @@ def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
     for path in paths:
         with safe_open(path, framework="pt") as file:
             tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
-            starts, temperatures = file.get_tensor("answer_starts").tolist(), file.get_tensor("temperatures").tolist()
+            numbers, temperatures = file.get_tensor("answers").tolist(), file.get_tensor("temperatures").tolist()
         place = row = 0
-        for length, answer, temperature in zip(lengths, starts, temperatures):
-            kept = min(length, max_length)
-            answers = [-1] * min(answer, kept) + [0] * max(0, kept - answer)
-            if kept - answer >= 8:
-                examples.append(Example(tokens[place : place + kept], answers, temperature == 0, path, row))
+        for length, temperature in zip(lengths, temperatures):
+            kept = slice(place, place + min(length, max_length))
+            if sum(number >= 0 for number in numbers[kept]) >= 8:
+                examples.append(Example(tokens[kept], numbers[kept], temperature == 0, path, row))
             place, row = place + length, row + length - 1
     return examples
 

@@ -23,12 +23,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eyas.config import EyasError, cache_dir
 from eyas.decode.sampling import derived_seed, uniforms
+from eyas.model import native
 from eyas.model.attention import Segment
+from eyas.model.linear import cpu_multiplies_bfloat16
 from eyas.model.target import Rows, Target, chain_rows
 from eyas.model.weights import target_config
 
@@ -50,11 +53,13 @@ class SelfPlay:
     # Drawn evenly. Most users decode near greedy; but greedy answers to alike questions are alike, and teach little after the first.
     answer_temperatures: tuple[float, ...] = (0.0, 0.7, 0.7, 1.0, 1.0)
     answer_top_p: float = 0.98
+    turns: tuple[int, ...] = (1, 1, 1, 2, 3)  # questions of a conversation, drawn evenly
     longest_question: int = 96
     longest_answer: int = 320
+    longest: int = 640  # tokens of a conversation, its template's included
     loop_gram: int = 16  # an answer is cut where it repeats this many tokens in a row
     candidates: int = 64  # sampling looks at the best so many tokens
-    version: int = 2
+    version: int = 3
 
     def digest(self) -> str:
         """Ten hex digits of all of it."""
@@ -67,12 +72,22 @@ class Conversation:
 
     index: int
     seed: int
-    temperature: float
+    temperature: float  # of its answers
+    turns: int  # questions it may have
     tokens: list[int]
     waiting: list[int]  # tokens known but not yet read by the target
-    read: int = 0  # tokens the target has read
-    answer_start: int | None = None
-    grams: set[tuple[int, ...]] = field(default_factory=set)
+    read: int  # tokens the target has read
+    part: int  # where the question or answer under way begins
+    asking: bool = True
+    answers: list[range] = field(default_factory=list)  # where the finished answers lie, their end-of-turn tokens included
+    grams: set[tuple[int, ...]] = field(default_factory=set)  # of the answer under way
+
+    def numbers(self) -> list[int]:
+        """For each token the number of its answer, -1 outside."""
+        found = [-1] * len(self.tokens)
+        for number, places in enumerate(self.answers):
+            found[places.start : places.stop] = [number] * len(places)
+        return found
 
 
 class Finished(NamedTuple):
@@ -85,7 +100,7 @@ class Finished(NamedTuple):
 
 
 class Template:
-    """The chat template cut open at the user's turn: tokens before the question, tokens between question and answer, end of turn."""
+    """The chat template cut open: tokens before the first question, between question and answer, between answer and next question."""
 
     def __init__(self, tokenizer, end_ids: Sequence[int]) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -97,6 +112,7 @@ class Template:
         self.text = before + "{question}" + after
         self.before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
         self.after: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+        self.again: list[int] = tokenizer(again(tokenizer, text), add_special_tokens=False)["input_ids"]  # empty: one turn only
         self.tokenizer = tokenizer
         self.ends = {*end_ids, self.after[0]}
 
@@ -104,18 +120,30 @@ class Template:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def again(tokenizer, text: str) -> str:
+    """What the template writes between an answer and the next question, from the end-of-turn token on; nothing where it rewrites turns."""
+    said = "\ue002answer\ue002"
+    turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": said}, {"role": "user", "content": PROBE}]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return ""
+    if not whole.startswith(text + said) or whole.count(PROBE) != 2:
+        return ""
+    return whole[len(text + said) : whole.rindex(PROBE)]
+
+
 class Writer:
     """Keeps `slots` conversations in flight and yields each as it is finished."""
 
     def __init__(self, target: Target, template: Template, settings: SelfPlay, questions: Sequence[str], slots: int) -> None:
         self.target, self.template, self.settings, self.questions = target, template, settings, questions
-        capacity = len(template.before) + settings.longest_question + len(template.after) + settings.longest_answer + 8
-        self.capacity = min(capacity, target.config.max_position_embeddings)
+        self.capacity = min(settings.longest, target.config.max_position_embeddings)
         self.cache = target.new_cache(slots, self.capacity)
         width = (len(settings.taps) + 1) * target.config.hidden_size
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
-        self.dropped = 0
+        self.dropped = self.loops = 0
         self.root = int(settings.digest(), 16)  # other settings, other conversations: folders may train together
         opening = template.before[:-1]  # every conversation begins with it: read once, copied to each
         self.opening = target.new_cache(1, len(opening))
@@ -138,10 +166,11 @@ class Writer:
         self.handed_over[slot, :opened] = self.opening_states
         self.favourites[slot] = -1
         settings, own_seed = self.settings, derived_seed(self.root + seed, index)
-        u_share, u_question, u_temperature = uniforms(own_seed, 2**32, 3)
+        u_share, u_question, u_temperature, u_turns = uniforms(own_seed, 2**32, 4)
         temperature = settings.answer_temperatures[int(u_temperature * len(settings.answer_temperatures))]
+        turns = settings.turns[int(u_turns * len(settings.turns))] if self.template.again else 1
         before = self.template.before
-        row = Conversation(index, own_seed, temperature, before[:-1], before[-1:], opened)
+        row = Conversation(index, own_seed, temperature, turns, before[:-1], before[-1:], opened, opened + 1)
         if self.questions and u_share < settings.seeded_share:
             question = self.template.question(self.questions[int(u_question * len(self.questions))])[: settings.longest_question]
             self.open_answer(row, question)
@@ -149,7 +178,8 @@ class Writer:
 
     def open_answer(self, row: Conversation, question: list[int]) -> None:
         row.waiting += question + self.template.after
-        row.answer_start = row.read + len(row.waiting)
+        row.part, row.asking = row.read + len(row.waiting), False
+        row.grams.clear()
 
     def step(self, rows: list[Conversation]) -> Iterator[tuple[int, Finished | None]]:
         """One pass over all rows' waiting tokens; yields (slot, finished conversation, or None if dropped) for slots that are free."""
@@ -168,7 +198,7 @@ class Writer:
             row.tokens += row.waiting
             row.read += counts[slot]
             row.waiting = [token]
-            if self.ended(row, token):
+            if self.over(row, token):
                 yield slot, self.finish(slot, row)
 
     def hand_over(self, rows: list[Conversation], counts: list[int], states: Tensor) -> None:
@@ -182,8 +212,8 @@ class Writer:
     def choose(self, logits: Tensor, rows: list[Conversation]) -> list[int]:
         """One token a row: temperature and top-p within the best candidates, by one uniform keyed to (row's seed, position)."""
         settings = self.settings
-        asking = torch.tensor([row.answer_start is None for row in rows])
-        temperature = torch.tensor([1.0 if row.answer_start is None else row.temperature for row in rows])
+        asking = torch.tensor([row.asking for row in rows])
+        temperature = torch.tensor([1.0 if row.asking else row.temperature for row in rows])
         values, ids = logits.float().topk(settings.candidates, -1)
         law = (values / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
         above = law.cumsum(-1) - law
@@ -194,28 +224,37 @@ class Writer:
         place = torch.where(temperature > 0, place, 0)  # at 0 the best, however near the second is
         return ids.gather(1, place[:, None])[:, 0].tolist()
 
-    def ended(self, row: Conversation, token: int) -> bool:
-        """Whether the conversation is over with this token; an ended question opens the answer instead."""
-        settings = self.settings
-        if row.answer_start is None:
-            asked = row.read - len(self.template.before)
-            if token in self.template.ends and asked >= 3:
+    def over(self, row: Conversation, token: int) -> bool:
+        """Take the drawn token; whether the conversation is over with it. An ended question opens the answer, an answer the next one."""
+        settings, drawn = self.settings, row.read + 1 - row.part  # tokens of the part under way, this one included
+        full = row.read + 2 >= self.capacity
+        if row.asking:
+            if token in self.template.ends and drawn > 3 and row.read + len(self.template.after) + 8 < self.capacity:
                 row.waiting = []
                 self.open_answer(row, [])
                 return False
-            return token in self.template.ends or asked >= settings.longest_question
-        answered = row.read + 1 - row.answer_start
+            return token in self.template.ends or drawn > settings.longest_question or full
         gram = (*row.tokens[-settings.loop_gram + 1 :], token)
-        looping = answered >= settings.loop_gram and gram in row.grams
+        looping = drawn >= settings.loop_gram and gram in row.grams
         row.grams.add(gram)
-        return looping or token in self.template.ends or answered >= settings.longest_answer or row.read + 2 >= self.capacity
+        self.loops += looping
+        if not (looping or token in self.template.ends or drawn >= settings.longest_answer or full):
+            return False
+        row.answers.append(range(row.part, row.read + 1))
+        again = self.template.again
+        if looping or len(row.answers) >= row.turns or token != again[0] or row.read + len(again) + 16 > self.capacity:
+            return True
+        row.waiting = list(again)
+        row.part, row.asking = row.read + len(again), True
+        return False
 
     def finish(self, slot: int, row: Conversation) -> Finished | None:
-        """The last token is written but not read: it has no feature, and as the last label it needs none."""
-        row.tokens += row.waiting
-        if row.answer_start is None or len(row.tokens) - row.answer_start < 8:
+        """Cut behind the last answer. Its last token may be written but not read: it has no feature, and as a label it needs none."""
+        if sum(map(len, row.answers)) < 8:
             self.dropped += 1
             return None
+        row.tokens = (row.tokens + row.waiting)[: row.answers[-1].stop]
+        row.read = len(row.tokens) - 1
         states = self.handed_over[slot, : row.read]
         width = len(self.settings.taps) * self.target.config.hidden_size
         return Finished(row, states[:, :width].clone(), states[:, width:].clone(), self.favourites[slot, : row.read].clone())
@@ -243,18 +282,18 @@ def write_shards(writer: Writer, folder: Path, seed: int, tokens: int, per_shard
 
 
 def save_shard(path: Path, conversations: list[Finished]) -> int:
-    """Tokens, lengths, answer starts, features and hidden states of finished conversations; returns the answer tokens in it."""
+    """Tokens, lengths, answer numbers, features and hidden states of finished conversations; returns the answer tokens in it."""
     rows = [finished.row for finished in conversations]
     tensors = {
         "tokens": torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),
-        "answer_starts": torch.tensor([row.answer_start for row in rows], dtype=torch.int32),
+        "answers": torch.tensor([number for row in rows for number in row.numbers()], dtype=torch.int32),
         "temperatures": torch.tensor([row.temperature for row in rows]),
         "features": torch.cat([finished.features for finished in conversations]),
         "hidden": torch.cat([finished.hidden for finished in conversations]),
         "favourites": torch.cat([finished.favourites for finished in conversations]),
     }
-    answers = int((tensors["lengths"] - tensors["answer_starts"]).sum())
+    answers = int((tensors["answers"] >= 0).sum())
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"answer_tokens": str(answers), "last_index": str(max(row.index for row in rows))})
     os.replace(temporary, path)
@@ -366,8 +405,7 @@ def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
         return workers
     config = target_config(directory)
     weights = 3 * sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # as stored, in float32 while loading
-    rows = SLOTS * (settings.longest_question + settings.longest_answer + 64)
-    keys = 2 * rows * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    keys = 8 * SLOTS * settings.longest * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # at most 4 bytes each
     return max(1, min(workers, free // 2 // (weights + keys)))
 
 
@@ -379,7 +417,8 @@ def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
     threading.Thread(target=die_with_parent, daemon=True).start()
     with torch.inference_mode():
-        target = load_target(directory, "fp32").prepare()
+        fast = native.kernel() is not None or cpu_multiplies_bfloat16()  # else bfloat16 rows are computed one by one
+        target = load_target(directory, "bf16" if fast else "fp32").prepare()
         template = Template(load_tokenizer(directory), target.config.eos_token_ids)
         writer = Writer(target, template, settings, questions, SLOTS)
         write_shards(writer, folder, seed, tokens, per_shard, lambda written, dropped: None)

@@ -16,7 +16,7 @@ from tests.tiny import byte_tokenizer, tiny_target
 
 TAPS = (1, 2, 4)
 END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, seeded_share=0.8, longest_question=20, longest_answer=40)
+SETTINGS = SelfPlay("tiny", "chat", TAPS, seeded_share=0.8, longest_question=20, longest_answer=40, turns=(1,))
 
 
 @cache
@@ -94,7 +94,7 @@ def test_answers_cover_the_answer_and_nothing_else(shards):
     template = Template(byte_tokenizer(), target().config.eos_token_ids)
     for example, finished in zip(shard_examples(paths, max_length=1024), made):
         assert example.tokens == finished.row.tokens and example.greedy == (finished.row.temperature == 0)
-        first = finished.row.answer_start
+        first = finished.row.answers[0].start
         assert example.answers == [-1] * first + [0] * (len(example.tokens) - first)
         assert example.tokens[first - len(template.after) : first] == template.after
 
@@ -103,7 +103,7 @@ def test_answers_cover_the_answer_and_nothing_else(shards):
 def test_examples_are_cut_at_max_length_and_dropped_where_too_little_is_left(shards, max_length):
     paths, made = shards
     cut = shard_examples(paths, max_length)
-    kept = [finished.row for finished in made if min(max_length, len(finished.row.tokens)) - finished.row.answer_start >= 8]
+    kept = [finished.row for finished in made if min(max_length, len(finished.row.tokens)) - finished.row.answers[0].start >= 8]
     assert [example.tokens for example in cut] == [row.tokens[:max_length] for row in kept]
     assert all(len(example.answers) == len(example.tokens) and example.answers[-8:] == [0] * 8 for example in cut)
     if cut:  # rows are still found where they lie

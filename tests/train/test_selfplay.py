@@ -34,7 +34,7 @@ from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
 
 TAPS = (1, 2, 4)
 END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36)
+SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,))
 SHARDED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
 QUESTIONS = ["How can a hawk see?", "Why do owls fly at night and not by day?"]
 
@@ -77,7 +77,7 @@ def forty() -> tuple[Finished, ...]:
 
 
 def answer(finished: Finished) -> list[int]:
-    return finished.row.tokens[finished.row.answer_start :]
+    return finished.row.tokens[finished.row.answers[0].start :]
 
 
 def test_every_conversation_follows_the_template():
@@ -86,7 +86,7 @@ def test_every_conversation_follows_the_template():
     assert tokenizer.decode(before).endswith("<|im_start|>user\n") and tokenizer.decode(after) == "<|im_end|>\n<|im_start|>assistant\n"
     asked, ended = set(), 0
     for finished in forty():
-        tokens, start = finished.row.tokens, finished.row.answer_start
+        tokens, start = finished.row.tokens, finished.row.answers[0].start
         assert tokens[: len(before)] == before and tokens[start - len(after) : start] == after
         question = tokens[len(before) : start - len(after)]
         assert 3 <= len(question) <= SETTINGS.longest_question
@@ -99,10 +99,33 @@ def test_every_conversation_follows_the_template():
     assert len(given) == 2 and len(asked) > 20 and ended > 3
 
 
+def test_several_turns_follow_the_template_and_every_answer_is_marked():
+    """Rendered by the template itself, the turns give the same text; each answer's mark covers it and its end-of-turn token."""
+    settings = replace(SETTINGS, turns=(1, 3), longest=400)
+    tokenizer, counts = byte_tokenizer(), []
+    for finished in written(40, settings=settings, questions=QUESTIONS):
+        row = finished.row
+        counts.append(len(row.answers))
+        assert len(finished.features) == len(row.tokens) - 1 and row.answers[-1].stop == len(row.tokens)
+        assert row.numbers() == [number for number in row.numbers() if number < len(row.answers)]
+        start, rebuilt = len(template().before), list(template().before)
+        for number, places in enumerate(row.answers):
+            if number:
+                start = row.answers[number - 1].stop - 1 + len(template().again)
+                rebuilt += template().again[1:]
+            rebuilt += row.tokens[start : places.start - len(template().after)] + template().after + row.tokens[places.start : places.stop]
+            last = row.tokens[places.stop - 1]
+            assert last == END or number == len(row.answers) - 1
+        assert rebuilt == row.tokens
+    assert (
+        1 in counts and 2 in counts and max(counts) <= 3 and tokenizer.decode(template().again).startswith("<|im_end|>\n<|im_start|>user")
+    )
+
+
 def test_answers_at_temperature_0_are_plain_greedy_decoding():
     greedy = [finished for finished in forty() if finished.row.temperature == 0]
     assert 4 < len(greedy) < 20
-    prompts = [finished.row.tokens[: finished.row.answer_start] for finished in greedy]
+    prompts = [finished.row.tokens[: finished.row.answers[0].start] for finished in greedy]
     texts = []
     for texts in Decoder(target()).run(prompts, PLAIN, Sampling(), [0] * len(prompts), SETTINGS.longest_answer):  # noqa: B007
         pass
@@ -110,7 +133,7 @@ def test_answers_at_temperature_0_are_plain_greedy_decoding():
         own = answer(finished)
         assert own == text.tokens[text.prompt_length :][: len(own)]
         assert own[-1] == END or len(own) == SETTINGS.longest_answer or repeats(own)
-        rows = slice(finished.row.answer_start - 1, finished.row.read)
+        rows = slice(finished.row.answers[0].start - 1, finished.row.read)
         assert finished.favourites[rows].tolist() == own
 
 
@@ -121,7 +144,7 @@ def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
     logits[:, 5], logits[:, 9] = 7.00001, 7.0
     rows = [writer.begin(0, seed, 0) for seed in range(40)]
     for row in rows:
-        row.answer_start, row.temperature = 0, 0.0
+        row.asking, row.temperature = False, 0.0
     assert writer.choose(logits, rows) == [5] * 40
 
 
@@ -131,7 +154,7 @@ def test_the_questions_law_is_the_targets_within_top_p():
     total = favourite = 0
     for finished in sampled:
         logits = finished.hidden.double() @ tiny_head().T  # hidden states were cut to bfloat16, hence the slack below
-        for row in range(finished.row.answer_start - 1, finished.row.read):
+        for row in range(finished.row.answers[0].start - 1, finished.row.read):
             law = logits[row].softmax(-1)
             token = finished.row.tokens[row + 1]
             assert float(law[law > law[token]].sum()) < SETTINGS.answer_top_p + 0.01
@@ -197,7 +220,7 @@ def repeats(tokens: list[int], gram: int = 16) -> int:
 
 def test_a_loop_is_cut_where_sixteen_tokens_first_repeat():
     settings = replace(SHARDED, longest_answer=90, answer_temperatures=(0.0, 0.5))
-    looping = written(16, 8, settings=settings, by=forgetful, questions=[*QUESTIONS, "And what of an eyas?", "Who?"])
+    looping = written(40, 8, settings=settings, by=forgetful, questions=[*QUESTIONS, "And what of an eyas?", "Who?"])
     ends = [repeats(answer(finished)) for finished in looping]
     assert sum(map(bool, ends)) >= 6, "few answers looped: an empty claim"
     assert all(end in (0, len(answer(finished))) for end, finished in zip(ends, looping))
@@ -314,7 +337,7 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
 
 def test_other_settings_have_another_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("EYAS_CACHE", str(tmp_path))
-    changed = [replace(SETTINGS, **change) for change in ({"target": "x"}, {"taps": (0, 1, 2)}, {"seed_prompts": "f"}, {"version": 3})]
+    changed = [replace(SETTINGS, **change) for change in ({"target": "x"}, {"taps": (0, 1, 2)}, {"seed_prompts": "f"}, {"version": 4})]
     folders = [data_folder(settings) for settings in (SETTINGS, *changed)]
     assert len(set(folders)) == 5 and all(folder.is_relative_to(tmp_path) for folder in folders)
 

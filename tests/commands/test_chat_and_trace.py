@@ -1,0 +1,73 @@
+"""`eyas chat` and `eyas trace`."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.words import generate, interrupt_round
+
+
+def chat(models: Path, *words) -> list:
+    return ["chat", *generate(models, *words)[1:]]
+
+
+def test_chat_answers_every_line_and_ends_with_its_input(models, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the nest?\nAnd now?\n"))
+    status, out, err = run(*chat(models, "--max-new-tokens", "12"))
+    assert status == 0 and out.count("> ") == 3
+    assert len(re.findall(r"\[\d+ tokens, \d+ rounds, tau \d\.\d\d", err)) == 2
+    first = json.loads(run(*generate(models, "Where is the nest?", "--max-new-tokens", "12", "--json"))[1])["text"]
+    assert out.startswith(f"> {first}")
+
+
+def test_chat_survives_ctrl_c_and_a_full_context(models, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" + "x" * 300 + "\nand now\n\nnever read\n"))
+    interrupt_round(monkeypatch, 3)
+    status, _, err = run(*chat(models, "--max-new-tokens", "8", "--plain"))
+    assert status == 0
+    assert "\n[stopped]\n" in err and err.count("tokens/s") == 1
+    assert re.search(r"^eyas: the prompt has \d+ tokens, the model reads at most 256; shorten it$", err, re.MULTILINE)
+
+
+def test_trace_tells_the_rounds_in_order(models, run):
+    words = ["trace", "How can", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--rounds", "2"]
+    status, out, err = run(*words)
+    assert status == 0 and err == ""
+    order = [
+        "The target reads the prompt",
+        "low l, middle m, high h",
+        "into one vector g: g_",
+        "the target draws",
+        "Round 1",
+        "Step 1: the draft",
+    ]
+    order += ["reads g_", "makes a_", "its head guesses", "Step 2:", "does not exist", "stands in", "The tree", "target draws", "The walk"]
+    order += ["bonus token", "Cache rows of the path stay", "Round 2", "Step 1", "The tree", "The walk", "Written in 2 rounds"]
+    place = 0
+    for words in order:
+        assert words in out[place:], f"{words!r} is missing behind {out[:place][-60:]!r}"
+        place = out.index(words, place) + len(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["", "--rounds", "2"], "the prompt is empty; give some text"),
+        (["hi", "--rounds", "0"], "rounds must be at least 1, not 0"),
+        (["hi", "--tree", "7x"], "tree shape '7x' is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto"),
+    ],
+)
+def test_trace_refuses_in_one_line(models, refused, words, line):
+    assert refused("trace", *words, "--target", models / "target", "--draft", models / "draft") == line
+
+
+def test_trace_without_a_draft_says_how_to_get_one(models, refused):
+    assert refused("trace", "hi", "--target", models / "target") == (
+        "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"
+    )

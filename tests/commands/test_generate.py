@@ -1,0 +1,153 @@
+"""`eyas generate`: what it prints, and that every bad option is one line on stderr, status 2."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.commands.words import JSON_KEYS, generate, interrupt_round
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([""], "the prompt is empty; give some text"),
+        (["  \n "], "the prompt is empty; give some text"),
+        ([], "give a PROMPT or --messages F.json, one of the two"),
+        (["hi", "--messages", "f.json"], "give a PROMPT or --messages F.json, one of the two"),
+        (["hi", "--temperature", "-0.5"], "temperature must be 0 (greedy) or a positive number, not -0.5"),
+        (["hi", "--temperature", "nan"], "temperature must be 0 (greedy) or a positive number, not nan"),
+        (["hi", "--temperature", "inf"], "temperature must be 0 (greedy) or a positive number, not inf"),
+        (["hi", "--top-p", "0"], "top-p must be above 0 and at most 1 (1 is off), not 0.0"),
+        (["hi", "--top-p", "1.5"], "top-p must be above 0 and at most 1 (1 is off), not 1.5"),
+        (["hi", "--top-k", "-1"], "top-k must be 0 (off) or a positive count, not -1"),
+        (["hi", "--min-p", "2"], "min-p must be between 0 (off) and 1, not 2.0"),
+        (["hi", "--max-new-tokens", "0"], "max-new-tokens must be at least 1, not 0"),
+        (["hi", "--max-new-tokens", "-3"], "max-new-tokens must be at least 1, not -3"),
+        (["hi", "--method", "magic"], "method 'magic' is unknown; choose eagle3, lookup, draft-model, plain"),
+        (["hi", "--device", "cuda"], "device cuda was asked for, but this PyTorch sees no CUDA device; use --device cpu"),
+        (["hi", "--device", "toaster"], "device 'toaster' is unknown; use cpu or cuda"),
+        (["hi", "--raw", "--system", "be brief"], "--system needs a chat template, --raw does without one; drop one of the two"),
+        *(
+            (["hi", "--tree", tree], f"tree shape {tree!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto")
+            for tree in ("60x7", "0x1x1", "5x2x0", "chain:0", "chain:x", "axbxc", "")
+        ),
+    ],
+)
+def test_a_bad_option_is_one_line(models, refused, monkeypatch, words, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(*generate(models, *words)) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["hi", "--temperature", "warm"], "argument --temperature: invalid float value: 'warm'; see `eyas generate --help`"),
+        (["hi", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["hi", "--sead", "3"], "unrecognized arguments: --sead 3"),
+    ],
+)
+def test_a_word_the_command_line_does_not_know_is_one_line(models, refused, words, reason):
+    assert refused(*generate(models, *words)).startswith(reason)
+
+
+def test_no_command_or_an_unknown_one_is_one_line(refused):
+    assert refused() == "the following arguments are required: COMMAND; see `eyas --help`"
+    assert "invalid choice: 'fly'" in refused("fly")
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(models, refused):
+    """One line: the tokenizer's own warning about it is not let through."""
+    for words in (["--raw", "x" * 64], ["--raw", "x" * 500], ["hello, how are you?"]):
+        line = refused(*generate(models, *words, target="short", draft=None))
+        assert re.fullmatch(r"the prompt has \d+ tokens, the model reads at most 64; shorten it", line)
+
+
+def test_a_text_ends_where_the_context_does(models, run):
+    status, out, _ = run(*generate(models, "--raw", "x" * 60, "--json", target="short", draft=None))
+    assert status == 0 and json.loads(out)["finish_reason"] in ("length", "stop") and len(json.loads(out)["tokens"]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a list of messages like"),
+        ('{"messages": []}', "must hold a list of messages like"),
+        ('[{"role": "user"}]', "must hold a list of messages like"),
+        ('[{"role": 3, "content": "hi"}]', "must hold a list of messages like"),
+        ('"hi"', "must hold a list of messages like"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_one_line(models, refused, tmp_path, content, reason):
+    path = tmp_path / "messages.json"
+    if content is not None:
+        path.write_text(content)
+    line = refused(*generate(models, "--messages", path))
+    assert str(path) in line and reason in line
+
+
+def test_messages_are_a_conversation(models, run, tmp_path):
+    """A list or an object that holds one; a system message goes before it; the same text as the string it amounts to."""
+    turns = [{"role": "user", "content": "Where is the nest?"}]
+    paths = [tmp_path / "list.json", tmp_path / "object.json"]
+    paths[0].write_text(json.dumps(turns))
+    paths[1].write_text(json.dumps({"messages": turns}))
+    plain = ["--plain", "--json"]
+    wanted = json.loads(run(*generate(models, turns[0]["content"], *plain))[1])["tokens"]
+    for path in paths:
+        assert json.loads(run(*generate(models, "--messages", path, *plain))[1])["tokens"] == wanted
+    asked = json.loads(run(*generate(models, turns[0]["content"], "--system", "Be brief.", *plain))[1])["tokens"]
+    assert asked == json.loads(run(*generate(models, "--messages", paths[0], "--system", "Be brief.", *plain))[1])["tokens"] != wanted
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_every_method_gives_the_same_tokens(models, run, temperature):
+    found = {}
+    for method in ("plain", "eagle3", "lookup", "draft-model"):
+        words = ["Tell me", "--seed", "7", "--temperature", temperature, "--json", "--method", method]
+        status, out, err = run(*generate(models, *words))
+        assert status == 0 and err == ""
+        found[method] = json.loads(out)
+        assert list(found[method]) == JSON_KEYS and found[method]["seed"] == 7
+    assert len({tuple(result["tokens"]) for result in found.values()}) == len({result["text"] for result in found.values()}) == 1
+    assert found["plain"]["tau"] == 1.0 and found["eagle3"]["rounds"] <= found["plain"]["rounds"]
+    short = json.loads(run(*generate(models, "Tell me", "--seed", "7", "--temperature", temperature, "--json", "--plain"))[1])
+    assert short["tokens"] == found["plain"]["tokens"]
+
+
+def test_generate_streams_the_text_of_the_json_object(models, run):
+    words = ["Tell me", "--seed", "3", "--temperature", "1"]
+    result = json.loads(run(*generate(models, *words, "--json"))[1])
+    status, out, err = run(*generate(models, *words))
+    assert status == 0 and out == result["text"]
+    assert re.fullmatch(r"\n\[\d+ tokens, \d+ rounds, tau \d\.\d\d, [\d.]+ tokens/s, seed 3\]\n", err)
+
+
+def test_a_seed_is_drawn_and_reported(models, run):
+    first, second = (json.loads(run(*generate(models, "hi", "--temperature", "1", "--json"))[1]) for _ in range(2))
+    assert first["seed"] != second["seed"]
+    again = json.loads(run(*generate(models, "hi", "--temperature", "1", "--json", "--seed", first["seed"]))[1])
+    assert again["tokens"] == first["tokens"]
+
+
+def test_ctrl_c_in_generate_keeps_the_text_so_far(models, run, monkeypatch):
+    words = generate(models, "Tell me", "--plain")
+    whole = run(*words)[1]
+    interrupt_round(monkeypatch, 12)
+    status, out, err = run(*words)
+    assert status == 130 and err == "\neyas: interrupted\n"
+    assert len(out) > 3 and out.endswith("\n") and whole.startswith(out[:-1]) and len(out) < len(whole)
+
+
+def test_ctrl_c_under_json_prints_what_was_written(models, run, monkeypatch):
+    whole = json.loads(run(*generate(models, "Where?", "--json"))[1])
+    interrupt_round(monkeypatch, 3)
+    status, said, _ = run(*generate(models, "Where?", "--json"))
+    found = json.loads(said)
+    assert status == 130 and list(found) == JSON_KEYS and found["finish_reason"] == "interrupted"
+    assert 0 < len(found["tokens"]) < len(whole["tokens"]) and found["tokens"] == whole["tokens"][: len(found["tokens"])]

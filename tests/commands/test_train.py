@@ -1,0 +1,174 @@
+"""`eyas train` on conversations of the user's: it writes a draft, loses nothing, and every trouble is one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+from eyas.config import TrainSettings
+from eyas.model import weights
+from eyas.train import trainer as training
+from tests.commands.words import GOOD, contents, generate, train
+
+
+def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
+    out = tmp_path / "draft"
+    status, said, _ = run(*train(models, out, data, "--steps", "3"))
+    assert status == 0 and said.startswith(f"draft written to {out}; try: eyas generate 'Tell me about hawks.' --target ")
+    assert said.endswith(f"--draft {out}\n")
+    told = json.loads((out / "training.json").read_text())
+    assert told["steps"] == 3 and told["target_sha256"] == weights.directory_hash(models / "target") and told["curve"][-1]["step"] == 3
+    assert told["data"] == {"kind": "conversations", "file": "data.jsonl", "skipped": 0, "duplicates_dropped": 0}
+    assert told["settings"]["draft_vocab_size"] == 200 and told["versions"].keys() == {"eyas", "torch", "python"}
+    assert told["taps_are_inputs_of_layers"] == [1, 2, 4] and "hours" in told
+    drafted, plain = (json.loads(run(*generate(models, "Where?", "--json", *more, draft=out))[1]) for more in ([], ["--plain"]))
+    assert drafted["tokens"] == plain["tokens"] and drafted["rounds"] <= plain["rounds"]
+
+
+def test_a_broken_line_is_named_and_the_rest_goes_on(models, run, data, tmp_path):
+    lines = data.read_text().splitlines()
+    lines[2:2] = ['{"messages": [', '{"messages": [{"role": "user", "content": "hi"}]}']
+    data.write_text("\n".join(lines))
+    status, _, err = run(*train(models, tmp_path / "draft", data, "--steps", "1"))
+    assert status == 0
+    assert re.search(r"^skipped: line 3: not JSON \(.*\)$", err, re.MULTILINE)
+    assert re.search(r"^skipped: line 4: no assistant turn in it$", err, re.MULTILINE)
+    assert "skipped 2 of 14 conversations" in err
+    assert json.loads((tmp_path / "draft" / "training.json").read_text())["data"]["skipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "no conversation could be read (the file is empty)"),
+        ("{\n[1]\n", "no conversation could be read (line 1: not JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "no conversation with an answer"),
+        (json.dumps(GOOD), "one conversation is too little to train on and measure with; give at least two"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_data_without_a_conversation_is_one_line(models, run, tmp_path, content, reason):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    status, _, err = run(*train(models, tmp_path / "draft", path, "--steps", "1"))
+    last = err.splitlines()[-1]
+    assert status == 2 and last.startswith("eyas: ") and reason in last
+    assert all(line.startswith("skipped") for line in err.splitlines()[:-1])
+    assert not (tmp_path / "draft").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--steps", "0"], "--steps must be above 0, not 0"),
+        (["--tokens", "-5"], "--tokens must be above 0, not -5"),
+        (["--minutes", "nan"], "--minutes must be above 0, not nan"),
+        (["--workers", "-1"], "--workers must be above 0, not -1"),
+        (["--unroll", "0"], "--unroll must be at least 1, not 0"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0, not 0.0"),
+        (["--draft-vocab", "0"], "--draft-vocab must be at least 1, not 0"),
+        (["--draft-vocab", "264"], "a draft vocabulary of 264 is larger than the target's 263; lower --draft-vocab"),
+        (["--taps", "1,2"], "taps must be three different layers in ascending order between 0 and 4, not (1, 2)"),
+        (["--taps", "1,2,5"], "taps must be three different layers in ascending order between 0 and 4, not (1, 2, 5)"),
+        (["--taps", "low"], "--taps must be three layers like 2,15,27, not 'low'"),
+    ],
+)
+def test_a_bad_setting_of_train_is_one_line(models, refused, data, tmp_path, words, line):
+    assert refused(*train(models, tmp_path / "draft", data, *words)) == line
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_target_too_shallow_for_the_default_taps_is_one_line(models, refused, data, tmp_path):
+    line = refused("train", "--target", models / "target", "--out", tmp_path / "draft", "--data", data, "--draft-vocab", "9")
+    assert line == "a target of 5 layers is too shallow for the default taps; name three of its layers with --taps L,M,H"
+
+
+def test_train_overwrites_nothing(models, refused, data, tmp_path):
+    """Not a draft, not a file, not a directory with something in it."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "notes.txt").write_text("years of work")
+    end = "exists and a draft's directory is replaced as a whole; choose a new or an empty directory as --out"
+    assert refused(*train(models, out, data)) == f"{out} {end}"
+    assert refused(*train(models, out / "notes.txt", data)) == f"{out / 'notes.txt'} {end}"
+    assert contents(out) == {"notes.txt": b"years of work"}
+    before = contents(models / "draft")
+    line = refused(*train(models, models / "draft", data))
+    assert line == f"{models / 'draft'} holds a draft already; go on with --resume, or choose another --out"
+    assert contents(models / "draft") == before
+
+
+def test_resume_without_a_checkpoint_is_one_line(models, refused, data, tmp_path):
+    for out in (tmp_path / "absent", models / "draft"):
+        assert refused(*train(models, out, data, "--resume")) == f"{out} holds no checkpoint to resume from; train without --resume"
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(models, refused, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(*train(models, tmp_path / "file" / "draft", data))
+    assert re.fullmatch(r"cannot write .*/file/draft \(Not a directory\); choose another --out|cannot write .*File exists.*", line)
+
+
+def test_an_unwritable_result_of_bench_is_one_line(models, refused, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hi"}\n')
+    line = refused("bench", "--prompts", prompts, "--target", models / "target", "--methods", "plain", "--out", tmp_path / "no" / "r.json")
+    assert "r.json" in line and "No such file or directory" in line
+
+
+def test_a_full_disk_at_the_end_of_training_is_one_line_and_keeps_the_older_draft(models, run, data, tmp_path, monkeypatch):
+    out = tmp_path / "draft"
+    assert run(*train(models, out, data, "--steps", "1"))[0] == 0
+    before = contents(out)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    status, _, err = run(*train(models, out, data, "--steps", "2", "--resume"))
+    assert status == 2 and contents(out) == before
+    assert err.splitlines()[-1] == f"eyas: cannot write {out}: No space left on device; what was there before is untouched"
+
+
+def test_any_other_trouble_with_files_is_one_line(models, refused, monkeypatch):
+    def locked(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/locked/config.json")
+
+    monkeypatch.setattr("eyas.engine.target_config", locked)
+    assert refused(*generate(models, "hi")) == "Permission denied: /locked/config.json"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(models, run, data, tmp_path):
+    out = tmp_path / "draft"
+    assert run(*train(models, out, data, "--steps", "1"))[0] == 0
+    status, _, err = run(*train(models, out, data, "--steps", "2", "--resume", "--learning-rate", "0.5", "--taps", "0,1,2"))
+    end = f"(learning_rate {TrainSettings.learning_rate} there, 0.5 here; other taps); resume with the same or choose another --out"
+    assert status == 2 and err.splitlines()[-1] == f"eyas: {out} was trained otherwise {end}"
+
+
+def test_ctrl_c_in_train_saves_and_says_how_to_go_on(models, run, data, tmp_path, monkeypatch):
+    out, steps = tmp_path / "my draft", training.Trainer.step
+
+    def interrupted(self, batch):
+        losses = steps(self, batch)
+        if self.progress.steps == 2:
+            raise KeyboardInterrupt
+        return losses
+
+    monkeypatch.setattr(training.Trainer, "step", interrupted)
+    words = train(models, out, data, "--steps", "4")
+    status, said, err = run(*words)
+    assert status == 130 and said == "" and err.endswith("\neyas: interrupted\n")
+    (line,) = [line for line in err.splitlines() if "Go on with" in line]
+    again = shlex.split(line.split("Go on with: eyas ")[1])
+    assert again == [*map(str, words), "--resume"]
+    assert torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["steps"] == 2
+    monkeypatch.undo()
+    assert run(*again)[0] == 0
+    assert json.loads((out / "training.json").read_text())["steps"] == 4
