@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM
 
 import eyas
 from eyas.bench.prompts import read_prompts
-from eyas.engine import PRECISIONS
+from eyas.engine import DTYPES
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--prompts", required=True)
     options.add_argument("--limit", type=int, default=10)
-    options.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS))
+    options.add_argument("--precision", default="bf16", choices=tuple(DTYPES))
     options.add_argument("--max-new-tokens", type=int, default=100)
     given = options.parse_args()
     engine = eyas.load(precision=given.precision)
-    theirs = AutoModelForCausalLM.from_pretrained(engine.directory, dtype=PRECISIONS[given.precision]).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(engine.directory, dtype=DTYPES[given.precision]).eval()
     prompts, _ = read_prompts(given.prompts, given.limit)
     ratios, same = [], 0
     for number, item in enumerate([prompts[0], *prompts]):  # the first time only warms up

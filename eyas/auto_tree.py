@@ -21,7 +21,7 @@ from eyas.model.linear import capability
 if TYPE_CHECKING:
     from eyas.engine import Engine
 
-CANDIDATES = [PLAIN, *map(TreeShape.parse, ("chain:1", "chain:2", "chain:3", "6x2x3", "8x3x3", "12x3x4", "20x4x5"))]
+CANDIDATES = [PLAIN, *map(TreeShape.parse, ("chain:1", "chain:2", "chain:3", "4x1x2", "6x1x3", "6x2x3", "12x3x4", "20x4x5"))]
 PROMPTS = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.")
 TOKENS = 32
 

@@ -4,10 +4,10 @@
 set -euo pipefail
 prompts=$1 out=$2
 mkdir -p "$out"
-OMP_NUM_THREADS=1 eyas bench --prompts "$prompts" --limit 20 --max-new-tokens 200 --seed 0 --methods eagle3@60x7x10 --out "$out/greedy-tau.json" &
-OMP_NUM_THREADS=1 eyas bench --prompts "$prompts" --limit 20 --max-new-tokens 200 --seed 0 --temperature 1 \
-    --methods eagle3@60x7x10,eagle3@60x7x10+accept-reject --out "$out/sampled-tau.json" &
+shared=(--prompts "$prompts" --limit 20 --max-new-tokens 200 --seed 0)
+OMP_NUM_THREADS=1 eyas bench "${shared[@]}" --methods eagle3@60x7x10 --out "$out/greedy-tau.json" &
+OMP_NUM_THREADS=1 eyas bench "${shared[@]}" --temperature 1 --methods eagle3@60x7x10 --out "$out/sampled-tau.json" &
+OMP_NUM_THREADS=1 eyas bench "${shared[@]}" --temperature 1 --methods eagle3@60x7x10+accept-reject --out "$out/accept-reject-tau.json" &
 wait
-eyas bench --prompts "$prompts" --limit 20 --max-new-tokens 200 --seed 0 \
-    --methods plain,eagle3,lookup --out "$out/speed.json"
+eyas bench "${shared[@]}" --methods plain,eagle3,lookup --out "$out/speed.json"
 python "$(dirname "$0")/../benchmarks/against_transformers.py" --prompts "$prompts" --limit 10 | tee "$out/against-transformers.json"

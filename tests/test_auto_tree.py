@@ -27,7 +27,7 @@ def timed(monkeypatch, tmp_path):
 
     def time_shapes(engine, method, sampling):
         calls.append(sampling.greedy)
-        return TreeShape.parse("8x3x3") if sampling.greedy else PLAIN
+        return TreeShape.parse("6x2x3") if sampling.greedy else PLAIN
 
     monkeypatch.setattr(auto_tree, "time_shapes", time_shapes)
     return calls, tmp_path / "shapes.json"
@@ -36,7 +36,7 @@ def timed(monkeypatch, tmp_path):
 def test_each_kind_of_sampling_is_timed_once(timed):
     calls, _ = timed
     for _ in range(2):
-        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(6, 2, 3)
         assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling(1.0)) == PLAIN
     assert calls == [True, False]
 
@@ -54,16 +54,16 @@ def test_who_watches_the_answer_does_not_see_the_timing(timed, monkeypatch):
 def test_a_damaged_memory_is_timed_anew(timed, damage):
     calls, path = timed
     path.write_text(damage)
-    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(6, 2, 3)
     assert calls == [True]
-    assert list(json.loads(path.read_text()).values()) == ["8x3x3"]
+    assert list(json.loads(path.read_text()).values()) == ["6x2x3"]
 
 
 def test_a_shape_that_is_none_of_the_candidates_is_timed_anew(timed):
     calls, path = timed
     auto_tree.fastest_shape(Machine(), "eagle3", Sampling())
-    path.write_text(path.read_text().replace("8x3x3", "8x3"))
-    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+    path.write_text(path.read_text().replace("6x2x3", "6x2"))
+    assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(6, 2, 3)
     assert calls == [True, True]
 
 
@@ -71,5 +71,5 @@ def test_a_cache_that_cannot_be_written_only_means_timing_again(timed, monkeypat
     calls, path = timed
     path.mkdir()  # a directory in the file's place
     for _ in range(2):
-        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(8, 3, 3)
+        assert auto_tree.fastest_shape(Machine(), "eagle3", Sampling()) == TreeShape(6, 2, 3)
     assert calls == [True, True] and "cannot be remembered" in capsys.readouterr().err
