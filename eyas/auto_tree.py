@@ -30,7 +30,8 @@ def fastest_shape(engine: Engine, method: str, sampling: Sampling) -> TreeShape:
     """Look the shape up under what decides it (machine, device, threads, model, draft, precision, greedy or not), or time it."""
     path = cache_dir() / "shapes.json"
     where = (machine(), engine.target.device, torch.get_num_threads())
-    key = "|".join(map(str, (*where, engine.directory.resolve(), draft_key(engine), engine.precision, method, sampling.greedy)))
+    shapes = ",".join(map(str, CANDIDATES))
+    key = "|".join(map(str, (*where, shapes, engine.directory.resolve(), draft_key(engine), engine.precision, method, sampling.greedy)))
     known = remembered(path)
     if key not in known:
         print("timing a few tree shapes (once on this machine) ...", file=sys.stderr, flush=True)

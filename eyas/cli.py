@@ -65,6 +65,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
     new.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
+    new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
 
 def train_options(commands: argparse._SubParsersAction) -> None:

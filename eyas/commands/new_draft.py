@@ -28,7 +28,8 @@ from eyas.model.weights import directory_hash, target_config
 from eyas.train import trainer as training
 from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
 from eyas.train.features import Example, ShardStates
-from eyas.train.selfplay import SelfPlay, Template, answer_tokens, data_folder, write_own_data
+from eyas.train.forecast import MadeUpStates, forecast, free_space, made_up_examples
+from eyas.train.selfplay import SLOTS, SelfPlay, Template, Writer, answer_tokens, data_folder, write_own_data, writing_precision
 
 WRITING, TRAINING = 0.42, 0.53  # shares of the time; the rest measures
 LEAST_HOURS = 0.05
@@ -84,13 +85,15 @@ def run(options: argparse.Namespace) -> int:
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
+    workers = os.cpu_count() or 1
+    template = Template(load_tokenizer(directory), config.eos_token_ids)
+    play = SelfPlay(target=wanted.target_sha256, template=template.text, taps=taps, seed_prompts=prompts_key)
+    if options.dry_run:
+        return dry_run(directory, template, play, questions, settings, out, options.hours, workers, console)
     if not can_draw():
         console.print("no learning-curve picture will be drawn: that needs matplotlib (pip install 'eyas[bench]')", markup=False)
     make_directory(out)
     state.save(out)
-    workers = os.cpu_count() or 1
-    template = Template(load_tokenizer(directory), config.eos_token_ids)
-    play = SelfPlay(target=wanted.target_sha256, template=template.text, taps=taps, seed_prompts=prompts_key)
     resume = (out / training.CHECKPOINT).exists()
     try:
         if not resume:
@@ -111,6 +114,31 @@ def run(options: argparse.Namespace) -> int:
     state.finished = True
     state.save(out)
     print(f"draft written to {out}; its card is {out / CARD}; try: {use(options, out)}")
+    return 0
+
+
+def dry_run(
+    directory: Path,
+    template: Template,
+    play: SelfPlay,
+    questions: list[str],
+    settings: TrainSettings,
+    out: Path,
+    hours: float,
+    workers: int,
+    console: Console,
+) -> int:
+    """Say what the run would take and make; nothing is written."""
+    console.print("measuring for about a minute ...")
+    config = target_config(directory)
+    examples = made_up_examples(config)
+    trainer = train.make_trainer(
+        load_target(directory, "fp32"), config, play.taps, examples, MadeUpStates(config), settings, out, {}, workers, Console(quiet=True)
+    )
+    writer = Writer(load_target(directory, writing_precision()).prepare(), template, play, questions, SLOTS)
+    for line in forecast(writer, trainer, workers).lines(60 * WRITING * hours, 60 * TRAINING * hours):
+        print(line)
+    print(f"{free_space(data_folder(play)) / 1e9:.0f} GB are free for the written text, {free_space(out) / 1e9:.0f} GB for the draft")
     return 0
 
 

@@ -417,11 +417,15 @@ def work(seed: int, directory: Path, folder: Path, settings: SelfPlay, questions
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
     threading.Thread(target=die_with_parent, daemon=True).start()
     with torch.inference_mode():
-        fast = native.kernel() is not None or cpu_multiplies_bfloat16()  # else bfloat16 rows are computed one by one
-        target = load_target(directory, "bf16" if fast else "fp32").prepare()
+        target = load_target(directory, writing_precision()).prepare()
         template = Template(load_tokenizer(directory), target.config.eos_token_ids)
         writer = Writer(target, template, settings, questions, SLOTS)
         write_shards(writer, folder, seed, tokens, per_shard, lambda written, dropped: None)
+
+
+def writing_precision() -> str:
+    """bf16 halves keys and values; where nothing multiplies it fast, rows would be computed one by one."""
+    return "bf16" if native.kernel() is not None or cpu_multiplies_bfloat16() else "fp32"
 
 
 def die_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 
 from eyas import cli
 from eyas.commands import new_draft
-from eyas.train import card
+from eyas.train import card, forecast
 from eyas.train import trainer as training
 from tests.tiny import save_tiny_target
 
@@ -112,3 +113,15 @@ def test_wishes_that_cannot_be_met_are_one_line(target, own_cache, capsys, monke
     assert "is too short to train anything" in refused("new-draft", target, "--hours", "nan", "--out", own_cache / "x")
     assert "too shallow for the default taps" in refused(*words(target.parent / "shallow", own_cache / "y"))
     assert not (own_cache / "x").exists() and not (own_cache / "y").exists()
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, own_cache, capsys, monkeypatch):
+    monkeypatch.setattr(forecast.writing_rate, "__defaults__", (0.4,))
+    monkeypatch.setattr(forecast.forecast, "__defaults__", (0.4,))
+    assert cli.main(words(target, own_cache / "draft", "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"the draft trains [\d.]+ million parameters: [\d.]+ GB of memory beside the target's", lines[0])
+    told = r"0 minutes of {} at {} answer tokens a second: \d+ thousand, [\d.]+ {}"
+    assert re.fullmatch(told.format("writing", r"\d+", "GB of disk"), lines[1])
+    assert re.fullmatch(told.format("training", r"[1-9]\d*", "passes over what was written"), lines[2])
+    assert "GB are free" in lines[3] and not (own_cache / "draft").exists() and not (own_cache / "cache" / "selfplay").exists()

@@ -1,0 +1,100 @@
+"""What a run of new-draft would cost and make in the time given, from about a minute of measuring on this machine.
+
+Knows a writer and a trainer well enough to time a little of each; writes no file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eyas.config import TargetConfig
+from eyas.train.features import Example, States
+from eyas.train.selfplay import Writer
+from eyas.train.trainer import Trainer
+
+SECONDS = 25.0  # of each measurement
+DOCUMENT, ANSWER = 200, 140  # tokens of a typical conversation, and of its answer
+
+
+@dataclass(frozen=True)
+class Forecast:
+    parameters: int  # that train
+    answer_tokens: float  # written a second, all workers together
+    slots: float  # trained a second
+    bytes_per_token: int  # of a shard
+
+    def lines(self, writing_minutes: float, training_minutes: float) -> list[str]:
+        tokens, slots = 60 * writing_minutes * self.answer_tokens, 60 * training_minutes * self.slots
+        disk = tokens * DOCUMENT / ANSWER * self.bytes_per_token
+        memory = self.parameters * 4 * 5  # weights, gradients of two workers, two moments
+        return [
+            f"the draft trains {self.parameters / 1e6:.1f} million parameters: {memory / 1e9:.2f} GB of memory beside the target's",
+            f"{writing_minutes:.0f} minutes of writing at {self.answer_tokens:.0f} answer tokens a second: {tokens / 1e3:.0f} thousand, "
+            f"{disk / 1e9:.1f} GB of disk",
+            f"{training_minutes:.0f} minutes of training at {self.slots:.0f} answer tokens a second: {slots / 1e3:.0f} thousand, "
+            f"{slots / max(tokens, 1):.1f} passes over what was written",
+        ]
+
+
+@torch.inference_mode()
+def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> float:
+    """Answer tokens a second of `workers` single-thread writers, from one of them; the first half of the time is not counted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = [writer.begin(slot, 0, slot) for slot in range(writer.cache.slots)]
+    following, counted, started = len(rows), 0, time.monotonic()
+    counting_since = started + seconds / 2
+    while (now := time.monotonic()) < started + seconds:
+        counted += sum(not row.asking for row in rows) if now >= counting_since else 0
+        for slot, _ in writer.step(rows):
+            rows[slot], following = writer.begin(slot, 0, following), following + 1
+    torch.set_num_threads(threads)
+    return workers * counted / (time.monotonic() - counting_since)
+
+
+def training_rate(trainer: Trainer, seconds: float = SECONDS) -> float:
+    """Answer slots a second, after one step that is not counted. The trainer is of no use afterwards."""
+    batch = next(trainer.batches(0))
+    trainer.step(batch)
+    before, started = trainer.progress.slots, time.monotonic()
+    while time.monotonic() < started + seconds:
+        trainer.step(batch)
+    return (trainer.progress.slots - before) / (time.monotonic() - started)
+
+
+def made_up_examples(config: TargetConfig, count: int = 40) -> list[Example]:
+    """Conversations of usual lengths: how fast a step is does not hang on what they say."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (count, DOCUMENT), generator=draw).tolist()
+    return [Example(row, [-1] * (DOCUMENT - ANSWER) + [0] * ANSWER, True) for row in tokens]
+
+
+class MadeUpStates:
+    """Random states for `made_up_examples`, bfloat16 as shards hold them."""
+
+    def __init__(self, config: TargetConfig) -> None:
+        self.config = config
+
+    def states(self, examples: Sequence[Example]) -> States:
+        rows, width = sum(len(example.tokens) for example in examples), self.config.hidden_size
+        features, hidden = torch.randn(rows, 3 * width).bfloat16(), torch.randn(rows, width).bfloat16()
+        return States(features, hidden, torch.randint(0, self.config.vocab_size, (rows,)))
+
+
+def forecast(writer: Writer, trainer: Trainer, workers: int, seconds: float = SECONDS) -> Forecast:
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    bytes_per_token = 2 * (len(writer.settings.taps) + 1) * writer.target.config.hidden_size + 12  # states, and three whole numbers
+    return Forecast(parameters, writing_rate(writer, workers, seconds), training_rate(trainer, seconds), bytes_per_token)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where a folder lies or will lie."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
