@@ -101,9 +101,9 @@ class Eagle3Drafter:
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft; its rows stay in the cache until they are cut."""
-        attend = cached_attention(self.cache, segments, self.group)
+        attention = cached_attention(self.cache, segments, self.group)
         device = g.device
-        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attend(0))
+        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attention)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return a

@@ -32,14 +32,16 @@ class Segment(NamedTuple):
     mask: Tensor | None = None
 
 
-def cached_attention(cache: KVCache, segments: list[Segment], group: int, lses: list[Tensor] | None = None) -> Callable[[int], Attend]:
-    """The `attend` function of each layer for one pass; `group`: query heads that share a key head.
+def cached_attention(
+    cache: KVCache, segments: list[Segment], group: int, lses: list[Tensor] | None = None
+) -> NativeAttention | PlainAttention:
+    """What gives each layer of one pass its `attend` function; `group`: query heads that share a key head.
 
     `lses`: each call appends the log-sum-exps [N, q] of its scores, so that results over parts of the keys can be merged.
     """
     if native.attends(cache.keys):
-        return NativeAttention(cache, segments, lses).layer
-    return PlainAttention(cache, segments, group, lses).layer
+        return NativeAttention(cache, segments, lses)
+    return PlainAttention(cache, segments, group, lses)
 
 
 class NativeAttention:
@@ -64,19 +66,15 @@ class NativeAttention:
                 prefixes += [free] * segment.count
                 counts += segment.mask.sum(1).tolist()
                 others.append(segment.mask.nonzero()[:, 1] + free)
-        self.rows = native.RowPlan(
-            torch.tensor(slots),
-            torch.tensor(places),
-            torch.tensor(prefixes),
-            torch.tensor(list(itertools.accumulate(counts))),
-            torch.cat(others) if others else torch.zeros(0, dtype=torch.int64),
-        )
+        columns = (slots, places, prefixes, list(itertools.accumulate(counts)))
+        behind = torch.cat(others) if others else torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.rows = native.RowPlan(*(torch.tensor(column, dtype=torch.int64, device="cpu") for column in columns), behind)
 
     def layer(self, layer: int) -> Attend:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            lse = None if self.lses is None else torch.empty(q.shape[:2])
+            lse = None if self.lses is None else torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
             if self.lses is not None:
                 self.lses.append(lse)
             return native.attention(q, k, v, keys, values, self.rows, lse)

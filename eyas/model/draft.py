@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
-from eyas.model.attention import Attend
+from eyas.model.attention import Attend, NativeAttention, PlainAttention
+from eyas.model.layer import NativeLayer
 from eyas.model.linear import Dense
 from eyas.model.target import check_taps
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
@@ -56,6 +57,7 @@ class DraftNetwork(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.native: NativeLayer | None = None  # once prepared, where the kernel can run the layer
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
     @property
@@ -72,9 +74,14 @@ class DraftNetwork(nn.Module):
     def embed(self, tokens_N: Tensor) -> Tensor:
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
-    def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+    def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
         """a [N, H]: what the layer makes of features (or its own earlier output) and the tokens that followed."""
-        return self.midlayer(self.embed(tokens_N), g_NH, self.rotary(positions_N, self.dtype), attend)
+        e_NH = self.embed(tokens_N)
+        if self.native and isinstance(attention, NativeAttention):
+            wide_NH = g_NH.to(torch.float32, copy=True)
+            self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, 0, e_NH.float())
+            return wide_NH.to(g_NH.dtype)
+        return self.midlayer(e_NH, g_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
 
     def fed_back(self, a_NH: Tensor) -> Tensor:
         """What stands in for g at the next step: a itself, or its norm under `norm_output` (EAGLE-3.1)."""
@@ -87,6 +94,10 @@ class DraftNetwork(nn.Module):
     def prepare(self) -> DraftNetwork:
         """Pack weights for inference; logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal."""
         pack(self.midlayer)
+        block = self.midlayer
+        if NativeLayer.fits(block.self_attn, block.mlp):
+            norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
+            self.native = NativeLayer(block.self_attn, block.mlp, *norms)
         self.fuse_product.pack()
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.fc.weight = self.lm_head.weight = None

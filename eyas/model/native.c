@@ -1,8 +1,8 @@
-/* The two products of a pass over a model's rows. AVX2 and FMA.
+/* What a pass over a model's rows is made of. AVX2 and FMA.
  *
  * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and bfloat16 w, which is widened on the fly: a pass of
- * few rows is bound by reading weights, and bfloat16 halves that. eyas_attention is attention over a cache. In both every sum of a row
- * is taken in one order, whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows
+ * few rows is bound by reading weights, and bfloat16 halves that. eyas_attention is attention over a cache, eyas_layer a whole decoder
+ * layer: what lies between the products costs little as arithmetic and much as two dozen calls. In all of them every sum of a row is taken in one order, whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows
  * give exactly what plain decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
  *
  * Weights lie packed: [out / 16][in][16], so that one broadcast input meets 16 outputs and no sum crosses lanes. Of the 16, outputs j
@@ -105,7 +105,7 @@ static inline float total(__m256 v) {
 
 typedef struct {
     long rows, heads, kv_heads, width; /* width of a head, a multiple of 8 */
-    long q_stride, k_stride, v_stride; /* numbers from one row to the next; heads of a row lie side by side */
+    long stride;                       /* numbers from one row of q, k and v to the next; a row is q heads, then k heads, then v heads */
     long capacity;                     /* rows of a slot in the cache, which is [slots, kv_heads, capacity, width] */
     const int64_t *slot, *place;       /* [rows] where a row lives */
     const int64_t *prefix;             /* [rows] how many of its slot's first rows it sees */
@@ -159,7 +159,7 @@ static inline float soften(float *score, long count) {
 
 /* One row's query heads that share key head h. scratch: a query [width] and scores [count padded to 8]. */
 #define ATTENTION(TYPE, NAME)                                                                                                        \
-    static void one_##NAME(const plan *p, const TYPE *q, const TYPE *keys, const TYPE *values, TYPE *out, float *lse, long r, long h,  \
+    static void one_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, float *lse, long r, long h, \
                            float *scratch) {                                                                                         \
         long d = p->width, group = p->heads / p->kv_heads, prefix = p->prefix[r], others = p->start[r + 1] - p->start[r];              \
         const int64_t *other = p->other + p->start[r];                                                                               \
@@ -167,7 +167,7 @@ static inline float soften(float *score, long count) {
         float *query = scratch, *score = scratch + d, scale = 1.0f / sqrtf((float)d);                                                  \
         for (long g = h * group; g < (h + 1) * group; g++) {                                                                         \
             for (long c = 0; c < d; c += 8)                                                                                          \
-                _mm256_storeu_ps(query + c, _mm256_mul_ps(load_##NAME(q + r * p->q_stride + g * d + c), _mm256_set1_ps(scale)));       \
+                _mm256_storeu_ps(query + c, _mm256_mul_ps(_mm256_loadu_ps(q + r * p->stride + g * d + c), _mm256_set1_ps(scale)));     \
             for (long t = 0; t < count; t++) {                                                                                       \
                 const TYPE *key = keys + (base + (t < prefix ? t : other[t - prefix])) * d;                                            \
                 __m256 sum = _mm256_setzero_ps();                                                                                    \
@@ -183,27 +183,29 @@ static inline float soften(float *score, long count) {
                 for (long t = 0; t < count; t++) {                                                                                   \
                     const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
                     __m256 share = _mm256_set1_ps(score[t]);                                                                         \
-                    if (n == 8)                                                                                                      \
-                        for (int i = 0; i < 8; i++) sum[i] = _mm256_fmadd_ps(share, load_##NAME(value + 8 * i), sum[i]);               \
-                    else                                                                                                             \
+                    if (n == 8) {                                                                                                    \
+                        ALL for (int i = 0; i < 8; i++) sum[i] = _mm256_fmadd_ps(share, load_##NAME(value + 8 * i), sum[i]);           \
+                    } else                                                                                                           \
                         for (long i = 0; i < n; i++) sum[i] = _mm256_fmadd_ps(share, load_##NAME(value + 8 * i), sum[i]);              \
                 }                                                                                                                    \
-                for (long i = 0; i < n; i++) store_##NAME(out + (r * p->heads + g) * d + c + 8 * i, sum[i]);                           \
+                for (long i = 0; i < n; i++) _mm256_storeu_ps(out + (r * p->heads + g) * d + c + 8 * i, sum[i]);                       \
             }                                                                                                                        \
         }                                                                                                                            \
     }                                                                                                                                \
-    /* Writes the rows' keys and values to their places, then attends; lse [rows, heads] may be NULL. */                             \
-    void eyas_attention_##NAME(const plan *p, const TYPE *q, const TYPE *k, const TYPE *v, TYPE *keys, TYPE *values, TYPE *out,        \
-                               float *lse, int threads) {                                                                            \
+    /* q, k and v lie side by side in a row. Writes keys and values to their places, then attends; lse [rows, heads] may be NULL. */  \
+    void eyas_attention_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, int threads) {         \
         long most = 0, work = 0, d = p->width;                                                                                       \
         for (long r = 0; r < p->rows; r++) {                                                                                         \
             long count = p->prefix[r] + p->start[r + 1] - p->start[r];                                                               \
             most = count > most ? count : most;                                                                                      \
             work += count * p->heads * d;                                                                                            \
+            const float *k = q + r * p->stride + p->heads * d, *v = k + p->kv_heads * d;                                               \
             for (long h = 0; h < p->kv_heads; h++) {                                                                                 \
                 long at = ((p->slot[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                            \
-                memcpy(keys + at, k + r * p->k_stride + h * d, d * sizeof(TYPE));                                                    \
-                memcpy(values + at, v + r * p->v_stride + h * d, d * sizeof(TYPE));                                                  \
+                for (long c = 0; c < d; c += 8) {                                                                                    \
+                    store_##NAME(keys + at + c, _mm256_loadu_ps(k + h * d + c));                                                     \
+                    store_##NAME(values + at + c, _mm256_loadu_ps(v + h * d + c));                                                   \
+                }                                                                                                                    \
             }                                                                                                                        \
         }                                                                                                                            \
         _Pragma("omp parallel num_threads(threads) if (work > ALONE)") {                                                             \
@@ -218,3 +220,87 @@ static inline float soften(float *score, long count) {
 
 ATTENTION(float, float32)
 ATTENTION(uint16_t, bfloat16)
+
+/* ---- a whole layer ---- */
+
+typedef struct {
+    long width, inner;                  /* of the residual stream, of the MLP */
+    long qkv_out, inner_out, width_out; /* outputs of qkv, of gate and up, of o and down, filled up to blocks of 16 */
+    float epsilon;
+    const float *norm, *mlp_norm, *beside_norm; /* [width] each; the last is NULL where nothing comes beside x */
+    const uint16_t *qkv, *o, *gate_up, *down;
+    const float *qkv_bias, *o_bias;      /* NULL: none */
+} layer;
+
+/* y = x / sqrt(mean x^2 + epsilon) * weight, one row */
+static void norm_row(const float *x, const float *weight, float *y, long width, float epsilon) {
+    __m256 squares = _mm256_setzero_ps();
+    for (long c = 0; c < width; c += 8) {
+        __m256 v = _mm256_loadu_ps(x + c);
+        squares = _mm256_fmadd_ps(v, v, squares);
+    }
+    __m256 scale = _mm256_set1_ps(1.0f / sqrtf(total(squares) / (float)width + epsilon));
+    for (long c = 0; c < width; c += 8)
+        _mm256_storeu_ps(y + c, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + c), scale), _mm256_loadu_ps(weight + c)));
+}
+
+/* Heads of one row turned by their position: halves, as Hugging Face's Llama. cos and sin [d]. */
+static void rotate_row(float *x, long heads, long d, const float *cos, const float *sin) {
+    for (long h = 0; h < heads; h++, x += d)
+        for (long c = 0; c < d / 2; c++) {
+            float low = x[c], high = x[c + d / 2];
+            x[c] = low * cos[c] - high * sin[c];
+            x[c + d / 2] = high * cos[c + d / 2] + low * sin[c + d / 2];
+        }
+}
+
+/* silu(gate) * up, one row: x / (1 + e^-x), with e^-|x| so that nothing overflows */
+static void gate_row(const float *gate, const float *up, float *y, long inner) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    for (long c = 0; c < inner; c += 8) {
+        __m256 x = _mm256_loadu_ps(gate + c), small = exponential(_mm256_or_ps(x, sign));
+        __m256 above = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ);
+        __m256 share = _mm256_div_ps(_mm256_blendv_ps(small, one, above), _mm256_add_ps(one, small));
+        _mm256_storeu_ps(y + c, _mm256_mul_ps(_mm256_mul_ps(x, share), _mm256_loadu_ps(up + c)));
+    }
+}
+
+static void add_row(float *x, const float *y, const float *bias, long width) {
+    for (long c = 0; c < width; c++) x[c] += bias ? y[c] + bias[c] : y[c];
+}
+
+#define EACH_ROW _Pragma("omp parallel for num_threads(threads) if (p->rows > 15)") for (long r = 0; r < p->rows; r++)
+
+/* x [rows, width] += attention, then += MLP: one decoder layer over rows. q, k and v read norm(x), or [norm(beside); norm(x)] where
+ * something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). scratch: for each row 2 width + qkv_out + heads * d +
+ * inner_out + inner + width_out numbers. */
+#define LAYER(TYPE, NAME)                                                                                                            \
+    void eyas_layer_##NAME(const plan *p, const layer *l, float *x, const float *beside, const float *cos, const float *sin, TYPE *keys, \
+                           TYPE *values, float *scratch, int threads) {                                                              \
+        long d = p->width, width = l->width, rows = p->rows, inputs = l->beside_norm ? 2 * width : width;                             \
+        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * l->qkv_out;                                       \
+        float *gate_up = mixed + rows * p->heads * d, *inner = gate_up + rows * l->inner_out, *back = inner + rows * l->inner;         \
+        EACH_ROW {                                                                                                                   \
+            norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                                    \
+            if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);                  \
+        }                                                                                                                            \
+        eyas_product(normed, l->qkv, qkv, rows, inputs, l->qkv_out, threads);                                                          \
+        EACH_ROW {                                                                                                                   \
+            float *row = qkv + r * l->qkv_out;                                                                                       \
+            if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (p->heads + 2 * p->kv_heads) * d);                                        \
+            rotate_row(row, p->heads + p->kv_heads, d, cos + r * d, sin + r * d);                                                    \
+        }                                                                                                                            \
+        eyas_attention_##NAME(p, qkv, keys, values, mixed, NULL, threads);                                                             \
+        eyas_product(mixed, l->o, back, rows, p->heads * d, l->width_out, threads);                                                    \
+        EACH_ROW {                                                                                                                   \
+            add_row(x + r * width, back + r * l->width_out, l->o_bias, width);                                                       \
+            norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                               \
+        }                                                                                                                            \
+        eyas_product(normed, l->gate_up, gate_up, rows, width, l->inner_out, threads);                                                 \
+        EACH_ROW gate_row(gate_up + r * l->inner_out, gate_up + r * l->inner_out + l->inner, inner + r * l->inner, l->inner);          \
+        eyas_product(inner, l->down, back, rows, l->inner, l->width_out, threads);                                                     \
+        EACH_ROW add_row(x + r * width, back + r * l->width_out, NULL, width);                                                         \
+    }
+
+LAYER(float, float32)
+LAYER(uint16_t, bfloat16)

@@ -33,8 +33,18 @@ class Plan(ctypes.Structure):
     """native.c's `plan`."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "width", "q_stride", "k_stride", "v_stride", "capacity")),
+        *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "width", "stride", "capacity")),
         *((name, ctypes.c_void_p) for name in ("slot", "place", "prefix", "start", "other")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """native.c's `layer`."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("width", "inner", "qkv_out", "inner_out", "width_out")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("norm", "mlp_norm", "beside_norm", "qkv", "o", "gate_up", "down", "qkv_bias", "o_bias")),
     ]
 
 
@@ -53,10 +63,11 @@ def kernel() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
-    library.eyas_product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
-    for attention in (library.eyas_attention_float32, library.eyas_attention_bfloat16):
-        attention.argtypes, attention.restype = [ctypes.POINTER(Plan), *[ctypes.c_void_p] * 7, ctypes.c_int], None
-    library.eyas_product.restype = None
+    pointer, plan = ctypes.c_void_p, ctypes.POINTER(Plan)
+    library.eyas_product.argtypes = [pointer] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
+    for name in ("float32", "bfloat16"):
+        getattr(library, f"eyas_attention_{name}").argtypes = [plan, *[pointer] * 5, ctypes.c_int]
+        getattr(library, f"eyas_layer_{name}").argtypes = [plan, ctypes.POINTER(Layer), *[pointer] * 7, ctypes.c_int]
     return library
 
 
@@ -107,7 +118,7 @@ def product(x_NI: Tensor, weights: Packed) -> Tensor:
     """float32 [N, O] from contiguous float32 x."""
     N, inputs = x_NI.shape
     outputs = 16 * weights.blocks.shape[0]
-    y = torch.empty(N, outputs)
+    y = torch.empty(N, outputs, dtype=torch.float32, device="cpu")
     kernel().eyas_product(x_NI.data_ptr(), weights.blocks.data_ptr(), y.data_ptr(), N, inputs, outputs, torch.get_num_threads())
     return y if outputs == weights.outputs else y[:, : weights.outputs].contiguous()
 
@@ -121,6 +132,11 @@ class RowPlan(NamedTuple):
     start: Tensor  # [N + 1] where its part of `other` begins and ends
     other: Tensor  # places behind the prefix that it sees, ascending
 
+    def shape(self, heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
+        """The kernel's plan for rows of `stride` numbers over a layer's keys [slots, k, capacity, d]."""
+        sizes = (len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[2])
+        return Plan(*sizes, *(part.data_ptr() for part in self))
+
 
 def attends(keys: Tensor) -> bool:
     """Whether the kernel can attend over a cache [.., capacity, d]."""
@@ -130,14 +146,17 @@ def attends(keys: Tensor) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, lse: Tensor | None = None) -> Tensor:
     """Write k, v [N,k,d] of the rows to their places in keys, values [slots,k,capacity,d]; attention of q [N,q,d] over what each row sees.
 
-    Returns [N, q*d] in q's number format, sums taken in float32. `lse`: float32 [N, q] to fill with log-sum-exps of the scores.
+    Returns [N, q*d] in q's number format; all sums are taken in float32. `lse`: float32 [N, q] to fill with log-sum-exps of the scores.
     """
     N, heads, d = q.shape
-    for rows in (q, k, v):
-        assert rows.stride(2) == 1 and rows.stride(1) == d and rows.dtype == keys.dtype
-    out = torch.empty(N, heads * d, dtype=q.dtype)
-    shape = Plan(N, heads, k.shape[1], d, q.stride(0), k.stride(0), v.stride(0), keys.shape[2], *(part.data_ptr() for part in plan))
-    call = kernel().eyas_attention_float32 if q.dtype == torch.float32 else kernel().eyas_attention_bfloat16
-    pointers = (part.data_ptr() for part in (q, k, v, keys, values, out))
+    rows = torch.cat([q, k, v], 1).float()
+    out = torch.empty(N, heads * d, dtype=torch.float32, device="cpu")
+    shape = plan.shape(heads, k.shape[1], rows.shape[1] * d, keys)
+    call = getattr(kernel(), f"eyas_attention_{format_of(keys)}")
+    pointers = (part.data_ptr() for part in (rows, keys, values, out))
     call(shape, *pointers, None if lse is None else lse.data_ptr(), torch.get_num_threads())
-    return out
+    return out.to(q.dtype)
+
+
+def format_of(keys: Tensor) -> str:
+    return "float32" if keys.dtype == torch.float32 else "bfloat16"

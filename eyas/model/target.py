@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import EyasError, TargetConfig
-from eyas.model.attention import Segment, cached_attention
+from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
+from eyas.model.layer import NativeLayer
 from eyas.model.linear import Dense
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 
@@ -54,6 +55,7 @@ class Target(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.head = Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.native: list[NativeLayer] = []  # once prepared, where the kernel can run whole layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,6 +68,11 @@ class Target(nn.Module):
     def prepare(self) -> Target:
         """Pack weights for inference; logits are float32 from here on, whatever the weights are. Call once, after loading."""
         pack(self.model)
+        blocks: list[Block] = list(self.model.layers)
+        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in blocks):
+            self.native = [
+                NativeLayer(block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm) for block in blocks
+            ]
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
@@ -79,17 +86,36 @@ class Target(nn.Module):
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
         x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
-        rotation = self.rotary(rows.positions, x_NH.dtype)
-        attend = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
-        features = []
-        for index, block in enumerate(self.model.layers):
-            if index in taps:
-                features.append(x_NH)
-            x_NH = block(x_NH, rotation, attend(index))
+        attention = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
+        fused = self.native and isinstance(attention, NativeAttention)
+        x_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, taps)
         hidden_NH = self.model.norm(x_NH)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
         return Output(logits_MV.to(wide), torch.cat(features, -1) if features else None, hidden_NH)
+
+    def plain_layers(
+        self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention, taps: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the layers make of x, and the inputs of the tapped ones."""
+        rotation, features = self.rotary(positions_N, x_NH.dtype), []
+        for index, block in enumerate(self.model.layers):
+            if index in taps:
+                features.append(x_NH)
+            x_NH = block(x_NH, rotation, attention.layer(index))
+        return x_NH, features
+
+    def native_layers(
+        self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, each layer one call of the kernel."""
+        rotation, features = self.rotary(positions_N, torch.float32), []
+        wide_NH = x_NH.to(torch.float32, copy=True)
+        for index, layer in enumerate(self.native):
+            if index in taps:
+                features.append(wide_NH.to(x_NH.dtype, copy=True))
+            layer(wide_NH, rotation, attention, index)
+        return wide_NH.to(x_NH.dtype), features
 
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
@@ -102,7 +128,7 @@ class Target(nn.Module):
         cut.model = nn.Module()
         cut.model.embed_tokens, cut.model.norm = self.model.embed_tokens, self.model.norm
         cut.model.layers = self.model.layers[:layers]
-        cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
+        cut.lm_head, cut.head, cut.rotary, cut.native = self.lm_head, self.head, self.rotary, self.native[:layers]
         return cut
 
 

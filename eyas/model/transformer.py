@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from eyas.model.attention import Attend
 from eyas.model.linear import Dense
 
+TABLE = 4096  # positions whose rotary angles are kept
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
@@ -33,9 +35,18 @@ class Rotary:
 
     def __init__(self, head_dim: int, theta: float, scaling: dict[str, Any] | None, positions: int) -> None:
         self.frequencies, self.attention_scale = rotary_frequencies(head_dim, theta, scaling, positions)
+        self.tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [N, 1, d] in the working number format."""
+        """cos, sin [N, 1, d] in the working number format; on a CPU looked up, since a round asks for few rows and often."""
+        if positions_N.device.type != "cpu" or int(positions_N.max()) >= TABLE:
+            return self.computed(positions_N, dtype)
+        if dtype not in self.tables:
+            self.tables[dtype] = self.computed(torch.arange(TABLE, device="cpu"), dtype)
+        cos, sin = self.tables[dtype]
+        return cos[positions_N], sin[positions_N]
+
+    def computed(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.frequencies.device != positions_N.device:
             self.frequencies = self.frequencies.to(positions_N.device)
         angles = positions_N.double()[:, None] * self.frequencies

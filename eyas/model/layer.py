@@ -1,0 +1,49 @@
+"""A decoder layer as one native call, where the kernel can run it; transformer.py's `Block` is the plain form beside it.
+
+Knows packed products, norms and a cache's rows; knows nothing of targets or drafts. The residual stream is float32 whatever the model's
+number format; keys and values are kept in the cache's. A row's result does not depend on the other rows of its pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eyas.model import native
+from eyas.model.attention import NativeAttention
+from eyas.model.transformer import MLP, Attention, RMSNorm
+
+
+class NativeLayer:
+    """Packed weights of one layer as the kernel reads them. With `beside_norm`, q, k and v read something beside x (a draft's layer)."""
+
+    def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
+        qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
+        blocks = [dense.weight.blocks for dense in (qkv, o, gate_up, down)]
+        self.kept = (norms, blocks, qkv.bias, o.bias)  # what the structure points to
+        width, inner = norm.weight.shape[0], down.weight.blocks.shape[1]
+        outs = [16 * dense.weight.blocks.shape[0] for dense in (qkv, gate_up, o)]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, *blocks, qkv.bias, o.bias)]
+        self.layer = native.Layer(width, inner, *outs, norm.eps, *pointers)
+        self.scratch_width = 2 * width + outs[0] + self.heads * attention.head_dim + outs[1] + inner + outs[2]
+
+    @staticmethod
+    def fits(attention: Attention, mlp: MLP) -> bool:
+        """Whether all its products are packed for the kernel, without norms of queries and keys or biases in the MLP."""
+        dense = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        whole = mlp.down.kind == "native" and mlp.down.weight.blocks.shape[1] % 8 == 0 and mlp.down.weight.outputs % 8 == 0
+        return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
+
+    def __call__(
+        self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attention: NativeAttention, index: int, beside_NH: Tensor | None = None
+    ) -> None:
+        """Add to x (float32, contiguous, changed in place) what layer `index` of the cache makes of it; cos and sin are float32 [N,1,d]."""
+        keys, values = attention.cache.keys[index], attention.cache.values[index]
+        plan = attention.rows.shape(self.heads, self.kv_heads, self.layer.qkv_out, keys)
+        scratch = torch.empty(x_NH.shape[0] * self.scratch_width, dtype=torch.float32, device="cpu")
+        call = getattr(native.kernel(), f"eyas_layer_{native.format_of(keys)}")
+        given = None if beside_NH is None else beside_NH.data_ptr()
+        pointers = (part.data_ptr() for part in (*rotation, keys, values, scratch))
+        call(plan, self.layer, x_NH.data_ptr(), given, *pointers, torch.get_num_threads())
