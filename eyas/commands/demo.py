@@ -83,11 +83,13 @@ def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result,
     place = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
     text = engine.encode(prompt) + plain.tokens[:place]
     with torch.inference_mode():
-        logits = engine.target(chain_rows(0, text, 0), engine.target.new_cache(1, len(text)), (), slice(-1, None)).logits[0]
+        logits = engine.target(
+            chain_rows(0, text, 0, engine.target.device), engine.target.new_cache(1, len(text)), (), slice(-1, None)
+        ).logits[0]
     one, other = plain.tokens[place], fast.tokens[place]
     words = [repr(engine.tokenizer.decode([token])) for token in (one, other)]
     gap = abs(float(logits[one] - logits[other]))
     return (
         f"They part at token {place + 1}: {words[0]} against {words[1]}, {gap:.3f} apart in the logits. Under {precision} a pass of "
-        f"another shape rounds differently and a near tie may fall either way; with --precision fp32 the texts are equal."
+        f"another shape rounds differently here and a near tie may fall either way."
     )

@@ -29,12 +29,13 @@ from eyas.train import trainer as training
 from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
 from eyas.train.features import Example, ShardStates
 from eyas.train.forecast import MadeUpStates, forecast, free_space, made_up_examples
-from eyas.train.selfplay import SLOTS, SelfPlay, Template, Writer, answer_tokens, data_folder, write_own_data, writing_precision
+from eyas.train.selfplay import SLOTS, SelfPlay, Template, Writer, affordable, answer_tokens, data_folder, write_own_data, writing_precision
 
 WRITING, TRAINING = 0.42, 0.53  # shares of the time; the rest measures
 LEAST_HOURS = 0.05
 RUN = "run.json"  # what the command was asked for and how long it has been writing
 MEASURED = 12  # held-out questions
+FALLBACK = "Tell me about hawks."  # where no held-out question is new
 METHODS = "plain,eagle3@60x7x10,eagle3@chain:3,eagle3"
 
 
@@ -52,7 +53,7 @@ class Run:
     def begun(cls, out: Path, wanted: Run) -> Run:
         """The run that `out` holds, or the wanted one where it is new; one of other wishes is refused with the difference."""
         if not (out / RUN).exists():
-            if out.exists() and any(out.iterdir()):
+            if out.exists() and any(path.name != f".{RUN}.tmp" for path in out.iterdir()):
                 raise EyasError(f"{out} holds other things than a run of new-draft; choose a new directory as --out")
             return wanted
         try:
@@ -105,12 +106,12 @@ def run(options: argparse.Namespace) -> int:
         if resume:
             trainer.resume()
         train.run_with_progress(trainer, training.Budget(minutes=60 * TRAINING * options.hours), console)
+        held_out = questions_of(trainer.held_out, trainer.examples, template)
+        del trainer, target
+        finish(options, directory, out, held_out, console)
     except KeyboardInterrupt:
         print(f"\nstopped; all of it is kept. Go on with: {command(options)}", file=sys.stderr)
         raise
-    held_out = trainer.held_out
-    del trainer, target
-    finish(options, directory, out, questions_of(held_out, template), console)
     state.finished = True
     state.save(out)
     print(f"draft written to {out}; its card is {out / CARD}; try: {use(options, out)}")
@@ -136,7 +137,7 @@ def dry_run(
         load_target(directory, "fp32"), config, play.taps, examples, MadeUpStates(config), settings, out, {}, workers, Console(quiet=True)
     )
     writer = Writer(load_target(directory, writing_precision()).prepare(), template, play, questions, SLOTS)
-    for line in forecast(writer, trainer, workers).lines(60 * WRITING * hours, 60 * TRAINING * hours):
+    for line in forecast(writer, trainer, affordable(workers, directory, play)).lines(60 * WRITING * hours, 60 * TRAINING * hours):
         print(line)
     print(f"{free_space(data_folder(play)) / 1e9:.0f} GB are free for the written text, {free_space(out) / 1e9:.0f} GB for the draft")
     return 0
@@ -168,15 +169,16 @@ def write(directory: Path, play: SelfPlay, questions: list[str], workers: int, s
     console.print(f"the target has written {total} answer tokens in {folder}", markup=False, soft_wrap=True)
 
 
-def questions_of(examples: list[Example], template: Template) -> list[str]:
-    """The questions of held-out conversations, as text."""
-    found = []
-    for example in examples:
+def questions_of(held_out: list[Example], trained: list[Example], template: Template) -> list[str]:
+    """First questions of held-out conversations as text, such as were not trained with other answers; never none."""
+
+    def question(example: Example) -> str:
         tokens = example.tokens[len(template.before) : example.answers.index(0) - len(template.after)]
-        text = template.tokenizer.decode(tokens).strip()
-        if text and text not in found:
-            found.append(text)
-    return found[:MEASURED]
+        return template.tokenizer.decode(tokens).strip()
+
+    seen = set(map(question, trained))
+    found = dict.fromkeys(text for example in held_out if (text := question(example)) and text not in seen)
+    return list(found)[:MEASURED] or [FALLBACK]
 
 
 def finish(options: argparse.Namespace, directory: Path, out: Path, questions: list[str], console: Console) -> None:
@@ -191,6 +193,8 @@ def finish(options: argparse.Namespace, directory: Path, out: Path, questions: l
             bar.update(task, completed=done, total=total, description=f"measuring {method}")
 
         result = run_bench(engine, items, parse_methods(METHODS), request, tell)
+    if not result.get("complete", True):
+        raise KeyboardInterrupt
     print_result(result, console)
     told = json.loads((out / "training.json").read_text())
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")

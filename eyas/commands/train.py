@@ -49,6 +49,10 @@ def run(options: argparse.Namespace) -> int:
     hash_of_target = directory_hash(directory)
     console = Console(stderr=True, highlight=False)
     if options.data:
+        if options.shards or options.self_play or options.seed_prompts:
+            raise EyasError(
+                "--data brings conversations, --shards, --self-play and --seed-prompts are about text the target writes; choose"
+            )
         examples, facts = from_conversations(Path(options.data), directory, settings, console)
         source: StateSource | None = None
     else:
@@ -95,7 +99,7 @@ def budget_from(options: argparse.Namespace) -> training.Budget:
 
 def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
     if text is None and not 0 <= default_taps(layers)[0] < default_taps(layers)[1] < default_taps(layers)[2]:
-        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name three of its layers with --taps L,M,H")
+        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name three with `eyas train --taps L,M,H`")
     if text is None:
         return check_taps(default_taps(layers), layers)
     try:
@@ -111,7 +115,7 @@ def check_out(out: Path, resume: bool) -> None:
     if not resume and (out / "config.json").exists():
         raise EyasError(f"{out} holds a draft already; go on with --resume, or choose another --out")
     if out.is_mount() or (out.exists() and not resume and not (out.is_dir() and not any(out.iterdir()))):
-        raise EyasError(f"{out} exists and a draft's directory is replaced as a whole; choose a new or an empty directory as --out")
+        raise EyasError(f"{out} exists and is not an empty directory; choose a new one as --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.probe"
@@ -171,7 +175,7 @@ def from_self_play(
     template = Template(load_tokenizer(directory), config.eos_token_ids)
     questions, prompts_key = seed_questions(options.seed_prompts, console)
     play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=prompts_key)
-    folders = [Path(folder) for folder in options.shards]
+    folders = [Path(folder).expanduser().resolve() for folder in dict.fromkeys(options.shards)]
     for folder in folders:
         check_shards(folder, play)
     if options.self_play or not folders:
@@ -179,7 +183,7 @@ def from_self_play(
         with progress(console) as bar:
             task = bar.add_task("the target writes", total=wanted)
             write_own_data(directory, own, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
-        folders.append(own)
+        folders = list(dict.fromkeys([*folders, own.resolve()]))
     out = Path(options.out).expanduser()
     return shard_facts(folders, settings, training.read_checkpoint(out) if options.resume else None)
 
@@ -200,10 +204,10 @@ def shard_facts(folders: list[Path], settings: TrainSettings, checkpoint: dict[s
     shards = [shard for folder in folders for shard in sorted(folder.glob("*.safetensors"))]
     before = checkpoint["facts"]["data"].get("shards") if checkpoint else None
     if before is not None:
-        missing = set(before) - {shard.name for shard in shards}
+        missing = set(before) - set(map(place_of, shards))
         if missing:
             raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
-        shards = [shard for shard in shards if shard.name in before]
+        shards = [shard for shard in shards if place_of(shard) in before]
     examples, twins = without_twins(shard_examples(shards, settings.max_length))
     facts = {
         "kind": "self-written",
@@ -211,9 +215,14 @@ def shard_facts(folders: list[Path], settings: TrainSettings, checkpoint: dict[s
         "conversations": len(examples),
         "duplicates_dropped": twins,
         "settings": [settings_of_folder(folder) for folder in folders],
-        "shards": [shard.name for shard in shards],
+        "shards": list(map(place_of, shards)),
     }
     return examples, {"data": facts}
+
+
+def place_of(shard: Path) -> str:
+    """A shard's folder and name: names alone are alike in every folder."""
+    return f"{shard.parent.name}/{shard.name}"
 
 
 # ---- the run ----

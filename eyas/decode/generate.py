@@ -44,6 +44,7 @@ class Text:
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
     prefill_seconds: float = 0.0
     seconds: float = 0.0
+    timed: bool = False  # finished, and `seconds` says when
 
     @property
     def root(self) -> int:
@@ -204,8 +205,8 @@ class Decoder:
             sequence.prefill_seconds = time.perf_counter() - started
         while True:
             for sequence in everyone:
-                if sequence.seconds == 0 and sequence.finish_reason:
-                    sequence.seconds = time.perf_counter() - started
+                if not sequence.timed:
+                    sequence.seconds, sequence.timed = time.perf_counter() - started, sequence.finish_reason is not None
             yield everyone
             active = [sequence for sequence in everyone if not sequence.finish_reason]
             if not active:

@@ -45,9 +45,9 @@ def card(told: dict[str, Any], measured: dict[str, Any], command: str, use: str)
     data, best = told["data"], max(told["curve"], key=lambda point: point["tau"])
     steps = ", ".join(f"{value:.2f}" for name, value in best.items() if name.startswith("accept_"))
     conditions = measured["conditions"]
-    rows = "\n".join(
-        f"| {name} | {interval(figures, 'tau')} | {interval(figures, 'speedup')} |" for name, figures in measured["methods"].items()
-    )
+    count = conditions["prompt_count"]
+    cells = [(name, shown(figures, "tau", count), shown(figures, "speedup", count)) for name, figures in measured["methods"].items()]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return f"""# An EAGLE-3 draft for {told["target"]}
 
 Made by `{command}` on {told["date"]}; target's weights sha256 {told["target_sha256"][:16]}. It serves this target only.
@@ -65,7 +65,8 @@ that the target wrote itself. Settings, versions, data and curve: `training.json
 ![learning curve]({PICTURE})
 
 The weights kept are those with the highest held-out simulated tau, {best["tau"]:.2f} (a chain of {told["settings"]["unroll_steps"]} on
-held-out text of the training's own kind), reached after {best["slots"]:,} tokens. Acceptance by step, of those right before: {steps}.
+held-out text of the training's own kind, which so chose them), reached after {best["slots"]:,} tokens. Acceptance by step, of those right
+before: {steps}.
 
 ## What it does
 
@@ -79,8 +80,9 @@ questions. Questions of other kinds may accept less: measure yours with `eyas be
 """
 
 
-def interval(figures: dict[str, Any], name: str) -> str:
+def shown(figures: dict[str, Any], name: str, prompts: int) -> str:
+    """A figure with its interval, which says nothing where one question was asked."""
     value, between = figures.get(name), figures.get(f"{name}_interval")
     if value is None:
         return "-"
-    return f"{value:.2f} [{between[0]:.2f}, {between[1]:.2f}]" if between else f"{value:.2f}"
+    return f"{value:.2f} [{between[0]:.2f}, {between[1]:.2f}]" if between and prompts > 1 else f"{value:.2f}"

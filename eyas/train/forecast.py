@@ -28,11 +28,12 @@ class Forecast:
     answer_tokens: float  # written a second, all workers together
     slots: float  # trained a second
     bytes_per_token: int  # of a shard
+    workers: int  # that train
 
     def lines(self, writing_minutes: float, training_minutes: float) -> list[str]:
         tokens, slots = 60 * writing_minutes * self.answer_tokens, 60 * training_minutes * self.slots
         disk = tokens * DOCUMENT / ANSWER * self.bytes_per_token
-        memory = self.parameters * 4 * 5  # weights, gradients of two workers, two moments
+        memory = self.parameters * 4 * (4 + self.workers)  # weights, the best ones, two moments, each worker's gradients
         return [
             f"the draft trains {self.parameters / 1e6:.1f} million parameters: {memory / 1e9:.2f} GB of memory beside the target's",
             f"{writing_minutes:.0f} minutes of writing at {self.answer_tokens:.0f} answer tokens a second: {tokens / 1e3:.0f} thousand, "
@@ -45,8 +46,6 @@ class Forecast:
 @torch.inference_mode()
 def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> float:
     """Answer tokens a second of `workers` single-thread writers, from one of them; the first half of the time is not counted."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows = [writer.begin(slot, 0, slot) for slot in range(writer.cache.slots)]
     following, counted, started = len(rows), 0, time.monotonic()
     counting_since = started + seconds / 2
@@ -54,7 +53,6 @@ def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> floa
         counted += sum(not row.asking for row in rows) if now >= counting_since else 0
         for slot, _ in writer.step(rows):
             rows[slot], following = writer.begin(slot, 0, following), following + 1
-    torch.set_num_threads(threads)
     return workers * counted / (time.monotonic() - counting_since)
 
 
@@ -87,10 +85,16 @@ class MadeUpStates:
         return States(features, hidden, torch.randint(0, self.config.vocab_size, (rows,)))
 
 
-def forecast(writer: Writer, trainer: Trainer, workers: int, seconds: float = SECONDS) -> Forecast:
+def forecast(writer: Writer, trainer: Trainer, writers: int, seconds: float = SECONDS) -> Forecast:
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     bytes_per_token = 2 * (len(writer.settings.taps) + 1) * writer.target.config.hidden_size + 12  # states, and three whole numbers
-    return Forecast(parameters, writing_rate(writer, workers, seconds), training_rate(trainer, seconds), bytes_per_token)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        written = writing_rate(writer, writers, seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return Forecast(parameters, written, training_rate(trainer, seconds), bytes_per_token, trainer.workers)
 
 
 def free_space(folder: Path) -> int:

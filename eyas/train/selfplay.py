@@ -42,7 +42,7 @@ PER_SHARD = 32  # conversations, about a minute of a worker: what a kill may cos
 
 @dataclass(frozen=True)
 class SelfPlay:
-    """What decides the text; a folder of shards carries it as its key."""
+    """What decides the text (beside the number format, see `writing_precision`); a folder of shards carries it as its key."""
 
     target: str  # hash of the target's weights
     template: str  # the chat template around a question, as text
@@ -102,7 +102,7 @@ class Finished(NamedTuple):
 class Template:
     """The chat template cut open: tokens before the first question, between question and answer, between answer and next question."""
 
-    def __init__(self, tokenizer, end_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise EyasError("the target has no chat template, so it cannot ask itself questions; use its instruction-tuned form")
         text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
@@ -112,7 +112,7 @@ class Template:
         self.text = before + "{question}" + after
         self.before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
         self.after: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-        self.again: list[int] = tokenizer(again(tokenizer, text), add_special_tokens=False)["input_ids"]  # empty: one turn only
+        self.again: list[int] = tokenizer(between_turns(tokenizer, text), add_special_tokens=False)["input_ids"]  # empty: one turn only
         self.tokenizer = tokenizer
         self.ends = {*end_ids, self.after[0]}
 
@@ -120,7 +120,7 @@ class Template:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def again(tokenizer, text: str) -> str:
+def between_turns(tokenizer: Any, text: str) -> str:
     """What the template writes between an answer and the next question, from the end-of-turn token on; nothing where it rewrites turns."""
     said = "\ue002answer\ue002"
     turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": said}, {"role": "user", "content": PROBE}]
@@ -143,7 +143,7 @@ class Writer:
         width = (len(settings.taps) + 1) * target.config.hidden_size
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
-        self.dropped = self.loops = 0
+        self.dropped = 0
         self.root = int(settings.digest(), 16)  # other settings, other conversations: folders may train together
         opening = template.before[:-1]  # every conversation begins with it: read once, copied to each
         self.opening = target.new_cache(1, len(opening))
@@ -237,7 +237,6 @@ class Writer:
         gram = (*row.tokens[-settings.loop_gram + 1 :], token)
         looping = drawn >= settings.loop_gram and gram in row.grams
         row.grams.add(gram)
-        self.loops += looping
         if not (looping or token in self.template.ends or drawn >= settings.longest_answer or full):
             return False
         row.answers.append(range(row.part, row.read + 1))
@@ -343,11 +342,11 @@ def settings_of_folder(folder: Path) -> dict[str, Any]:
 
 
 def check_shards(folder: Path, settings: SelfPlay) -> None:
-    """Shards of other settings may train together, but only where the same target, template and taps wrote them."""
+    """Shards of other settings may train together, but only where the same target, template and taps wrote them, in the same form."""
     found, wanted = settings_of_folder(folder), json.loads(json.dumps(asdict(settings)))
-    different = [name for name in ("target", "taps") if found.get(name) != wanted[name]]
+    different = [name for name in ("target", "template", "taps", "version") if found.get(name) != wanted[name]]
     if different:
-        raise EyasError(f"{folder} was written by another target or with other taps ({', '.join(different)} differ); leave it out")
+        raise EyasError(f"{folder} was written by another target or in another way ({', '.join(different)} differ); leave it out")
 
 
 def data_folder(settings: SelfPlay) -> Path:
@@ -379,6 +378,8 @@ def write_own_data(
     if done():
         return
     workers = affordable(workers, directory, settings)
+    for unfinished in folder.glob("*.tmp"):  # of a writer that was killed
+        unfinished.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
     per_shard = int(max(4, min(PER_SHARD, tokens // 2000, 4 * minutes)))  # small where little is wanted
     shares = (directory, folder, settings, list(questions), max(1, -(-tokens // workers)), per_shard)
@@ -393,7 +394,7 @@ def write_own_data(
         for process in processes:
             process.terminate()
     if not done():
-        raise EyasError(f"the target stopped writing at {written()} of {tokens} answer tokens; see the error above")
+        raise EyasError(f"the target stopped writing at {written()} answer tokens; see the error above")
 
 
 def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:

@@ -140,8 +140,9 @@ class Trainer:
         rng = random.Random(f"{self.settings.seed}-{epoch}")
         order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
         found: list[list[Example]] = [[]]
-        for start in range(0, len(order), self.workers):
-            dealt = order[start : start + self.workers]
+        together = min(self.workers, 4)  # on many cores some wait rather than batches grow
+        for start in range(0, len(order), together):
+            dealt = order[start : start + together]
             if found[-1] and sum(len(example.tokens) for example in found[-1] + dealt) > self.settings.tokens_per_batch:
                 found.append([])
             found[-1] += dealt
@@ -208,6 +209,8 @@ class Trainer:
         saved = time.monotonic()
         try:
             for batch in self.remaining():
+                if self.progress.steps and self.progress.steps % self.settings.measure_steps == 0:
+                    self.measure()  # here, so that a run stopped while it measures does so when it goes on
                 spent = budget.spent(self.progress)
                 if spent >= 1:
                     break
@@ -215,8 +218,6 @@ class Trainer:
                     group["lr"] = self.learning_rate(spent)
                 losses = self.step(batch)
                 self.progress.minutes = before + (time.monotonic() - started) / 60
-                if self.progress.steps % self.settings.measure_steps == 0:
-                    self.measure()
                 report(self.progress, losses, spent)
                 if time.monotonic() - saved > self.settings.checkpoint_minutes * 60:
                     self.save()
@@ -251,9 +252,10 @@ class Trainer:
             "tau": round(tau, 4),
         }
         highest = max((earlier["tau"] for earlier in self.progress.curve), default=0.0)
-        self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
-        if point["tau"] > highest:
-            self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
+        with undisturbed():
+            self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
+            if point["tau"] > highest:
+                self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
 
     # ---- saving ----
 

@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_was(target, own_cache, monkeypatch):
     written = json.loads((out / new_draft.RUN).read_text())["written_minutes"]
     assert written > 0
     killed_when(lambda: (out / training.CHECKPOINT).exists())
-    shards = sorted(path.name for path in own_cache.glob("cache/selfplay/*/*.safetensors"))
+    shards = sorted(f"{path.parent.name}/{path.name}" for path in own_cache.glob("cache/selfplay/*/*.safetensors"))
     trained = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["minutes"]
     assert subprocess.run([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL, timeout=120).returncode == 0
     told = json.loads((out / "training.json").read_text())

@@ -45,7 +45,7 @@ def told(root: Path, out: str) -> dict:
 def test_the_target_writes_what_is_wanted_and_the_run_says_what_it_was(cache):
     data = told(cache, "first")["data"]
     assert data["kind"] == "self-written" and data["answer_tokens"] >= 1500
-    assert data["shards"] == [shard.name for shard in shards(cache)] and len(data["settings"]) == 1
+    assert data["shards"] == [f"{shard.parent.name}/{shard.name}" for shard in shards(cache)] and len(data["settings"]) == 1
     assert told(cache, "first")["steps"] == 3
 
 
@@ -54,10 +54,10 @@ def test_shards_of_an_earlier_run_train_alone_or_beside_new_ones(cache, capsys):
     before = shards(cache)
     assert cli.main(words(cache, "alone", "--shards", folder, "--steps", "1")) == 0
     assert shards(cache) == before  # nothing was written
-    assert told(cache, "alone")["data"]["shards"] == [shard.name for shard in before]
+    assert told(cache, "alone")["data"]["shards"] == [f"{shard.parent.name}/{shard.name}" for shard in before]
     capsys.readouterr()
     assert cli.main(words(cache, "stranger", "--shards", folder, "--steps", "1", target="other")) == 2
-    assert "was written by another target" in capsys.readouterr().err
+    assert "was written by another target or in another way (target differ)" in capsys.readouterr().err
     assert cli.main(words(cache, "nothing", "--shards", cache, "--steps", "1")) == 2
     assert "is not a folder of self-written shards" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_a_bad_setting_of_train_is_one_line(models, refused, data, tmp_path, wor
 
 def test_a_target_too_shallow_for_the_default_taps_is_one_line(models, refused, data, tmp_path):
     line = refused("train", "--target", models / "target", "--out", tmp_path / "draft", "--data", data, "--draft-vocab", "9")
-    assert line == "a target of 5 layers is too shallow for the default taps; name three of its layers with --taps L,M,H"
+    assert line == "a target of 5 layers is too shallow for the default taps; name three with `eyas train --taps L,M,H`"
 
 
 def test_train_overwrites_nothing(models, refused, data, tmp_path):

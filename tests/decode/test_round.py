@@ -36,7 +36,7 @@ class Merged:
     """EAGLE-3's tree and look-up's in one pass."""
 
     def __init__(self, target) -> None:
-        self.parts = [eagle3(target), LookupDrafter(1)]
+        self.parts = [eagle3(target), LookupDrafter()]
         self.wants = self.parts[0].wants
 
     def reserve(self, sequences, capacity):
@@ -69,7 +69,7 @@ DRAFTERS = {
     "eagle3-chain": (eagle3, "chain:3"),
     "eagle3-tree": (eagle3, "8x2x3"),
     "eagle3-large": (eagle3, "60x7x10"),
-    "lookup": (lambda target: LookupDrafter(1), "8x2x3"),
+    "lookup": (lambda target: LookupDrafter(), "8x2x3"),
     "draft-model": (lambda target: ModelDrafter(target.shallow(3), V), "8x2x3"),
     "merged": (Merged, "12x2x3"),
     "itself": (itself, "9x3x2"),
@@ -288,7 +288,7 @@ def test_a_drafter_hears_every_committed_token_of_a_growing_text_and_then_that_i
             super().forget(sequence)
             self.forgotten.append(sequence)
 
-    drafter, asked = Listening(1), prompts(12, 1)
+    drafter, asked = Listening(), prompts(12, 1)
     results = decode(ENDING, drafter, asked, "8x2x3", Sampling(1.0), range(12))
     ended_later = [slot for slot, result in enumerate(results) if result.rounds]
     assert sorted(drafter.forgotten) == ended_later
