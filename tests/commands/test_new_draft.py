@@ -53,7 +53,7 @@ def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, caps
     for fact in (f"{told['slots']:,} answer tokens", f"tau, {best:.2f}", f"eyas new-draft {target}", told["target_sha256"][:16]):
         assert fact in text, fact
     tau = measured["methods"]["eagle3@chain:2"]["tau"]
-    assert f"| eagle3@chain:2 | {tau:.2f} [" in text and tau >= 1
+    assert f"| eagle3@chain:2 | {tau:.2f}" in text and tau >= 1
     assert (out / card.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert told["data"]["answer_tokens"] > 0 and told["data"]["shards"]
     assert cli.main(["generate", "hi", "--target", str(target), "--draft", str(out), "--max-new-tokens", "4", "--tree", "chain:2"]) == 0

@@ -94,7 +94,7 @@ def test_train_overwrites_nothing(models, refused, data, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "notes.txt").write_text("years of work")
-    end = "exists and a draft's directory is replaced as a whole; choose a new or an empty directory as --out"
+    end = "exists and is not an empty directory; choose a new one as --out"
     assert refused(*train(models, out, data)) == f"{out} {end}"
     assert refused(*train(models, out / "notes.txt", data)) == f"{out / 'notes.txt'} {end}"
     assert contents(out) == {"notes.txt": b"years of work"}
