@@ -6,7 +6,6 @@ A planner that sizes each round's tree will take this file's place. Knows an eng
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 
 from eyas.config import PLAIN, Sampling, TreeShape, cache_dir
 from eyas.model.linear import capability
+from eyas.model.weights import replace_text
 
 if TYPE_CHECKING:
     from eyas.engine import Engine
@@ -57,9 +57,7 @@ def remember(path: Path, known: dict[str, str]) -> None:
     """Replace the file whole; a cache that cannot be written only means timing again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_suffix(f".{os.getpid()}.tmp")
-        work.write_text(json.dumps(known, indent=1))
-        os.replace(work, path)
+        replace_text(path, json.dumps(known, indent=1))
     except OSError as error:
         print(f"the shape cannot be remembered ({error.strerror}: {path})", file=sys.stderr)
 

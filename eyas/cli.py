@@ -64,7 +64,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new.add_argument("model", nargs="?", help="directory, .gguf file or hub name (default: the embedded target)")
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
-    new.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
+    seed_prompts(new)
     new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
 
@@ -80,7 +80,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         default=None,
         help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
     )
-    train.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
+    seed_prompts(train)
     train.add_argument(
         "--shards", metavar="DIR", nargs="+", default=[], help="train on these folders of self-written shards too (or alone)"
     )
@@ -127,6 +127,10 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
 
 def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def seed_prompts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
 
 
 def models(command: argparse.ArgumentParser) -> None:

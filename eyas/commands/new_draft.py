@@ -24,7 +24,7 @@ from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.engine import load, load_target, load_tokenizer, target_directory
-from eyas.model.weights import directory_hash, target_config
+from eyas.model.weights import directory_hash, replace_text, target_config
 from eyas.train import trainer as training
 from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
 from eyas.train.features import Example, ShardStates
@@ -53,7 +53,7 @@ class Run:
     def begun(cls, out: Path, wanted: Run) -> Run:
         """The run that `out` holds, or the wanted one where it is new; one of other wishes is refused with the difference."""
         if not (out / RUN).exists():
-            if out.exists() and any(path.name != f".{RUN}.tmp" for path in out.iterdir()):
+            if out.exists() and any(not path.name.startswith(f".{RUN}.") for path in out.iterdir()):
                 raise EyasError(f"{out} holds other things than a run of new-draft; choose a new directory as --out")
             return wanted
         try:
@@ -68,9 +68,7 @@ class Run:
         return found
 
     def save(self, out: Path) -> None:
-        work = out / f".{RUN}.tmp"
-        work.write_text(json.dumps(asdict(self), indent=1))
-        os.replace(work, out / RUN)
+        replace_text(out / RUN, json.dumps(asdict(self), indent=1))
 
 
 def run(options: argparse.Namespace) -> int:

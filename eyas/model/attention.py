@@ -50,6 +50,7 @@ class NativeAttention:
 
     def __init__(self, cache: KVCache, segments: list[Segment], lses: list[Tensor] | None = None) -> None:
         self.cache, self.lses = cache, lses
+        self.plans: dict[tuple[int, int, int], native.Plan] = {}
         slots, places, prefixes, counts, others = [], [], [], [0], []
         for segment in segments:
             length = cache.lengths[segment.slot]
@@ -69,6 +70,13 @@ class NativeAttention:
         columns = (slots, places, prefixes, list(itertools.accumulate(counts)))
         behind = torch.cat(others) if others else torch.zeros(0, dtype=torch.int64, device="cpu")
         self.rows = native.RowPlan(*(torch.tensor(column, dtype=torch.int64, device="cpu") for column in columns), behind)
+
+    def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
+        """The kernel's plan of this pass, the same for every layer of a model."""
+        key = (heads, kv_heads, stride)
+        if key not in self.plans:
+            self.plans[key] = self.rows.shape(*key, self.cache.keys[0])
+        return self.plans[key]
 
     def layer(self, layer: int) -> Attend:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -41,7 +41,7 @@ class NativeLayer:
     ) -> None:
         """Add to x (float32, contiguous, changed in place) what layer `index` of the cache makes of it; cos and sin are float32 [N,1,d]."""
         keys, values = attention.cache.keys[index], attention.cache.values[index]
-        plan = attention.rows.shape(self.heads, self.kv_heads, self.layer.qkv_out, keys)
+        plan = attention.plan(self.heads, self.kv_heads, self.layer.qkv_out)
         scratch = torch.empty(x_NH.shape[0] * self.scratch_width, dtype=torch.float32, device="cpu")
         call = getattr(native.kernel(), f"eyas_layer_{native.format_of(keys)}")
         given = None if beside_NH is None else beside_NH.data_ptr()

@@ -169,6 +169,13 @@ def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterat
         shutil.rmtree(work, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises OSError where it cannot be."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work.write_text(text)
+    os.replace(work, path)
+
+
 def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: int | None = None) -> None:
     """model.safetensors, or numbered shards with an index where one file would pass `largest_file` bytes."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
