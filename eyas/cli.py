@@ -65,6 +65,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
     seed_prompts(new)
+    disk(new)
     new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
 
@@ -81,6 +82,8 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
     )
     seed_prompts(train)
+    train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
+    disk(train)
     train.add_argument(
         "--shards", metavar="DIR", nargs="+", default=[], help="train on these folders of self-written shards too (or alone)"
     )
@@ -131,6 +134,10 @@ def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.
 
 def seed_prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
+
+
+def disk(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--disk", type=float, metavar="GB", help="most that self-written data may take (default: half of what is free)")
 
 
 def models(command: argparse.ArgumentParser) -> None:

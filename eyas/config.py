@@ -175,5 +175,6 @@ class TrainSettings:
     norm_output: bool = False
 
 
+DISK_SHARE = 0.5  # of the free disk that self-written data may take where no --disk is given
 SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is given
 TRAIN_MINUTES = 60.0  # of training where no budget is given

@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,19 +21,24 @@ from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
+from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, seed_questions, shard_facts
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
-from eyas.engine import load, load_target, load_tokenizer, target_directory
+from eyas.engine import load, load_target, target_directory
 from eyas.model.weights import directory_hash, replace_text, target_config
 from eyas.train import trainer as training
 from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
 from eyas.train.features import Example, ShardStates
-from eyas.train.forecast import MadeUpStates, forecast, free_space, made_up_examples
-from eyas.train.selfplay import SLOTS, SelfPlay, Template, Writer, affordable, answer_tokens, data_folder, write_own_data, writing_precision
+from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
+from eyas.train.selfplay import SLOTS, Writer
+from eyas.train.shards import PATTERN, Counts, counts_of
+from eyas.train.template import Template
+from eyas.train.writers import Limit, affordable, writing_precision
 
 WRITING, TRAINING = 0.42, 0.53  # shares of the time; the rest measures
 LEAST_HOURS = 0.05
 RUN = "run.json"  # what the command was asked for and how long it has been writing
 MEASURED = 12  # held-out questions
+RAW_PROMPT = 12  # tokens of a text to go on with, where there are no questions
 FALLBACK = "Tell me about hawks."  # where no held-out question is new
 METHODS = "plain,eagle3@60x7x10,eagle3@chain:3,eagle3"
 
@@ -71,6 +75,20 @@ class Run:
         replace_text(out / RUN, json.dumps(asdict(self), indent=1))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one run makes its draft from."""
+
+    words: OwnWords
+    settings: TrainSettings
+    out: Path
+    hours: float
+
+    @property
+    def workers(self) -> int:
+        return os.cpu_count() or 1
+
+
 def run(options: argparse.Namespace) -> int:
     if not options.hours >= LEAST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is too short to train anything; give at least {LEAST_HOURS:g}")
@@ -79,65 +97,64 @@ def run(options: argparse.Namespace) -> int:
     config = target_config(directory)
     taps = train.taps_from(None, config.num_hidden_layers)
     settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, config.vocab_size))
-    questions, prompts_key = train.seed_questions(options.seed_prompts, console := Console(stderr=True, highlight=False))
-    wanted = Run(directory_hash(directory), options.hours, prompts_key)
+    console = Console(stderr=True, highlight=False)
+    wanted = Run(directory_hash(directory), options.hours, seed_questions(options.seed_prompts, console)[1])
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
-    workers = os.cpu_count() or 1
-    template = Template(load_tokenizer(directory), config.eos_token_ids)
-    play = SelfPlay(target=wanted.target_sha256, template=template.text, taps=taps, seed_prompts=prompts_key)
+    job = Job(own_words(directory, config, taps, wanted.target_sha256, options.seed_prompts, None, console), settings, out, options.hours)
     if options.dry_run:
-        return dry_run(directory, template, play, questions, settings, out, options.hours, workers, console)
+        return dry_run(job, console)
     if not can_draw():
         console.print("no learning-curve picture will be drawn: that needs matplotlib (pip install 'eyas[bench]')", markup=False)
     make_directory(out)
     state.save(out)
-    resume = (out / training.CHECKPOINT).exists()
+    before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
     try:
-        if not resume:
-            write(directory, play, questions, workers, state, out, console)
-        examples, data = train.shard_facts([data_folder(play)], settings, training.read_checkpoint(out) if resume else None)
+        if before is None:
+            write(job, state, disk_limit(options.disk, job.words.folder), console)
+        shards = sorted(job.words.folder.glob(PATTERN))
+        examples, data = shard_facts(shards, [job.words.folder], settings, before)
         facts = {**data, **train.facts_of_run(directory, wanted.target_sha256, taps), "command": command(options)}
         target = load_target(directory, "fp32")
-        trainer = train.make_trainer(target, config, taps, examples, ShardStates(), settings, out, facts, workers, console)
-        if resume:
-            trainer.resume()
+        trainer = train.make_trainer(target, config, taps, examples, ShardStates(), settings, out, facts, job.workers, console)
+        if before is not None:
+            trainer.resume(before)
         train.run_with_progress(trainer, training.Budget(minutes=60 * TRAINING * options.hours), console)
-        held_out = questions_of(trainer.held_out, trainer.examples, template)
+        held_out = questions_of(trainer.held_out, trainer.examples, job.words.template)
         del trainer, target
-        finish(options, directory, out, held_out, console)
+        finish(options, job, held_out, console)
     except KeyboardInterrupt:
         print(f"\nstopped; all of it is kept. Go on with: {command(options)}", file=sys.stderr)
         raise
     state.finished = True
     state.save(out)
-    print(f"draft written to {out}; its card is {out / CARD}; try: {use(options, out)}")
+    print(f"draft written to {out}; its card is {out / CARD}; try: {use(options, out, job.words.template.chat)}")
     return 0
 
 
-def dry_run(
-    directory: Path,
-    template: Template,
-    play: SelfPlay,
-    questions: list[str],
-    settings: TrainSettings,
-    out: Path,
-    hours: float,
-    workers: int,
-    console: Console,
-) -> int:
+def dry_run(job: Job, console: Console) -> int:
     """Say what the run would take and make; nothing is written."""
     console.print("measuring for about a minute ...")
+    words, directory = job.words, job.words.directory
     config = target_config(directory)
-    examples = made_up_examples(config)
     trainer = train.make_trainer(
-        load_target(directory, "fp32"), config, play.taps, examples, MadeUpStates(config), settings, out, {}, workers, Console(quiet=True)
+        load_target(directory, "fp32"),
+        config,
+        words.play.taps,
+        made_up_examples(config),
+        MadeUpStates(config),
+        job.settings,
+        job.out,
+        {},
+        job.workers,
+        Console(quiet=True),
     )
-    writer = Writer(load_target(directory, writing_precision()).prepare(), template, play, questions, SLOTS)
-    for line in forecast(writer, trainer, affordable(workers, directory, play)).lines(60 * WRITING * hours, 60 * TRAINING * hours):
+    writer = Writer(load_target(directory, writing_precision()).prepare(), words.template, words.play, words.questions, SLOTS)
+    told = forecast(writer, trainer, affordable(job.workers, directory, words.play))
+    for line in told.lines(60 * WRITING * job.hours, 60 * TRAINING * job.hours):
         print(line)
-    print(f"{free_space(data_folder(play)) / 1e9:.0f} GB are free for the written text, {free_space(out) / 1e9:.0f} GB for the draft")
+    print(f"{free_space(words.folder) / 1e9:.0f} GB are free for the written text, {free_space(job.out) / 1e9:.0f} GB for the draft")
     return 0
 
 
@@ -148,43 +165,53 @@ def make_directory(out: Path) -> None:
         raise EyasError(f"cannot write {out} ({error.strerror}); choose another --out") from None
 
 
-def write(directory: Path, play: SelfPlay, questions: list[str], workers: int, state: Run, out: Path, console: Console) -> None:
+def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
     """Let the target write for its share of the time; what an earlier run of the same settings wrote is there already."""
-    folder, minutes = data_folder(play), 60 * WRITING * state.hours
+    minutes = 60 * WRITING * state.hours
     started, before = time.monotonic(), state.written_minutes
-    with train.progress(console) as bar:
+    with progress(console) as bar:
         task = bar.add_task("the target writes", total=minutes)
 
         def report(written: int) -> None:
             state.written_minutes = before + (time.monotonic() - started) / 60
-            state.save(out)
+            state.save(job.out)
             bar.update(task, completed=state.written_minutes, description=f"the target writes, {written} answer tokens")
 
-        write_own_data(directory, folder, play, questions, sys.maxsize, workers, report, minutes - before)
+        shards = job.words.write(Limit(minutes=minutes - before, bytes=most_bytes), job.workers, report)
     state.written_minutes = max(state.written_minutes, minutes)
-    state.save(out)
-    total = sum(map(answer_tokens, folder.glob("*.safetensors")))
-    console.print(f"the target has written {total} answer tokens in {folder}", markup=False, soft_wrap=True)
+    state.save(job.out)
+    counts = sum(map(counts_of, shards), Counts())
+    console.print(
+        f"the target has written {counts.answer_tokens} answer tokens in {job.words.folder} ({counts.bytes / 1e9:.1f} GB); "
+        f"{counts.looped} answers were cut where they looped, {counts.dropped} conversations were dropped as too short",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def questions_of(held_out: list[Example], trained: list[Example], template: Template) -> list[str]:
-    """First questions of held-out conversations as text, such as were not trained with other answers; never none."""
+    """First questions of held-out conversations as text, such as were not trained with other answers; never none.
+
+    Without a chat template: the first tokens of held-out texts.
+    """
 
     def question(example: Example) -> str:
-        tokens = example.tokens[len(template.before) : example.answers.index(0) - len(template.after)]
-        return template.tokenizer.decode(tokens).strip()
+        start = len(template.before) if template.chat else 0
+        end = example.answers.index(0) - len(template.after) if template.chat else RAW_PROMPT
+        return template.tokenizer.decode(example.tokens[start:end], skip_special_tokens=not template.chat).strip()
 
     seen = set(map(question, trained))
     found = dict.fromkeys(text for example in held_out if (text := question(example)) and text not in seen)
     return list(found)[:MEASURED] or [FALLBACK]
 
 
-def finish(options: argparse.Namespace, directory: Path, out: Path, questions: list[str], console: Console) -> None:
+def finish(options: argparse.Namespace, job: Job, questions: list[str], console: Console) -> None:
     """Measure tau with real trees on held-out questions, and write picture and card."""
-    engine = load(directory, out, precision=PRECISIONS[0])
-    request = Request(seed=0, max_new_tokens=100)
+    out, chat = job.out, job.words.template.chat
+    engine = load(job.words.directory, out, precision=PRECISIONS[0])
+    request = Request(seed=0, max_new_tokens=100, raw=not chat)
     items = [PromptItem(number, question) for number, question in enumerate(questions, start=1)]
-    with train.progress(console) as bar:
+    with progress(console) as bar:
         task = bar.add_task("measuring", total=None)
 
         def tell(done: int, total: int, method: str) -> None:
@@ -198,13 +225,14 @@ def finish(options: argparse.Namespace, directory: Path, out: Path, questions: l
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     if can_draw():
         draw_curve(told["curve"], out / PICTURE)
-    (out / CARD).write_text(card(told, result, command(options), use(options, out)))
+    (out / CARD).write_text(card(told, result, command(options), use(options, out, chat)))
 
 
 def command(options: argparse.Namespace) -> str:
     return shlex.join(["eyas", *options.arguments])
 
 
-def use(options: argparse.Namespace, out: Path) -> str:
-    target: list[Any] = ["--target", options.model] if options.model else []
-    return shlex.join(["eyas", "generate", "Tell me about hawks.", *target, "--draft", str(out)])
+def use(options: argparse.Namespace, out: Path, chat: bool) -> str:
+    """A command that writes with the draft."""
+    target = ["--target", options.model] if options.model else []
+    return shlex.join(["eyas", "generate", "Tell me about hawks.", *target, "--draft", str(out), *([] if chat else ["--raw"])])

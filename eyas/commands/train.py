@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import platform
 import random
@@ -16,21 +14,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import eyas
-from eyas.bench.prompts import read_prompts
+from eyas.commands.data import from_conversations, from_self_play, own_words, progress
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, default_taps
-from eyas.engine import load_target, load_tokenizer, target_directory
+from eyas.engine import load_target, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import directory_hash, target_config
 from eyas.train import trainer as training
-from eyas.train.conversations import Document, draft_vocabulary, read_conversations, render, truncate
-from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
-from eyas.train.selfplay import SelfPlay, Template, answer_tokens, check_shards, data_folder, settings_of_folder, write_own_data
+from eyas.train.conversations import Document, draft_vocabulary
+from eyas.train.features import Example, ShardStates, StateSource, TargetStates
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,7 +44,10 @@ def run(options: argparse.Namespace) -> int:
     workers = options.workers or os.cpu_count() or 1
     hash_of_target = directory_hash(directory)
     console = Console(stderr=True, highlight=False)
-    if options.data:
+    if options.regenerate and not options.data:
+        raise EyasError("--regenerate answers anew what a file asks; name it with --data F.jsonl")
+    before = training.read_checkpoint(out) if options.resume else None
+    if options.data and not options.regenerate:
         if options.shards or options.self_play or options.seed_prompts:
             raise EyasError(
                 "--data brings conversations, --shards, --self-play and --seed-prompts are about text the target writes; choose"
@@ -56,13 +55,14 @@ def run(options: argparse.Namespace) -> int:
         examples, facts = from_conversations(Path(options.data), directory, settings, console)
         source: StateSource | None = None
     else:
-        examples, facts = from_self_play(options, directory, config, taps, hash_of_target, workers, settings, console)
+        words = own_words(directory, config, taps, hash_of_target, options.seed_prompts, options.data, console)
+        examples, facts = from_self_play(options, words, settings, options.self_play or SELF_PLAY_TOKENS, workers, before)
         source = ShardStates()
     facts = {**facts, **facts_of_run(directory, hash_of_target, taps)}
     target = load_target(directory, "fp32")  # not before: while workers write, each holds its own
     trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console)
-    if options.resume:
-        trainer.resume()
+    if before is not None:
+        trainer.resume(before)
     try:
         run_with_progress(trainer, budget, console)
     except KeyboardInterrupt:
@@ -123,106 +123,6 @@ def check_out(out: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise EyasError(f"cannot write {out} ({error.strerror}); choose another --out") from None
-
-
-# ---- data ----
-
-
-def from_conversations(path: Path, directory: Path, settings: TrainSettings, console: Console) -> tuple[list[Example], dict[str, Any]]:
-    conversations, complaints = read_conversations(path)
-    tokenizer = load_tokenizer(directory)
-    if not getattr(tokenizer, "chat_template", None):
-        raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; use the target's instruction-tuned form")
-    documents: list[Document] = []
-    for line, messages in conversations:
-        try:
-            document = truncate(render(tokenizer, messages), settings.max_length)
-        except EyasError as error:
-            complaints.append(f"line {line}: {error}")
-            continue
-        if document:
-            documents.append(document)
-        else:
-            complaints.append(f"line {line}: too little of an answer in its first {settings.max_length} tokens")
-    for complaint in complaints[:5]:
-        console.print(f"skipped: {complaint}", markup=False, soft_wrap=True)
-    if complaints:
-        console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
-    if not documents:
-        raise EyasError(f"{path} holds no conversation with an answer to learn from; the first was skipped since {complaints[0]}")
-    examples, twins = without_twins(document_examples(documents))
-    facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
-    return examples, {"data": facts}
-
-
-def without_twins(examples: list[Example]) -> tuple[list[Example], int]:
-    """Each text once, and how many were dropped: a twin of a held-out conversation must not train."""
-    kept = list({tuple(example.tokens): example for example in examples}.values())
-    return kept, len(examples) - len(kept)
-
-
-def from_self_play(
-    options: argparse.Namespace,
-    directory: Path,
-    config: TargetConfig,
-    taps: tuple[int, int, int],
-    hash_of_target: str,
-    workers: int,
-    settings: TrainSettings,
-    console: Console,
-) -> tuple[list[Example], dict[str, Any]]:
-    """Let the target write what is missing, then read all shards of the same settings and those of --shards."""
-    template = Template(load_tokenizer(directory), config.eos_token_ids)
-    questions, prompts_key = seed_questions(options.seed_prompts, console)
-    play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=prompts_key)
-    folders = [Path(folder).expanduser().resolve() for folder in dict.fromkeys(options.shards)]
-    for folder in folders:
-        check_shards(folder, play)
-    if options.self_play or not folders:
-        own, wanted = data_folder(play), options.self_play or SELF_PLAY_TOKENS
-        with progress(console) as bar:
-            task = bar.add_task("the target writes", total=wanted)
-            write_own_data(directory, own, play, questions, wanted, workers, lambda written: bar.update(task, completed=written))
-        folders = list(dict.fromkeys([*folders, own.resolve()]))
-    out = Path(options.out).expanduser()
-    return shard_facts(folders, settings, training.read_checkpoint(out) if options.resume else None)
-
-
-def seed_questions(path: str | None, console: Console) -> tuple[list[str], str]:
-    """User turns of a file, and a key that names it and what it holds."""
-    if not path:
-        return [], ""
-    items, complaints = read_prompts(path)
-    if complaints:
-        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
-    questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
-    return questions, f"{Path(path).name} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]}"
-
-
-def shard_facts(folders: list[Path], settings: TrainSettings, checkpoint: dict[str, Any] | None) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of all shards in some folders, and what they are. A resumed run goes on with the shards that it began with."""
-    shards = [shard for folder in folders for shard in sorted(folder.glob("*.safetensors"))]
-    before = checkpoint["facts"]["data"].get("shards") if checkpoint else None
-    if before is not None:
-        missing = set(before) - set(map(place_of, shards))
-        if missing:
-            raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
-        shards = [shard for shard in shards if place_of(shard) in before]
-    examples, twins = without_twins(shard_examples(shards, settings.max_length))
-    facts = {
-        "kind": "self-written",
-        "answer_tokens": sum(map(answer_tokens, shards)),
-        "conversations": len(examples),
-        "duplicates_dropped": twins,
-        "settings": [settings_of_folder(folder) for folder in folders],
-        "shards": list(map(place_of, shards)),
-    }
-    return examples, {"data": facts}
-
-
-def place_of(shard: Path) -> str:
-    """A shard's folder and name: names alone are alike in every folder."""
-    return f"{shard.parent.name}/{shard.name}"
 
 
 # ---- the run ----
@@ -308,9 +208,3 @@ def curve_line(point: dict[str, float]) -> str:
 
 def resume_words(options: argparse.Namespace) -> str:
     return shlex.join([*(part for part in options.arguments[1:] if part != "--resume"), "--resume"])
-
-
-def progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=console
-    )

@@ -5,11 +5,9 @@ Knows a writer and a trainer well enough to time a little of each; writes no fil
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -46,13 +44,13 @@ class Forecast:
 @torch.inference_mode()
 def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> float:
     """Answer tokens a second of `workers` single-thread writers, from one of them; the first half of the time is not counted."""
-    rows = [writer.begin(slot, 0, slot) for slot in range(writer.cache.slots)]
+    rows = {slot: writer.begin(slot, slot) for slot in range(writer.cache.slots)}
     following, counted, started = len(rows), 0, time.monotonic()
     counting_since = started + seconds / 2
     while (now := time.monotonic()) < started + seconds:
-        counted += sum(not row.asking for row in rows) if now >= counting_since else 0
-        for slot, _ in writer.step(rows):
-            rows[slot], following = writer.begin(slot, 0, following), following + 1
+        counted += sum(not row.asking for row in rows.values()) if now >= counting_since else 0
+        for slot, _ in list(writer.step(rows)):
+            rows[slot], following = writer.begin(slot, following), following + 1
     return workers * counted / (time.monotonic() - counting_since)
 
 
@@ -95,10 +93,3 @@ def forecast(writer: Writer, trainer: Trainer, writers: int, seconds: float = SE
     finally:
         torch.set_num_threads(threads)
     return Forecast(parameters, written, training_rate(trainer, seconds), bytes_per_token, trainer.workers)
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free where a folder lies or will lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

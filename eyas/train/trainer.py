@@ -279,13 +279,13 @@ class Trainer:
             except RuntimeError as error:  # how torch reports a full disk
                 raise OSError("the checkpoint could not be written whole (is the disk full?)") from error
 
-    def resume(self) -> None:
-        """Go on from the checkpoint in `out`; one of other settings is refused with the difference.
+    def resume(self, state: dict[str, Any] | None = None) -> None:
+        """Go on from the checkpoint in `out` (`state`, where it has been read already); other settings are refused with the difference.
 
         With as many workers and the same budget this equals a run that never stopped, to the last bit, unless the budget counts minutes.
         A run that spent its budget may go on to a larger one; its learning rate then rises again.
         """
-        state = read_checkpoint(self.out)
+        state = state or read_checkpoint(self.out)
         ours, theirs = asdict(self.settings), state["settings"]
         told = [
             f"{key} {theirs.get(key)} there, {ours[key]} here"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from eyas import cli
-from tests.tiny import save_tiny_target
+from tests.tiny import byte_tokenizer, save_tiny_target
 
 TAPS = ["--taps", "1,2,4", "--draft-vocab", "200", "--unroll", "3", "--workers", "1"]
 
@@ -45,7 +47,8 @@ def told(root: Path, out: str) -> dict:
 def test_the_target_writes_what_is_wanted_and_the_run_says_what_it_was(cache):
     data = told(cache, "first")["data"]
     assert data["kind"] == "self-written" and data["answer_tokens"] >= 1500
-    assert data["shards"] == [f"{shard.parent.name}/{shard.name}" for shard in shards(cache)] and len(data["settings"]) == 1
+    there = [f"{shard.parent.name}/{shard.name}" for shard in shards(cache)]  # a worker may have been a shard ahead
+    assert data["shards"] == there[: len(data["shards"])] and len(data["settings"]) == 1
     assert told(cache, "first")["steps"] == 3
 
 
@@ -68,3 +71,55 @@ def test_a_resumed_run_goes_on_with_its_own_shards_where_the_folder_has_grown(ca
     assert len(shards(cache)) > len(began)
     assert cli.main(words(cache, "first", "--self-play", "3000", "--steps", "5", "--resume")) == 0
     assert told(cache, "first")["data"]["shards"] == began and told(cache, "first")["steps"] == 5
+
+
+def test_the_turns_of_a_file_are_answered_anew_each_once(cache, capsys, tmp_path):
+    """The target's own answers replace the file's; the shards hold no other question."""
+    rows = [{"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Zzz."}]} for i in range(12)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = set(shards(cache))
+    assert cli.main(words(cache, "anew", "--data", tmp_path / "mine.jsonl", "--regenerate", "--steps", "1")) == 0
+    data = told(cache, "anew")["data"]
+    assert data["kind"] == "self-written" and data["settings"][0]["regenerate"] and len(data["shards"]) == 2
+    tokenizer, asked = byte_tokenizer(), []
+    for path in sorted(set(shards(cache)) - before):
+        with safe_open(path, framework="pt") as file:
+            tokens, lengths = file.get_tensor("tokens"), file.get_tensor("lengths").tolist()
+        for part in tokens.split(lengths):
+            text = tokenizer.decode(part.tolist())
+            asked += re.findall(r"user\n(Question \d+\?)<\|im_end\|>", text)
+            assert "Zzz." not in text
+    assert 6 <= len(asked) == len(set(asked)) <= 12 and data["conversations"] == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--regenerate"], "--regenerate answers anew what a file asks; name it with --data F.jsonl"),
+        (["--disk", "0"], "--disk must be above 0 gigabytes, not 0.0"),
+        (["--disk", "0.00001", "--self-play", "99999", "--seed-prompts", "q.jsonl"], "ask for fewer, or give more with --disk"),
+    ],
+)
+def test_wishes_about_own_data_that_cannot_be_met_are_one_line(cache, capsys, tmp_path, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Who?"}\n')
+    assert cli.main(words(cache, "no", *more, "--steps", "1")) == 2
+    assert said in (line := capsys.readouterr().err.splitlines()[-1]) and line.startswith("eyas: ")
+    assert not (cache / "no").exists()
+
+
+def test_a_tokenizer_that_does_not_belong_is_refused(tmp_path, capsys):
+    small = save_tiny_target(tmp_path / "small", vocab_size=200)
+    assert cli.main(["train", "--target", str(small), "--out", str(tmp_path / "draft"), "--taps", "1,2,4", "--draft-vocab", "99"]) == 2
+    assert "tokens, its model 200: they do not belong together; put the model's own tokenizer there" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template_writes_plain_text_and_says_so(tmp_path, capsys):
+    base = save_tiny_target(tmp_path / "base")
+    tokenizer = byte_tokenizer(None)
+    for file in base.glob("chat_template*"):
+        file.unlink()
+    tokenizer.save_pretrained(base)
+    assert cli.main(words(tmp_path, "draft", "--self-play", "300", "--steps", "1", target="base")) == 0
+    assert "no chat template: the target writes plain text instead of conversations" in " ".join(capsys.readouterr().err.split())
+    assert told(tmp_path, "draft")["data"]["settings"][0]["template"] == "plain text, no chat template"

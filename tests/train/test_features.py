@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
@@ -10,7 +11,9 @@ from torch.testing import assert_close
 
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, TargetStates, document_examples, shard_examples
-from eyas.train.selfplay import SelfPlay, Template, Writer, save_shard
+from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.shards import save_shard
+from eyas.train.template import Template
 from eyas.train.unroll import loss_slots
 from tests.tiny import byte_tokenizer, tiny_target
 
@@ -29,16 +32,16 @@ def shards(tmp_path_factory):
     """Two shards of six conversations, most of them asked from a list."""
     folder = tmp_path_factory.mktemp("shards")
     template = Template(byte_tokenizer(), target().config.eos_token_ids)
-    writer = Writer(target(), template, SETTINGS, ["How can a hawk see so far?"], slots=5)
+    writer = Writer(target(), template, SETTINGS, [Asked(("How can a hawk see so far?",))], slots=5)
     made = []
     with torch.inference_mode():
-        for finished in writer.write(seed=3):
-            made.append(finished)
+        for _, finished in writer.write(itertools.count(3)):
+            made += [finished] if finished is not None else []
             if len(made) == 12:
                 break
-    paths = [folder / "00000003-00000.safetensors", folder / "00000003-00001.safetensors"]
+    paths = [folder / "00000000.safetensors", folder / "00000001.safetensors"]
     for path, part in zip(paths, (made[:6], made[6:])):
-        save_shard(path, part)
+        save_shard(path, part, target().config.hidden_size)
     return paths, made
 
 

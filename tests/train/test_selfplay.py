@@ -1,42 +1,26 @@
-"""Claims about self-written data: it is what the target says through its template, a function of (seed, index), and survives a stop."""
+"""Claims about self-written data: it is what the target says through its template, and each conversation a function of its index."""
 
 from __future__ import annotations
 
-import json
+import itertools
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from eyas.config import PLAIN, EyasError, Sampling
 from eyas.decode.generate import Decoder
 from eyas.model.target import Target
-from eyas.model.weights import directory_hash
-from eyas.train import selfplay
-from eyas.train.features import shard_examples
-from eyas.train.selfplay import (
-    Finished,
-    SelfPlay,
-    Template,
-    Writer,
-    answer_tokens,
-    claim_folder,
-    data_folder,
-    last_index,
-    shard_metadata,
-    write_own_data,
-    write_shards,
-)
-from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
+from eyas.train.selfplay import Asked, Finished, SelfPlay, Writer
+from eyas.train.template import Template
+from tests.tiny import byte_tokenizer, tiny_target
 
 TAPS = (1, 2, 4)
 END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,))
-SHARDED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
-QUESTIONS = ["How can a hawk see?", "Why do owls fly at night and not by day?"]
+SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,), opening_share=0.0)
+SAMPLED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
+QUESTIONS = [Asked(("How can a hawk see?",)), Asked(("Why do owls fly at night and not by day?",))]
 
 
 @cache
@@ -62,13 +46,11 @@ def forgetful() -> Target:
 
 
 @torch.inference_mode()
-def written(count: int, slots: int = 6, seed: int = 1, settings: SelfPlay = SETTINGS, questions=(), first: int = 0, by=target):
-    found: list[Finished] = []
-    for finished in Writer(by(), template(), settings, questions, slots).write(seed, first):
-        found.append(finished)
-        if len(found) == count:
-            break
-    return found
+def written(count: int, slots: int = 6, settings: SelfPlay = SETTINGS, questions=(), first: int = 0, by=target) -> list[Finished]:
+    """The first `count` conversations to be finished that are not dropped."""
+    writer = Writer(by(), template(), settings, questions, slots)
+    kept = (finished for _, finished in writer.write(itertools.count(first)) if finished is not None)
+    return list(itertools.islice(kept, count))
 
 
 @cache
@@ -95,7 +77,7 @@ def test_every_conversation_follows_the_template():
         asked.add(tokenizer.decode(question))
         ended += answer(finished)[-1] == END
         assert len(finished.features) == len(finished.hidden) == len(finished.favourites) == len(tokens) - 1 == finished.row.read
-    given = asked & {question[: SETTINGS.longest_question] for question in QUESTIONS}
+    given = asked & {question.turns[0][: SETTINGS.longest_question] for question in QUESTIONS}
     assert len(given) == 2 and len(asked) > 20 and ended > 3
 
 
@@ -142,7 +124,7 @@ def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
     writer = Writer(target(), template(), SETTINGS, (), 1)
     logits = torch.zeros(40, 263)
     logits[:, 5], logits[:, 9] = 7.00001, 7.0
-    rows = [writer.begin(0, seed, 0) for seed in range(40)]
+    rows = [writer.begin(0, index) for index in range(40)]
     for row in rows:
         row.asking, row.temperature = False, 0.0
     assert writer.choose(logits, rows) == [5] * 40
@@ -174,37 +156,77 @@ def by_index(conversations) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("slots", [2, 11])
-def test_a_conversation_is_a_function_of_seed_and_index(slots):
+def test_a_conversation_is_a_function_of_settings_and_index(slots):
     wide, other = by_index(forty()), by_index(written(10, slots, questions=QUESTIONS))
     shared = wide.keys() & other.keys()
     assert len(shared) >= 8
     assert all(wide[index] == other[index] for index in shared)
     fresh = by_index(written(3, slots, questions=QUESTIONS, first=20))
     assert min(fresh) >= 20 and all(wide[index] == tokens for index, tokens in fresh.items() if index in wide)
-    assert not set(map(tuple, wide.values())) & set(map(tuple, by_index(written(3, slots, seed=2)).values()))
+    seeded = by_index(written(3, slots, settings=replace(SETTINGS, seed=2)))
+    assert not set(map(tuple, wide.values())) & set(map(tuple, seeded.values()))
 
 
 def test_a_finished_slot_is_taken_by_the_next_conversation_at_once():
-    """Every pass of the target reads all slots, and no index is begun twice or left out."""
+    """Every pass of the target reads all slots, and no index is begun twice or left out, until there are no more."""
     writer = Writer(target(), template(), SETTINGS, (), 4)
     begun, widths = [], []
     begin, step = writer.begin, writer.step
 
-    def counted_begin(slot, seed, index):
+    def counted_begin(slot, index):
         begun.append(index)
-        return begin(slot, seed, index)
+        return begin(slot, index)
 
     def counted_step(rows):
         widths.append(len(rows))
-        assert all(row.waiting for row in rows) and [row.read for row in rows] == writer.cache.lengths
+        assert all(row.waiting for row in rows.values()) and [row.read for row in rows.values()] == [writer.cache.lengths[s] for s in rows]
         return step(rows)
 
     writer.begin, writer.step = counted_begin, counted_step
     with torch.inference_mode():
-        found = [finished for finished, _ in zip(writer.write(5), range(9))]
-    assert set(widths) == {4} and begun == list(range(len(begun)))
-    assert len(begun) >= 9 + writer.dropped + 3  # three others were in flight when the last was finished
-    assert len({finished.row.index for finished in found}) == 9
+        ended = [index for index, _ in writer.write(iter(range(13)))]
+    assert begun == list(range(13)) and sorted(ended) == begun and ended != begun
+    full = widths.count(4)
+    assert widths == sorted(widths, reverse=True) and full > len(widths) / 2  # all slots are in use until no index is left
+
+
+def test_an_opening_begins_the_question_that_the_target_finishes():
+    """With a share of 1 every question begins with one of the openings, several of them, and goes on in the target's own words."""
+    settings = replace(SETTINGS, openings=("Why", "How d"), opening_share=1.0)
+    before, after = len(template().before), len(template().after)
+    asked = [byte_tokenizer().decode(f.row.tokens[before : f.row.answers[0].start - after]) for f in written(20, settings=settings)]
+    assert all(question.startswith(("Why", "How d")) and len(question) > 3 for question in asked)
+    assert {question[:3] for question in asked} == {"Why", "How"} and len(set(asked)) > 10
+
+
+def test_questions_brought_to_be_answered_anew_are_asked_once_each_and_in_order():
+    """Every turn of a file's conversation is put as it stands, under its own system message, and the target answers all of them."""
+    brought = [Asked(("Who?", "And why?")), Asked(("What is an eyas?",), "You are a hawk."), Asked(("Where?",))]
+    settings = replace(SETTINGS, regenerate=True, longest=400, answer_temperatures=(1.0,))
+    writer = Writer(target(), template(), settings, brought, 2)
+    with torch.inference_mode():
+        rows = {index: finished.row for index, finished in writer.write(iter(range(3))) if finished is not None}
+    tokenizer, found = byte_tokenizer(), 0
+    for index, row in rows.items():
+        text = tokenizer.decode(row.tokens)
+        system = brought[index].system or "You are a helpful assistant"
+        assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{brought[index].turns[0]}<|im_end|>")
+        found += len(row.answers) == len(brought[index].turns)
+        if len(row.answers) == 2:
+            assert "<|im_start|>user\nAnd why?<|im_end|>\n<|im_start|>assistant\n" in text
+    assert len(rows) >= 2 and found >= 2
+
+
+def test_without_a_chat_template_the_target_writes_plain_text():
+    """One answer from the text's first token on, and no question."""
+    tokenizer = byte_tokenizer(None)
+    plain = Template(tokenizer, (END,))
+    writer = Writer(target(), plain, replace(SETTINGS, template=plain.text), (), 3)
+    with torch.inference_mode():
+        rows = [finished.row for _, finished in writer.write(iter(range(9))) if finished is not None]
+    assert not plain.chat and rows
+    for row in rows:
+        assert row.tokens[:1] == plain.before and row.answers == [range(1, len(row.tokens))]
 
 
 def repeats(tokens: list[int], gram: int = 16) -> int:
@@ -219,152 +241,20 @@ def repeats(tokens: list[int], gram: int = 16) -> int:
 
 
 def test_a_loop_is_cut_where_sixteen_tokens_first_repeat():
-    settings = replace(SHARDED, longest_answer=90, answer_temperatures=(0.0, 0.5))
-    looping = written(40, 8, settings=settings, by=forgetful, questions=[*QUESTIONS, "And what of an eyas?", "Who?"])
+    settings = replace(SAMPLED, longest_answer=90, answer_temperatures=(0.0, 0.5))
+    looping = written(40, 8, settings=settings, by=forgetful, questions=[*QUESTIONS, Asked(("And what of an eyas?",)), Asked(("Who?",))])
     ends = [repeats(answer(finished)) for finished in looping]
     assert sum(map(bool, ends)) >= 6, "few answers looped: an empty claim"
     assert all(end in (0, len(answer(finished))) for end, finished in zip(ends, looping))
+    assert [finished.row.looped for finished in looping] == list(map(bool, ends))
 
 
 def test_a_small_context_ends_an_answer_and_is_never_passed():
     small = tiny_target(vocab_size=263, max_position_embeddings=96)
-    writer, lengths = Writer(small, template(), SETTINGS, (), 5), []
-    with torch.inference_mode():
-        for finished in writer.write(1):
-            lengths.append(len(finished.row.tokens))
-            if len(lengths) == 5:
-                break
+    lengths = [len(finished.row.tokens) for finished in written(5, 5, by=lambda: small)]
     assert 90 < max(lengths) <= 96
-
-
-# ---- shards ----
-
-
-def conversations_in(paths) -> list[list[int]]:
-    found = []
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            tokens, lengths = file.get_tensor("tokens"), file.get_tensor("lengths").tolist()
-        found += [part.tolist() for part in tokens.split(lengths)]
-    return found
-
-
-@torch.inference_mode()
-def write(folder, tokens: int, report=lambda written, dropped: None) -> int:
-    return write_shards(Writer(target(), template(), SHARDED, QUESTIONS, 4), folder, 1, tokens, 5, report)
-
-
-def files(folder) -> list:
-    return sorted(folder.iterdir())
-
-
-def test_a_stopped_run_goes_on_behind_its_last_shard(tmp_path):
-    """Shards written before the stop are those of an uninterrupted run and stay as they are. Behind them every conversation is the one
-    of its (seed, index), none comes twice, and all that is missing are the few that were in flight at the stop."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    every = by_index(written(40, slots=4, settings=SHARDED, questions=QUESTIONS))
-    index_of = {tuple(tokens): index for index, tokens in every.items()}
-    counts: list[int] = []
-    assert write(whole, 460, lambda written, dropped: counts.append(written)) == counts[-1] >= 460
-    assert len(counts) >= 3
-
-    def stop(now, dropped):
-        if now == counts[1]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(parts, 460, stop)
-    assert [file.name for file in files(parts)] == ["00000001-00000.safetensors", "00000001-00001.safetensors"]
-    for ours, theirs in zip(files(parts), files(whole)):
-        assert shard_metadata(ours) == shard_metadata(theirs)
-        ours, theirs = load_file(ours), load_file(theirs)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    before = [file.read_bytes() for file in files(parts)]
-    assert write(parts, 460) >= 460
-    assert [file.read_bytes() for file in files(parts)[:2]] == before
-    assert [file.name for file in files(parts)] == [f"00000001-{number:05d}.safetensors" for number in range(len(files(parts)))]
-    resumed = [index_of[tuple(tokens)] for tokens in conversations_in(files(parts))]
-    assert len(set(resumed)) == len(resumed) == 5 * len(files(parts))
-    last = max(resumed[:10])
-    assert last == max(map(last_index, files(parts)[:2])) and min(resumed[10:]) > last
-    lost = {index for index in every if index <= last} - set(resumed)
-    assert len(lost) <= 3  # slots but for the one that finished last
-
-
-def test_enough_data_is_not_written_again(tmp_path):
-    write(tmp_path, 200)
-    before = {file.name: file.stat().st_mtime_ns for file in files(tmp_path)}
-    assert write(tmp_path, 200) == sum(map(answer_tokens, files(tmp_path)))
-    assert {file.name: file.stat().st_mtime_ns for file in files(tmp_path)} == before
-
-
-def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
-    save = selfplay.save_file
-
-    def half(tensors, path, metadata):
-        save(tensors, path, metadata)
-        path.write_bytes(path.read_bytes()[:100])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(selfplay, "save_file", half)
-    with pytest.raises(OSError, match="No space left"):
-        write(tmp_path, 100)
-    assert list(tmp_path.glob("*.safetensors")) == []
-    monkeypatch.undo()
-    assert write(tmp_path, 100) >= 100
-    assert sum(len(example.tokens) for example in shard_examples(sorted(tmp_path.glob("*.safetensors")), 1024)) > 100
-
-
-def test_answer_tokens_are_counted(tmp_path):
-    written_ = write(tmp_path, 100)
-    examples = shard_examples(files(tmp_path), 1024)
-    assert written_ == sum(number >= 0 for example in examples for number in example.answers)
-
-
-# ---- folders ----
-
-
-def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
-    claim_folder(tmp_path / "own", SETTINGS)
-    claim_folder(tmp_path / "own", SETTINGS)
-    other = replace(SETTINGS, answer_top_p=0.9, target="else")
-    with pytest.raises(EyasError, match=r"holds self-written data of other settings \(answer_top_p, target differ\)") as caught:
-        claim_folder(tmp_path / "own", other)
-    assert "\n" not in str(caught.value)
-    assert json.loads((tmp_path / "own" / "key.json").read_text())["target"] == "tiny"
-
-
-def test_other_settings_have_another_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path))
-    changed = [replace(SETTINGS, **change) for change in ({"target": "x"}, {"taps": (0, 1, 2)}, {"seed_prompts": "f"}, {"version": 4})]
-    folders = [data_folder(settings) for settings in (SETTINGS, *changed)]
-    assert len(set(folders)) == 5 and all(folder.is_relative_to(tmp_path) for folder in folders)
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EyasError, match=r"cannot write .* set EYAS_CACHE to a directory that can be written"):
-        claim_folder(tmp_path / "file" / "cache", SETTINGS)
 
 
 def test_a_template_that_hides_the_question_is_refused():
     with pytest.raises(EyasError, match="does not show a user turn as it is written; train from conversations with --data"):
         Template(byte_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}"), (END,))
-
-
-def test_two_workers_write_until_there_is_enough(tmp_path):
-    """Real processes on a saved target; a second call finds the data there and starts none."""
-    directory = save_tiny_target(tmp_path / "target")
-    settings = replace(SETTINGS, target=directory_hash(directory))
-    told: list[int] = []
-    write_own_data(directory, tmp_path / "data", settings, (), 300, 2, told.append)
-    shards = sorted((tmp_path / "data").glob("*.safetensors"))
-    assert sum(map(answer_tokens, shards)) >= 300 and told == sorted(told)
-    assert {shard.name[:8] for shard in shards} <= {"00000001", "00000002"}
-    examples = shard_examples(shards, 1024)
-    assert all(example.tokens[: len(template().before)] == template().before for example in examples)
-    assert len({tuple(example.tokens) for example in examples}) == len(examples)  # the two have seeds of their own
-    names = [shard.name for shard in shards]
-    write_own_data(directory, tmp_path / "data", settings, (), 300, 2, told.append)
-    assert told[-1] == 300 and [shard.name for shard in sorted((tmp_path / "data").glob("*.safetensors"))] == names

@@ -1,0 +1,216 @@
+"""What `train` and `new-draft` train on: the user's conversations, or shards that the target writes (and has written before)."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from eyas.bench.prompts import read_prompts
+from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
+from eyas.engine import load_tokenizer
+from eyas.train.conversations import Document, read_conversations, render, truncate
+from eyas.train.features import Example, document_examples, shard_examples
+from eyas.train.selfplay import Asked, SelfPlay
+from eyas.train.shards import Counts, check_shards, counts_of, data_folder, settings_of_folder
+from eyas.train.template import Template
+from eyas.train.writers import Limit, write_own_data
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """How the target is to write: template, settings, and the questions that a user brings."""
+
+    template: Template
+    play: SelfPlay
+    questions: list[Asked]
+    directory: Path  # of the target
+
+    @property
+    def folder(self) -> Path:
+        return data_folder(self.play)
+
+    def write(self, limit: Limit, workers: int, report: Any) -> list[Path]:
+        """Let the target write what is missing; the shards to train on."""
+        return write_own_data(self.directory, self.folder, self.play, self.questions, limit, workers, report)
+
+
+def own_words(
+    directory: Path,
+    config: TargetConfig,
+    taps: tuple[int, int, int],
+    hash_of_target: str,
+    seed_prompts: str | None,
+    regenerate: str | None,
+    console: Console,
+) -> OwnWords:
+    template = Template(load_tokenizer(directory), config.eos_token_ids)
+    check_tokenizer(template.tokenizer, config, directory)
+    if not template.chat:
+        console.print("no chat template: the target writes plain text instead of conversations, and its draft is for --raw", markup=False)
+    questions, key = regenerated_questions(regenerate, template, console) if regenerate else seed_questions(seed_prompts, console)
+    play = SelfPlay(
+        target=hash_of_target, template=template.text, taps=taps, seed_prompts=key, seeded_share=SelfPlay.seeded_share if key else 0.0
+    )
+    if regenerate:
+        play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=key, regenerate=True)
+    return OwnWords(template, play, questions, directory)
+
+
+def check_tokenizer(tokenizer: Any, config: TargetConfig, directory: Path) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise EyasError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, its model {config.vocab_size}: they do not belong together; "
+            "put the model's own tokenizer there"
+        )
+
+
+def seed_questions(path: str | None, console: Console) -> tuple[list[Asked], str]:
+    """User turns of a file, and a key that names it and what it holds."""
+    if not path:
+        return [], ""
+    items, complaints = read_prompts(path)
+    if complaints:
+        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+    questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
+    return [Asked((question,)) for question in questions], key_of(path, questions)
+
+
+def regenerated_questions(path: str, template: Template, console: Console) -> tuple[list[Asked], str]:
+    """The user turns of a file's conversations, whose answers the target is to write anew."""
+    if not template.chat:
+        raise EyasError("--regenerate needs a target with a chat template: it answers the file's user turns")
+    conversations, complaints = read_conversations(path)
+    if complaints:
+        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+    found = []
+    for _, messages in conversations:
+        systems = [message["content"] for message in messages if message["role"] == "system"]
+        turns = tuple(message["content"] for message in messages if message["role"] == "user")
+        if turns:
+            found.append(Asked(turns, systems[0] if systems else None))
+    if not found:
+        raise EyasError(f"{path} holds no user turn to answer")
+    return found, key_of(path, found)
+
+
+def key_of(path: str, content: Any) -> str:
+    return f"{Path(path).name} {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+
+
+def disk_limit(gigabytes: float | None, folder: Path) -> float:
+    """Bytes that self-written data may take: what the user says, else a share of what is free."""
+    if gigabytes is not None:
+        if not gigabytes > 0:
+            raise EyasError(f"--disk must be above 0 gigabytes, not {gigabytes}")
+        return gigabytes * 1e9
+    return DISK_SHARE * (free_space(folder) + sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where a folder lies or will lie."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- examples ----
+
+
+def from_conversations(path: Path, directory: Path, settings: TrainSettings, console: Console) -> tuple[list[Example], dict[str, Any]]:
+    conversations, complaints = read_conversations(path)
+    tokenizer = load_tokenizer(directory)
+    if not getattr(tokenizer, "chat_template", None):
+        raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; use the target's instruction-tuned form")
+    documents: list[Document] = []
+    for line, messages in conversations:
+        try:
+            document = truncate(render(tokenizer, messages), settings.max_length)
+        except EyasError as error:
+            complaints.append(f"line {line}: {error}")
+            continue
+        if document:
+            documents.append(document)
+        else:
+            complaints.append(f"line {line}: too little of an answer in its first {settings.max_length} tokens")
+    for complaint in complaints[:5]:
+        console.print(f"skipped: {complaint}", markup=False, soft_wrap=True)
+    if complaints:
+        console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
+    if not documents:
+        raise EyasError(f"{path} holds no conversation with an answer to learn from; the first was skipped since {complaints[0]}")
+    examples, twins = without_twins(document_examples(documents))
+    facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
+    return examples, {"data": facts}
+
+
+def without_twins(examples: list[Example]) -> tuple[list[Example], int]:
+    """Each text once, and how many were dropped: a twin of a held-out conversation must not train."""
+    kept = list({tuple(example.tokens): example for example in examples}.values())
+    return kept, len(examples) - len(kept)
+
+
+def from_self_play(
+    options: argparse.Namespace, words: OwnWords, settings: TrainSettings, wanted: int, workers: int, before: dict[str, Any] | None
+) -> tuple[list[Example], dict[str, Any]]:
+    """Let the target write `wanted` answer tokens (all that a file asks for under --regenerate), then read those shards and --shards'.
+
+    `before`: the checkpoint of a run to resume.
+    """
+    folders = [Path(folder).expanduser().resolve() for folder in dict.fromkeys(options.shards)]
+    for folder in folders:
+        check_shards(folder, words.play)
+    shards = [shard for folder in folders for shard in sorted(folder.glob("*.safetensors"))]
+    if options.self_play or options.regenerate or not folders:
+        endless = words.play.regenerate and options.self_play is None
+        limit = Limit(tokens=math.inf if endless else wanted, bytes=disk_limit(options.disk, words.folder))
+        with progress(Console(stderr=True, highlight=False)) as bar:
+            task = bar.add_task("the target writes", total=None if endless else wanted)
+            written = words.write(limit, workers, lambda count: bar.update(task, completed=count))
+        shards += [shard for shard in written if shard not in shards]
+        folders = list(dict.fromkeys([*folders, words.folder.resolve()]))
+    return shard_facts(shards, folders, settings, before)
+
+
+def shard_facts(
+    shards: list[Path], folders: list[Path], settings: TrainSettings, before: dict[str, Any] | None
+) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of some shards, and what they are. A resumed run goes on with the shards that it began with."""
+    used = before["facts"]["data"].get("shards") if before else None
+    if used is not None:
+        missing = set(used) - set(map(place_of, shards))
+        if missing:
+            raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
+        shards = [shard for shard in shards if place_of(shard) in set(used)]
+    examples, twins = without_twins(shard_examples(shards, settings.max_length))
+    if not examples:
+        raise EyasError("the shards hold no conversation with an answer to learn from; let the target write more")
+    counts = sum(map(counts_of, shards), Counts())
+    facts = {
+        "kind": "self-written",
+        **asdict(counts),
+        "conversations": len(examples),
+        "duplicates_dropped": twins,
+        "settings": [settings_of_folder(folder) for folder in folders],
+        "shards": list(map(place_of, shards)),
+    }
+    return examples, {"data": facts}
+
+
+def place_of(shard: Path) -> str:
+    """A shard's folder and name: names alone are alike in every folder."""
+    return f"{shard.parent.name}/{shard.name}"
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=console
+    )

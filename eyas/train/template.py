@@ -1,0 +1,68 @@
+"""The chat template cut open, so that a model can write both sides of a conversation, token by token.
+
+Knows a tokenizer; knows nothing of models or sampling. A tokenizer without a chat template gives plain text mode: no questions, the whole
+text is one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from eyas.config import EyasError
+
+PROBE = "\ue001question\ue001"  # private-use characters: stand in for turns while the template shows where it puts them
+SAID = "\ue002answer\ue002"
+PLAIN_TEXT = "plain text, no chat template"
+
+
+class Template:
+    """Tokens before the first question (`before`), between question and answer (`after`), between answer and next question (`again`).
+
+    `again` is empty where the template rewrites earlier turns: conversations then have one. `ends`: tokens that end a turn.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+        self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "chat_template", None))
+        self.after: list[int] = []
+        self.again: list[int] = []
+        if not self.chat:
+            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            if first is None and not end_ids:
+                raise EyasError("the tokenizer has neither a chat template nor a token that text begins with; train with --data")
+            self.text, self.ends = PLAIN_TEXT, set(end_ids)
+            self.before: list[int] = [end_ids[0] if first is None else first]
+            return
+        self.text = self.rendered(PROBE)
+        if self.text.count(PROBE) != 1:
+            raise EyasError("the chat template does not show a user turn as it is written; train from conversations with --data")
+        before, after = self.text.split(PROBE)
+        self.before, self.after, self.again = self.tokens(before), self.tokens(after), self.tokens(self.between_turns())
+        self.text = before + "{question}" + after
+        self.ends = {*end_ids, self.after[0]}
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def rendered(self, question: str, system: str | None = None) -> str:
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": question})
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def before_with(self, system: str) -> list[int]:
+        """`before` under another system message."""
+        text = self.rendered(PROBE, system)
+        return self.tokens(text[: text.index(PROBE)])
+
+    def between_turns(self) -> str:
+        """What is written between an answer and the next question, from the end-of-turn token on; nothing where turns are rewritten."""
+        turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": SAID}, {"role": "user", "content": PROBE}]
+        try:
+            whole = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            return ""
+        if not whole.startswith(self.text + SAID) or whole.count(PROBE) != 2:
+            return ""
+        return whole[len(self.text + SAID) : whole.rindex(PROBE)]

@@ -1,0 +1,165 @@
+"""Processes that let the target write, one thread each, until there is enough of its text, time is up, or the disk's share is used.
+
+Each worker writes every n-th shard that is missing, so a folder's first shards hold the same text however many workers there were and
+however often they were killed (where a row's sums do not depend on the pass's other rows: model/native.py). Knows shards and processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+from eyas.config import EyasError
+from eyas.model import native
+from eyas.model.linear import cpu_multiplies_bfloat16
+from eyas.model.weights import target_config
+from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
+from eyas.train.shards import Folder, claim_folder, write_shards
+from eyas.train.template import Template
+
+SPARE_BYTES = 2 << 30  # of the disk, left free whatever the budget
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When writing ends: whichever of these is reached first."""
+
+    tokens: float = math.inf  # answer tokens
+    minutes: float = math.inf
+    bytes: float = math.inf  # of all shards together
+
+
+def write_own_data(
+    directory: Path,
+    folder: Path,
+    settings: SelfPlay,
+    questions: Sequence[Asked],
+    limit: Limit,
+    workers: int,
+    report: Callable[[int], None],
+) -> list[Path]:
+    """Let workers write until `limit`, and return the shards to train on: with a limit of tokens, the first ones that hold so many."""
+    claim_folder(folder, settings)
+    deadline = time.monotonic() + 60 * limit.minutes
+    shards = Folder(folder).look()
+    last = -(-len(questions) // settings.per_shard) if settings.regenerate else math.inf
+
+    def done() -> bool:
+        total = shards.look().total()
+        enough = math.isfinite(limit.tokens) and shards.in_order(int(limit.tokens)) is not None
+        kept = settings.per_shard * len(shards.counts) - total.dropped
+        late = time.monotonic() >= deadline and kept > 1  # one to train on and one to measure with, however little time there is
+        return enough or late or full(total.bytes) or len(shards.counts) >= last
+
+    def full(used: int) -> bool:
+        return used >= limit.bytes or shutil.disk_usage(folder).free < SPARE_BYTES
+
+    report(int(min(shards.total().answer_tokens, limit.tokens)))
+    if not done():
+        workers = affordable(workers, directory, settings)
+        write_in_processes(directory, shards, settings, questions, workers, slots_for(limit), done, report, limit.tokens)
+    total = shards.total()
+    chosen = shards.in_order(int(limit.tokens)) if math.isfinite(limit.tokens) else sorted(shards.counts)
+    short = (chosen is None and len(shards.counts) < last) or total.answer_tokens == 0
+    if short and full(total.bytes):
+        raise EyasError(
+            f"{folder} has used its share of the disk ({total.bytes / 1e9:.1f} GB) at {total.answer_tokens} answer tokens; "
+            "ask for fewer, or give more with --disk"
+        )
+    if short or not done():
+        raise EyasError(f"the target stopped writing at {total.answer_tokens} answer tokens; see the error above")
+    return [shards.file(number) for number in (sorted(shards.counts) if chosen is None else chosen)]
+
+
+def write_in_processes(
+    directory: Path,
+    shards: Folder,
+    settings: SelfPlay,
+    questions: Sequence[Asked],
+    workers: int,
+    slots: int,
+    done: Callable[[], bool],
+    report: Callable[[int], None],
+    wanted: float,
+) -> None:
+    for unfinished in shards.path.glob("*.tmp"):  # of a writer that was killed
+        unfinished.unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    there = frozenset(shards.counts)  # looked up once: workers that each looked would divide different lists
+    processes = [
+        context.Process(target=work, args=(directory, shards.path, settings, list(questions), slots, there, number, workers), daemon=True)
+        for number in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes) and not done():
+            wait([process.sentinel for process in processes if process.is_alive()], timeout=2.0)
+            report(int(min(shards.total().answer_tokens, wanted)))
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+    shards.look()
+
+
+def slots_for(limit: Limit) -> int:
+    """Fewer in flight where little is wanted: each is written faster then, and the first shards are there in time."""
+    return SLOTS if limit.minutes > 20 and limit.tokens > 50_000 else SLOTS // 4
+
+
+def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
+    """So many of the workers as half of the free memory can hold (where the system says how much that is), at least one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return workers
+    config = target_config(directory)
+    weights = 3 * sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # as stored, in float32 while loading
+    keys = 8 * SLOTS * settings.longest * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # at most 4 bytes each
+    return max(1, min(workers, free // 2 // (weights + keys)))
+
+
+def work(
+    directory: Path, folder: Path, settings: SelfPlay, questions: list[Asked], slots: int, there: frozenset[int], number: int, workers: int
+) -> None:
+    """Worker `number`: a process with one thread, until it is ended from outside or there is nothing left to ask."""
+    from eyas.engine import load_target, load_tokenizer
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    with torch.inference_mode():
+        target = load_target(directory, writing_precision()).prepare()
+        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
+        writer = Writer(target, template, settings, questions, slots)
+        missing = (shard for shard in itertools.count() if shard not in there)
+        for _ in write_shards(writer, Folder(folder), itertools.islice(missing, number, None, workers)):
+            pass
+
+
+def writing_precision() -> str:
+    """bf16 halves keys and values; where nothing multiplies it fast, rows would be computed one by one."""
+    return "bf16" if native.kernel() is not None or cpu_multiplies_bfloat16() else "fp32"
+
+
+def die_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and two sets of them would write the same shards."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
