@@ -102,6 +102,8 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     )
     train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
     train.add_argument("--seed", type=int, default=TrainSettings.seed)
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
+    train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
 
 

@@ -157,6 +157,9 @@ class TrainSettings:
 
     unroll_steps: int = 7
     step_keep: float = 0.5  # share of slots that go on from a step to the next: deep steps on fewer slots, 2.8 times the slots a second
+    loss: str = "soft"  # the paper's cross-entropy; lk-alpha and lk-lambda are about acceptance itself (train/losses.py)
+    loss_from: float = 0.0  # share of the budget before which `loss` is the cross-entropy whatever it says
+    teacher_temperature: float = 1.0  # below 1 the teacher's law is sharpened
     step_decay: float = 0.8  # weight of step i is step_decay ** i (the paper's)
     draft_vocab_size: int = 8192
     tokens_per_batch: int = 640  # three minutes from scratch reached simulated tau 1.09 with 2048, 1.25 with 640
@@ -171,6 +174,8 @@ class TrainSettings:
     seed: int = 0
     measure_steps: int = 500  # between measurements of held-out acceptance, by which the best weights are chosen
     checkpoint_minutes: float = 5.0
+    autocast: bool = False  # products in bfloat16 over float32 weights: on CUDA, and on CPUs that multiply it fast
+    top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and for good
     fc_norm: bool = False
     norm_output: bool = False
 

@@ -8,6 +8,7 @@ import platform
 import random
 import shlex
 import sys
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 import eyas
 from eyas.commands.data import from_conversations, from_self_play, own_words, progress
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, default_taps
-from eyas.engine import load_target, target_directory
+from eyas.engine import check_device, load_target, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
@@ -27,13 +28,25 @@ from eyas.model.weights import directory_hash, target_config
 from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates
+from eyas.train.losses import LOSSES
+from eyas.train.parallel import Peers
 
 
 def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     budget = budget_from(options)
+    check_device(options.device)
+    peers = Peers.join(options.device)
+    try:
+        return run_with(options, settings, budget, peers)
+    finally:
+        peers.leave()
+
+
+def run_with(options: argparse.Namespace, settings: TrainSettings, budget: training.Budget, peers: Peers) -> int:
     out = Path(options.out).expanduser().resolve()
-    check_out(out, options.resume)
+    if peers.first:
+        check_out(out, options.resume)
     directory = target_directory(options.target)
     config = target_config(directory)
     taps = taps_from(options.taps, config.num_hidden_layers)
@@ -43,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         )
     workers = options.workers or os.cpu_count() or 1
     hash_of_target = directory_hash(directory)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not peers.first)
     if options.regenerate and not options.data:
         raise EyasError("--regenerate answers anew what a file asks; name it with --data F.jsonl")
     before = training.read_checkpoint(out) if options.resume else None
@@ -56,11 +69,15 @@ def run(options: argparse.Namespace) -> int:
         source: StateSource | None = None
     else:
         words = own_words(directory, config, taps, hash_of_target, options.seed_prompts, options.data, console)
+        if not peers.first:
+            peers.wait()  # while the first lets the target write; then what it needs is there
         examples, facts = from_self_play(options, words, settings, options.self_play or SELF_PLAY_TOKENS, workers, before)
+        if peers.first:
+            peers.wait()
         source = ShardStates()
     facts = {**facts, **facts_of_run(directory, hash_of_target, taps)}
-    target = load_target(directory, "fp32")  # not before: while workers write, each holds its own
-    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console)
+    target = load_target(directory, "fp32", device_of(options.device, peers))  # not before: while workers write, each holds its own
+    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers)
     if before is not None:
         trainer.resume(before)
     try:
@@ -68,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
         raise
+    if not peers.first:
+        return 0
     where = f" --target {shlex.quote(options.target)}" if options.target else ""
     print(f"draft written to {out}; try: eyas generate 'Tell me about hawks.'{where} --draft {shlex.quote(str(out))}")
     return 0
@@ -83,9 +102,40 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
         raise EyasError(f"--learning-rate must be above 0, not {options.learning_rate}")
     if options.draft_vocab < 1:
         raise EyasError(f"--draft-vocab must be at least 1, not {options.draft_vocab}")
-    return TrainSettings(
-        unroll_steps=options.unroll, draft_vocab_size=options.draft_vocab, learning_rate=options.learning_rate, seed=options.seed
-    )
+    named = {
+        "unroll_steps": options.unroll,
+        "draft_vocab_size": options.draft_vocab,
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+        "autocast": options.device.startswith("cuda"),
+    }
+    return TrainSettings(**named | dict(map(setting, options.set)))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`name=value` of --set, the value in the setting's own kind."""
+    name, _, value = text.partition("=")
+    kinds = {known: type(default) for known, default in asdict(TrainSettings()).items()}
+    if name not in kinds:
+        raise EyasError(f"--set {text}: there is no setting {name!r}; there are {', '.join(kinds)}")
+    try:
+        if kinds[name] is bool:
+            return name, {"true": True, "false": False}[value.lower()]
+        if kinds[name] is tuple:
+            return name, tuple(map(float, value.split(",")))
+        found = kinds[name](value)
+    except (ValueError, KeyError):
+        raise EyasError(
+            f"--set {text}: {name} is {TrainSettings.__dataclass_fields__[name].default!r} by default; give one like it"
+        ) from None
+    if name == "loss" and found not in LOSSES:
+        raise EyasError(f"--set {text}: loss must be one of {', '.join(LOSSES)}")
+    return name, found
+
+
+def device_of(device: str, peers: Peers) -> str:
+    """Each process of torchrun has a CUDA device of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and peers.count > 1 else device
 
 
 def budget_from(options: argparse.Namespace) -> training.Budget:
@@ -139,6 +189,7 @@ def make_trainer(
     facts: dict[str, Any],
     workers: int,
     console: Console,
+    peers: Peers | None = None,
 ) -> training.Trainer:
     kept, held_out = hold_out(examples, settings)
     documents = [Document(example.tokens, example.answers) for example in kept]
@@ -151,10 +202,12 @@ def make_trainer(
         draft_config(config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output),
         target.model.embed_tokens.weight.detach(),
     )
-    training.initialise(network, target, vocab, settings.seed)
-    teacher = training.Teacher.of(target.lm_head.weight.detach().clone(), vocab, torch.float32)
+    training.initialise(network, target, vocab, settings.seed, settings.top_layer_only)
+    network.to(target.device)
+    teacher = training.Teacher.of(target.lm_head.weight.detach().clone(), vocab, torch.float32, settings.teacher_temperature)
     source = source or TargetStates(target.prepare(), taps)
-    return training.Trainer(network, vocab, teacher, kept, held_out, source, settings, out, facts, config.num_hidden_layers, workers)
+    layers = config.num_hidden_layers
+    return training.Trainer(network, vocab, teacher, kept, held_out, source, settings, out, facts, layers, workers, peers)
 
 
 def hold_out(examples: list[Example], settings: TrainSettings) -> tuple[list[Example], list[Example]]:

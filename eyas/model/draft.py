@@ -64,6 +64,10 @@ class DraftNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
     def fuse(self, features_N3H: Tensor) -> Tensor:
         """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
         if self.config.fc_norm:

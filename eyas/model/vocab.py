@@ -25,7 +25,7 @@ class DraftVocab:
         return len(self.ids)
 
     def to_target(self, draft_ids: Tensor) -> Tensor:
-        return self.ids[draft_ids]
+        return self.ids.to(draft_ids.device)[draft_ids]
 
     def member(self) -> Tensor:
         """bool [V]; in files `t2d`."""

@@ -1,25 +1,62 @@
-"""What a draft is taught with: cross-entropy against the target's law over the draft vocabulary.
+"""What a draft is taught with: the paper's cross-entropy against the target's law, or losses of acceptance itself.
 
-Knows states, a head and laws; knows nothing of documents or steps. The head is the training's largest matrix, so its gradient is taken
-in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
+Knows states, a head and laws over the draft vocabulary; knows nothing of documents or steps. The head is the training's largest matrix,
+so its gradient is taken in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
+
+p is the teacher's law, q the draft's, and acceptance sum_v min(p_v, q_v) the chance that EAGLE's rule keeps a token drawn from q.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK = 512  # rows of logits held at once; more is slower (the rows leave the cache) and less pays the overhead more often
+DECAY = 3.0  # of the cross-entropy's part in lk-lambda, per acceptance (arXiv 2602.23881)
+
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (log q, q, p), each [n, D] -> loss [n] and its slope by logits [n, D]
 
 
-class SoftCrossEntropy(torch.autograd.Function):
-    """sum over n of weight_n * H(teacher of n, softmax(x_n W^T)), and its terms [N] to look at; teacher rows sum to 1."""
+def cross_entropy(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum p log q (EAGLE-3, draft model training)."""
+    return -torch.einsum("nd,nd->n", p, log_q), q.sub_(p)
+
+
+def acceptance(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """sum min(p, q) [n, 1] and its slope by the logits of q [n, D]."""
+    slope = torch.where(q < p, q, 0.0)
+    accepted = torch.minimum(p, q).sum(-1, keepdim=True)
+    return accepted, slope.sub_(q * slope.sum(-1, keepdim=True))
+
+
+def lk_alpha(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """-log of acceptance (arXiv 2602.23881): learns from a cold start too, since its slope grows where acceptance is low."""
+    accepted, slope = acceptance(q, p)
+    accepted = accepted.clamp_min(1e-6)
+    return -accepted[:, 0].log(), slope.div_(-accepted)
+
+
+def lk_lambda(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """w cross-entropy + (1 - w)(1 - acceptance), w = exp(-3 acceptance) held fixed (arXiv 2602.23881)."""
+    accepted, slope = acceptance(q, p)
+    w = (-DECAY * accepted).exp()
+    entropy, by_logits = cross_entropy(log_q, q, p)
+    return (w * entropy[:, None] + (1 - w) * (1 - accepted))[:, 0], by_logits.mul_(w).sub_(slope.mul_(1 - w))
+
+
+LOSSES: dict[str, Rule] = {"soft": cross_entropy, "lk-alpha": lk_alpha, "lk-lambda": lk_lambda}
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum over n of weight_n * loss(softmax(x_n W^T), teacher of n), and its terms [N] to look at; teacher rows sum to 1."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # a law wants float32, whatever the layer below computed in
     def forward(
-        ctx: Any, x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor
+        ctx: Any, x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor, rule: Rule
     ) -> tuple[Tensor, Tensor]:
         dx, dhead = torch.empty_like(x_NH), torch.empty_like(head_DH)
         terms = torch.empty_like(weight_N)
@@ -27,9 +64,10 @@ class SoftCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             x, teacher, weight = x_NH[rows], teacher_RD[teacher_of_N[rows]], weight_N[rows, None]
             logits = x @ head_DH.t()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            terms[rows] = weight[:, 0] * (normaliser[:, 0] - torch.einsum("nd,nd->n", teacher, logits))
-            dlogits = logits.sub_(normaliser).exp_().sub_(teacher).mul_(weight)
+            log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            loss, dlogits = rule(log_q, log_q.exp(), teacher)
+            terms[rows] = weight[:, 0] * loss
+            dlogits.mul_(weight)
             torch.mm(dlogits, head_DH, out=dx[rows])
             if start == 0:
                 torch.mm(dlogits.t(), x, out=dhead)
@@ -44,12 +82,14 @@ class SoftCrossEntropy(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         if dloss != 1:  # the loss itself is what is derived, as a rule: then both are done
             dx, dhead = dx * dloss, dhead * dloss
-        return dx, dhead, None, None, None
+        return dx, dhead, None, None, None, None
 
 
-def soft_cross_entropy(x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum over rows of the cross-entropy of softmax(x W^T) against the teacher's law, and its terms [N].
+def head_loss(
+    x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor, loss: str = "soft"
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's law, and its terms [N].
 
-    Row n's teacher is `teacher_RD[teacher_of_N[n]]` (EAGLE-3, draft model training). N must not be 0.
+    Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0.
     """
-    return SoftCrossEntropy.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N)
+    return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss])

@@ -29,8 +29,11 @@ from eyas.model.draft import DraftNetwork, save_draft
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
+from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
-from eyas.train.unroll import Batch, loss_slots, unroll, unrolled_loss
+from eyas.train.measure import held_out_tau
+from eyas.train.parallel import Peers
+from eyas.train.unroll import loss_slots, unrolled_loss
 
 CHECKPOINT = "checkpoint"
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
@@ -66,19 +69,20 @@ class Teacher:
 
     head_DH: Tensor
     member_V: Tensor
+    temperature: float = 1.0
 
     @classmethod
-    def of(cls, head_VH: Tensor, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
-        return cls(head_VH[vocab.ids].to(dtype), vocab.member())
+    def of(cls, head_VH: Tensor, vocab: DraftVocab, dtype: torch.dtype, temperature: float = 1.0) -> Teacher:
+        return cls(head_VH[vocab.ids].to(dtype), vocab.member().to(head_VH.device), temperature)
 
     def law(self, hidden_MH: Tensor) -> Tensor:
-        return (hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()).softmax(-1)
+        return (hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()).div_(self.temperature).softmax(-1)
 
     def within(self, favourites_M: Tensor) -> Tensor:
         return self.member_V[favourites_M.clamp_min(0)]
 
 
-def initialise(network: DraftNetwork, target: Target, vocab: DraftVocab, seed: int) -> None:
+def initialise(network: DraftNetwork, target: Target, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
     """Start from the target: its head and final norm, its last layer, and fc as the high feature; the rest small and random.
 
     Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
@@ -100,6 +104,8 @@ def initialise(network: DraftNetwork, target: Target, vocab: DraftVocab, seed: i
         own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)
         network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
         network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
+        if top_layer_only:
+            network.fc.weight[:, : 2 * width] = 0
 
 
 class Trainer:
@@ -118,10 +124,11 @@ class Trainer:
         facts: dict[str, Any],
         target_layers: int,
         workers: int = 1,
+        peers: Peers | None = None,
     ) -> None:
         self.network, self.vocab, self.teacher, self.source = network, vocab, teacher, source
         self.examples, self.held_out, self.settings, self.out, self.facts = examples, held_out, settings, out, facts
-        self.target_layers, self.workers = target_layers, workers
+        self.target_layers, self.workers, self.peers = target_layers, workers, peers or Peers()
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -140,7 +147,7 @@ class Trainer:
         rng = random.Random(f"{self.settings.seed}-{epoch}")
         order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
         found: list[list[Example]] = [[]]
-        together = min(self.workers, 4)  # on many cores some wait rather than batches grow
+        together = min(self.workers * self.peers.count, 4)  # on many cores some wait rather than batches grow
         for start in range(0, len(order), together):
             dealt = order[start : start + together]
             if found[-1] and sum(len(example.tokens) for example in found[-1] + dealt) > self.settings.tokens_per_batch:
@@ -158,31 +165,43 @@ class Trainer:
         drops = torch.rand(len(counted), generator=generator).clamp_min(1e-30).log() / math.log(self.settings.step_keep or 1e-9)
         return torch.minimum(counted, 1 + drops.floor().long())
 
-    def gradients(self, examples: list[Example], depths: Tensor, counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(self, examples: list[Example], depths: Tensor, counts: list[int], rule: str) -> tuple[list[Tensor], list[Tensor]]:
         """A part's share of gradients and of losses by step; each worker computes its own and none writes to `.grad`."""
-        batch, states = make_batch(examples, self.source, self.network.dtype)
-        taught, teacher_of = batch.taught()
-        loss, losses = unrolled_loss(
-            self.network,
-            batch,
-            self.teacher.law(states.hidden[taught]),
-            teacher_of,
-            self.teacher.within(states.favourites),
-            self.settings.unroll_steps,
-            self.settings.step_decay,
-            depths,
-            counts,
-        )
+        device, settings = self.network.device, self.settings
+        with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
+            batch, states = make_batch(examples, self.source, self.network)
+            taught, teacher_of = batch.taught()
+            loss, losses = unrolled_loss(
+                self.network,
+                batch,
+                self.teacher.law(states.hidden[taught]),
+                teacher_of,
+                self.teacher.within(states.favourites),
+                settings.unroll_steps,
+                settings.step_decay,
+                depths.to(device),
+                counts,
+                rule,
+            )
         return list(torch.autograd.grad(loss, self.parameters)), losses
 
-    def step(self, examples: list[Example]) -> list[float]:
-        parts = [part for part in split_evenly(examples, self.workers) if part]
+    def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
+        """One step of the optimiser; `spent`: share of the budget. Returns the mean loss of each unroll step and the gradients' norm."""
+        rule = self.settings.loss if spent >= self.settings.loss_from else "soft"
+        parts = [part for part in split_evenly(examples, self.workers * self.peers.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
         depths = [self.depths(part, seed) for part, seed in zip(parts, seeds)]
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
-        results = list((self.pool.map if self.pool else map)(self.gradients, parts, depths, repeat(counts)))
+        own = slice(self.peers.rank, None, self.peers.count)  # of the parts; the others are for the other processes
+        results = list((self.pool.map if self.pool else map)(self.gradients, parts[own], depths[own], repeat(counts), repeat(rule)))
+        zero = torch.zeros((), device=self.network.device)
+        losses = [sum((found[step] for _, found in results), zero) for step in range(self.settings.unroll_steps)]
         for index, parameter in enumerate(self.parameters):
-            parameter.grad = sum(gradients[index] for gradients, _ in results)
+            shares = [gradients[index] for gradients, _ in results]
+            parameter.grad = sum(shares[1:], shares[0]) if shares else torch.zeros_like(parameter)
+        self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters)])
+        if self.settings.top_layer_only:  # these columns begin at 0 and stay there
+            self.network.fc.weight.grad[:, : 2 * self.network.config.target_hidden_size] = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
             kept = "its last checkpoint is untouched" if (self.out / CHECKPOINT).exists() else "nothing was saved yet"
@@ -193,7 +212,7 @@ class Trainer:
             self.optimiser.step()
             self.progress.steps += 1
             self.progress.slots += counts[0]
-        return [float(sum(losses[step] for _, losses in results)) for step in range(self.settings.unroll_steps)] + [norm]
+        return [*map(float, losses), norm]
 
     def learning_rate(self, spent: float) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` over the budget."""
@@ -211,12 +230,12 @@ class Trainer:
             for batch in self.remaining():
                 if self.progress.steps and self.progress.steps % self.settings.measure_steps == 0:
                     self.measure()  # here, so that a run stopped while it measures does so when it goes on
-                spent = budget.spent(self.progress)
+                spent = self.peers.agree(budget.spent(self.progress), self.network.device)
                 if spent >= 1:
                     break
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.learning_rate(spent)
-                losses = self.step(batch)
+                losses = self.step(batch, spent)
                 self.progress.minutes = before + (time.monotonic() - started) / 60
                 report(self.progress, losses, spent)
                 if time.monotonic() - saved > self.settings.checkpoint_minutes * 60:
@@ -244,7 +263,8 @@ class Trainer:
         """Add held-out simulated tau and acceptance by step to the curve, once a step."""
         if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
             return
-        tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
+        with self.network.device:
+            tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
         point = {
             "step": self.progress.steps,
             "slots": self.progress.slots,
@@ -261,6 +281,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the draft, as it was when it accepted most, and what a resumed run needs, all or nothing."""
+        if not self.peers.first:
+            return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
             save_draft(work, self.network, self.vocab, self.target_layers, self.best)
             told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
@@ -326,49 +348,3 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if held:
         raise KeyboardInterrupt
-
-
-def make_batch(examples: Sequence[Example], source: StateSource, dtype: torch.dtype) -> tuple[Batch, Any]:
-    """Lay examples end to end; answers get numbers of their own."""
-    states = source.states(examples)
-    tokens = torch.tensor([token for example in examples for token in example.tokens])
-    lengths = [len(example.tokens) for example in examples]
-    return Batch(tokens, states.features.to(dtype), numbered_answers(examples), lengths), states
-
-
-def numbered_answers(examples: Sequence[Example]) -> Tensor:
-    """Answer numbers [M] of examples laid end to end, no number twice; -1 outside."""
-    answers, used = [], 0
-    for example in examples:
-        answers += [number + used if number >= 0 else -1 for number in example.answers]
-        used += 1 + max(example.answers)
-    return torch.tensor(answers)
-
-
-def split_evenly(examples: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Parts of about equal tokens, the longest documents dealt first."""
-    found: list[list[Example]] = [[] for _ in range(parts)]
-    for example in sorted(examples, key=lambda example: -len(example.tokens)):
-        min(found, key=lambda part: sum(len(held.tokens) for held in part)).append(example)
-    return found
-
-
-def held_out_tau(
-    network: DraftNetwork, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, settings: TrainSettings
-) -> tuple[float, list[float]]:
-    """Simulated tau (1 + mean number of leading steps right) over all slots, and P(step k right | steps before right)."""
-    steps = settings.unroll_steps
-    alive, right = [0] * steps, [0] * steps
-    slots_seen = 0
-    for first in range(0, len(examples), 8):
-        batch, states = make_batch(examples[first : first + 8], source, network.dtype)
-        good = torch.ones(len(batch.tokens), dtype=torch.bool)
-        for i, step in enumerate(unroll(network, batch, steps)):
-            slots_seen += len(step.slots) if i == 0 else 0
-            guesses = vocab.to_target(network.logits(step.a).argmax(-1))
-            hit = guesses == states.favourites[step.teacher_rows]
-            before = good[step.slots]
-            alive[i] += int(before.sum())
-            right[i] += int((hit & before).sum())
-            good[step.slots] = hit & before
-    return 1 + sum(right) / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]

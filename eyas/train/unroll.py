@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eyas.model.draft import DraftNetwork
-from eyas.train.losses import soft_cross_entropy
+from eyas.train.losses import head_loss
 
 # Axes: M rows of all documents of a batch, N slots that count at a step, H width, D draft vocabulary
 
@@ -150,8 +150,9 @@ def unrolled_loss(
     decay: float,
     depths: Tensor | None = None,
     counts: Sequence[int] | None = None,
+    loss: str = "soft",
 ) -> tuple[Tensor, list[Tensor]]:
-    """Sum over steps i of decay**i times the mean cross-entropy of step i, and those means.
+    """Sum over steps i of decay**i times the mean loss of step i (a name in losses.py), and those means.
 
     `counts`: slots of each step that its mean is over, where this is a part of a larger batch: parts add up to the whole.
 
@@ -165,6 +166,6 @@ def unrolled_loss(
     rows = torch.cat([step.teacher_rows for step in found])
     a = torch.cat([step.a for step in found])
     weight = torch.cat([within_M[step.teacher_rows].to(a.dtype) * share for step, share in zip(found, shares)])
-    total, terms = soft_cross_entropy(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight)
+    total, terms = head_loss(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight, loss)
     means = [part.sum() / decay**i for i, part in enumerate(terms.split(sizes))]
     return total, means + [torch.zeros(())] * (steps - len(means))

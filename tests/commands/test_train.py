@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from eyas.config import TrainSettings
 from eyas.model import weights
@@ -155,8 +159,8 @@ def test_a_checkpoint_of_other_settings_is_refused(models, run, data, tmp_path):
 def test_ctrl_c_in_train_saves_and_says_how_to_go_on(models, run, data, tmp_path, monkeypatch):
     out, steps = tmp_path / "my draft", training.Trainer.step
 
-    def interrupted(self, batch):
-        losses = steps(self, batch)
+    def interrupted(self, *batch):
+        losses = steps(self, *batch)
         if self.progress.steps == 2:
             raise KeyboardInterrupt
         return losses
@@ -172,3 +176,52 @@ def test_ctrl_c_in_train_saves_and_says_how_to_go_on(models, run, data, tmp_path
     monkeypatch.undo()
     assert run(*again)[0] == 0
     assert json.loads((out / "training.json").read_text())["steps"] == 4
+
+
+def test_two_processes_train_as_one_does(models, run, data, tmp_path):
+    """torchrun with gloo: the loss of every step, the weights and the curve are those of one process on the same batches."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    more = ["--steps", "6", "--set", "measure_steps=2"]
+    assert run(*train(models, alone, data, *more, "--workers", "2"))[0] == 0
+    words = [*map(str, train(models, together, data, *more, "--workers", "1"))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eyas", *words]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("draft written to") == 1
+    ours, theirs = (json.loads((out / "training.json").read_text()) for out in (alone, together))
+    without_clock = [[{**point, "minutes": 0} for point in told["curve"]] for told in (ours, theirs)]
+    assert without_clock[0] == without_clock[1] and [point["step"] for point in ours["curve"]] == [2, 4, 6]
+    assert ours["slots"] == theirs["slots"]
+    one, two = (load_file(out / "model.safetensors") for out in (alone, together))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_any_setting_of_training_can_be_named(models, run, data, tmp_path):
+    out = tmp_path / "draft"
+    wanted = ["--set", "loss=lk-lambda", "--set", "norm_output=true", "--set", "betas=0.8,0.9", "--set", "step_keep=1"]
+    assert run(*train(models, out, data, "--steps", "2", *wanted))[0] == 0
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert (settings["loss"], settings["norm_output"], settings["betas"], settings["step_keep"]) == ("lk-lambda", True, [0.8, 0.9], 1.0)
+    assert json.loads((out / "config.json").read_text())["norm_output"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("speed=9", "there is no setting 'speed'; there are unroll_steps, "),
+        ("clip=much", "clip is 1.0 by default; give one like it"),
+        ("loss=best", "loss must be one of soft, lk-alpha, lk-lambda"),
+        ("fc_norm=maybe", "fc_norm is False by default; give one like it"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_one_line(models, run, data, tmp_path, text, said):
+    status, _, err = run(*train(models, tmp_path / "draft", data, "--set", text))
+    assert status == 2 and err.startswith(f"eyas: --set {text}: {said}") and err.count("\n") == 1
+
+
+def test_only_the_top_layer_means_that_the_others_never_weigh(models, run, data, tmp_path):
+    out = tmp_path / "draft"
+    assert run(*train(models, out, data, "--steps", "3", "--set", "top_layer_only=true"))[0] == 0
+    fc = load_file(out / "model.safetensors")["fc.weight"]
+    width = fc.shape[1] // 3
+    assert not fc[:, : 2 * width].any() and fc[:, 2 * width :].any()

@@ -23,8 +23,10 @@ from eyas.model.draft import DraftNetwork, draft_config, load_draft
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import read_tensors
 from eyas.train import trainer as training
+from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example, TargetStates
-from eyas.train.trainer import Budget, Teacher, Trainer, held_out_tau, initialise, make_batch, split_evenly
+from eyas.train.measure import held_out_tau
+from eyas.train.trainer import Budget, Teacher, Trainer, initialise
 from eyas.train.unroll import unrolled_loss
 from tests.tiny import reference_weights, save_tiny_target, tiny_target
 
@@ -241,7 +243,7 @@ def test_two_workers_give_the_gradient_of_one(tmp_path):
 def test_one_step_is_the_gradient_of_the_unrolled_loss(tmp_path):
     trainer = make_trainer(tmp_path, replace(SETTINGS, step_keep=1.0, clip=1e9))
     documents = list(examples()[4:8])
-    batch, states = make_batch(documents, trainer.source, torch.float64)
+    batch, states = make_batch(documents, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
     loss, losses = unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)
     expected = torch.autograd.grad(loss, trainer.parameters)
@@ -284,7 +286,7 @@ def test_parts_have_about_equal_tokens_and_lose_nothing():
 
 
 def held_out_loss(trainer: Trainer) -> float:
-    batch, states = make_batch(trainer.held_out, trainer.source, trainer.network.dtype)
+    batch, states = make_batch(trainer.held_out, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
     with torch.no_grad():
         return float(unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)[0])

@@ -1,0 +1,42 @@
+"""Examples laid end to end, and dealt to workers.
+
+Knows examples and where their states come from; knows nothing of losses or of the order in which examples are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eyas.model.draft import DraftNetwork
+from eyas.train.features import Example, States, StateSource
+from eyas.train.unroll import Batch
+
+
+def make_batch(examples: Sequence[Example], source: StateSource, network: DraftNetwork) -> tuple[Batch, States]:
+    """Lay examples end to end where the network is; answers get numbers of their own."""
+    device = network.device
+    features, hidden, favourites = (tensor.to(device) for tensor in source.states(examples))
+    tokens = torch.tensor([token for example in examples for token in example.tokens], device=device)
+    lengths = [len(example.tokens) for example in examples]
+    batch = Batch(tokens, features.to(network.dtype), numbered_answers(examples).to(device), lengths)
+    return batch, States(features, hidden, favourites)
+
+
+def numbered_answers(examples: Sequence[Example]) -> Tensor:
+    """Answer numbers [M] of examples laid end to end, no number twice; -1 outside."""
+    answers, used = [], 0
+    for example in examples:
+        answers += [number + used if number >= 0 else -1 for number in example.answers]
+        used += 1 + max(example.answers)
+    return torch.tensor(answers)
+
+
+def split_evenly(examples: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Parts of about equal tokens, the longest documents dealt first."""
+    found: list[list[Example]] = [[] for _ in range(parts)]
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        min(found, key=lambda part: sum(len(held.tokens) for held in part)).append(example)
+    return found

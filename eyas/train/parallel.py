@@ -1,0 +1,63 @@
+"""Several processes that train one draft, as `torchrun` starts them: each takes a part of every batch, gradients are summed.
+
+Knows ranks and tensors; knows nothing of drafts. Each gradient is a share of one mean over the whole batch, so the sum over processes is
+the gradient of one process on that batch; DistributedDataParallel would average means over parts, which differ in their slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+WAIT = timedelta(hours=48)  # the others wait while the first lets the target write
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, device: str = "cpu") -> Peers:
+        """Meet the other processes, where `torchrun` started several."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if not distributed.is_initialized():
+            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=WAIT)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+    def agree(self, value: float, device: torch.device) -> float:
+        """The first process's value: clocks differ, and all must stop at the same step."""
+        if self.count == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64, device=device)
+        distributed.broadcast(told, src=0)
+        return float(told)
+
+    def wait(self) -> None:
+        if self.count > 1:
+            distributed.barrier()
+
+    def leave(self) -> None:
+        if self.count > 1:
+            distributed.destroy_process_group()

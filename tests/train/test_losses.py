@@ -1,0 +1,54 @@
+"""Claims about the losses: values and gradients are those that autograd finds for the plain formula, chunk by chunk or at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eyas.train import losses
+from eyas.train.losses import LOSSES, head_loss
+
+N, H, D, R = 13, 6, 17, 9
+
+
+def plain(kind: str, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """[n] as the formulas stand in the papers."""
+    entropy, accepted = -(p * q.log()).sum(-1), torch.minimum(p, q).sum(-1)
+    w = (-3 * accepted).exp().detach()
+    return {"soft": entropy, "lk-alpha": -accepted.log(), "lk-lambda": w * entropy + (1 - w) * (1 - accepted)}[kind]
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_and_gradients_are_those_of_the_plain_formula(kind, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(N, H, generator=draw, dtype=torch.float64).requires_grad_()
+    head = torch.randn(D, H, generator=draw, dtype=torch.float64).requires_grad_()
+    teacher = (2 * torch.randn(R, D, generator=draw, dtype=torch.float64)).softmax(-1)
+    place, weight = torch.randint(0, R, (N,), generator=draw), torch.rand(N, generator=draw, dtype=torch.float64)
+    total, terms = head_loss(x, head, teacher, place, weight, kind)
+    found = torch.autograd.grad(3 * total, [x, head])
+    expected_terms = weight * plain(kind, (x @ head.T).softmax(-1), teacher[place])
+    expected = torch.autograd.grad(3 * expected_terms.sum(), [x, head])
+    torch.testing.assert_close(terms, expected_terms.detach())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_loss_leads_from_a_cold_start_to_a_draft_that_is_accepted(kind):
+    """Free logits that begin with a tenth of acceptance end near all of it."""
+    draw = torch.Generator().manual_seed(2)
+    teacher = (3 * torch.randn(5, D, generator=draw, dtype=torch.float64)).softmax(-1)
+    logits = (-(teacher + 1e-3).log()).requires_grad_()
+    head, rows, weight = torch.eye(D, dtype=torch.float64), torch.arange(5), torch.full((5,), 0.2, dtype=torch.float64)
+
+    def accepted() -> float:
+        return float(torch.minimum(logits.softmax(-1), teacher).sum(-1).mean())
+
+    optimiser, before = torch.optim.Adam([logits], lr=0.05), accepted()
+    for _ in range(400):
+        optimiser.zero_grad()
+        head_loss(logits, head, teacher, rows, weight, kind)[0].backward()
+        optimiser.step()
+    assert before < 0.1 and accepted() > 0.97
