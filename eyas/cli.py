@@ -92,6 +92,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train.add_argument(
         "--minutes", type=float, help=f"stop after so many minutes of training (default {TRAIN_MINUTES:g} if nothing else is given)"
     )
+    train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
     train.add_argument(

@@ -159,7 +159,6 @@ class TrainSettings:
     step_keep: float = 0.5  # share of slots that go on from a step to the next: deep steps on fewer slots, 2.8 times the slots a second
     loss: str = "soft"  # the paper's cross-entropy; lk-alpha and lk-lambda are about acceptance itself (train/losses.py)
     loss_from: float = 0.0  # share of the budget before which `loss` is the cross-entropy whatever it says
-    teacher_temperature: float = 1.0  # below 1 the teacher's law is sharpened
     step_decay: float = 0.8  # weight of step i is step_decay ** i (the paper's)
     draft_vocab_size: int = 8192
     tokens_per_batch: int = 640  # three minutes from scratch reached simulated tau 1.09 with 2048, 1.25 with 640
@@ -173,6 +172,8 @@ class TrainSettings:
     held_out: float = 0.02  # share of documents that only measure
     seed: int = 0
     measure_steps: int = 500  # between measurements of held-out acceptance, by which the best weights are chosen
+    tree_every: int = 4  # measurements from one tau of real rounds with trees to the next; 0: none
+    patience: int = 5  # measurements in a row clearly under the best (over-fitting, not noise) that end the training; 0: none
     checkpoint_minutes: float = 5.0
     autocast: bool = False  # products in bfloat16 over float32 weights: on CUDA, and on CPUs that multiply it fast
     top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and for good

@@ -20,10 +20,11 @@ from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
 from eyas.jsonl import encodable
+from eyas.model.adapter import AdaptedTarget, load_adapted
 from eyas.model.draft import check_fits, config_from_file, load_draft
 from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
-from eyas.model.weights import convert_gguf, file_hash, load_strictly, read_tensors, target_config
+from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUNDLED = Path(__file__).parent / "bundled"
@@ -57,11 +58,16 @@ def target_directory(source: str | Path | None) -> Path:
         raise EyasError(f"could not fetch {source} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
 
 
-def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target:
-    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read)."""
+def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target | AdaptedTarget:
+    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read).
+
+    Families that our own blocks do not compute run through transformers.
+    """
     if precision not in PRECISIONS:
         raise EyasError(f"precision {precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
     config = target_config(directory)
+    if not has_own_blocks(directory):
+        return load_adapted(directory, DTYPES[precision], device)
     with torch.device("meta"):
         target = Target(config)
     target = target.to(DTYPES[precision]).to_empty(device=device)
@@ -125,8 +131,8 @@ def load(
 class Engine:
     """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
 
-    def __init__(self, target: Target, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
-        embedding = target.model.embed_tokens.weight.detach()
+    def __init__(self, target: Target | AdaptedTarget, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
+        embedding = target.embedding.detach()
         # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
         self.makers: dict[str, Callable[[], Drafter]] = {"plain": NoDrafter, "lookup": LookupDrafter}
         if draft:
@@ -181,7 +187,7 @@ class Engine:
             self.makers[method] = lambda: ModelDrafter(small, self.target.config.vocab_size)
         return self.makers[method]()
 
-    def use_draft_model(self, model: Target) -> None:
+    def use_draft_model(self, model: Target | AdaptedTarget) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
         small = model.prepare()
         self.makers["draft-model"] = lambda: ModelDrafter(small, self.target.config.vocab_size)

@@ -23,8 +23,8 @@ from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, seed_questions, shard_facts
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
-from eyas.engine import load, load_target, target_directory
-from eyas.model.weights import directory_hash, replace_text, target_config
+from eyas.engine import Engine, load, load_target, target_directory
+from eyas.model.weights import directory_hash, recover_directory, replace_text, target_config
 from eyas.train import trainer as training
 from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
 from eyas.train.features import Example, ShardStates
@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.hours >= LEAST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is too short to train anything; give at least {LEAST_HOURS:g}")
     out = Path(options.out).expanduser().resolve()
+    recover_directory(out)
     directory = target_directory(options.model)
     config = target_config(directory)
     taps = train.taps_from(None, config.num_hidden_layers)
@@ -118,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
         facts = {**data, **train.facts_of_run(directory, wanted.target_sha256, taps), "command": command(options)}
         target = load_target(directory, "fp32")
         trainer = train.make_trainer(target, config, taps, examples, ShardStates(), settings, out, facts, job.workers, console)
+        train.with_trees(trainer, directory, "cpu")
         if before is not None:
             trainer.resume(before)
         train.run_with_progress(trainer, training.Budget(minutes=60 * TRAINING * options.hours), console)
@@ -210,7 +212,8 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     out, chat = job.out, job.words.template.chat
     engine = load(job.words.directory, out, precision=PRECISIONS[0])
     request = Request(seed=0, max_new_tokens=100, raw=not chat)
-    items = [PromptItem(number, question) for number, question in enumerate(questions, start=1)]
+    readable = [question for question in questions if fits(engine, question, request)] or [FALLBACK]
+    items = [PromptItem(number, question) for number, question in enumerate(readable, start=1)]
     with progress(console) as bar:
         task = bar.add_task("measuring", total=None)
 
@@ -226,6 +229,14 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     if can_draw():
         draw_curve(told["curve"], out / PICTURE)
     (out / CARD).write_text(card(told, result, command(options), use(options, out, chat)))
+
+
+def fits(engine: Engine, question: str, request: Request) -> bool:
+    """Whether a question, read back as text, leaves room for an answer: odd tokens may be longer when read again."""
+    try:
+        return len(engine.encode(question, request.raw)) + request.max_new_tokens <= engine.target.config.max_position_embeddings
+    except EyasError:
+        return False
 
 
 def command(options: argparse.Namespace) -> str:

@@ -18,18 +18,24 @@ from rich.console import Console
 
 import eyas
 from eyas.commands.data import from_conversations, from_self_play, own_words, progress
-from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, default_taps
+from eyas.config import PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, TreeShape, default_taps
 from eyas.engine import check_device, load_target, target_directory
-from eyas.model.draft import DraftNetwork, draft_config
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft import DraftNetwork, check_fits, config_from_file, draft_config, load_draft
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import directory_hash, target_config
+from eyas.model.weights import directory_hash, recover_directory, target_config
 from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates
+from eyas.train.initialise import initialise
 from eyas.train.losses import LOSSES
+from eyas.train.measure import TreeTau
 from eyas.train.parallel import Peers
+from eyas.train.teacher import Teacher
+
+TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # of the measurements with trees while training
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +83,9 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
         source = ShardStates()
     facts = {**facts, **facts_of_run(directory, hash_of_target, taps)}
     target = load_target(directory, "fp32", device_of(options.device, peers))  # not before: while workers write, each holds its own
-    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers)
+    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers, options.start)
+    if settings.tree_every:
+        with_trees(trainer, directory, device_of(options.device, peers))
     if before is not None:
         trainer.resume(before)
     try:
@@ -160,6 +168,7 @@ def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
 
 def check_out(out: Path, resume: bool) -> None:
     """Nothing is overwritten, and an unwritable place is said before hours of work."""
+    recover_directory(out)
     if resume and not (out / training.CHECKPOINT).exists():
         raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume")
     if not resume and (out / "config.json").exists():
@@ -179,7 +188,7 @@ def check_out(out: Path, resume: bool) -> None:
 
 
 def make_trainer(
-    target: Target,
+    target: Target | AdaptedTarget,
     config: TargetConfig,
     taps: tuple[int, int, int],
     examples: list[Example],
@@ -190,24 +199,63 @@ def make_trainer(
     workers: int,
     console: Console,
     peers: Peers | None = None,
+    start: str | None = None,
 ) -> training.Trainer:
     kept, held_out = hold_out(examples, settings)
-    documents = [Document(example.tokens, example.answers) for example in kept]
-    ids = draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids)
-    vocab = DraftVocab(ids, config.vocab_size)
+    network, vocab = (
+        new_draft(target, config, taps, kept, settings)
+        if start is None
+        else earlier_draft(Path(start).expanduser(), target, taps, settings)
+    )
+    network.to(target.device)
     slots = sum(number >= 0 for example in kept for number in example.answers)
     told = f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out"
     console.print(f"{told}; the draft vocabulary covers {coverage(held_out, vocab):.1%} of their answers")
-    network = DraftNetwork(
-        draft_config(config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output),
-        target.model.embed_tokens.weight.detach(),
-    )
-    training.initialise(network, target, vocab, settings.seed, settings.top_layer_only)
-    network.to(target.device)
-    teacher = training.Teacher.of(target.lm_head.weight.detach().clone(), vocab, torch.float32, settings.teacher_temperature)
+    teacher = Teacher.of(target, vocab, torch.float32)
     source = source or TargetStates(target.prepare(), taps)
     layers = config.num_hidden_layers
     return training.Trainer(network, vocab, teacher, kept, held_out, source, settings, out, facts, layers, workers, peers)
+
+
+def new_draft(
+    target: Target | AdaptedTarget, config: TargetConfig, taps: tuple[int, int, int], kept: list[Example], settings: TrainSettings
+) -> tuple[DraftNetwork, DraftVocab]:
+    """A draft of the target's own shape that begins with what the target knows."""
+    documents = [Document(example.tokens, example.answers) for example in kept]
+    vocab = DraftVocab(
+        draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids), config.vocab_size
+    )
+    shape = draft_config(config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output)
+    network = DraftNetwork(shape, target.embedding.detach())
+    initialise(network, target, vocab, settings.seed, settings.top_layer_only)
+    return network, vocab
+
+
+def earlier_draft(
+    directory: Path, target: Target | AdaptedTarget, taps: tuple[int, int, int], settings: TrainSettings
+) -> tuple[DraftNetwork, DraftVocab]:
+    """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
+    config = config_from_file(directory)
+    check_fits(config, target.config)
+    network, vocab = load_draft(directory, target.embedding.detach(), torch.float32)
+    pairs = (
+        ("taps", config.taps, taps),
+        ("draft vocabulary", len(vocab), settings.draft_vocab_size),
+        ("fc_norm", config.fc_norm, settings.fc_norm),
+        ("norm_output", config.norm_output, settings.norm_output),
+    )
+    told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
+    if told:
+        raise EyasError(f"{directory} is of another shape ({'; '.join(told)}); ask for the same")
+    return network, vocab
+
+
+def with_trees(trainer: training.Trainer, directory: Path, device: str) -> training.Trainer:
+    """Let a trainer measure, now and then, tau of real rounds with trees on its first held-out prompts."""
+    prompts = [prompt for example in trainer.held_out[:TREE_PROMPTS] if (prompt := example.tokens[: max(example.answers.index(0), 8)])]
+    target = load_target(directory, PRECISIONS[0], device).prepare()
+    trainer.tree_tau = TreeTau(target, trainer.vocab, prompts, TreeShape.parse(TREE), TREE_TOKENS)
+    return trainer
 
 
 def hold_out(examples: list[Example], settings: TrainSettings) -> tuple[list[Example], list[Example]]:
@@ -252,11 +300,16 @@ def run_with_progress(trainer: training.Trainer, budget: training.Budget, consol
 
         trainer.run(budget, report)
     console.print(curve_line(trainer.progress.curve[-1]))
+    if trainer.progress.overfits(trainer.settings.patience):
+        console.print("stopped early: held-out acceptance has fallen for good while the loss went on; the best weights are kept")
 
 
 def curve_line(point: dict[str, float]) -> str:
+    trees = f", with {TREE} trees {point['tree_tau']:.2f}" if "tree_tau" in point else ""
     steps = " ".join(f"{value:.2f}" for name, value in point.items() if name.startswith("accept_"))
-    return f"{point['minutes']:.1f} min, {point['slots']} tokens: held-out simulated tau {point['tau']:.3f}, acceptance by step {steps}"
+    return (
+        f"{point['minutes']:.1f} min, {point['slots']} tokens: held-out simulated tau {point['tau']:.3f}{trees}, acceptance by step {steps}"
+    )
 
 
 def resume_words(options: argparse.Namespace) -> str:

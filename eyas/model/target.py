@@ -44,7 +44,14 @@ class Trunk(nn.Module):
 
 
 class Target(nn.Module):
-    """A Llama-shaped causal language model with Hugging Face's parameter names."""
+    """A Llama-shaped causal language model with Hugging Face's parameter names.
+
+    `AdaptedTarget` (model/adapter.py) has the same interface for other families; logits are
+    softcap * tanh(scale * (hidden @ head_weight.T + head_bias) / softcap), without the softcap where it is None.
+    """
+
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __init__(self, config: TargetConfig) -> None:
         super().__init__()
@@ -65,13 +72,32 @@ class Target(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H]"""
+        return self.model.embed_tokens.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]; gone once prepared, unless it is the embedding too."""
+        return self.lm_head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V]; Llama-shaped models have none."""
+        return None
+
+    @property
+    def blocks(self) -> list[Block] | None:
+        """The layers, where they are our own blocks (their weights are gone once prepared); None for a model run by transformers."""
+        return list(self.model.layers)
+
     def prepare(self) -> Target:
         """Pack weights for inference; logits are float32 from here on, whatever the weights are. Call once, after loading."""
         pack(self.model)
-        blocks: list[Block] = list(self.model.layers)
-        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in blocks):
+        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             self.native = [
-                NativeLayer(block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm) for block in blocks
+                NativeLayer(block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm) for block in self.blocks
             ]
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         if not self.config.tie_word_embeddings:

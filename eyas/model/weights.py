@@ -44,14 +44,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def target_config(directory: Path) -> TargetConfig:
-    """The target's shape from a Hugging Face config.json; a model type the blocks cannot compute is named and refused."""
+def has_own_blocks(directory: Path) -> bool:
+    """Whether our own blocks compute this model; others go through transformers (model/adapter.py)."""
     raw = read_json(directory / "config.json")
-    kind = raw.get("model_type")
-    if kind not in SUPPORTED:
-        raise EyasError(f"{directory} is a {kind!r} model; eyas runs {', '.join(SUPPORTED)} (Llama-shaped) targets")
-    if raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
-        raise EyasError(f"{directory} has MLP biases or an activation other than silu, which eyas does not compute")
+    return raw.get("model_type") in SUPPORTED and not raw.get("mlp_bias") and raw.get("hidden_act", "silu") == "silu"
+
+
+def target_config(directory: Path) -> TargetConfig:
+    """The target's shape from a Hugging Face config.json; a model that cannot be a target is refused in one line that says why."""
+    if not has_own_blocks(directory):
+        from eyas.model.adapter import adapted_config
+
+        return adapted_config(directory)
+    raw = read_json(directory / "config.json")
+    kind = raw["model_type"]
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if absent := [key for key in needed if key not in raw]:
         raise EyasError(f"{directory / 'config.json'} lacks {', '.join(absent)}")
@@ -167,6 +173,16 @@ def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterat
         raise EyasError(f"cannot write {final}: {error.strerror or error}; what was there before is untouched") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def recover_directory(final: Path) -> None:
+    """After a kill between the two renames of `atomic_directory`: what was there before moves back, and remains of a save go."""
+    leftovers = [path for path in final.parent.glob(f".{final.name}-*") if path.is_dir()] if final.parent.is_dir() else []
+    old = [path for path in leftovers if path.name.endswith("-old")]
+    if not final.exists() and old:
+        os.replace(max(old, key=lambda path: path.stat().st_mtime), final)
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ Knows documents, shards and the target's pass; knows nothing of the draft. Eithe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ class Example:
     greedy: bool = False  # the answer is the target's own at temperature 0
     source: Path | None = None
     start: int = 0  # first row of its states in `source`
+
+    @property
+    def key(self) -> str:
+        """What names it in a message: its shard and first row there, or a hash of its tokens."""
+        if self.source is not None:
+            return f"{self.source.parent.name}/{self.source.name}:{self.start}"
+        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:10]
 
 
 class States(NamedTuple):

@@ -1,16 +1,21 @@
-"""What a draft would be accepted on held-out text, from the states that training uses: no target pass, no decoding.
+"""What a draft is accepted on held-out text: simulated from the states that training uses, or in real rounds with trees.
 
-Knows a network, examples and the unroll; knows nothing of optimisers. Tau with real trees and rounds is `eyas bench`.
+Knows networks, examples, the unroll and the round; knows nothing of optimisers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from eyas.config import TrainSettings
+from eyas.config import GREEDY, TrainSettings, TreeShape
+from eyas.decode.generate import Decoder
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.model.adapter import AdaptedTarget
 from eyas.model.draft import DraftNetwork
+from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
 from eyas.train.features import Example, StateSource
@@ -36,3 +41,23 @@ def held_out_tau(
             right[i] += int((hit & before).sum())
             good[step.slots] = hit & before
     return 1 + sum(right) / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
+
+
+class TreeTau:
+    """Tau of real rounds: greedy text after some prompts, drafted by trees of one shape."""
+
+    def __init__(
+        self, target: Target | AdaptedTarget, vocab: DraftVocab, prompts: Sequence[list[int]], shape: TreeShape, new_tokens: int
+    ) -> None:
+        """`target`: prepared for inference."""
+        self.target, self.vocab, self.prompts, self.shape, self.new_tokens = target, vocab, prompts, shape, new_tokens
+
+    @torch.inference_mode()
+    def __call__(self, network: DraftNetwork) -> float:
+        own = DraftNetwork(network.config, self.target.embedding.detach())  # a copy: preparing packs the weights away
+        own.load_state_dict(network.state_dict())
+        own = own.to(self.target.device, self.target.dtype).prepare()
+        decoder = Decoder(self.target, Eagle3Drafter(own, self.vocab))
+        *_, texts = decoder.run(self.prompts, self.shape, GREEDY, [0] * len(self.prompts), self.new_tokens)
+        rounds = sum((text.accepted_lengths for text in texts), Counter())
+        return sum(tokens * count for tokens, count in rounds.items()) / max(rounds.total(), 1)

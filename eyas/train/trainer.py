@@ -26,19 +26,20 @@ from torch import Tensor
 
 from eyas.config import EyasError, TrainSettings
 from eyas.model.draft import DraftNetwork, save_draft
-from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.measure import held_out_tau
 from eyas.train.parallel import Peers
+from eyas.train.teacher import Teacher
 from eyas.train.unroll import loss_slots, unrolled_loss
 
 CHECKPOINT = "checkpoint"
+EXPLODED = 10  # times the loss of a draft that knows nothing
+CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
 SAME_FACTS = {"target_sha256": "another target", "taps_are_inputs_of_layers": "other taps"}  # of a run and its resumption
-FC_SPREAD = 0.1  # of fc's random part at the start, beside the identity on the high feature
 
 
 @dataclass
@@ -62,50 +63,13 @@ class Progress:
     minutes: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    def best(self) -> float:
+        return max((point["tau"] for point in self.curve), default=0.0)
 
-@dataclass
-class Teacher:
-    """The target's head, cut to the draft vocabulary: what a hidden state says about the next token."""
-
-    head_DH: Tensor
-    member_V: Tensor
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, head_VH: Tensor, vocab: DraftVocab, dtype: torch.dtype, temperature: float = 1.0) -> Teacher:
-        return cls(head_VH[vocab.ids].to(dtype), vocab.member().to(head_VH.device), temperature)
-
-    def law(self, hidden_MH: Tensor) -> Tensor:
-        return (hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()).div_(self.temperature).softmax(-1)
-
-    def within(self, favourites_M: Tensor) -> Tensor:
-        return self.member_V[favourites_M.clamp_min(0)]
-
-
-def initialise(network: DraftNetwork, target: Target, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
-    """Start from the target: its head and final norm, its last layer, and fc as the high feature; the rest small and random.
-
-    Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    last, width = target.model.layers[-1], network.config.target_hidden_size
-    own = network.midlayer
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
-        network.lm_head.weight.copy_(target.lm_head.weight[vocab.ids])
-        network.norm.weight.copy_(target.model.norm.weight)
-        own.mlp.load_state_dict(last.mlp.state_dict())
-        own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
-        own.hidden_norm.weight.copy_(last.input_layernorm.weight)
-        own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)
-        network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
-        network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
-        if top_layer_only:
-            network.fc.weight[:, : 2 * width] = 0
+    def overfits(self, patience: int) -> bool:
+        """Whether the last `patience` measurements all lie clearly under the best."""
+        least = 1 + (1 - CLEARLY) * (self.best() - 1)
+        return 0 < patience <= len(self.curve) and all(point["tau"] < least for point in self.curve[-patience:])
 
 
 class Trainer:
@@ -125,6 +89,7 @@ class Trainer:
         target_layers: int,
         workers: int = 1,
         peers: Peers | None = None,
+        tree_tau: Callable[[DraftNetwork], float] | None = None,
     ) -> None:
         self.network, self.vocab, self.teacher, self.source = network, vocab, teacher, source
         self.examples, self.held_out, self.settings, self.out, self.facts = examples, held_out, settings, out, facts
@@ -134,6 +99,7 @@ class Trainer:
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.progress = Progress()
+        self.tree_tau = tree_tau
         self.best: dict[str, Tensor] = {}  # the weights with the highest held-out tau so far, once measured
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers > 1 else None
 
@@ -203,10 +169,11 @@ class Trainer:
         if self.settings.top_layer_only:  # these columns begin at 0 and stay there
             self.network.fc.weight.grad[:, : 2 * self.network.config.target_hidden_size] = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or losses[0] > EXPLODED * math.log(len(self.vocab) + 1):
             kept = "its last checkpoint is untouched" if (self.out / CHECKPOINT).exists() else "nothing was saved yet"
             raise EyasError(
-                f"the loss exploded at step {self.progress.steps + 1} of {self.out} ({kept}); train anew with a lower --learning-rate"
+                f"the loss exploded at step {self.progress.steps + 1} of {self.out}, in a batch of {len(examples)} that begins with "
+                f"{examples[0].key} ({kept}); train anew with a lower --learning-rate"
             )
         with undisturbed():
             self.optimiser.step()
@@ -230,6 +197,8 @@ class Trainer:
             for batch in self.remaining():
                 if self.progress.steps and self.progress.steps % self.settings.measure_steps == 0:
                     self.measure()  # here, so that a run stopped while it measures does so when it goes on
+                if self.progress.overfits(self.settings.patience):
+                    break
                 spent = self.peers.agree(budget.spent(self.progress), self.network.device)
                 if spent >= 1:
                     break
@@ -271,9 +240,13 @@ class Trainer:
             "minutes": round(self.progress.minutes, 2),
             "tau": round(tau, 4),
         }
-        highest = max((earlier["tau"] for earlier in self.progress.curve), default=0.0)
+        point |= {f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}
+        every = self.settings.tree_every
+        if self.tree_tau and every and (len(self.progress.curve) + 1) % every == 0:
+            point["tree_tau"] = round(self.tree_tau(self.network), 4)
         with undisturbed():
-            self.progress.curve.append({**point, **{f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}})
+            highest = self.progress.best()
+            self.progress.curve.append(point)
             if point["tau"] > highest:
                 self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
 

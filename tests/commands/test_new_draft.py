@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from eyas import cli
 from eyas.commands import new_draft
@@ -125,3 +126,25 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, own_cache, 
     assert re.fullmatch(told.format("writing", r"\d+", "GB of disk"), lines[1])
     assert re.fullmatch(told.format("training", r"[1-9]\d*", "passes over what was written"), lines[2])
     assert "GB are free" in lines[3] and not (own_cache / "draft").exists() and not (own_cache / "cache" / "selfplay").exists()
+
+
+def test_a_model_of_another_family_gets_a_draft_too(own_cache, capsys):
+    """A GPT-NeoX, run by transformers, writes, trains its draft and is sped up by it: same text, real rounds."""
+    base = save_tiny_target(own_cache / "llama", 0, num_hidden_layers=7)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 263, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=256, eos_token_id=257, bos_token_id=261))
+    model.save_pretrained(own_cache / "neox")
+    for file in base.glob("*token*"):
+        (own_cache / "neox" / file.name).write_bytes(file.read_bytes())
+    for file in base.glob("chat_template*"):
+        (own_cache / "neox" / file.name).write_bytes(file.read_bytes())
+    assert cli.main(words(own_cache / "neox", own_cache / "draft")) == 0
+    assert json.loads((own_cache / "draft" / "bench.json").read_text())["methods"]["eagle3@chain:2"]["tau"] >= 1
+    command = ["generate", "hi", "--target", own_cache / "neox", "--max-new-tokens", "12", "--precision", "fp32", "--json"]
+    told = []
+    for more in (["--draft", own_cache / "draft", "--tree", "8x2x3"], ["--plain"]):
+        capsys.readouterr()
+        assert cli.main([*map(str, command), *map(str, more)]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0]["tokens"] == told[1]["tokens"]

@@ -225,3 +225,16 @@ def test_only_the_top_layer_means_that_the_others_never_weigh(models, run, data,
     fc = load_file(out / "model.safetensors")["fc.weight"]
     width = fc.shape[1] // 3
     assert not fc[:, : 2 * width].any() and fc[:, 2 * width :].any()
+
+
+def test_a_draft_is_trained_further_on_other_data(models, run, data, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(*train(models, first, data, "--steps", "2"))[0] == 0
+    lines = data.read_text().splitlines()
+    (other := tmp_path / "other.jsonl").write_text("\n".join(lines[:6]))
+    assert run(*train(models, second, other, "--steps", "1", "--from", first, "--set", "learning_rate=1e-9"))[0] == 0
+    one, two = (load_file(out / "model.safetensors") for out in (first, second))
+    assert torch.equal(one["d2t"], two["d2t"])
+    assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-5) for name in one)
+    status, _, err = run(*train(models, tmp_path / "third", other, "--steps", "1", "--from", first, "--set", "fc_norm=true"))
+    assert status == 2 and err.splitlines()[-1] == f"eyas: {first} is of another shape (fc_norm False there, True here); ask for the same"

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch.testing import assert_close
 
 from eyas import reference
-from eyas.config import PLAIN, EyasError, Sampling, TrainSettings
+from eyas.config import PLAIN, EyasError, Sampling, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load_target
 from eyas.model import weights
 from eyas.model.draft import DraftNetwork, draft_config, load_draft
@@ -25,8 +26,10 @@ from eyas.model.weights import read_tensors
 from eyas.train import trainer as training
 from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example, TargetStates
-from eyas.train.measure import held_out_tau
-from eyas.train.trainer import Budget, Teacher, Trainer, initialise
+from eyas.train.initialise import initialise
+from eyas.train.measure import TreeTau, held_out_tau
+from eyas.train.teacher import Teacher
+from eyas.train.trainer import Budget, Trainer
 from eyas.train.unroll import unrolled_loss
 from tests.tiny import reference_weights, save_tiny_target, tiny_target
 
@@ -76,7 +79,7 @@ def make_trainer(out, settings=SETTINGS, workers=1, dtype=torch.float64, **chang
     vocab = DraftVocab(changes.pop("ids", range(settings.draft_vocab_size)), 53)
     network = DraftNetwork(draft_config(loose.config, len(vocab), TAPS), loose.model.embed_tokens.weight.detach()).to(dtype)
     initialise(network, loose, vocab, settings.seed)
-    teacher = Teacher.of(loose.lm_head.weight.detach(), vocab, dtype)
+    teacher = Teacher.of(loose, vocab, dtype)
     source, facts = TargetStates(target(), TAPS), changes.pop("facts", FACTS)
     return Trainer(network, vocab, teacher, examples()[4:], examples()[:4], source, settings, out, facts, 5, workers, **changes)
 
@@ -502,3 +505,35 @@ def test_the_weights_that_accepted_most_are_the_draft(tmp_path, monkeypatch):
     again.resume()
     assert_identical(dict(again.network.state_dict()), seen[1.3])
     assert_identical(again.best, seen[1.5])
+
+
+def test_tau_with_trees_is_that_of_real_rounds_and_leaves_the_draft_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path, dtype=torch.float64)
+    prompts = [list(example.tokens[:5]) for example in examples()[:3]]
+    shape, before = TreeShape.parse("8x2x3"), {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    found = TreeTau(target(), trainer.vocab, prompts, shape, 20)(trainer.network)
+    own = DraftNetwork(trainer.network.config, target().embedding.detach()).double()
+    own.load_state_dict(before)
+    own.prepare()
+    committed = rounds = 0
+    for prompt in prompts:
+        *_, (text,) = Decoder(target(), Eagle3Drafter(own, trainer.vocab)).run([prompt], shape, Sampling(), [0], 20)
+        committed, rounds = committed + len(text.tokens) - text.prompt_length - 1, rounds + text.rounds
+    assert found == pytest.approx(committed / rounds) and found > 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+
+
+def test_tau_with_trees_is_measured_now_and_then(tmp_path):
+    trainer = make_trainer(tmp_path, replace(SETTINGS, measure_steps=2, tree_every=2), tree_tau=lambda network: 1.5)
+    trainer.run(Budget(steps=8), silent)
+    assert [point.get("tree_tau") for point in trainer.progress.curve] == [None, 1.5, None, 1.5]
+
+
+def test_training_ends_where_acceptance_has_fallen_for_good(tmp_path, monkeypatch):
+    """Three measurements in a row clearly under the best end it; near the best, or with patience 0, they do not."""
+    taus = iter([1.2, 1.6, 1.58, 1.5, 1.4, 1.3, 1.2])
+    monkeypatch.setattr(training, "held_out_tau", lambda *_: (next(taus), [0.1]))
+    trainer = make_trainer(tmp_path, replace(SETTINGS, measure_steps=1, patience=3))
+    trainer.run(Budget(steps=50), silent)
+    assert [point["tau"] for point in trainer.progress.curve] == [1.2, 1.6, 1.58, 1.5, 1.4, 1.3]
+    assert trainer.progress.overfits(3) and not trainer.progress.overfits(0) and not trainer.progress.overfits(4)

@@ -1,0 +1,490 @@
+"""Any Hugging Face causal language model as a target: its own forward over flat rows, with attention over our cache.
+
+Knows transformers' two doors, the attention function and the mask that layers are handed; knows no model family, no trees and no
+sampling. All rows of a pass go through the model as one batch of size 1, each with its own position. What transformers asks of a mask
+(causal, sliding window, chunks) is evaluated on the *positions* of rows, and what a tree asks is added to it. Slower than
+`model/target.py`, which is ours from the embedding to the head, and right for every family whose attention goes through these doors:
+loading ends with a comparison against the model's own forward. What cannot work is refused from config.json alone.
+
+Axes: N rows, H model width, q/k heads, d head width, n rows of one segment, t keys, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import EyasError, TargetConfig
+from eyas.model.attention import Segment
+from eyas.model.cache import KVCache
+from eyas.model.linear import Dense
+from eyas.model.mask import ancestor_mask, behind_prefix, causal_mask
+from eyas.model.target import Output, Rows, chain_rows
+from eyas.model.transformer import Block
+from eyas.model.weights import end_of_turn_ids, read_json
+
+NAME = "eyas"  # of our attention among transformers'
+MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
+WRAPPERS = ("text_config", "vision_config", "audio_config")
+CHOOSE = "choose a model with plain attention in every layer"
+STATE = f"keeps one running state, so a tree of guesses cannot be checked in one pass; {CHOOSE}"
+# What layers tell an attention function that changes nothing here: the mask function holds the window, and nothing is packed or returned.
+IGNORED = {"sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "return_dict", "past_key_values"}
+IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings"}
+
+
+# ---- what can be a target ----
+
+
+def check_adaptable(directory: Path) -> Any:
+    """transformers' config of a model that can be a target; EyasError, in one line that says why, for one that cannot.
+
+    Reads config.json and no weights.
+    """
+    kind = read_json(directory / "config.json").get("model_type")
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    def refused(why: str) -> EyasError:
+        return EyasError(f"{directory} is a {kind!r} model: {why}")
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # each config class validates in its own way
+        raise EyasError(f"{directory / 'config.json'} cannot be used ({first_line(error)})") from None
+    if config.is_encoder_decoder:
+        raise refused(f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder")
+    if any(getattr(config, part, None) is not None for part in WRAPPERS):
+        raise refused("it wraps a text model with images or sound; give a directory with the text model alone")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refused(f"transformers has no causal language model of this type; {CHOOSE}")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)
+    running = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
+    if getattr(model, "_is_stateful", False) or running & set(odd):
+        raise refused(f"a state-space, recurrent, convolution or linear-attention layer {STATE}")
+    if odd:
+        raise refused(f"its {', '.join(odd)} layers choose for themselves what they see, so no tree mask can be handed in; {CHOOSE}")
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
+        raise refused(f"transformers computes its attention inside the model, where no tree mask can be handed in; {CHOOSE}")
+    both_ways = getattr(config, "use_bidirectional_attention", None)  # "vision" (Gemma 4): between parts of an image, never in text
+    if getattr(config, "is_causal", True) is False or both_ways not in (None, False, "vision"):
+        raise refused("its rows see later ones, as an encoder's do; choose a causal model")
+    return config
+
+
+def adapted_config(directory: Path) -> TargetConfig:
+    """The shape of a model that is run through transformers; raises as `check_adaptable` does.
+
+    Only the draft reads rotary base and scaling: of several bases (Gemma 3 has two) it gets that of the layers with full attention.
+    """
+    config = check_adaptable(directory)
+
+    def of(*names: str, default: Any = None) -> Any:
+        return next((value for name in names if (value := setting(config, name)) is not None), default)
+
+    hidden, heads = of("hidden_size"), of("num_attention_heads")
+    sizes = {"vocab_size": of("vocab_size"), "hidden_size": hidden, "num_hidden_layers": of("num_hidden_layers")}
+    sizes["num_attention_heads"] = heads
+    if wrong := [name for name, value in sizes.items() if not isinstance(value, int)]:
+        raise EyasError(f"{directory / 'config.json'} gives no single number for {', '.join(wrong)}; eyas cannot shape a draft after it")
+    kv_heads = of("num_key_value_heads", default=1 if of("multi_query") else heads)
+    rope = of("rope_parameters", default={})
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        rope = rope.get("full_attention") or next(value for value in rope.values() if isinstance(value, dict))
+    kind, positions = rope.get("rope_type", "default"), of("max_position_embeddings", default=2048)
+    if kind == "longrope":  # beyond it every frequency changes, those of rows in the cache too: one pass could not hold both kinds
+        original = "original_max_position_embeddings"
+        positions = min(positions, rope.get(original) or of(original, default=positions))
+    known = kind in ("linear", "llama3", "yarn")
+    return TargetConfig(
+        **sizes,
+        intermediate_size=of("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden),
+        num_key_value_heads=kv_heads if isinstance(kv_heads, int) and heads % kv_heads == 0 else heads,
+        head_dim=of("head_dim", default=hidden // heads),
+        max_position_embeddings=positions,
+        rms_norm_eps=of("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", default=1e-5),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_scaling={key: value for key, value in rope.items() if key != "partial_rotary_factor"} if known else None,
+        tie_word_embeddings=bool(of("tie_word_embeddings", default=False)),
+        eos_token_ids=end_of_turn_ids(directory, {"eos_token_id": of("eos_token_id")}),  # the class knows one where the file has none
+    )
+
+
+def setting(config: Any, name: str) -> Any:
+    """A config's value; None where it has none, or another for each layer (Gemma 4's head widths)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- attention over the cache ----
+
+
+class LayeredCache(KVCache):
+    """Keys and values whose heads and widths are each layer's own (made when it first writes), and the position of every row."""
+
+    def __init__(self, layers: int, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keys: list[Tensor | None] = [None] * layers  # [slots, kv heads, capacity, d]
+        self.values: list[Tensor | None] = [None] * layers
+        self.positions = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
+        self.lengths = [0] * slots
+        self.capacity, self.dtype, self.device = capacity, dtype, device
+
+    def place(self, slot: int, positions_n: Tensor) -> Tensor:
+        """Note where n tentative rows sit; the positions [length + n] of all that the slot then holds."""
+        start = self.lengths[slot]
+        end = start + len(positions_n)
+        assert end <= self.capacity, f"slot {slot} holds {self.capacity} rows, {end} wanted"
+        self.positions[slot, start:end] = positions_n
+        return self.positions[slot, :end]
+
+    def write(self, layer: int, slot: int, k_nhd: Tensor, v_nhd: Tensor) -> tuple[Tensor, Tensor]:
+        start = self.lengths[slot]
+        end, held = start + k_nhd.shape[0], []
+        for slabs, rows_nhd in ((self.keys, k_nhd), (self.values, v_nhd)):
+            if slabs[layer] is None:
+                slabs[layer] = self.slab(rows_nhd.shape[1], rows_nhd.shape[2])
+            slabs[layer][slot, :, start:end] = rows_nhd.transpose(0, 1)
+            held.append(slabs[layer][slot, :, :end])
+        return held[0], held[1]
+
+    def slab(self, heads: int, width: int) -> Tensor:
+        with torch.inference_mode(False):  # made inside a pass, it may be written to outside one
+            return torch.zeros(self.slots, heads, self.capacity, width, dtype=self.dtype, device=self.device)
+
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        start, count = self.lengths[slot], len(rows)
+        if list(rows) != list(range(count)):
+            source = torch.tensor(rows, device=self.device) + start
+            self.positions[slot, start : start + count] = self.positions[slot, source]
+            for slab in (*self.keys, *self.values):
+                if slab is not None:
+                    slab[slot, :, start : start + count] = slab[slot].index_select(1, source)
+        self.lengths[slot] = start + count
+
+    def copy_prefix(self, other: LayeredCache, source: int, slot: int, length: int) -> None:
+        self.positions[slot, :length] = other.positions[source, :length]
+        for own, others in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, slab in enumerate(others):
+                if slab is not None:
+                    own[layer] = self.slab(slab.shape[1], slab.shape[3]) if own[layer] is None else own[layer]
+                    own[layer][slot, :, :length] = slab[source, :, :length]
+        self.lengths[slot] = length
+
+
+class Pass:
+    """One pass while transformers runs it: which rows are whose, where they sit, and what is tapped."""
+
+    def __init__(self, rows: Rows, cache: LayeredCache, taps: Sequence[int]) -> None:
+        self.cache, self.taps = cache, set(taps)
+        self.features: list[Tensor] = []  # [N, H] each
+        self.read: set[int] = set()  # layers that have attended
+        starts = itertools.accumulate((segment.count for segment in rows.segments), initial=0)
+        self.parts = [(segment, slice(start, start + segment.count)) for start, segment in zip(starts, rows.segments)]
+        self.q_positions = [rows.positions[part] for _, part in self.parts]
+        self.k_positions = [cache.place(segment.slot, rows.positions[part]) for segment, part in self.parts]
+
+    def sight(self, allowed: Callable[..., Tensor]) -> Sight:
+        """Under a mask function of transformers (batch, head, query's index, key's index -> bool): who sees whom."""
+        zero = torch.zeros((), dtype=torch.int64, device=self.cache.device)
+        if bool(allowed(zero, zero, zero, zero + 1)):
+            raise EyasError("this model's rows see later ones, as an encoder's do; choose a causal model")
+        masks = []
+        for (segment, _), q_n, k_t in zip(self.parts, self.q_positions, self.k_positions):
+            among = causal_mask(segment.count) if segment.mask is None else segment.mask
+            seen_nt = behind_prefix(among.cpu(), len(k_t) - among.shape[1]).to(self.cache.device)
+            seen_nt = seen_nt & allowed(zero, zero, q_n[:, None], k_t[None])
+            masks.append(None if bool(seen_nt.all()) else seen_nt)
+        return Sight(self, masks)
+
+    def attend(self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Tensor | None], law: dict[str, Any]) -> Tensor:
+        """[N, q, d]; each segment's rows over the rows of its slot and their own."""
+        if layer in self.read:
+            raise EyasError("this model runs one layer several times a pass, and eyas keeps one set of keys for each; choose another")
+        self.read.add(layer)
+        out = q_qNd.new_empty(q_qNd.shape[1], q_qNd.shape[0], v_kNd.shape[2])
+        for (segment, part), seen_nt in zip(self.parts, masks):
+            keys, values = self.cache.write(layer, segment.slot, k_kNd[:, part].transpose(0, 1), v_kNd[:, part].transpose(0, 1))
+            out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, **law).transpose(0, 1)
+        return out
+
+
+class Sight:
+    """What the layers are handed as their mask: opaque to them, and read again in `attention`."""
+
+    def __init__(self, of: Pass, masks: list[Tensor | None]) -> None:
+        self.of, self.masks = of, masks
+
+    def __getitem__(self, parts: tuple[slice, ...]) -> Sight:
+        """Layers may take a part of their mask; the whole is all there is (and all that Gemma 4 asks for)."""
+        assert all(part in (slice(None), slice(0, None)) for part in parts), "eyas's mask cannot be cut"
+        return self
+
+
+RUNNING: ContextVar[Pass | None] = ContextVar("the pass that transformers is running", default=None)
+
+
+def masked_attention(
+    q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None, scaling: float, softcap: float | None, sinks_q: Tensor | None
+) -> Tensor:
+    """Attention of n rows over t keys, [q, n, d]: scores capped (Gemma 2), with a sink that takes probability (GPT-OSS)."""
+    heads, n, d = q_qnd.shape
+    q = q_qnd.reshape(k_ktd.shape[0], -1, n, d)  # heads of a group beside each other; they share one key head
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_ktd, v_ktd))
+    if softcap is None and sinks_q is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_nt, scale=scaling).reshape(heads, n, -1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen_nt is not None:
+        scores = scores.masked_fill(~seen_nt, float("-inf"))
+    if sinks_q is not None:
+        scores = torch.cat([scores, sinks_q.to(wide).view(*q.shape[:2], 1, 1).expand(-1, -1, n, 1)], -1)
+    return (scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v).reshape(heads, n, -1)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function, heads [1, heads, N, d] -> [1, N, heads, d]; its signature is theirs."""
+    if not isinstance(attention_mask, Sight):
+        raise EyasError("this model's layers make a mask of their own, so no tree mask can be handed in; choose another")
+    if unknown := sorted(name for name, given in others.items() if given is not None and name not in IGNORED):
+        raise EyasError(f"this model's attention takes {', '.join(unknown)}, which eyas does not compute; choose another")
+    law = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap, "sinks_q": s_aux}
+    return attention_mask.of.attend(module.layer_idx, query[0], key[0], value[0], attention_mask.masks, law)[None], None
+
+
+def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
+    """transformers' mask interface: instead of a tensor, what the pass makes of the mask function."""
+    running = RUNNING.get()
+    assert running is not None, "eyas's attention works inside AdaptedTarget.forward only"
+    return running.sight(mask_function)
+
+
+# ---- the target ----
+
+
+class AdaptedTarget(nn.Module):
+    """A Hugging Face causal language model with the interface of `Target`."""
+
+    def __init__(self, network: nn.Module, config: TargetConfig) -> None:
+        """`network` was loaded with attention implementation `NAME`; `config` is its `adapted_config`."""
+        super().__init__()
+        self.config, self.network = config, network
+        trunk = next((part for part in network.children() if decoder_layers(part, config.num_hidden_layers)), None)
+        lm_head = network.get_output_embeddings()
+        table, width = network.get_input_embeddings().weight, config.hidden_size
+        if trunk is None or not isinstance(lm_head, nn.Linear):
+            raise EyasError("this model is not a stack of decoder layers with a linear head on top; choose another")
+        if not table.shape == lm_head.weight.shape == (config.vocab_size, width):
+            shapes = f"{tuple(table.shape)} and {tuple(lm_head.weight.shape)}"
+            raise EyasError(f"its embedding and head are {shapes}, not {(config.vocab_size, width)}, so no draft can share them")
+        for index, layer in enumerate(decoder_layers(trunk, config.num_hidden_layers)):
+            layer.register_forward_pre_hook(tap(index), with_kwargs=True)
+        self.trunk, self.lm_head, self.product = trunk, lm_head, Dense(lm_head)
+        theirs = network.config
+        self.logit_scale = float(getattr(theirs, "logit_scale", None) or 1.0) / float(getattr(theirs, "logits_scaling", None) or 1.0)
+        self.logit_softcap: float | None = getattr(theirs, "final_logit_softcapping", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H], as it is stored: a family that scales what it looks up (Gemma) does so later."""
+        return self.network.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]; gone once prepared."""
+        return self.lm_head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V] where the head has one (Phi-2)."""
+        return self.lm_head.bias
+
+    @property
+    def blocks(self) -> list[Block] | None:
+        """None: its layers are transformers', not ours."""
+        return None
+
+    def prepare(self) -> AdaptedTarget:
+        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading."""
+        self.product.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        if self.lm_head.weight is not self.embedding:
+            self.lm_head.weight = None
+        return self.eval().requires_grad_(False)
+
+    def new_cache(self, slots: int, capacity: int) -> LayeredCache:
+        """Room for `slots` sequences of `capacity` rows each."""
+        return LayeredCache(self.config.num_hidden_layers, slots, capacity, self.dtype, self.device)
+
+    def head(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, V] of last hidden states."""
+        logits_NV = self.product(hidden_NH)
+        if self.logit_scale != 1.0:
+            logits_NV = logits_NV * self.logit_scale
+        return logits_NV if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits_NV / self.logit_softcap)
+
+    def forward(self, rows: Rows, cache: LayeredCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
+        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
+        running = Pass(rows, cache, taps)
+        outer = RUNNING.set(running)
+        try:
+            out = self.trunk(
+                input_ids=rows.tokens[None],
+                position_ids=rows.positions[None],
+                attention_mask=torch.ones_like(rows.tokens)[None],  # none would let transformers guess sequences from positions
+                use_cache=False,
+                return_dict=True,
+            )
+        finally:
+            RUNNING.reset(outer)
+        hidden_NH = out.last_hidden_state[0]
+        logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
+        features = torch.cat(running.features, -1) if running.features else None
+        return Output(logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)), features, hidden_NH)
+
+    def shallow(self, layers: int) -> AdaptedTarget:
+        kind = self.network.config.model_type
+        raise EyasError(f"a {kind!r} target cannot be cut to its first layers; name a smaller model with --draft-model")
+
+
+def decoder_layers(trunk: nn.Module, count: int) -> nn.ModuleList | None:
+    """The outermost list of `count` modules."""
+    return next((part for part in trunk.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
+
+
+def tap(index: int) -> Callable[..., None]:
+    """A hook that notes the input of layer `index` where the pass wants it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = RUNNING.get()
+        if running is not None and index in running.taps:
+            x_1NH = args[0] if args else kwargs["hidden_states"]
+            if x_1NH.dim() != 3:
+                raise EyasError("this model's layers pass on several streams side by side, not one that a draft can read; choose another")
+            running.features.append(x_1NH[0].clone())  # some layers add to their input in place
+
+    return hook
+
+
+# ---- loading ----
+
+
+def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> AdaptedTarget:
+    """The target with its weights in, compared with transformers' own forward, not yet prepared for inference."""
+    config = adapted_config(directory)
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    settings = {"dtype": dtype, "attn_implementation": NAME, "use_safetensors": True, "local_files_only": True}
+    try:
+        with no_progress_bars():
+            network, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+    except Exception as error:  # transformers raises many kinds: no weights, damaged ones, a missing package
+        raise EyasError(f"transformers cannot load {directory} ({first_line(error)})") from None
+    ignored = ("rotary_emb.inv_freq", "attn.masked_bias")  # old checkpoints hold them; the config says them
+    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"unknown {name}" for name in sorted(report["unexpected_keys"]) if not name.endswith(ignored)]
+    problems += [f"{name} has another shape" for name in sorted(str(key) for key in report["mismatched_keys"])]
+    if problems:
+        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise EyasError(f"target {directory} does not fit: {'; '.join(problems[:8])}{rest}")
+    try:
+        target = AdaptedTarget(network.to(device).eval().requires_grad_(False), config)
+        compare(target)
+    except Exception as error:
+        what = first_line(error) if isinstance(error, EyasError) else f"{type(error).__name__}: {first_line(error)}"
+        raise EyasError(f"{directory} ({network.config.model_type}) cannot be a target: {what}") from error
+    return target
+
+
+@contextmanager
+def no_progress_bars() -> Any:
+    """transformers draws a bar over the tensors it loads; eyas says itself what takes long."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def compare(target: AdaptedTarget) -> None:
+    """Raise unless a few rows, read as a text and then as a tree, have the logits and features of transformers' own forward.
+
+    So a family that nobody has tried is tried here: one whose layers mix rows in another way than by attention, or scale their logits,
+    would otherwise run and be wrong.
+    """
+    network, layers, vocab = target.network, target.config.num_hidden_layers, target.config.vocab_size
+    # text 0 1 2 3, then the tree: 4 with children 5, 7, 9, which have 6, 8, 10
+    tokens = [(11 + 7919 * i) % vocab for i in range(11)]
+    chains = [[0, 1, 2, 3, 4, child, child + 1] for child in (5, 7, 9)]
+    cache, every = target.new_cache(1, len(tokens)), range(layers)
+    read = [target(chain_rows(0, tokens[:4], 0, target.device), cache, every)]
+    cache.keep(0, range(4))
+    tree = [Segment(0, 7, ancestor_mask([-1, 0, 1, 0, 3, 0, 5]))]
+    positions = torch.tensor([4, 5, 6, 5, 6, 5, 6], device=target.device)
+    read.append(target(Rows(torch.tensor(tokens[4:], device=target.device), positions, tree), cache, every))
+    ids = torch.tensor([[tokens[i] for i in chain] for chain in chains], device=target.device)
+    network.set_attn_implementation("eager")
+    try:
+        own = network(input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True)
+    finally:
+        network.set_attn_implementation(NAME)
+    states = torch.cat(own.hidden_states[:layers], -1)
+    for what, ours, theirs in (
+        ("logits", torch.cat([out.logits for out in read]), own.logits),
+        ("features", torch.cat([out.features for out in read]), states),
+    ):
+        where = {row: (i, place) for i, chain in enumerate(chains) for place, row in enumerate(chain)}
+        wanted = torch.stack([theirs[where[row]] for row in range(len(tokens))])
+        error = relative_error(ours, wanted)
+        if not error <= (0.1 if target.dtype.itemsize == 2 else 1e-3):
+            raise EyasError(f"its {what} differ from transformers' own by {error:.2g}; something in it is neither attention nor row-wise")
+
+
+def relative_error(ours_NX: Tensor, theirs_NX: Tensor) -> float:
+    """The second worst of the rows, each row's mean aside: near ties among experts may turn one row, a wrong mask turns several."""
+    ours, theirs = (x.double() - x.double().mean(-1, keepdim=True) for x in (ours_NX, theirs_NX))
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-12)).sort().values[-2])

@@ -1,0 +1,50 @@
+"""Where a draft's weights begin: with what the target knows already.
+
+Knows both networks; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft import DraftBlock, DraftNetwork
+from eyas.model.target import Target
+from eyas.model.transformer import Block
+from eyas.model.vocab import DraftVocab
+
+FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
+
+
+def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
+    """Start from the target: its head, and fc as the high feature; where its layers are our own blocks also the last of them and the
+    final norm. The rest is small and random.
+
+    Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width = network.config.target_hidden_size
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
+        network.lm_head.weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
+        if target.blocks is not None:
+            copy_last_layer(network.midlayer, target.blocks[-1], width)
+            network.norm.weight.copy_(target.model.norm.weight)
+        network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
+        network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
+        if top_layer_only:
+            network.fc.weight[:, : 2 * width] = 0
+
+
+def copy_last_layer(own: DraftBlock, last: Block, width: int) -> None:
+    """The feature's half of the attention's input is what the target's layer reads; the embedding's half stays as it is."""
+    own.mlp.load_state_dict(last.mlp.state_dict())
+    own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
+    own.hidden_norm.weight.copy_(last.input_layernorm.weight)
+    own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)

@@ -1,0 +1,48 @@
+"""What the target would say next, from its last hidden state, as a law over the draft vocabulary.
+
+Knows the target's head and what stands between it and the logits; knows nothing of drafts or documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+
+
+@dataclass
+class Teacher:
+    """The target's head, cut to D tokens; its law is renormalised among them (EAGLE-3, draft model training)."""
+
+    head_DH: Tensor
+    member_V: Tensor
+    bias_D: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, target: Target | AdaptedTarget, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
+        """Of a target that is not yet prepared: then its head is still there to read."""
+        head, bias = target.head_weight.detach(), target.head_bias
+        cut = None if bias is None else bias.detach()[vocab.ids].to(dtype)
+        member = vocab.member().to(head.device)
+        return cls(head[vocab.ids].to(dtype), member, cut, target.logit_scale, target.logit_softcap)
+
+    def law(self, hidden_MH: Tensor) -> Tensor:
+        """[M, D]"""
+        logits = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
+        if self.bias_D is not None:
+            logits += self.bias_D
+        logits *= self.scale
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        return logits.softmax(-1)
+
+    def within(self, favourites_M: Tensor) -> Tensor:
+        """[M] whether the target's favourite token is among the D."""
+        return self.member_V[favourites_M.clamp_min(0)]
