@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from eyas.config import GREEDY, TrainSettings, TreeShape
+from eyas.config import GREEDY, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.model.adapter import AdaptedTarget
@@ -22,25 +24,57 @@ from eyas.train.features import Example, StateSource
 from eyas.train.unroll import unroll
 
 
-def held_out_tau(
-    network: DraftNetwork, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, settings: TrainSettings
-) -> tuple[float, list[float]]:
-    """Simulated tau (1 + mean number of leading steps right) over all slots, and P(step k right | steps before right)."""
-    steps = settings.unroll_steps
-    alive, right = [0] * steps, [0] * steps
-    slots_seen = 0
-    for first in range(0, len(examples), 8):
-        batch, states = make_batch(examples[first : first + 8], source, network)
+class Simulation(NamedTuple):
+    """Counts over E examples and K steps of a chain drafted at every slot of their answers, fed with the text's own tokens."""
+
+    slots: Tensor  # [E]
+    counted: Tensor  # [E, K] slots whose answer reaches so far
+    alive: Tensor  # [E, K] of those, where all steps before were right
+    right: Tensor  # [E, K] of those, where this step is right too: it says what the target finds likeliest
+    forced: Tensor  # [E, K] of the counted, where this step is right, whatever came before
+
+    def tau(self) -> float:
+        """1 + mean number of leading steps right, over all slots."""
+        return 1 + float(self.right.sum()) / max(float(self.slots.sum()), 1)
+
+    def acceptance(self) -> list[float]:
+        """P(step k right | steps before right)."""
+        return (self.right.sum(0) / self.alive.sum(0).clamp_min(1)).tolist()
+
+    def accuracy(self) -> list[float]:
+        """Teacher-forced: P(step k right)."""
+        return (self.forced.sum(0) / self.counted.sum(0).clamp_min(1)).tolist()
+
+    def interval(self, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """95% of tau, by bootstrap over examples."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(0, len(self.slots), (draws, len(self.slots)), generator=generator)
+        taus = 1 + self.right.sum(1)[chosen].sum(1) / self.slots[chosen].sum(1).clamp_min(1)
+        low, high = taus.quantile(torch.tensor([0.025, 0.975], dtype=taus.dtype)).tolist()
+        return low, high
+
+
+@torch.no_grad()
+def simulate(
+    network: DraftNetwork, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, together: int = 8
+) -> Simulation:
+    """Draft at every slot of the examples' answers; `favourites` of the source are what the target would say."""
+    parts = []
+    for first in range(0, len(examples), together):
+        batch, states = make_batch(examples[first : first + together], source, network)
+        lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+        example_of = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        counts = torch.zeros(4, len(lengths), steps, dtype=torch.float64, device=lengths.device)
         good = torch.ones_like(batch.tokens, dtype=torch.bool)
         for i, step in enumerate(unroll(network, batch, steps)):
-            slots_seen += len(step.slots) if i == 0 else 0
             guesses = vocab.to_target(network.logits(step.a).argmax(-1))
-            hit = guesses == states.favourites[step.teacher_rows]
-            before = good[step.slots]
-            alive[i] += int(before.sum())
-            right[i] += int((hit & before).sum())
+            hit, before = guesses == states.favourites[step.teacher_rows], good[step.slots]
+            for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit)):
+                row[:, i].index_add_(0, example_of[step.slots], marked.double())
             good[step.slots] = hit & before
-    return 1 + sum(right) / max(slots_seen, 1), [hits / max(count, 1) for hits, count in zip(right, alive)]
+        parts.append(counts)
+    counted, alive, right, forced = torch.cat(parts, 1).cpu()
+    return Simulation(counted[:, 0], counted, alive, right, forced)
 
 
 class TreeTau:

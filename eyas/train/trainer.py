@@ -30,7 +30,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
-from eyas.train.measure import held_out_tau
+from eyas.train.measure import simulate
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
 from eyas.train.unroll import loss_slots, unrolled_loss
@@ -233,14 +233,14 @@ class Trainer:
         if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
             return
         with self.network.device:
-            tau, by_step = held_out_tau(self.network, self.vocab, self.held_out, self.source, self.settings)
+            found = simulate(self.network, self.vocab, self.held_out, self.source, self.settings.unroll_steps)
         point = {
             "step": self.progress.steps,
             "slots": self.progress.slots,
             "minutes": round(self.progress.minutes, 2),
-            "tau": round(tau, 4),
+            "tau": round(found.tau(), 4),
         }
-        point |= {f"accept_{i + 1}": round(value, 4) for i, value in enumerate(by_step)}
+        point |= {f"accept_{i + 1}": round(value, 4) for i, value in enumerate(found.acceptance())}
         every = self.settings.tree_every
         if self.tree_tau and every and (len(self.progress.curve) + 1) % every == 0:
             point["tree_tau"] = round(self.tree_tau(self.network), 4)

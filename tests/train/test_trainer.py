@@ -27,7 +27,7 @@ from eyas.train import trainer as training
 from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example, TargetStates
 from eyas.train.initialise import initialise
-from eyas.train.measure import TreeTau, held_out_tau
+from eyas.train.measure import Simulation, TreeTau, simulate
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Budget, Trainer
 from eyas.train.unroll import unrolled_loss
@@ -82,6 +82,12 @@ def make_trainer(out, settings=SETTINGS, workers=1, dtype=torch.float64, **chang
     teacher = Teacher.of(loose, vocab, dtype)
     source, facts = TargetStates(target(), TAPS), changes.pop("facts", FACTS)
     return Trainer(network, vocab, teacher, examples()[4:], examples()[:4], source, settings, out, facts, 5, workers, **changes)
+
+
+def simulation(tau: float) -> Simulation:
+    """Of one example, whose first steps alone were right."""
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    return Simulation(ones[0], ones, ones, (tau - 1) * ones, (tau - 1) * ones)
 
 
 def silent(progress, losses, spent) -> None:
@@ -311,10 +317,10 @@ def test_held_out_tau_is_the_references(settings):
     network = DraftNetwork(draft_config(loose.config, len(vocab), TAPS, **settings), loose.model.embed_tokens.weight.detach()).double()
     initialise(network, loose, vocab, 0)
     source, steps, documents = TargetStates(target(), TAPS), 5, examples()[:11]  # more than one batch of eight
-    with torch.no_grad():
-        tau, by_step = held_out_tau(network, vocab, documents, source, replace(SETTINGS, unroll_steps=steps))
+    found = simulate(network, vocab, documents, source, steps)
     weights_ = reference_weights(network)
-    leading, slots, alive, right = 0.0, 0, [0] * steps, [0] * steps
+    leading, slots = 0.0, 0
+    alive, right, forced, reached = ([0] * steps for _ in range(4))
     for example in documents:
         tokens, answers = torch.tensor(example.tokens), torch.tensor(example.answers)
         states = source.states([example])
@@ -325,12 +331,19 @@ def test_held_out_tau_is_the_references(settings):
         slots += count
         good = torch.ones(len(tokens), dtype=torch.bool)
         for step in range(steps):
+            forced[step] += int((accepted[step] & reference.loss_slots(answers, step)).sum())
+            reached[step] += int(reference.loss_slots(answers, step).sum())
             counted = reference.loss_slots(answers, step) & good
             alive[step] += int(counted.sum())
             right[step] += int((accepted[step] & counted).sum())
             good = accepted[step] & counted
-    assert tau == pytest.approx(1 + leading / slots, abs=1e-12) and tau > 1
-    assert by_step == pytest.approx([hits / max(count, 1) for hits, count in zip(right, alive)])
+    assert found.tau() == pytest.approx(1 + leading / slots, abs=1e-12) and found.tau() > 1
+    assert found.acceptance() == pytest.approx([hits / max(count, 1) for hits, count in zip(right, alive)])
+    assert found.accuracy() == pytest.approx([hits / count for hits, count in zip(forced, reached)])
+    low, high = found.interval()
+    assert low < found.tau() < high
+    alone = simulate(network, vocab, documents, source, steps, together=1)
+    assert all(torch.equal(one, other) for one, other in zip(found, alone))
 
 
 def test_learning_rate_warms_up_and_falls_to_its_final_value(tmp_path):
@@ -470,7 +483,7 @@ def test_ctrl_c_while_the_end_is_measured_saves_too(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "held_out_tau", interrupted)
+    monkeypatch.setattr(training, "simulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path).run(Budget(steps=2), silent)
     again = make_trainer(tmp_path)
@@ -493,9 +506,9 @@ def test_the_weights_that_accepted_most_are_the_draft(tmp_path, monkeypatch):
     def told(network, *_):
         tau = next(taus)
         seen[tau] = {name: value.clone() for name, value in network.state_dict().items()}
-        return tau, [tau - 1]
+        return simulation(tau)
 
-    monkeypatch.setattr(training, "held_out_tau", told)
+    monkeypatch.setattr(training, "simulate", told)
     trainer.run(Budget(steps=6), silent)
     assert [(point["step"], point["tau"]) for point in trainer.progress.curve] == [(2, 1.1), (4, 1.5), (6, 1.3)]
     saved = read_tensors(trainer.out)
@@ -532,7 +545,7 @@ def test_tau_with_trees_is_measured_now_and_then(tmp_path):
 def test_training_ends_where_acceptance_has_fallen_for_good(tmp_path, monkeypatch):
     """Three measurements in a row clearly under the best end it; near the best, or with patience 0, they do not."""
     taus = iter([1.2, 1.6, 1.58, 1.5, 1.4, 1.3, 1.2])
-    monkeypatch.setattr(training, "held_out_tau", lambda *_: (next(taus), [0.1]))
+    monkeypatch.setattr(training, "simulate", lambda *_: simulation(next(taus)))
     trainer = make_trainer(tmp_path, replace(SETTINGS, measure_steps=1, patience=3))
     trainer.run(Budget(steps=50), silent)
     assert [point["tau"] for point in trainer.progress.curve] == [1.2, 1.6, 1.58, 1.5, 1.4, 1.3]
