@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -169,10 +171,19 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
     command.add_argument("--verifier", choices=VERIFIERS, default=Request.verifier, help="accept-reject is EAGLE's rule, for comparison")
 
 
+def terminated(number: int, frame: object) -> None:
+    """A polite end from outside (`timeout`, a service manager) is Ctrl-C's: what there is is saved."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
     options.arguments = arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)
     try:
         return importlib.import_module(f"eyas.commands.{options.command.replace('-', '_')}").run(options) or 0
     except EyasError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from eyas.train import trainer as training
@@ -26,16 +27,18 @@ def test_help_and_import_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_a_real_ctrl_c_in_train_leaves_a_checkpoint(models, data, tmp_path):
-    """The signal comes while it trains; --minutes alone would end it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_a_real_ctrl_c_in_train_leaves_a_checkpoint(models, data, tmp_path, number):
+    """The signal comes while it trains; --minutes alone would end it. SIGTERM does the same, even where a script ignores Ctrl-C."""
     out = tmp_path / "draft"
     words = [sys.executable, "-m", "eyas", *map(str, train(models, out, data, "--minutes", "2"))]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if number == signal.SIGTERM else None
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=ignore)
     for line in process.stderr:
         if "held out" in line:  # printed just before the first step
             break
     time.sleep(5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, err = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "" and "Traceback" not in err
     assert "the checkpoint is saved. Go on with: eyas train" in err and err.endswith("eyas: interrupted\n")

@@ -1,0 +1,154 @@
+"""The paper's two claims, measured again: training-time test and fused layers each raise acceptance, and acceptance rises with data.
+
+    python benchmarks/claims.py --shards DIR --out DIR [--passes 2] [--parts 8] [--runs all|scaling|ablation] [--dev F.jsonl]
+
+Scaling: drafts from scratch on an eighth, a quarter, a half and all of the conversations, each seen `--passes` times. Ablation: on a
+quarter (beside the run `2x`), the same conversations and steps, one thing changed. All are measured on the same held-out conversations:
+tau of a chain of 7 simulated from the target's states, with 95% intervals by bootstrap over conversations, acceptance by step, accuracy
+under teacher forcing; with --dev also on the target's greedy answers to those prompts. A run that is in `out/results.json` is not made
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from eyas.bench.prompts import read_prompts
+from eyas.commands import train
+from eyas.config import PLAIN, Sampling, TargetConfig, TrainSettings, default_taps
+from eyas.decode.generate import Decoder
+from eyas.engine import load, load_target, target_directory
+from eyas.model.target import Target
+from eyas.model.weights import target_config
+from eyas.train.conversations import Document
+from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
+from eyas.train.measure import Simulation, simulate
+from eyas.train.shards import PATTERN
+from eyas.train.trainer import Budget, Trainer
+
+CHAIN = 7
+HELD_OUT = 64
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no training-time test": {"unroll_steps": 1},
+    "top layer only": {"top_layer_only": True},
+    "neither": {"unroll_steps": 1, "top_layer_only": True},
+    "LK lambda": {"loss": "lk-lambda"},
+    "LK alpha, last 30%": {"loss": "lk-alpha", "loss_from": 0.7},
+    "LK lambda, last 30%": {"loss": "lk-lambda", "loss_from": 0.7},
+    "EAGLE-3.1 (fc_norm, norm_output)": {"fc_norm": True, "norm_output": True},
+    "every slot at every step": {"step_keep": 1.0},
+    "draft vocabulary 4096": {"draft_vocab_size": 4096},
+    "draft vocabulary 16384": {"draft_vocab_size": 16384},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shards", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--passes", type=float, default=2)
+    parser.add_argument("--parts", type=int, default=8, help="the smallest run's share of the data is one of so many")
+    parser.add_argument("--runs", default="all", choices=("all", "scaling", "ablation"))
+    parser.add_argument("--dev", help="prompts to measure on too")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    directory = target_directory(None)
+    config, settings = target_config(directory), TrainSettings()
+    examples = shard_examples([path for folder in options.shards for path in sorted(folder.glob(PATTERN))], settings.max_length)
+    greedy = [example for example in examples if example.greedy][:HELD_OUT]
+    chosen = {id(example) for example in greedy}
+    kept = [example for example in examples if id(example) not in chosen]
+    dev = dev_examples(options.dev) if options.dev else []
+    for name, share, changes in planned(options.runs, options.parts):
+        results = json.loads(path.read_text()) if (path := options.out / "results.json").exists() else {}
+        if name in results:
+            continue
+        started = time.monotonic()
+        own = kept[: max(2, round(len(kept) * share))]
+        trainer = trained(directory, config, own, replace(settings, **changes), options)
+        with torch.no_grad():
+            found = measured(trainer, greedy, ShardStates())
+        told = {"share": share, "conversations": len(own), "answer_tokens": answer_tokens(own), "steps": trainer.progress.steps}
+        told |= {
+            "slots": trainer.progress.slots,
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "changes": changes,
+            "held_out": found,
+        }
+        if dev:
+            target = load_target(directory, "fp32").prepare()
+            told["dev"] = measured(trainer, dev, TargetStates(target, default_taps(config.num_hidden_layers)))
+        results[name] = told
+        path.write_text(json.dumps(results, indent=1))
+        print(f"{name}: tau {found['tau']:.3f} {found['interval']} after {told['slots']} slots, {told['minutes']} min", flush=True)
+    results = json.loads((options.out / "results.json").read_text())
+    print(json.dumps(fit(results)))
+
+
+def planned(runs: str, parts: int) -> list[tuple[str, float, dict[str, Any]]]:
+    """(name, share of the conversations, changed settings), the smallest first."""
+    scaling = [(f"{2**i}x", 2**i / parts, {}) for i in range(int(math.log2(parts)) + 1)]
+    ablation = [(name, 2 / parts, changes) for name, changes in ABLATIONS.items()]
+    return (scaling if runs in ("all", "scaling") else []) + (ablation if runs in ("all", "ablation") else [])
+
+
+def trained(directory: Path, config: TargetConfig, own: list[Example], settings: TrainSettings, options: argparse.Namespace) -> Trainer:
+    """A draft from scratch on these conversations; nothing is saved."""
+    settings = replace(settings, held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e9, tree_every=0)
+    target: Target = load_target(directory, "fp32")
+    taps = default_taps(config.num_hidden_layers)
+    where = options.out / "unsaved"
+    console = Console(quiet=True)
+    trainer = train.make_trainer(target, config, taps, own, ShardStates(), settings, where, {}, options.workers, console)
+    trainer.save = trainer.measure = lambda: None
+    trainer.run(Budget(tokens=round(options.passes * answer_tokens(own))), lambda *_: None)
+    return trainer
+
+
+def answer_tokens(examples: list[Example]) -> int:
+    return sum(number >= 0 for example in examples for number in example.answers)
+
+
+def measured(trainer: Trainer, examples: list[Example], source: StateSource) -> dict[str, Any]:
+    found: Simulation = simulate(trainer.network, trainer.vocab, examples, source, CHAIN)
+    return {
+        "tau": round(found.tau(), 4),
+        "interval": [round(end, 3) for end in found.interval()],
+        "acceptance": [round(value, 3) for value in found.acceptance()],
+        "teacher_forced": [round(value, 3) for value in found.accuracy()],
+        "conversations": len(examples),
+    }
+
+
+def dev_examples(path: str) -> list[Example]:
+    """The target's greedy answers to prompts."""
+    engine = load(precision="fp32")
+    items, _ = read_prompts(path)
+    prompts = [engine.encode(item.prompt) for item in items]
+    *_, texts = Decoder(engine.target).run(prompts, PLAIN, Sampling(), [0] * len(prompts), 200)
+    pairs = [(prompt, text.tokens) for prompt, text in zip(prompts, texts)]
+    return document_examples([Document(tokens, [-1] * len(prompt) + [0] * (len(tokens) - len(prompt))) for prompt, tokens in pairs])
+
+
+def fit(results: dict[str, Any]) -> dict[str, float]:
+    """tau = a + b log2(answer tokens), by least squares over the scaling runs: what ten times more would bring."""
+    points = [(math.log2(told["answer_tokens"]), told["held_out"]["tau"]) for name, told in results.items() if name.endswith("x")]
+    if len(points) < 2:
+        return {}
+    x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points))
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    return {"tau_for_each_doubling": round(slope, 4), "ten_times_more": round(max(y.tolist()) + slope * math.log2(10), 3)}
+
+
+if __name__ == "__main__":
+    main()

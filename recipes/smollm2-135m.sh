@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# From nothing to the draft that ships with eyas: SmolLM2-135M-Instruct writes, a draft learns, is measured and is put into the package.
+#
+#   recipes/smollm2-135m.sh WORK [SEED_PROMPTS.jsonl] [--device cuda]
+#
+# Every stage ends within MINUTES (default 10) and goes on where it was when the script is run again, so a machine that is lent for ten
+# minutes at a time can do it; what a stage leaves lies under WORK (text and features in WORK/cache, files under 16 MB each). A stage is done
+# when its budget is: TOKENS answer tokens written, SLOTS answer tokens trained. Times of the run that made the shipped draft: WORK/times.txt
+# of that run is in eyas/bundled/training.json (`minutes` of each point) and docs/training.md.
+set -euo pipefail
+work=${1:?a directory to work in} seeds=${2:-} device=cpu
+[[ ${*: -2:1} == --device ]] && device=${*: -1} && [[ $seeds == --device ]] && seeds=
+TOKENS=${TOKENS:-3000000} SLOTS=${SLOTS:-8000000} MINUTES=${MINUTES:-10}
+mkdir -p "$work"
+export EYAS_CACHE=${EYAS_CACHE:-$work/cache}
+seconds=$((60 * MINUTES))
+words=(train --out "$work/draft" --self-play "$TOKENS" --tokens "$SLOTS" --device "$device")
+[[ -n $seeds ]] && words+=(--seed-prompts "$seeds")
+
+while [[ ! -f $work/trained ]]; do
+    [[ -f $work/draft/checkpoint ]] && resume=(--resume) || resume=()
+    started=$(date +%s)
+    status=0
+    timeout "$seconds" eyas "${words[@]}" "${resume[@]}" || status=$?
+    echo "$(date +%FT%T) $(($(date +%s) - started)) s, status $status" >> "$work/times.txt"
+    case $status in
+        0) touch "$work/trained" ;;
+        124 | 130) [[ -n ${ONE_STAGE:-} ]] && exit 0 ;; # time is up: the next stage, or the next loan
+        *) exit "$status" ;;
+    esac
+done
+python "$(dirname "$0")/../scripts/bundle_draft.py" "$work/draft"
