@@ -86,13 +86,15 @@ def prompt_line(generation: Generation, difference: int | None, compared: bool) 
 
 def acceptance(own: Sequence[Generation]) -> dict[str, Any]:
     rounds = [each for generation in own for each in generation.rounds]
-    fresh = [each for generation in own for each in generation.rounds_before_loop]
+    fresh = [[each.committed for each in generation.rounds_before_loop] for generation in own]
+    early, early_interval = estimate(ratio(list(map(sum, fresh)), list(map(len, fresh))), len(own)) if any(fresh) else (None, None)
     point, interval = estimate(ratio([each.committed for each in own], [len(each.rounds) for each in own]), len(own))
     tokens = sum(len(each.tokens) for each in own)
     return {
         "tau": point,
         "tau_interval": interval,
-        "tau_before_loop": sum(each.committed for each in fresh) / len(fresh) if fresh else None,
+        "tau_before_loop": early,
+        "tau_before_loop_interval": early_interval,
         "looped_share": sum(len(each.tokens) - each.loop_start for each in own) / tokens,
         "accepted_lengths": {str(length): count for length, count in sorted(Counter(each.committed for each in rounds).items())},
         "acceptance_by_step": acceptance_by_step(rounds),

@@ -208,6 +208,12 @@ def make_trainer(
         else earlier_draft(Path(start).expanduser(), target, taps, settings)
     )
     network.to(target.device)
+    different = len({token for example in kept for token, number in zip(example.tokens, example.answers) if number >= 0})
+    if different < len(vocab):
+        console.print(
+            f"the answers use {different} different tokens; the draft vocabulary of {len(vocab)} is filled up with unused ones",
+            soft_wrap=True,
+        )
     slots = sum(number >= 0 for example in kept for number in example.answers)
     told = f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out"
     console.print(f"{told}; the draft vocabulary covers {coverage(held_out, vocab):.1%} of their answers")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MIN_ANSWER_TOKENS = 4  # a slot's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
 PROBE = "\ue000eyas\ue000"  # private-use characters: stands in for an answer while the template shows where it puts answers
+# What chat templates begin a turn with: a turn's own text that does so is already rendered, by this model's template or another's.
+MARKS = ("<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>", "[INST]", "<s>", "<start_of_turn>", "<|assistant|>", "<|user|>")
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
 
 
@@ -72,6 +74,7 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> D
     content as rendered plus the end-of-turn token; a token that straddles the answer's start belongs to what came before.
     Raises EyasError if the template refuses the conversation, rewrites an answer (some drop reasoning), or no token is an answer.
     """
+    _check_marks(messages)
     rendered = _render(tokenizer, messages)
     specials = _special_ids(tokenizer)
     answers = [-1] * len(rendered.tokens)
@@ -83,6 +86,14 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> D
     if max(answers, default=-1) < 0:
         raise EyasError("no token of this conversation is an answer; it needs an assistant turn with text")
     return Document(rendered.tokens, answers)
+
+
+def _check_marks(messages: Sequence[Message]) -> None:
+    """Turns that were put through a template before, this model's or another's, would teach its marks as text."""
+    for number, message in enumerate(messages, start=1):
+        mark = next((mark for mark in MARKS if message["content"].lstrip().startswith(mark)), None)
+        if mark is not None:
+            raise EyasError(f"message {number} begins with {mark}, as if put through a chat template before; give the turn's plain text")
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> _Rendered:

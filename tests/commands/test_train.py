@@ -238,3 +238,11 @@ def test_a_draft_is_trained_further_on_other_data(models, run, data, tmp_path):
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-5) for name in one)
     status, _, err = run(*train(models, tmp_path / "third", other, "--steps", "1", "--from", first, "--set", "fc_norm=true"))
     assert status == 2 and err.splitlines()[-1] == f"eyas: {first} is of another shape (fc_norm False there, True here); ask for the same"
+
+
+def test_a_draft_vocabulary_larger_than_what_was_said_is_filled_up_and_said_so(models, run, data, tmp_path):
+    status, _, err = run(*train(models, tmp_path / "draft", data, "--steps", "1"))
+    assert status == 0 and re.search(
+        r"the answers use \d+ different tokens; the draft vocabulary of 200 is filled up with unused ones", err
+    )
+    assert len(load_file(tmp_path / "draft" / "model.safetensors")["d2t"]) == 200

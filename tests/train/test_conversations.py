@@ -292,3 +292,13 @@ def test_a_draft_vocabulary_that_cannot_be_is_an_error(size, always, reason):
 def test_a_token_outside_the_targets_vocabulary_is_an_error():
     with pytest.raises(EyasError, match="token 10 lies outside"):
         draft_vocabulary([Document([10], [0])], 2, 10)
+
+
+@pytest.mark.parametrize("mark", ["<|start_header_id|>", "[INST]", "<|im_start|>"])
+def test_turns_that_were_put_through_a_template_before_are_refused(mark):
+    """Of this model or another; a mark within a text that speaks about it is text."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f" {mark}user Hello."}]
+    with pytest.raises(EyasError) as caught:
+        render(byte_tokenizer(), messages)
+    assert str(caught.value) == f"message 2 begins with {mark}, as if put through a chat template before; give the turn's plain text"
+    assert render(byte_tokenizer(), [messages[0], {"role": "assistant", "content": f"It writes {mark} there."}]).tokens
