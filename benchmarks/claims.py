@@ -93,6 +93,8 @@ def main() -> None:
         print(f"{name}: tau {found['tau']:.3f} {found['interval']} after {told['slots']} slots, {told['minutes']} min", flush=True)
     results = json.loads((options.out / "results.json").read_text())
     print(json.dumps(fit(results)))
+    print(table(results))
+    draw(results, options.out / "claims.png")
 
 
 def planned(runs: str, parts: int) -> list[tuple[str, float, dict[str, Any]]]:
@@ -138,6 +140,49 @@ def dev_examples(path: str) -> list[Example]:
     *_, texts = Decoder(engine.target).run(prompts, PLAIN, Sampling(), [0] * len(prompts), 200)
     pairs = [(prompt, text.tokens) for prompt, text in zip(prompts, texts)]
     return document_examples([Document(tokens, [-1] * len(prompt) + [0] * (len(tokens) - len(prompt))) for prompt, tokens in pairs])
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table of all runs."""
+    rows = [
+        "| run | answer tokens | slots | tau, held out | tau, dev prompts | acceptance by step | under teacher forcing |",
+        "|" + "---|" * 7,
+    ]
+    for name, told in results.items():
+        held, dev = told["held_out"], told.get("dev")
+        steps, forced = (" ".join(f"{value:.2f}" for value in held[key]) for key in ("acceptance", "teacher_forced"))
+        figures = [f"{one['tau']:.2f} [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]" if one else "-" for one in (held, dev)]
+        rows.append(f"| {name} | {told['answer_tokens']:,} | {told['slots']:,} | {figures[0]} | {figures[1]} | {steps} | {forced} |")
+    return "\n".join(rows)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Tau against data on the left; on the right what each change does to it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scaling = [told for name, told in results.items() if name.endswith("x")]
+    others = {name: told for name, told in results.items() if not name.endswith("x")}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 3))
+    for key, label in (("held_out", "held-out conversations"), ("dev", "other prompts")):
+        points = [(told["answer_tokens"] / 1000, told[key]) for told in scaling if key in told]
+        if points:
+            x, found = zip(*points)
+            error = [[one["tau"] - one["interval"][0] for one in found], [one["interval"][1] - one["tau"] for one in found]]
+            left.errorbar(x, [one["tau"] for one in found], yerr=error, marker="o", markersize=4, capsize=3, label=label)
+    left.set(xscale="log", xlabel="answer tokens, thousands", ylabel="tau of a chain of 7", title="more data")
+    left.legend()
+    left.grid(alpha=0.3)
+    rows = [("2x: as it is", results["2x"]), *others.items()] if "2x" in results else list(others.items())
+    right.barh([name for name, _ in rows], [told["held_out"]["tau"] - 1 for _, told in rows], left=1.0, height=0.6)
+    right.invert_yaxis()
+    right.set(xlabel="tau of a chain of 7, held out", title="one thing changed")
+    right.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def fit(results: dict[str, Any]) -> dict[str, float]:

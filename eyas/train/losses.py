@@ -9,7 +9,7 @@ p is the teacher's law, q the draft's, and acceptance sum_v min(p_v, q_v) the ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,13 +50,43 @@ def lk_lambda(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 LOSSES: dict[str, Rule] = {"soft": cross_entropy, "lk-alpha": lk_alpha, "lk-lambda": lk_lambda}
 
 
+class Columns(NamedTuple):
+    """Tokens of the draft vocabulary that a batch's losses look at, and how many each stands for."""
+
+    ids: Tensor  # [C] ascending
+    weight: Tensor  # [C] 1 for those that matter, D' / m for m drawn from the D' others
+
+
+def choose_columns(teacher_RD: Tensor, likeliest: int, drawn: int, seed: int) -> Columns:
+    """All tokens among the `likeliest` of some row's law, and `drawn` of the others by chance: sums over columns by weight then estimate
+    sums over all tokens without bias."""
+    D = teacher_RD.shape[1]
+    certain = torch.zeros(D, dtype=torch.bool, device=teacher_RD.device)
+    certain[teacher_RD.topk(min(likeliest, D)).indices.flatten()] = True
+    others = (~certain).nonzero()[:, 0]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu")[:drawn]
+    picked = others[order.to(others.device)]
+    weight = torch.ones(D, dtype=teacher_RD.dtype, device=teacher_RD.device)
+    weight[picked] = len(others) / max(len(picked), 1)
+    certain[picked] = True
+    ids = certain.nonzero()[:, 0]
+    return Columns(ids, weight[ids])
+
+
 class HeadLoss(torch.autograd.Function):
     """sum over n of weight_n * loss(softmax(x_n W^T), teacher of n), and its terms [N] to look at; teacher rows sum to 1."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # a law wants float32, whatever the layer below computed in
     def forward(
-        ctx: Any, x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor, rule: Rule
+        ctx: Any,
+        x_NH: Tensor,
+        head_DH: Tensor,
+        teacher_RD: Tensor,
+        teacher_of_N: Tensor,
+        weight_N: Tensor,
+        rule: Rule,
+        share_D: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dx, dhead = torch.empty_like(x_NH), torch.empty_like(head_DH)
         terms = torch.empty_like(weight_N)
@@ -64,6 +94,8 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             x, teacher, weight = x_NH[rows], teacher_RD[teacher_of_N[rows]], weight_N[rows, None]
             logits = x @ head_DH.t()
+            if share_D is not None:
+                logits += share_D
             log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
             loss, dlogits = rule(log_q, log_q.exp(), teacher)
             terms[rows] = weight[:, 0] * loss
@@ -82,14 +114,24 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         if dloss != 1:  # the loss itself is what is derived, as a rule: then both are done
             dx, dhead = dx * dloss, dhead * dloss
-        return dx, dhead, None, None, None, None
+        return dx, dhead, None, None, None, None, None
 
 
 def head_loss(
-    x_NH: Tensor, head_DH: Tensor, teacher_RD: Tensor, teacher_of_N: Tensor, weight_N: Tensor, loss: str = "soft"
+    x_NH: Tensor,
+    head_DH: Tensor,
+    teacher_RD: Tensor,
+    teacher_of_N: Tensor,
+    weight_N: Tensor,
+    loss: str = "soft",
+    columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's law, and its terms [N].
 
-    Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0.
+    Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0. With `columns` only those tokens are looked at, each as often as it
+    stands for: the head is the largest product, and most of its tokens matter to no row of a batch.
     """
-    return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss])
+    if columns is None:
+        return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss], None)
+    teacher = teacher_RD[:, columns.ids] * columns.weight
+    return HeadLoss.apply(x_NH, head_DH[columns.ids], teacher, teacher_of_N, weight_N, LOSSES[loss], columns.weight.log())

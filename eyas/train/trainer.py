@@ -30,6 +30,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
+from eyas.train.losses import choose_columns
 from eyas.train.measure import simulate
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
@@ -37,6 +38,7 @@ from eyas.train.unroll import loss_slots, unrolled_loss
 
 CHECKPOINT = "checkpoint"
 EXPLODED = 10  # times the loss of a draft that knows nothing
+LIKELIEST = 8  # tokens of each law that are always among a batch's columns
 CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
 SAME_FACTS = {"target_sha256": "another target", "taps_are_inputs_of_layers": "other taps"}  # of a run and its resumption
@@ -137,10 +139,13 @@ class Trainer:
         with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
             batch, states = make_batch(examples, self.source, self.network)
             taught, teacher_of = batch.taught()
+            law = self.teacher.law(states.hidden[taught])
+            drawn = settings.sampled_columns
+            columns = choose_columns(law, LIKELIEST, drawn, self.progress.steps) if drawn else None
             loss, losses = unrolled_loss(
                 self.network,
                 batch,
-                self.teacher.law(states.hidden[taught]),
+                law,
                 teacher_of,
                 self.teacher.within(states.favourites),
                 settings.unroll_steps,
@@ -148,6 +153,7 @@ class Trainer:
                 depths.to(device),
                 counts,
                 rule,
+                columns,
             )
         return list(torch.autograd.grad(loss, self.parameters)), losses
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eyas.model.draft import DraftNetwork
-from eyas.train.losses import head_loss
+from eyas.train.losses import Columns, head_loss
 
 # Axes: M rows of all documents of a batch, N slots that count at a step, H width, D draft vocabulary
 
@@ -151,6 +151,7 @@ def unrolled_loss(
     depths: Tensor | None = None,
     counts: Sequence[int] | None = None,
     loss: str = "soft",
+    columns: Columns | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Sum over steps i of decay**i times the mean loss of step i (a name in losses.py), and those means.
 
@@ -166,6 +167,6 @@ def unrolled_loss(
     rows = torch.cat([step.teacher_rows for step in found])
     a = torch.cat([step.a for step in found])
     weight = torch.cat([within_M[step.teacher_rows].to(a.dtype) * share for step, share in zip(found, shares)])
-    total, terms = head_loss(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight, loss)
+    total, terms = head_loss(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight, loss, columns)
     means = [part.sum() / decay**i for i, part in enumerate(terms.split(sizes))]
     return total, means + [torch.zeros(())] * (steps - len(means))

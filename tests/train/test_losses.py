@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas.train import losses
-from eyas.train.losses import LOSSES, head_loss
+from eyas.train.losses import LOSSES, choose_columns, head_loss
 
 N, H, D, R = 13, 6, 17, 9
 
@@ -52,3 +52,24 @@ def test_every_loss_leads_from_a_cold_start_to_a_draft_that_is_accepted(kind):
         head_loss(logits, head, teacher, rows, weight, kind)[0].backward()
         optimiser.step()
     assert before < 0.1 and accepted() > 0.97
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_columns_estimate_the_whole_vocabulary_without_bias(kind):
+    """All columns: the loss itself. Some: the gradient, averaged over many choices, comes near the whole one."""
+    draw = torch.Generator().manual_seed(3)
+    x = (0.3 * torch.randn(N, H, generator=draw, dtype=torch.float64)).requires_grad_()
+    head = torch.randn(D, H, generator=draw, dtype=torch.float64).requires_grad_()
+    teacher = (2 * torch.randn(R, D, generator=draw, dtype=torch.float64)).softmax(-1)
+    place, weight = torch.randint(0, R, (N,), generator=draw), torch.full((N,), 1 / N, dtype=torch.float64)
+
+    def gradient(columns):
+        return torch.autograd.grad(head_loss(x, head, teacher, place, weight, kind, columns)[0], [x, head])
+
+    whole = gradient(None)
+    torch.testing.assert_close(gradient(choose_columns(teacher, 1, D, 0)), whole)
+    some = [choose_columns(teacher, 1, 7, seed) for seed in range(300)]
+    assert all(len(columns.ids) < D and float(columns.weight.sum()) == pytest.approx(D) for columns in some)
+    for index, exact in enumerate(whole):
+        mean = torch.stack([gradient(columns)[index] for columns in some]).mean(0)
+        assert float((mean - exact).norm() / exact.norm()) < 0.15
