@@ -1,8 +1,8 @@
 """Self-written data: answer tokens a second of our writers against transformers' batched `generate`, the same weights and sampling.
 
-    python benchmarks/generation_speed.py [--seconds 60] [--batch 90] [--repeats 2]
+    python benchmarks/generation_speed.py [--seconds 60] [--batch 64] [--repeats 2]
 
-Both answer the same questions (the target's own), at temperature 1 within top-p 0.98 of the best 64 tokens, up to 200 tokens; the two take
+Both answer the same questions (the target's own), at temperature 1 within top-p 0.98 of the best 64 tokens, up to 100 tokens; the two take
 turns. Ours: one single-thread process a core, 64 conversations each, features handed over. Theirs: one process with all threads, left
 padded, until the longest answer ends; tokens behind an end of turn do not count. Prints one JSON object.
 """
@@ -27,7 +27,7 @@ from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.template import Template
 from eyas.train.writers import writing_precision
 
-LONGEST = 200
+LONGEST = 100  # tokens of an answer: transformers needs a minute or more for a batch of them
 
 
 def settings_for(directory: Path, template: Template) -> SelfPlay:
@@ -54,11 +54,11 @@ def own_writer(directory: Path, slots: int, questions: list[Asked], seconds: flo
 
 
 @torch.inference_mode()
-def theirs(model: Any, tokenizer: Any, prompts: list[str]) -> float:
+def theirs(model: Any, tokenizer: Any, prompts: list[str], longest: int = LONGEST) -> float:
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     fed = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     started = time.monotonic()
-    out = model.generate(**fed, max_new_tokens=LONGEST, do_sample=True, temperature=1.0, top_k=64, top_p=0.98)
+    out = model.generate(**fed, max_new_tokens=longest, do_sample=True, temperature=1.0, top_k=64, top_p=0.98)
     passed = time.monotonic() - started
     written = out[:, fed["input_ids"].shape[1] :]
     end = torch.tensor(model.generation_config.eos_token_id).reshape(-1)
@@ -69,7 +69,7 @@ def theirs(model: Any, tokenizer: Any, prompts: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=90)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     directory, workers = target_directory(None), os.cpu_count() or 1
@@ -77,7 +77,7 @@ def main() -> None:
     template = Template(tokenizer, target_config(directory).eos_token_ids)
     questions = own_questions(directory, template, options.batch)
     model = {name: AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, name)).eval() for name in ("float32", "bfloat16")}
-    faster = max(model, key=lambda name: theirs(model[name], tokenizer, [template.rendered(questions[0].turns[0])] * 4))
+    faster = max(model, key=lambda name: theirs(model[name], tokenizer, [template.rendered(questions[0].turns[0])] * 16, 6))
     prompts = [template.rendered(question.turns[0]) for question in questions]
     ours, others = [], []
     context = multiprocessing.get_context("spawn")
