@@ -10,12 +10,14 @@ speculators pins its own dependencies, so it has a venv of its own and runs as a
 
 Some conversations of self-written shards are handed to both. Theirs are converted into what speculators trains on and pass its own dataset,
 collator, sampler, model, optimisers and `Trainer.train_epoch`. First the child tries what it offers (precisions, attentions, optimisers,
-lengths of a packed row) and keeps the fastest; then both train on every conversation once a turn, in turns. Ours runs three times a turn:
-as `eyas train` does by default, with every slot at every step, and with every token of the draft vocabulary in the loss besides. The last
-does what theirs does. With our weights in their network, the mean loss of every unroll step is compared on one conversation.
+lengths of a packed row) and keeps the fastest, plain and, where that works, compiled; then all train on every conversation once a turn, in
+turns. Ours runs three times a turn: as `eyas train` does by default, with every slot at every step, and with every token of the draft
+vocabulary in the loss besides. The last does what theirs does. With our weights in their network, the mean loss of every unroll step is
+compared on one conversation.
 
 Prints one JSON object; `differs` names what is not the same. Slots are places of an answer that count at step 0, slot-steps their sum
-over steps. What goes on is told on the standard error.
+over steps. What goes on is told on the standard error. Other work on the machine slows both, not always alike: `load_averages` and the
+slots a second of processor time say how far to trust a run.
 """
 
 from __future__ import annotations
@@ -48,7 +50,6 @@ if TYPE_CHECKING:  # each side lives in an environment of its own, so neither is
 
 THREADS = 2
 TOLERANCE = 2e-3  # of a step's mean loss, relative: shards hold bfloat16, and products are summed in other orders
-LAYER = {"midlayer.": "layers.0."}  # our name of the decoder layer, and theirs
 DIFFERS = (
     "speculators' Trainer cannot run without an accelerator (it moves the model to device 0): a subclass sets its device to the CPU, "
     "its train_epoch runs unchanged",
@@ -207,6 +208,7 @@ class Theirs:
         import_module("speculators.train.trainer")  # here, so that a venv without it ends with the reason
         disable_progress_bars()
         self.folder, self.directory, self.unroll, self.chosen = folder, directory, unroll, chosen
+        self.held: dict[str, tuple[Any, list[Any]]] = {}
         self.vocab, self.weights = load_file(folder / "vocab.safetensors"), load_file(folder / "weights.safetensors")
         tensors = load_file(folder / "conversations.safetensors")
         count = len(tensors) // 3
@@ -255,7 +257,7 @@ class Theirs:
             settings["full_attention_indices"],
         )
         model = Eagle3DraftModel.from_training_args(shape, self.vocab["t2d"], self.vocab["d2t"], **settings)
-        own = {name.replace(*next(iter(LAYER.items()))): value for name, value in self.weights.items()}
+        own = {name.replace("midlayer.", "layers.0."): value for name, value in self.weights.items()}
         unknown = model.load_state_dict(own, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"their network lacks {unknown}")
@@ -312,25 +314,24 @@ class Theirs:
 
     def probe(self, variant: dict[str, Any], hopeless: float) -> dict[str, Any]:
         """Slots a second of two steps after one to warm up; of the first where that is hopelessly slow."""
-        self.held = None
         gc.collect()
         torch.compiler.reset()
         trainer, batches = self.trainer(Variant(**variant))
         turn = self.epoch(trainer, batches[:1])
         if variant["compiled"] or turn.slots / turn.seconds > hopeless:
-            turn = self.epoch(trainer, batches[1:3])
+            turn = self.epoch(trainer, batches[1:3] or batches[:1])
         return {"slots_per_second": turn.slots / turn.seconds}
 
     def choose(self, variant: dict[str, Any]) -> dict[str, Any]:
-        self.held = self.trainer(Variant(**variant))
-        trainer, batches = self.held
+        """Keep a trainer ready for turns."""
+        trainer, batches = self.held[Variant(**variant).name] = self.trainer(Variant(**variant))
         self.epoch(trainer, batches[:1])
         rows = sum(batch["loss_mask"].shape[1] for batch in batches)
         trained = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
         return {"padding": sum(int((batch["document_ids"] < 0).sum()) for batch in batches) / rows, "trained": trained}
 
-    def turn(self) -> dict[str, Any]:
-        return asdict(self.epoch(*self.held))
+    def turn(self, name: str) -> dict[str, Any]:
+        return asdict(self.epoch(*self.held[name]))
 
     @torch.no_grad()
     def check(self) -> dict[str, Any]:
@@ -368,7 +369,7 @@ class Held(list):
 
 
 def hide_what_cannot_load() -> None:
-    """torchvision and torchaudio, where they were built for another torch: transformers imports what it finds, speculators needs neither."""
+    """torchvision and torchaudio, where built for another torch: transformers imports what it finds, speculators needs neither."""
     for name in ("torchvision", "torchaudio"):
         try:
             import_module(name)
@@ -428,8 +429,8 @@ class Child:
         self.process.wait()
 
 
-def fastest(child: Child, rows: Sequence[int]) -> tuple[Variant, dict[str, Any]]:
-    """Of what speculators offers, what is fastest here: one choice after the other."""
+def fastest(child: Child, rows: Sequence[int]) -> tuple[list[Variant], dict[str, Any]]:
+    """Of what speculators offers, what is fastest here, one choice after the other; the same compiled, where that works."""
     tried: dict[str, Any] = {}
 
     def rate(variant: Variant) -> float:
@@ -446,12 +447,12 @@ def fastest(child: Child, rows: Sequence[int]) -> tuple[Variant, dict[str, Any]]
         "row": rows,
         "optimizer": ("adamw", "muon"),
         "dtype": ("float32", "bfloat16"),
-        "compiled": (False, True),
     }.items():
         best = max((replace(best, **{name: value}) for value in values), key=rate)
     if rate(best) == 0:
         raise SystemExit("speculators could not train in any of these ways")
-    return best, tried
+    compiled = replace(best, compiled=True)
+    return [best, compiled] if rate(compiled) else [best], tried
 
 
 def compare(ours: Ours, child: Child, chosen: Example) -> dict[str, Any]:
@@ -496,6 +497,10 @@ def ratios(ours: Sequence[Turn], theirs: Sequence[Turn], counted: Callable[[Turn
     return {"all": round(rate(ours) / rate(theirs), 2), "by_turn": rounded([rate([a]) / rate([b]) for a, b in zip(ours, theirs)], 2)}
 
 
+def against(turns: dict[str, list[Turn]], theirs: dict[str, list[Turn]], counted: Callable[[Turn], int]) -> dict[str, Any]:
+    return {other: {name: ratios(held, held_there, counted) for name, held in turns.items()} for other, held_there in theirs.items()}
+
+
 def settings_to_try(settings: TrainSettings) -> dict[str, TrainSettings]:
     every = replace(settings, step_keep=1.0)
     return {"default": settings, "step_keep=1": every, "step_keep=1, sampled_columns=0": replace(every, sampled_columns=0)}
@@ -524,7 +529,7 @@ def main() -> None:
     settings = replace(TrainSettings(), max_length=options.longest)
     everything = shard_examples(sorted(options.shards.expanduser().glob(PATTERN)), options.longest)
     examples = everything[: options.conversations]
-    chosen = next(number for number, example in enumerate(examples) if len(example.tokens) >= min(200, options.longest))
+    chosen = next((number for number, example in enumerate(examples) if len(example.tokens) >= 200), 0)
     sides = {name: Ours(directory, examples, everything, one) for name, one in settings_to_try(settings).items()}
     plain = sides["step_keep=1, sampled_columns=0"]
     with tempfile.TemporaryDirectory() as folder:
@@ -534,20 +539,20 @@ def main() -> None:
             versions = child.must("versions")
             check = compare(plain, child, examples[chosen])
             say(f"losses by step agree within {check['largest_relative_difference']:.1e}")
-            variant, tried = fastest(child, options.rows)
-            told = child.must("choose", variant=asdict(variant))
-            turns: dict[str, list[Turn]] = {name: [] for name in [*sides, "speculators"]}
+            variants, tried = fastest(child, options.rows)
+            told = {variant.name: child.must("choose", variant=asdict(variant)) for variant in variants}
+            turns: dict[str, list[Turn]] = {name: [] for name in [*sides, *told]}
             for number in range(options.rounds):
                 for name in turns:
-                    turn = sides[name].turn() if name in sides else Turn(**child.must("turn"))
+                    turn = sides[name].turn() if name in sides else Turn(**child.must("turn", name=name))
                     turns[name].append(turn)
                     say(f"turn {number + 1}, {name}: {turn.slots / turn.seconds:.1f} slots/s, load {os.getloadavg()[0]:.1f}")
                 load.append(os.getloadavg())
         finally:
             child.end()
-    theirs = turns.pop("speculators")
-    if any(turn.slots != theirs[0].slots for held in turns.values() for turn in held):
+    if len({turn.slots for held in turns.values() for turn in held}) > 1:
         raise SystemExit("the two did not train the same slots")
+    theirs = {name: turns.pop(name) for name in told}
     found = {
         "conversations": len(examples),
         "tokens": sum(len(example.tokens) for example in examples),
@@ -558,9 +563,9 @@ def main() -> None:
         "sampled_columns": settings.sampled_columns,
         "threads": THREADS,
         "ours": {name: summary(held) for name, held in turns.items()},
-        "theirs": summary(theirs) | {"as": variant.name} | told,
-        "times_the_slots": {name: ratios(held, theirs, lambda turn: turn.slots) for name, held in turns.items()},
-        "times_the_slot_steps": {name: ratios(held, theirs, lambda turn: turn.slot_steps) for name, held in turns.items()},
+        "theirs": {name: summary(held) | told[name] for name, held in theirs.items()},
+        "times_the_slots": against(turns, theirs, lambda turn: turn.slots),
+        "times_the_slot_steps": against(turns, theirs, lambda turn: turn.slot_steps),
         "check": check,
         "tried": tried,
         "versions": {"eyas": __version__, "torch": torch.__version__, "python": platform.python_version(), "theirs": versions},
