@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -57,8 +58,9 @@ DIFFERS = (
     "speculators' default optimiser is Muon, whose bfloat16 products are slow on a CPU without them: timed is the faster of it and AdamW",
     "speculators' default flex attention has no backward pass on a CPU and its default fused losses need Triton: timed are its sdpa or "
     "eager attention (a dense mask [T, 7T]) and its eager loss, both its own options",
-    "speculators keeps the draft's head frozen at the target's, we train it (a third more of the head's products for us)",
-    "speculators packs conversations into a row of fixed length and pads it; we lay as many end to end as fit, for each of two workers",
+    "speculators keeps the draft's head frozen at the target's, we train it: two products of the head a row there, three here",
+    "speculators packs conversations into a row of fixed length and pads it; we lay them end to end for each of two "
+    "workers. Where longer rows than our batches are faster there, they are taken: fewer steps of the optimiser for as many slots",
     "speculators passes every token of a row, prompts and padding included, through every step and the head; we only slots that count",
     "at step i speculators counts slot j if t_{j+1+i} counts, so also slots that begin before the answer; we count it only if t_{j+1} and "
     "t_{j+2+i} lie in one answer. The mask it is given makes step 0 the same on both sides",
@@ -409,8 +411,9 @@ class Child:
 
     def ask(self, do: str, **given: Any) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             recipe = "\n".join(line for line in (__doc__ or "").splitlines() if "VENV" in line and "--shards" not in line)
@@ -424,9 +427,8 @@ class Child:
         return told
 
     def end(self) -> None:
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process.wait()
+        with suppress(BrokenPipeError):
+            self.process.communicate()
 
 
 def fastest(child: Child, rows: Sequence[int]) -> tuple[list[Variant], dict[str, Any]]:
