@@ -2,7 +2,7 @@
 
     python benchmarks/generation_speed.py [--seconds 60] [--batch 64] [--repeats 2]
 
-Both answer the same questions (the target's own), at temperature 1 within top-p 0.98 of the best 64 tokens, up to 100 tokens; the two take
+Both answer the same questions (the target's own), at temperature 1 within top-p 0.98 of the best 64 tokens, up to 200 tokens; the two take
 turns. Ours: one single-thread process a core, 64 conversations each, features handed over. Theirs: one process with all threads, left
 padded, until the longest answer ends; tokens behind an end of turn do not count. Prints one JSON object.
 """
@@ -27,7 +27,7 @@ from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.template import Template
 from eyas.train.writers import writing_precision
 
-LONGEST = 100  # tokens of an answer: transformers needs a minute or more for a batch of them
+LONGEST = 200  # tokens of an answer: transformers needs some minutes for a batch of them
 
 
 def settings_for(directory: Path, template: Template) -> SelfPlay:

@@ -1,6 +1,6 @@
 """Kill a run of `eyas train` at random moments, twenty times over, and compare what it ends with to a run that was left alone.
 
-    python scripts/kill_campaign.py --work DIR [--target T] [--tokens 30000] [--steps 120] [--kills 20] [--seed 0]
+    python scripts/kill_campaign.py --work DIR [--target T] [--tokens N] [--steps N] [--kills 20] [--seed 0] [--more --draft-vocab 200]
 
 Both runs have caches of their own, so each writes its own text. Kills are SIGKILL, after a random time in which a run may be loading,
 writing, training, measuring or saving; the same command goes on (with --resume once there is a checkpoint). At the end weights, curve
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further words for `eyas train`")
     parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill, at most")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,7 @@ def command(options: argparse.Namespace, name: str) -> list[str]:
     words = [sys.executable, "-m", "eyas", "train", "--out", str(out), "--self-play", str(options.tokens), "--steps", str(options.steps)]
     words += ["--set", "measure_steps=20", "--set", "checkpoint_minutes=0.1"]
     words += ["--target", options.target] if options.target else []
+    words += options.more
     return words + (["--resume"] if (out / "checkpoint").exists() else [])
 
 
