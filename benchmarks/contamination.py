@@ -3,18 +3,19 @@
     python benchmarks/contamination.py --shards DIR.. --eval F.jsonl.. [--gram 13]
 
 Prompts are all user turns of the shards, those that came from seed prompts included, and every turn of the evaluation files; both in the
-target's tokens. Prints how many 13-grams each side has, how many are shared, and the first ones that are.
+target's tokens. Prints how many 13-grams each side has, how many are shared, and some that are. `--apart F.jsonl` of `eyas train` and
+`eyas new-draft` leaves such conversations out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from eyas.engine import load_tokenizer, target_directory
 from eyas.model.weights import target_config
+from eyas.train.apart import GRAM, grams, questions
 from eyas.train.features import shard_examples
 from eyas.train.shards import PATTERN
 from eyas.train.template import Template
@@ -24,39 +25,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shards", type=Path, nargs="+", required=True)
     parser.add_argument("--eval", type=Path, nargs="+", required=True)
-    parser.add_argument("--gram", type=int, default=13)
+    parser.add_argument("--gram", type=int, default=GRAM)
     parser.add_argument("--target")
     options = parser.parse_args()
     directory = target_directory(options.target)
     template = Template(load_tokenizer(directory), target_config(directory).eos_token_ids)
-    evaluated: dict[tuple[int, ...], str] = {}
+    evaluated: set[tuple[int, ...]] = set()
     for path in options.eval:
         for line in path.read_text().splitlines():
             for turn in json.loads(line)["turns"]:
-                evaluated |= dict.fromkeys(grams(template.tokens(turn), options.gram), turn)
+                evaluated |= grams(template.tokens(turn), options.gram)
     trained: set[tuple[int, ...]] = set()
     turns = 0
     for example in shard_examples([path for folder in options.shards for path in sorted(folder.glob(PATTERN))], 1 << 20):
-        for turn in questions(example.tokens, example.answers, template):
-            trained.update(grams(turn, options.gram))
+        for turn in questions(example, template):
+            trained |= grams(turn, options.gram)
             turns += 1
-    shared = trained & evaluated.keys()
+    shared = trained & evaluated
     told = {"gram": options.gram, "training_turns": turns, "training_grams": len(trained), "evaluation_grams": len(evaluated)}
     print(json.dumps(told | {"shared": len(shared), "examples": [template.tokenizer.decode(list(gram)) for gram in list(shared)[:10]]}))
-
-
-def grams(tokens: list[int], size: int) -> Iterator[tuple[int, ...]]:
-    return (tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1))
-
-
-def questions(tokens: list[int], answers: list[int], template: Template) -> Iterator[list[int]]:
-    """The user turns of a conversation: what lies between two answers, or before the first, but for the template's own tokens."""
-    start, number = len(template.before), 0
-    for place in range(1, len(tokens)):
-        if answers[place] == number and answers[place - 1] != number:
-            yield tokens[start : place - len(template.after)]
-        if answers[place] < 0 and answers[place - 1] == number:
-            start, number = place - 1 + len(template.again), number + 1
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
     seed_prompts(new)
+    apart(new)
     disk(new)
     new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
@@ -85,6 +86,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     )
     seed_prompts(train)
     train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
+    apart(train)
     disk(train)
     train.add_argument(
         "--shards", metavar="DIR", nargs="+", default=[], help="train on these folders of self-written shards too (or alone)"
@@ -139,6 +141,16 @@ def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.
 
 def seed_prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed-prompts", metavar="F.jsonl", help="user turns that a fifth of the self-written conversations begin with")
+
+
+def apart(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--apart",
+        metavar="F.jsonl",
+        nargs="+",
+        default=[],
+        help="evaluation prompts: self-written conversations that share 13 tokens in a row with one are left out",
+    )
 
 
 def disk(command: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ export EYAS_CACHE=${EYAS_CACHE:-$work/cache}
 seconds=$((60 * MINUTES))
 words=(train --out "$work/draft" --self-play "$TOKENS" --tokens "$SLOTS" --device "$device")
 [[ -n $seeds ]] && words+=(--seed-prompts "$seeds")
+[[ -n ${APART:-} ]] && words+=(--apart $APART) # evaluation prompts, in files
 
 while [[ ! -f $work/trained ]]; do
     [[ -f $work/draft/checkpoint ]] && resume=(--resume) || resume=()

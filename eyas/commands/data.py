@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from eyas.bench.prompts import read_prompts
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.engine import load_tokenizer
+from eyas.train.apart import kept_apart
 from eyas.train.conversations import Document, read_conversations, render, truncate
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
@@ -177,11 +179,16 @@ def from_self_play(
             written = words.write(limit, workers, lambda count: bar.update(task, completed=count))
         shards += [shard for shard in written if shard not in shards]
         folders = list(dict.fromkeys([*folders, words.folder.resolve()]))
-    return shard_facts(shards, folders, settings, before)
+    return shard_facts(shards, folders, settings, before, words.template, options.apart)
 
 
 def shard_facts(
-    shards: list[Path], folders: list[Path], settings: TrainSettings, before: dict[str, Any] | None
+    shards: list[Path],
+    folders: list[Path],
+    settings: TrainSettings,
+    before: dict[str, Any] | None,
+    template: Template,
+    apart: Sequence[str] = (),
 ) -> tuple[list[Example], dict[str, Any]]:
     """Examples of some shards, and what they are. A resumed run goes on with the shards that it began with."""
     used = before["facts"]["data"].get("shards") if before else None
@@ -191,6 +198,8 @@ def shard_facts(
             raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
         shards = [shard for shard in shards if place_of(shard) in set(used)]
     examples, twins = without_twins(shard_examples(shards, settings.max_length))
+    evaluated = [text for path in apart for text in evaluation_prompts(path)]
+    examples, met = kept_apart(examples, evaluated, template) if evaluated else (examples, 0)
     if not examples:
         raise EyasError("the shards hold no conversation with an answer to learn from; let the target write more")
     counts = sum(map(counts_of, shards), Counts())
@@ -199,10 +208,18 @@ def shard_facts(
         **asdict(counts),
         "conversations": len(examples),
         "duplicates_dropped": twins,
+        "kept_apart": {"from": [Path(path).name for path in apart], "prompts": len(evaluated), "dropped": met},
         "settings": [settings_of_folder(folder) for folder in folders],
         "shards": list(map(place_of, shards)),
     }
     return examples, {"data": facts}
+
+
+def evaluation_prompts(path: str) -> list[str]:
+    """Every user turn of a file of prompts."""
+    items, _ = read_prompts(path)
+    turns = [[item.prompt] if isinstance(item.prompt, str) else [turn["content"] for turn in item.prompt] for item in items]
+    return [text for texts in turns for text in texts]
 
 
 def place_of(shard: Path) -> str:

@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         if before is None:
             write(job, state, disk_limit(options.disk, job.words.folder), console)
         shards = sorted(job.words.folder.glob(PATTERN))
-        examples, data = shard_facts(shards, [job.words.folder], settings, before)
+        examples, data = shard_facts(shards, [job.words.folder], settings, before, job.words.template, options.apart)
         facts = {**data, **train.facts_of_run(directory, wanted.target_sha256, taps), "command": command(options)}
         target = load_target(directory, "fp32")
         trainer = train.make_trainer(target, config, taps, examples, ShardStates(), settings, out, facts, job.workers, console)

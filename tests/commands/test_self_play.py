@@ -10,6 +10,9 @@ import pytest
 from safetensors import safe_open
 
 from eyas import cli
+from eyas.train.apart import questions
+from eyas.train.features import shard_examples
+from eyas.train.template import Template
 from tests.tiny import byte_tokenizer, save_tiny_target
 
 TAPS = ["--taps", "1,2,4", "--draft-vocab", "200", "--unroll", "3", "--workers", "1"]
@@ -123,3 +126,16 @@ def test_a_model_without_a_chat_template_writes_plain_text_and_says_so(tmp_path,
     assert cli.main(words(tmp_path, "draft", "--self-play", "300", "--steps", "1", target="base")) == 0
     assert "no chat template: the target writes plain text instead of conversations" in " ".join(capsys.readouterr().err.split())
     assert told(tmp_path, "draft")["data"]["settings"][0]["template"] == "plain text, no chat template"
+
+
+def test_what_an_evaluation_asks_is_left_out_of_training(cache, tmp_path):
+    """Every self-written conversation whose question meets a prompt of the file; training.json says how many."""
+    folder = shards(cache)[0].parent
+    template = Template(byte_tokenizer(), (257,))
+    examples = shard_examples(shards(cache), 1024)
+    asked = [byte_tokenizer().decode(turn)[:14] for example in examples for turn in questions(example, template)]
+    opening = next(text for text in asked if len(text) == 14 and text.isascii())  # what follows may be no text: the target is a random one
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": opening}) + "\n")
+    assert cli.main(words(cache, "apart", "--shards", folder, "--apart", tmp_path / "eval.jsonl", "--steps", "1")) == 0
+    data = told(cache, "apart")["data"]
+    assert data["kept_apart"]["from"] == ["eval.jsonl"] and data["kept_apart"]["dropped"] >= 1

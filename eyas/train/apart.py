@@ -1,0 +1,36 @@
+"""Keeping training apart from evaluation: conversations that ask what an evaluation asks are left out.
+
+Knows tokens and where a conversation's questions lie; knows nothing of models. Two prompts meet where they share 13 tokens in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from eyas.train.features import Example
+from eyas.train.template import Template
+
+GRAM = 13
+
+
+def grams(tokens: Sequence[int], size: int = GRAM) -> set[tuple[int, ...]]:
+    """All runs of `size` tokens."""
+    return {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
+
+
+def questions(example: Example, template: Template) -> Iterator[list[int]]:
+    """The user turns of a conversation that the target wrote: what lies before each answer, but for the template's own tokens."""
+    tokens, answers = example.tokens, example.answers
+    start, number = len(template.before), 0
+    for place in range(1, len(tokens)):
+        if answers[place] == number and answers[place - 1] != number:
+            yield tokens[start : place - len(template.after)]
+        if answers[place] < 0 and answers[place - 1] == number:
+            start, number = place - 1 + len(template.again), number + 1
+
+
+def kept_apart(examples: Sequence[Example], prompts: Sequence[str], template: Template) -> tuple[list[Example], int]:
+    """Examples none of whose questions shares a run of tokens with one of the prompts, and how many were left out."""
+    evaluated = set().union(*(grams(template.tokens(prompt)) for prompt in prompts))
+    kept = [example for example in examples if not any(grams(turn) & evaluated for turn in questions(example, template))]
+    return kept, len(examples) - len(kept)
