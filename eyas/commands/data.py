@@ -60,10 +60,13 @@ def own_words(
         console.print("no chat template: the target writes plain text instead of conversations, and its draft is for --raw", markup=False)
     questions, key = regenerated_questions(regenerate, template, console) if regenerate else seed_questions(seed_prompts, console)
     play = SelfPlay(
-        target=hash_of_target, template=template.text, taps=taps, seed_prompts=key, seeded_share=SelfPlay.seeded_share if key else 0.0
+        target=hash_of_target,
+        template=template.text,
+        taps=taps,
+        seed_prompts=key,
+        seeded_share=SelfPlay.seeded_share if key else 0.0,
+        regenerate=bool(regenerate),
     )
-    if regenerate:
-        play = SelfPlay(target=hash_of_target, template=template.text, taps=taps, seed_prompts=key, regenerate=True)
     return OwnWords(template, play, questions, directory)
 
 
@@ -80,8 +83,7 @@ def seed_questions(path: str | None, console: Console) -> tuple[list[Asked], str
     if not path:
         return [], ""
     items, complaints = read_prompts(path)
-    if complaints:
-        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+    say_skipped(complaints, path, console)
     questions = [item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"] for item in items]
     return [Asked((question,)) for question in questions], key_of(path, questions)
 
@@ -91,8 +93,7 @@ def regenerated_questions(path: str, template: Template, console: Console) -> tu
     if not template.chat:
         raise EyasError("--regenerate needs a target with a chat template: it answers the file's user turns")
     conversations, complaints = read_conversations(path)
-    if complaints:
-        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+    say_skipped(complaints, path, console)
     found = []
     for _, messages in conversations:
         systems = [message["content"] for message in messages if message["role"] == "system"]
@@ -102,6 +103,11 @@ def regenerated_questions(path: str, template: Template, console: Console) -> tu
     if not found:
         raise EyasError(f"{path} holds no user turn to answer")
     return found, key_of(path, found)
+
+
+def say_skipped(complaints: Sequence[str], path: str, console: Console) -> None:
+    if complaints:
+        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
 
 
 def key_of(path: str, content: Any) -> str:

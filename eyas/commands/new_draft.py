@@ -21,7 +21,7 @@ from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
-from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, seed_questions, shard_facts
+from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.engine import Engine, load, load_target, target_directory
 from eyas.model.weights import directory_hash, recover_directory, replace_text, target_config
@@ -99,11 +99,12 @@ def run(options: argparse.Namespace) -> int:
     taps = train.taps_from(None, config.num_hidden_layers)
     settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, config.vocab_size))
     console = Console(stderr=True, highlight=False)
-    wanted = Run(directory_hash(directory), options.hours, seed_questions(options.seed_prompts, console)[1])
+    words = own_words(directory, config, taps, directory_hash(directory), options.seed_prompts, None, console)
+    wanted = Run(words.play.target, options.hours, words.play.seed_prompts)
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
-    job = Job(own_words(directory, config, taps, wanted.target_sha256, options.seed_prompts, None, console), settings, out, options.hours)
+    job = Job(words, settings, out, options.hours)
     if options.dry_run:
         return dry_run(job, console)
     if not can_draw():
