@@ -46,6 +46,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "LK lambda, last 30%": {"loss": "lk-lambda", "loss_from": 0.7},
     "EAGLE-3.1 (fc_norm, norm_output)": {"fc_norm": True, "norm_output": True},
     "every slot at every step": {"step_keep": 1.0},
+    "steps weigh 0.8^i": {"step_decay": 0.8},
     "draft vocabulary 4096": {"draft_vocab_size": 4096},
     "draft vocabulary 16384": {"draft_vocab_size": 16384},
 }
