@@ -1,10 +1,11 @@
 """Self-written data: answer tokens a second of our writers against transformers' batched `generate`, the same weights and sampling.
 
-    python benchmarks/generation_speed.py [--seconds 60] [--batch 64] [--repeats 2]
+    python benchmarks/generation_speed.py [--seconds 60] [--batch 64] [--repeats 2] [--vllm VENV/bin/python [--vllm-dtype float32]]
 
 Both answer the same questions (the target's own), at temperature 1 within top-p 0.98 of the best 64 tokens, up to 200 tokens; the two take
 turns. Ours: one single-thread process a core, 64 conversations each, features handed over. Theirs: one process with all threads, left
-padded, until the longest answer ends; tokens behind an end of turn do not count. Prints one JSON object.
+padded, until the longest answer ends; tokens behind an end of turn do not count. vLLM's CPU build, where `--vllm` names the interpreter of
+an environment that has it, answers the same questions as one continuous batch (generation_vllm.py), also in turn. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -66,11 +69,25 @@ def theirs(model: Any, tokenizer: Any, prompts: list[str], longest: int = LONGES
     return int((ended - torch.isin(written, end).long() == 0).sum()) / passed
 
 
+def vllm(python: str, directory: Path, prompts: list[list[int]], dtype: str) -> float:
+    """vLLM in a process of its own; its start does not count."""
+    job = {"model": str(directory), "prompts": prompts, "longest": LONGEST, "dtype": dtype}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        command = [python, str(Path(__file__).with_name("generation_vllm.py")), file.name]
+        memory = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+        told = subprocess.run(command, env={**os.environ, **memory}, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(told.splitlines()[-1])["tokens_per_second"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--vllm", help="interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-dtype", default="float32")
     options = parser.parse_args()
     directory, workers = target_directory(None), os.cpu_count() or 1
     tokenizer = load_tokenizer(directory)
@@ -79,10 +96,13 @@ def main() -> None:
     model = {name: AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, name)).eval() for name in ("float32", "bfloat16")}
     faster = max(model, key=lambda name: theirs(model[name], tokenizer, [template.rendered(questions[0].turns[0])] * 16, 6))
     prompts = [template.rendered(question.turns[0]) for question in questions]
-    ours, others = [], []
+    ours, others, engine = [], [], []
     context = multiprocessing.get_context("spawn")
     for repeat in range(options.repeats):
         others.append(theirs(model[faster], tokenizer, prompts))
+        if options.vllm:
+            ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+            engine.append(vllm(options.vllm, directory, ids, options.vllm_dtype))
         told = context.Queue()
         begun = [1000 * repeat + 100_000 * number for number in range(workers)]
         processes = [
@@ -93,7 +113,8 @@ def main() -> None:
         ours.append(sum(told.get() for _ in processes))
         for process in processes:
             process.join()
-    rounded = {"ours": [round(rate, 1) for rate in ours], "transformers": [round(rate, 1) for rate in others]}
+    rates = {"ours": ours, "transformers": others, "vllm": engine}
+    rounded = {name: [round(rate, 1) for rate in found] for name, found in rates.items()}
     ratio = [one / other for one, other in zip(ours, others)]
     print(json.dumps({**rounded, "transformers_dtype": faster, "batch": options.batch, "workers": workers, "ratio": ratio}))
 
