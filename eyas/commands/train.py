@@ -25,7 +25,7 @@ from eyas.model.draft import DraftNetwork, check_fits, config_from_file, draft_c
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import directory_hash, recover_directory, target_config
+from eyas.model.weights import directory_hash, read_json, recover_directory, target_config
 from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates
@@ -81,7 +81,7 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
         if peers.first:
             peers.wait()
         source = ShardStates()
-    facts = {**facts, **facts_of_run(directory, hash_of_target, taps)}
+    facts = {**facts, **facts_of_run(directory, hash_of_target, taps), **earlier_facts(options.start)}
     target = load_target(directory, "fp32", device_of(options.device, peers))  # not before: while workers write, each holds its own
     trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers, options.start)
     if settings.tree_every:
@@ -254,6 +254,14 @@ def earlier_draft(
     if told:
         raise EyasError(f"{directory} is of another shape ({'; '.join(told)}); ask for the same")
     return network, vocab
+
+
+def earlier_facts(start: str | None) -> dict[str, Any]:
+    """What training.json says of the draft that a run begins with: its lineage is part of what it was trained on."""
+    if start is None:
+        return {}
+    path = Path(start).expanduser() / "training.json"
+    return {"from": {name: value for name, value in read_json(path).items() if name != "curve"} if path.exists() else {}}
 
 
 def with_trees(trainer: training.Trainer, directory: Path, device: str) -> training.Trainer:

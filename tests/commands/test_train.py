@@ -234,6 +234,7 @@ def test_a_draft_is_trained_further_on_other_data(models, run, data, tmp_path):
     (other := tmp_path / "other.jsonl").write_text("\n".join(lines[:6]))
     assert run(*train(models, second, other, "--steps", "1", "--from", first, "--set", "learning_rate=1e-9"))[0] == 0
     one, two = (load_file(out / "model.safetensors") for out in (first, second))
+    assert json.loads((second / "training.json").read_text())["from"]["steps"] == 2  # its lineage stays on record
     assert torch.equal(one["d2t"], two["d2t"])
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-5) for name in one)
     status, _, err = run(*train(models, tmp_path / "third", other, "--steps", "1", "--from", first, "--set", "fc_norm=true"))
