@@ -53,7 +53,7 @@ def has_own_blocks(directory: Path) -> bool:
 def target_config(directory: Path) -> TargetConfig:
     """The target's shape from a Hugging Face config.json; a model that cannot be a target is refused in one line that says why."""
     if not has_own_blocks(directory):
-        from eyas.model.adapter import adapted_config
+        from eyas.model.adaptable import adapted_config
 
         return adapted_config(directory)
     raw = read_json(directory / "config.json")

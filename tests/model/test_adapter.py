@@ -19,7 +19,8 @@ from eyas.decode.generate import Decoder
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load_target
-from eyas.model.adapter import AdaptedTarget, adapted_config, check_adaptable, load_adapted
+from eyas.model.adaptable import adapted_config, check_adaptable
+from eyas.model.adapter import AdaptedTarget, load_adapted
 from eyas.model.attention import Segment
 from eyas.model.draft import DraftNetwork, check_fits, draft_config, save_draft
 from eyas.model.mask import ancestor_mask
