@@ -15,12 +15,11 @@ from eyas.model.target import Target
 from eyas.train.selfplay import Asked, Finished, SelfPlay, Writer
 from eyas.train.template import Template
 from tests.tiny import byte_tokenizer, tiny_target
+from tests.train import writing
+from tests.train.writing import END, QUESTIONS, template
 
-TAPS = (1, 2, 4)
-END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,), opening_share=0.0)
+SETTINGS = replace(writing.SETTINGS, opening_share=0.0)
 SAMPLED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
-QUESTIONS = [Asked(("How can a hawk see?",)), Asked(("Why do owls fly at night and not by day?",))]
 
 
 @cache
@@ -29,11 +28,6 @@ def target() -> Target:
     loose = tiny_target(vocab_size=263, eos_token_ids=(END,), prepare=False)
     loose.lm_head.weight[END] *= 1.6
     return loose.prepare()
-
-
-@cache
-def template() -> Template:
-    return Template(byte_tokenizer(), (END,))
 
 
 @cache

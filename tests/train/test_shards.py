@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -18,20 +17,13 @@ from eyas.train import writers
 from eyas.train.features import shard_examples
 from eyas.train.selfplay import Asked, SelfPlay, Writer
 from eyas.train.shards import PATTERN, Counts, Folder, claim_folder, counts_of, data_folder, write_shards
-from eyas.train.template import Template
 from eyas.train.writers import Limit, write_own_data
 from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
+from tests.train import writing
+from tests.train.writing import END, QUESTIONS, template
 
-TAPS = (1, 2, 4)
-END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,), per_shard=5)
+SETTINGS = replace(writing.SETTINGS, per_shard=5)
 SHARDED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
-QUESTIONS = [Asked(("How can a hawk see?",)), Asked(("Why do owls fly at night and not by day?",))]
-
-
-@cache
-def template() -> Template:
-    return Template(byte_tokenizer(), (END,))
 
 
 def conversations_in(path) -> list[list[int]]:
