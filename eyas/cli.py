@@ -89,7 +89,12 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     apart(train)
     disk(train)
     train.add_argument(
-        "--shards", metavar="DIR", nargs="+", default=[], help="train on these folders of self-written shards too (or alone)"
+        "--shards",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="train on these folders of self-written shards too (or alone)",
     )
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")
@@ -148,6 +153,7 @@ def apart(command: argparse.ArgumentParser) -> None:
         "--apart",
         metavar="F.jsonl",
         nargs="+",
+        action="extend",
         default=[],
         help="evaluation prompts: self-written conversations that share 13 tokens in a row with one are left out",
     )

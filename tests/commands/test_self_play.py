@@ -136,6 +136,8 @@ def test_what_an_evaluation_asks_is_left_out_of_training(cache, tmp_path):
     asked = [byte_tokenizer().decode(turn)[:14] for example in examples for turn in questions(example, template)]
     opening = next(text for text in asked if len(text) == 14 and text.isascii())  # what follows may be no text: the target is a random one
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": opening}) + "\n")
-    assert cli.main(words(cache, "apart", "--shards", folder, "--apart", tmp_path / "eval.jsonl", "--steps", "1")) == 0
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "nobody asked this of anybody"}) + "\n")
+    files = ("--apart", tmp_path / "eval.jsonl", "--apart", tmp_path / "other.jsonl")  # as good as both after one
+    assert cli.main(words(cache, "apart", "--shards", folder, *files, "--steps", "1")) == 0
     data = told(cache, "apart")["data"]
-    assert data["kept_apart"]["from"] == ["eval.jsonl"] and data["kept_apart"]["dropped"] >= 1
+    assert data["kept_apart"]["from"] == ["eval.jsonl", "other.jsonl"] and data["kept_apart"]["dropped"] >= 1
