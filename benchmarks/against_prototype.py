@@ -27,22 +27,18 @@ from typing import Any
 
 import numpy
 import torch
-from rich.console import Console
+from claims import answer_tokens, from_scratch, hold_out_greedy, measured
 from safetensors.torch import save_file
 
-from eyas.commands import train
-from eyas.config import TrainSettings, default_taps
+from eyas.config import DraftConfig, TrainSettings
 from eyas.engine import load_target, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import target_config
 from eyas.train.features import Example, ShardStates, shard_examples
-from eyas.train.measure import simulate
 from eyas.train.shards import PATTERN
 from eyas.train.trainer import Budget
 
-CHAIN = 7
-HELD_OUT = 64
 SHORTEST = 12  # answer tokens a conversation needs to be read by the prototype
 
 
@@ -53,16 +49,11 @@ def main() -> None:
     config = target_config(directory)
     paths = [path for folder in options.shards for path in sorted(folder.glob(PATTERN))]
     examples = [example for example in shard_examples(paths, TrainSettings.max_length) if readable(example)]
-    held_out = [example for example in examples if example.greedy][:HELD_OUT]
-    chosen = {id(example) for example in held_out}
-    kept = [example for example in examples if id(example) not in chosen]
+    held_out, kept = hold_out_greedy(examples)
     target = load_target(directory, "fp32")
     options.out.mkdir(parents=True, exist_ok=True)
     write_for_prototype(kept, target.state_dict(), options.out)
-    settings = replace(TrainSettings(), held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e9, tree_every=0)
-    taps = default_taps(config.num_hidden_layers)
-    trainer = train.make_trainer(target, config, taps, kept, ShardStates(), settings, options.out / "unsaved", {}, 1, Console(quiet=True))
-    trainer.save = trainer.measure = lambda: None
+    trainer = from_scratch(target, config, kept, TrainSettings(), options.out, workers=1)
 
     first, second = sorted(os.sched_getaffinity(0))[:2]
     child = start_prototype(options, theirs, second)
@@ -74,16 +65,16 @@ def main() -> None:
     finally:
         child.kill()
 
-    other, vocab = their_draft(options.out / "draft.pt", draft_config(config, 1, taps), target.embedding.detach())
+    other, vocab = their_draft(options.out / "draft.pt", draft_config(config, 1), target.embedding.detach())
     found: dict[str, Any] = {
         "minutes_on_one_core_each": options.minutes,
         "conversations": len(kept),
-        "answer_tokens": sum(number >= 0 for example in kept for number in example.answers),
+        "answer_tokens": answer_tokens(kept),
         "held_out": len(held_out),
         "prototype_options": theirs,
     }
-    found["eyas"] = measured(trainer.network, trainer.vocab, held_out) | {"slots": trainer.progress.slots}
-    found["prototype"] = measured(other, vocab, held_out) | {"last_line": last_step(options.out / "prototype.log")}
+    found["eyas"] = measured(trainer.network, trainer.vocab, held_out, ShardStates()) | {"slots": trainer.progress.slots}
+    found["prototype"] = measured(other, vocab, held_out, ShardStates()) | {"last_line": last_step(options.out / "prototype.log")}
     found["difference"] = round(found["eyas"]["tau"] - found["prototype"]["tau"], 3)
     print(json.dumps(found, indent=1))
 
@@ -136,7 +127,7 @@ def start_prototype(options: argparse.Namespace, theirs: list[str], core: int) -
         )
 
 
-def their_draft(path: Path, shape: Any, embedding: torch.Tensor) -> tuple[DraftNetwork, DraftVocab]:
+def their_draft(path: Path, shape: DraftConfig, embedding: torch.Tensor) -> tuple[DraftNetwork, DraftVocab]:
     """Its weights in our network: q, k and v lie in one matrix there, of the embedding's half and of the feature's."""
     saved = torch.load(path, weights_only=True)
     own, ids = saved["p"], saved["keep"]
@@ -163,18 +154,8 @@ def their_draft(path: Path, shape: Any, embedding: torch.Tensor) -> tuple[DraftN
     return network, DraftVocab(ids, embedding.shape[0])
 
 
-def measured(network: DraftNetwork, vocab: DraftVocab, held_out: list[Example]) -> dict[str, Any]:
-    found = simulate(network, vocab, held_out, ShardStates(), CHAIN)
-    low, high = found.interval()
-    return {
-        "tau": round(found.tau(), 4),
-        "interval": [round(low, 3), round(high, 3)],
-        "acceptance": [round(value, 3) for value in found.acceptance()],
-    }
-
-
 def last_step(log: Path) -> str:
-    return [line for line in log.read_text().splitlines() if line.startswith("step")][-1:][0]
+    return [line for line in log.read_text().splitlines() if line.startswith("step")][-1]
 
 
 if __name__ == "__main__":

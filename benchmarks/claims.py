@@ -27,7 +27,9 @@ from eyas.commands import train
 from eyas.config import PLAIN, Sampling, TargetConfig, TrainSettings, default_taps
 from eyas.decode.generate import Decoder
 from eyas.engine import load, load_target, target_directory
+from eyas.model.draft import DraftNetwork
 from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
 from eyas.model.weights import target_config
 from eyas.train.conversations import Document
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
@@ -66,9 +68,7 @@ def main() -> None:
     directory = target_directory(None)
     config, settings = target_config(directory), TrainSettings()
     examples = shard_examples([path for folder in options.shards for path in sorted(folder.glob(PATTERN))], settings.max_length)
-    greedy = [example for example in examples if example.greedy][:HELD_OUT]
-    chosen = {id(example) for example in greedy}
-    kept = [example for example in examples if id(example) not in chosen]
+    greedy, kept = hold_out_greedy(examples)
     dev = dev_examples(options.dev) if options.dev else []
     for name, share, changes in planned(options.runs, options.parts):
         results = json.loads(path.read_text()) if (path := options.out / "results.json").exists() else {}
@@ -76,9 +76,9 @@ def main() -> None:
             continue
         started = time.monotonic()
         own = kept[: max(2, round(len(kept) * share))]
-        trainer = trained(directory, config, own, replace(settings, **changes), options)
-        with torch.no_grad():
-            found = measured(trainer, greedy, ShardStates())
+        trainer = from_scratch(load_target(directory, "fp32"), config, own, replace(settings, **changes), options.out, options.workers)
+        trainer.run(Budget(tokens=round(options.passes * answer_tokens(own))), lambda *_: None)
+        found = measured(trainer.network, trainer.vocab, greedy, ShardStates())
         told = {"share": share, "conversations": len(own), "answer_tokens": answer_tokens(own), "steps": trainer.progress.steps}
         told |= {
             "slots": trainer.progress.slots,
@@ -88,7 +88,7 @@ def main() -> None:
         }
         if dev:
             target = load_target(directory, "fp32").prepare()
-            told["dev"] = measured(trainer, dev, TargetStates(target, default_taps(config.num_hidden_layers)))
+            told["dev"] = measured(trainer.network, trainer.vocab, dev, TargetStates(target, default_taps(config.num_hidden_layers)))
         results[name] = told
         path.write_text(json.dumps(results, indent=1))
         print(f"{name}: tau {found['tau']:.3f} {found['interval']} after {told['slots']} slots, {told['minutes']} min", flush=True)
@@ -105,16 +105,19 @@ def planned(runs: str, parts: int) -> list[tuple[str, float, dict[str, Any]]]:
     return (scaling if runs in ("all", "scaling") else []) + (ablation if runs in ("all", "ablation") else [])
 
 
-def trained(directory: Path, config: TargetConfig, own: list[Example], settings: TrainSettings, options: argparse.Namespace) -> Trainer:
-    """A draft from scratch on these conversations; nothing is saved."""
+def hold_out_greedy(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """The first greedy conversations, which measure, and all others, which train."""
+    greedy = [example for example in examples if example.greedy][:HELD_OUT]
+    chosen = {id(example) for example in greedy}
+    return greedy, [example for example in examples if id(example) not in chosen]
+
+
+def from_scratch(target: Target, config: TargetConfig, own: list[Example], settings: TrainSettings, out: Path, workers: int) -> Trainer:
+    """A trainer of a new draft on these conversations, yet to run; it saves and measures nothing."""
     settings = replace(settings, held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e9, tree_every=0)
-    target: Target = load_target(directory, "fp32")
     taps = default_taps(config.num_hidden_layers)
-    where = options.out / "unsaved"
-    console = Console(quiet=True)
-    trainer = train.make_trainer(target, config, taps, own, ShardStates(), settings, where, {}, options.workers, console)
+    trainer = train.make_trainer(target, config, taps, own, ShardStates(), settings, out / "unsaved", {}, workers, Console(quiet=True))
     trainer.save = trainer.measure = lambda: None
-    trainer.run(Budget(tokens=round(options.passes * answer_tokens(own))), lambda *_: None)
     return trainer
 
 
@@ -122,8 +125,8 @@ def answer_tokens(examples: list[Example]) -> int:
     return sum(number >= 0 for example in examples for number in example.answers)
 
 
-def measured(trainer: Trainer, examples: list[Example], source: StateSource) -> dict[str, Any]:
-    found: Simulation = simulate(trainer.network, trainer.vocab, examples, source, CHAIN)
+def measured(network: DraftNetwork, vocab: DraftVocab, examples: list[Example], source: StateSource) -> dict[str, Any]:
+    found: Simulation = simulate(network, vocab, examples, source, CHAIN)
     return {
         "tau": round(found.tau(), 4),
         "interval": [round(end, 3) for end in found.interval()],

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -72,13 +73,12 @@ def theirs(model: Any, tokenizer: Any, prompts: list[str], longest: int = LONGES
 def vllm(python: str, directory: Path, prompts: list[list[int]], dtype: str) -> float:
     """vLLM in a process of its own; its start does not count."""
     job = {"model": str(directory), "prompts": prompts, "longest": LONGEST, "dtype": dtype}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        command = [python, str(Path(__file__).with_name("generation_vllm.py")), file.name]
-        memory = {"VLLM_CPU_KVCACHE_SPACE": "2"}
-        told = subprocess.run(command, env={**os.environ, **memory}, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(told.splitlines()[-1])["tokens_per_second"]
+    with tempfile.TemporaryDirectory() as work:
+        asked, told = Path(work) / "job.json", Path(work) / "result.json"
+        asked.write_text(json.dumps(job))
+        command = [python, str(Path(__file__).with_name("generation_vllm.py")), str(asked), str(told)]
+        subprocess.run(command, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"}, stdout=sys.stderr, check=True)
+        return json.loads(told.read_text())["tokens_per_second"]
 
 
 def main() -> None:

@@ -20,8 +20,11 @@ done >"$out/runs"
 for set in mt_bench humaneval gsm8k; do
     echo "$set-sampled $set 1 eagle3@60x7x10"
 done >>"$out/runs"
+echo "mt_bench-accept-reject mt_bench 1 eagle3@60x7x10+accept-reject" >>"$out/runs"
 xargs -P 2 -L 1 bash -c 'measure "$@"' measure <"$out/runs"
 rm "$out/runs"
 
 [ -s "$out/speed.json" ] || eyas bench --draft "$draft" --prompts "$prompts/mt_bench.jsonl" --limit 20 --max-new-tokens 200 --seed 0 \
     --methods plain,eagle3,lookup --out "$out/speed.json"
+[ -s "$out/against-transformers.json" ] ||
+    python "$(dirname "$0")/../benchmarks/against_transformers.py" --prompts "$prompts/mt_bench.jsonl" --limit 10 | tee "$out/against-transformers.json"
