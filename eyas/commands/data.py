@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from eyas.bench.prompts import read_prompts
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.engine import load_tokenizer
-from eyas.train.apart import kept_apart
+from eyas.train.apart import all_grams, kept_apart, meets
 from eyas.train.conversations import Document, read_conversations, render, truncate
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
@@ -133,13 +133,25 @@ def free_space(folder: Path) -> int:
 # ---- examples ----
 
 
-def from_conversations(path: Path, directory: Path, settings: TrainSettings, console: Console) -> tuple[list[Example], dict[str, Any]]:
+def from_conversations(
+    path: Path, directory: Path, settings: TrainSettings, console: Console, apart: Sequence[str]
+) -> tuple[list[Example], dict[str, Any]]:
+    """A file's conversations in the target's template, but for those that ask what the files `apart` ask."""
     conversations, complaints = read_conversations(path)
     tokenizer = load_tokenizer(directory)
     if not getattr(tokenizer, "chat_template", None):
         raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; use the target's instruction-tuned form")
     documents: list[Document] = []
+    evaluated = evaluation_prompts(apart)
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    avoided, met = all_grams(evaluated, tokens), 0
     for line, messages in conversations:
+        if avoided and meets((tokens(message["content"]) for message in messages if message["role"] == "user"), avoided):
+            met += 1
+            continue
         try:
             document = truncate(render(tokenizer, messages), settings.max_length)
         except EyasError as error:
@@ -154,10 +166,11 @@ def from_conversations(path: Path, directory: Path, settings: TrainSettings, con
     if complaints:
         console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
     if not documents:
-        raise EyasError(f"{path} holds no conversation with an answer to learn from; the first was skipped since {complaints[0]}")
+        why = f"the first was skipped since {complaints[0]}" if complaints else "all of them ask what --apart's files ask"
+        raise EyasError(f"{path} holds no conversation with an answer to learn from; {why}")
     examples, twins = without_twins(document_examples(documents))
     facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
-    return examples, {"data": facts}
+    return examples, {"data": facts | apart_facts(apart, evaluated, met)}
 
 
 def without_twins(examples: list[Example]) -> tuple[list[Example], int]:
@@ -204,7 +217,7 @@ def shard_facts(
             raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
         shards = [shard for shard in shards if place_of(shard) in set(used)]
     examples, twins = without_twins(shard_examples(shards, settings.max_length))
-    evaluated = [text for path in apart for text in evaluation_prompts(path)]
+    evaluated = evaluation_prompts(apart)
     examples, met = kept_apart(examples, evaluated, template) if evaluated else (examples, 0)
     if not examples:
         raise EyasError("the shards hold no conversation with an answer to learn from; let the target write more")
@@ -214,18 +227,22 @@ def shard_facts(
         **asdict(counts),
         "conversations": len(examples),
         "duplicates_dropped": twins,
-        "kept_apart": {"from": [Path(path).name for path in apart], "prompts": len(evaluated), "dropped": met},
+        **apart_facts(apart, evaluated, met),
         "settings": [settings_of_folder(folder) for folder in folders],
         "shards": list(map(place_of, shards)),
     }
     return examples, {"data": facts}
 
 
-def evaluation_prompts(path: str) -> list[str]:
-    """Every user turn of a file of prompts."""
-    items, _ = read_prompts(path)
+def evaluation_prompts(paths: Sequence[str]) -> list[str]:
+    """Every user turn of some files of prompts."""
+    items = [item for path in paths for item in read_prompts(path)[0]]
     turns = [[item.prompt] if isinstance(item.prompt, str) else [turn["content"] for turn in item.prompt] for item in items]
     return [text for texts in turns for text in texts]
+
+
+def apart_facts(paths: Sequence[str], evaluated: Sequence[str], dropped: int) -> dict[str, Any]:
+    return {"kept_apart": {"from": [Path(path).name for path in paths], "prompts": len(evaluated), "dropped": dropped}}
 
 
 def place_of(shard: Path) -> str:

@@ -71,7 +71,7 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
             raise EyasError(
                 "--data brings conversations, --shards, --self-play and --seed-prompts are about text the target writes; choose"
             )
-        examples, facts = from_conversations(Path(options.data), directory, settings, console)
+        examples, facts = from_conversations(Path(options.data), directory, settings, console, options.apart)
         source: StateSource | None = None
     else:
         words = own_words(directory, config, taps, hash_of_target, options.seed_prompts, options.data, console)

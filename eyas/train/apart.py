@@ -5,7 +5,7 @@ Knows tokens and where a conversation's questions lie; knows nothing of models. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from eyas.train.features import Example
 from eyas.train.template import Template
@@ -16,6 +16,16 @@ GRAM = 13
 def grams(tokens: Sequence[int], size: int = GRAM) -> set[tuple[int, ...]]:
     """All runs of `size` tokens."""
     return {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
+
+
+def all_grams(texts: Iterable[str], tokens: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
+    """The runs of tokens in some texts, cut into tokens by `tokens`."""
+    return set().union(*(grams(tokens(text)) for text in texts))
+
+
+def meets(turns: Iterable[Sequence[int]], evaluated: set[tuple[int, ...]]) -> bool:
+    """Whether one of a conversation's questions shares a run with an evaluation prompt."""
+    return any(grams(turn) & evaluated for turn in turns)
 
 
 def questions(example: Example, template: Template) -> Iterator[list[int]]:
@@ -31,6 +41,6 @@ def questions(example: Example, template: Template) -> Iterator[list[int]]:
 
 def kept_apart(examples: Sequence[Example], prompts: Sequence[str], template: Template) -> tuple[list[Example], int]:
     """Examples none of whose questions shares a run of tokens with one of the prompts, and how many were left out."""
-    evaluated = set().union(*(grams(template.tokens(prompt)) for prompt in prompts))
-    kept = [example for example in examples if not any(grams(turn) & evaluated for turn in questions(example, template))]
+    evaluated = all_grams(prompts, template.tokens)
+    kept = [example for example in examples if not meets(questions(example, template), evaluated)]
     return kept, len(examples) - len(kept)

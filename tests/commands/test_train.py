@@ -27,7 +27,8 @@ def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
     assert said.endswith(f"--draft {out}\n")
     told = json.loads((out / "training.json").read_text())
     assert told["steps"] == 3 and told["target_sha256"] == weights.directory_hash(models / "target") and told["curve"][-1]["step"] == 3
-    assert told["data"] == {"kind": "conversations", "file": "data.jsonl", "skipped": 0, "duplicates_dropped": 0}
+    none_apart = {"from": [], "prompts": 0, "dropped": 0}
+    assert told["data"] == {"kind": "conversations", "file": "data.jsonl", "skipped": 0, "duplicates_dropped": 0, "kept_apart": none_apart}
     assert told["settings"]["draft_vocab_size"] == 200 and told["versions"].keys() == {"eyas", "torch", "python"}
     assert told["taps_are_inputs_of_layers"] == [1, 2, 4] and "hours" in told
     drafted, plain = (json.loads(run(*generate(models, "Where?", "--json", *more, draft=out))[1]) for more in ([], ["--plain"]))
@@ -44,6 +45,20 @@ def test_a_broken_line_is_named_and_the_rest_goes_on(models, run, data, tmp_path
     assert re.search(r"^skipped: line 4: no assistant turn in it$", err, re.MULTILINE)
     assert "skipped 2 of 14 conversations" in err
     assert json.loads((tmp_path / "draft" / "training.json").read_text())["data"]["skipped"] == 2
+
+
+def test_conversations_that_ask_what_an_evaluation_asks_are_left_out(models, run, data, tmp_path):
+    """A shared run of 13 tokens (bytes here) in a user turn; where nothing is left, that is said."""
+    whole = data.read_text()
+    data.write_text(whole + whole.replace("Where is the nest?", "Who built it?"))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "Tell me: where is the nest"}) + "\n")
+    apart = ("--steps", "1", "--apart", tmp_path / "eval.jsonl")
+    assert run(*train(models, tmp_path / "draft", data, *apart))[0] == 0
+    told = json.loads((tmp_path / "draft" / "training.json").read_text())["data"]
+    assert told["kept_apart"] == {"from": ["eval.jsonl"], "prompts": 1, "dropped": 12}
+    data.write_text(whole)
+    status, _, err = run(*train(models, tmp_path / "none", data, *apart))
+    assert status == 2 and err.endswith("holds no conversation with an answer to learn from; all of them ask what --apart's files ask\n")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from eyas.model.weights import directory_hash
 from eyas.train import shards as on_disk
 from eyas.train import writers
 from eyas.train.features import shard_examples
-from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.shards import PATTERN, Counts, Folder, claim_folder, counts_of, data_folder, write_shards
 from eyas.train.writers import Limit, write_own_data
 from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
@@ -192,4 +192,8 @@ def test_a_folder_of_another_form_is_refused_before_anything_is_written(tmp_path
     claim_folder(tmp_path / "data", replace(settings, answer_top_p=0.5))
     with pytest.raises(EyasError, match="holds self-written data of other settings"):
         write_own_data(directory, tmp_path / "data", settings, (), Limit(tokens=10), 1, lambda count: None)
-    assert writers.slots_for(Limit(minutes=1)) < writers.slots_for(Limit(minutes=60))
+
+
+def test_a_short_writing_keeps_fewer_conversations_in_flight():
+    """Its first shards would not be there in time; a quarter of an hour is no longer short."""
+    assert writers.slots_for(Limit(minutes=1)) == writers.slots_for(Limit(tokens=1000)) < writers.slots_for(Limit(minutes=15)) == SLOTS
