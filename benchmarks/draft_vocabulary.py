@@ -2,10 +2,10 @@
 
     python benchmarks/draft_vocabulary.py --shards DIR [--claims RESULTS.json] [--sizes 4096,8192,16384,49152] [--rounds 40]
 
-Price: milliseconds to draft a chain of 3 and a 60x7x10 tree with a draft of that many tokens (its weights do not matter for it), the sizes
-taking turns round by round, beside the target's pass over as many rows; medians. Coverage: the share of held-out greedy answers' tokens that
-a vocabulary of this size, counted over the other conversations, holds. Tau: of the runs that `claims.py` made, where they are given.
-Prints a Markdown table.
+Price: milliseconds to draft a chain of 3 and a 60x7x10 tree with a draft of that many tokens (its weights do not matter for it), the
+sizes taking turns round by round, beside the target's pass over as many rows; medians. Coverage: the share of held-out greedy answers'
+tokens that a vocabulary of this size, counted over the other conversations, holds. Tau: of the runs that `claims.py` made, where they are
+given. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def table(
     taus: dict[int, dict[str, Any]],
 ) -> str:
     head = [f"drafting {shape}, ms (target's pass {passes[shape]:.1f})" for shape in SHAPES]
-    lines = ["| " + " | ".join(["draft vocabulary", "tokens it can say", *head, "tau, held out", "tau, dev prompts"]) + " |", "|" + "---|" * 6]
+    titles = ["draft vocabulary", "tokens it can say", *head, "tau, held out", "tau, dev prompts"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for size in sizes:
         told = taus.get(size, {})
         found = [f"{told[key]['tau']:.3f}" if key in told else "-" for key in ("held_out", "dev")]
