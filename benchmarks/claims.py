@@ -1,12 +1,13 @@
 """The paper's two claims, measured again: training-time test and fused layers each raise acceptance, and acceptance rises with data.
 
-    python benchmarks/claims.py --shards DIR --out DIR [--passes 2] [--parts 8] [--runs all|scaling|ablation] [--dev F.jsonl]
+    python benchmarks/claims.py --shards DIR --out DIR [--passes 2] [--parts 8] [--runs all] [--ablate-at 2] [--dev F.jsonl]
 
 Scaling: drafts from scratch on an eighth, a quarter, a half and all of the conversations, each seen `--passes` times. Ablation: on a
-quarter (beside the run `2x`), the same conversations and steps, one thing changed. All are measured on the same held-out conversations:
-tau of a chain of 7 simulated from the target's states, with 95% intervals by bootstrap over conversations, acceptance by step, accuracy
-under teacher forcing; with --dev also on the target's greedy answers to those prompts. A run that is in `out/results.json` is not made
-again.
+quarter (beside the run `2x`; --ablate-at 8 is beside `8x`), the same conversations and steps, one thing changed. All are measured on the
+same held-out conversations: tau of a chain of 7 simulated from the target's states, with 95% intervals by bootstrap over conversations,
+acceptance by step, accuracy under teacher forcing; with --dev also on the target's greedy answers to those prompts. --runs: all, scaling,
+ablation, or names. A run that is in `out/results.json` is not made again. The draft vocabulary and the head's first weights come from each
+run's own conversations.
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ from eyas.train.shards import PATTERN
 from eyas.train.trainer import Budget, Trainer
 
 CHAIN = 7
+ON = " on {}x"  # behind an ablation's name: its data
 HELD_OUT = 64
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no training-time test": {"unroll_steps": 1},
     "top layer only": {"top_layer_only": True},
     "neither": {"unroll_steps": 1, "top_layer_only": True},
     "LK lambda": {"loss": "lk-lambda"},
-    "LK alpha, last 30%": {"loss": "lk-alpha", "loss_from": 0.7},
-    "LK lambda, last 30%": {"loss": "lk-lambda", "loss_from": 0.7},
-    "EAGLE-3.1 (fc_norm, norm_output)": {"fc_norm": True, "norm_output": True},
-    "every slot at every step": {"step_keep": 1.0},
+    "LK alpha for the last 30%": {"loss": "lk-alpha", "loss_from": 0.7},
+    "LK lambda for the last 30%": {"loss": "lk-lambda", "loss_from": 0.7},
+    "EAGLE-3.1: fc_norm and norm_output": {"fc_norm": True, "norm_output": True},
     "steps weigh 0.8^i": {"step_decay": 0.8},
     "draft vocabulary 4096": {"draft_vocab_size": 4096},
     "draft vocabulary 16384": {"draft_vocab_size": 16384},
+    "draft vocabulary 49152": {"draft_vocab_size": 49152},
+    "every slot at every step": {"step_keep": 1.0},
 }
 
 
@@ -60,7 +63,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--passes", type=float, default=2)
     parser.add_argument("--parts", type=int, default=8, help="the smallest run's share of the data is one of so many")
-    parser.add_argument("--runs", default="all", choices=("all", "scaling", "ablation"))
+    parser.add_argument("--runs", default="all", help="all, scaling, ablation, or names of runs")
+    parser.add_argument("--ablate-at", type=int, default=2, help="the ablation's data, in parts")
     parser.add_argument("--dev", help="prompts to measure on too")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -70,7 +74,7 @@ def main() -> None:
     examples = shard_examples([path for folder in options.shards for path in sorted(folder.glob(PATTERN))], settings.max_length)
     greedy, kept = hold_out_greedy(examples)
     dev = dev_examples(options.dev) if options.dev else []
-    for name, share, changes in planned(options.runs, options.parts):
+    for name, share, changes in planned(options.runs, options.parts, options.ablate_at):
         results = json.loads(path.read_text()) if (path := options.out / "results.json").exists() else {}
         if name in results:
             continue
@@ -98,11 +102,19 @@ def main() -> None:
     draw(results, options.out / "claims.png")
 
 
-def planned(runs: str, parts: int) -> list[tuple[str, float, dict[str, Any]]]:
+def planned(runs: str, parts: int, ablate_at: int) -> list[tuple[str, float, dict[str, Any]]]:
     """(name, share of the conversations, changed settings), the smallest first."""
     scaling = [(f"{2**i}x", 2**i / parts, {}) for i in range(int(math.log2(parts)) + 1)]
-    ablation = [(name, 2 / parts, changes) for name, changes in ABLATIONS.items()]
-    return (scaling if runs in ("all", "scaling") else []) + (ablation if runs in ("all", "ablation") else [])
+    ablation = [(name + ON.format(ablate_at), ablate_at / parts, changes) for name, changes in ABLATIONS.items()]
+    if runs in ("all", "scaling", "ablation"):
+        return (scaling if runs != "ablation" else []) + (ablation if runs != "scaling" else [])
+    named = {run[0].partition(ON[:4])[0]: run for run in scaling + ablation}
+    return [named[name] for name in runs.split(",")]
+
+
+def scaled(results: dict[str, Any]) -> dict[str, Any]:
+    """The runs that differ in their data alone."""
+    return {name: told for name, told in results.items() if not told["changes"]}
 
 
 def hold_out_greedy(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -167,8 +179,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    scaling = [told for name, told in results.items() if name.endswith("x")]
-    others = {name: told for name, told in results.items() if not name.endswith("x")}
+    scaling = list(scaled(results).values())
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 3))
     for key, label in (("held_out", "held-out conversations"), ("dev", "other prompts")):
         points = [(told["answer_tokens"] / 1000, told[key]) for told in scaling if key in told]
@@ -179,8 +190,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set(xscale="log", xlabel="answer tokens, thousands", ylabel="tau of a chain of 7", title="more data")
     left.legend()
     left.grid(alpha=0.3)
-    rows = [("2x: as it is", results["2x"]), *others.items()] if "2x" in results else list(others.items())
-    right.barh([name for name, _ in rows], [told["held_out"]["tau"] - 1 for _, told in rows], left=1.0, height=0.6)
+    for whole, told in scaled(results).items():
+        changed = {name: one for name, one in results.items() if one["changes"] and one["share"] == told["share"]}
+        rows = {f"as it is on {whole}": told, **changed} if changed else {}
+        right.barh(list(rows), [one["held_out"]["tau"] - 1 for one in rows.values()], left=1.0, height=0.6)
     right.invert_yaxis()
     right.set(xlabel="tau of a chain of 7, held out", title="one thing changed")
     right.grid(alpha=0.3, axis="x")
@@ -191,7 +204,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def fit(results: dict[str, Any]) -> dict[str, float]:
     """tau = a + b log2(answer tokens), by least squares over the scaling runs: what ten times more would bring."""
-    points = [(math.log2(told["answer_tokens"]), told["held_out"]["tau"]) for name, told in results.items() if name.endswith("x")]
+    points = [(math.log2(told["answer_tokens"]), told["held_out"]["tau"]) for told in scaled(results).values()]
     if len(points) < 2:
         return {}
     x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points))
