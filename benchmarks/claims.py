@@ -180,7 +180,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     scaling = list(scaled(results).values())
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 3))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 1))
     for key, label in (("held_out", "held-out conversations"), ("dev", "other prompts")):
         points = [(told["answer_tokens"] / 1000, told[key]) for told in scaling if key in told]
         if points:
@@ -188,12 +188,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
             error = [[one["tau"] - one["interval"][0] for one in found], [one["interval"][1] - one["tau"] for one in found]]
             left.errorbar(x, [one["tau"] for one in found], yerr=error, marker="o", markersize=4, capsize=3, label=label)
     left.set(xscale="log", xlabel="answer tokens, thousands", ylabel="tau of a chain of 7", title="more data")
-    left.legend()
+    ticks = [told["answer_tokens"] / 1000 for told in scaling]
+    left.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    left.set_xticks([], minor=True)
+    left.legend(loc="lower right", fontsize="small")
     left.grid(alpha=0.3)
     for whole, told in scaled(results).items():
         changed = {name: one for name, one in results.items() if one["changes"] and one["share"] == told["share"]}
-        rows = {f"as it is on {whole}": told, **changed} if changed else {}
-        right.barh(list(rows), [one["held_out"]["tau"] - 1 for one in rows.values()], left=1.0, height=0.6)
+        if changed:
+            rows = {f"as it is on {whole}": told, **changed}
+            right.barh(list(rows), [one["held_out"]["tau"] - 1 for one in rows.values()], left=1.0, height=0.6)
     right.invert_yaxis()
     right.set(xlabel="tau of a chain of 7, held out", title="one thing changed")
     right.grid(alpha=0.3, axis="x")
