@@ -39,7 +39,6 @@ from eyas.train.shards import PATTERN
 from eyas.train.trainer import Budget, Trainer
 
 CHAIN = 7
-ON = " on {}x"  # behind an ablation's name: its data
 HELD_OUT = 64
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no training-time test": {"unroll_steps": 1},
@@ -105,10 +104,10 @@ def main() -> None:
 def planned(runs: str, parts: int, ablate_at: int) -> list[tuple[str, float, dict[str, Any]]]:
     """(name, share of the conversations, changed settings), the smallest first."""
     scaling = [(f"{2**i}x", 2**i / parts, {}) for i in range(int(math.log2(parts)) + 1)]
-    ablation = [(name + ON.format(ablate_at), ablate_at / parts, changes) for name, changes in ABLATIONS.items()]
+    ablation = [(f"{name} on {ablate_at}x", ablate_at / parts, changes) for name, changes in ABLATIONS.items()]
     if runs in ("all", "scaling", "ablation"):
         return (scaling if runs != "ablation" else []) + (ablation if runs != "scaling" else [])
-    named = {run[0].partition(ON[:4])[0]: run for run in scaling + ablation}
+    named = {run[0]: run for run in scaling} | dict(zip(ABLATIONS, ablation))
     return [named[name] for name in runs.split(",")]
 
 
