@@ -15,6 +15,8 @@ from typing import NoReturn
 
 from eyas.config import METHODS, PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, VERIFIERS, EyasError, Request, Sampling, TrainSettings
 
+LAYOUT_NAMES = "sglang, vllm, speculators, safeailab, safeailab-bin, llama_cpp or openvino"
+MODULES = {"import": "import_draft"}  # commands whose name no module may have
 KNOWN_METHODS = f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
 
 
@@ -29,7 +31,20 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for options in (demo_options, generate_options, chat_options, new_draft_options, train_options, bench_options, trace_options):
+    for options in (
+        demo_options,
+        generate_options,
+        chat_options,
+        new_draft_options,
+        train_options,
+        bench_options,
+        trace_options,
+        export_options,
+        import_options,
+        serve_command_options,
+        doctor_options,
+        publish_options,
+    ):
         options(commands)
     return top
 
@@ -140,6 +155,61 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
     generation(trace, method=False, new_tokens=48)
 
 
+def export_options(commands: argparse._SubParsersAction) -> None:
+    export = add(commands, "export", "write a draft in an engine's layout, read it back and compare")
+    export.add_argument("draft", help="a draft of eyas's making, or `bundled`")
+    export.add_argument("out", help="directory to write")
+    export.add_argument("--to", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    export.add_argument(
+        "--target", help="its target: directory, .gguf file or hub name (default: the embedded one, where it is the target)"
+    )
+    export.add_argument("--weights", help="number format: bf16, fp16, fp32; for llama_cpp q8_0 and q4_1 too; for openvino int8 too")
+    export.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+    export.add_argument("--chain", type=int, default=3, help="tokens drafted a round in the command printed (default %(default)s)")
+    export.add_argument("--target-gguf", metavar="T.gguf", help="llama_cpp: take the tokenizer from the target's GGUF")
+    export.add_argument("--python", help="openvino: the Python of an environment with optimum-intel (docs/engines.md)")
+
+
+def import_options(commands: argparse._SubParsersAction) -> None:
+    importing = add(commands, "import", "read a draft in any engine's layout, say what it is, and write it as eyas's own")
+    importing.add_argument("source", help="directory or .gguf file")
+    importing.add_argument("out", nargs="?", help="directory to write")
+    importing.add_argument("--target", help="its target; what its files leave open is then measured on text that the target writes")
+    importing.add_argument("--target-layers", type=int, metavar="N", help="how many layers its target has, where that is not at hand")
+    importing.add_argument("--unmeasured", action="store_true", help="believe the files")
+    importing.add_argument("--dry-run", action="store_true", help="only say what it is")
+    importing.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+
+
+def serve_command_options(commands: argparse._SubParsersAction) -> None:
+    serve = add(commands, "serve-command", "the command line that serves a draft in an engine, with the best number of draft tokens")
+    serve.add_argument("draft", help="what `eyas export` wrote, or a draft of eyas's making")
+    serve.add_argument("--engine", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    serve.add_argument("--target", help="its target (default: the embedded one)")
+    serve.add_argument("--cost", type=float, default=None, metavar="C", help="a draft step's time over a target pass's (default: 0.1)")
+
+
+def doctor_options(commands: argparse._SubParsersAction) -> None:
+    doctor = add(commands, "doctor", "why a draft accepts little: checks its files, measures it under each usual mistake")
+    doctor.add_argument("draft", help="directory or .gguf file, in any layout")
+    doctor.add_argument("--target", help="its target (default: the embedded one)")
+    doctor.add_argument("--engine-url", metavar="URL", help="a running OpenAI-compatible engine that serves this draft: compare acceptance")
+    doctor.add_argument("--tokens", type=int, default=96, help="of each answer that is measured on (default %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print one object")
+
+
+def publish_options(commands: argparse._SubParsersAction) -> None:
+    publish = add(commands, "publish", "a folder ready for the hub: the draft as engines read it, its model card, its provenance")
+    publish.add_argument("draft", help="a draft of eyas's making, or `bundled`")
+    publish.add_argument("out", help="directory to write")
+    publish.add_argument("--target", help="its target (default: the embedded one)")
+    publish.add_argument("--target-name", help="the target's name on the hub, as users will type it")
+    publish.add_argument("--licence", help="licence of the draft, which must allow for the target's (default: what the target's card says)")
+    publish.add_argument("--bench", metavar="r.json", action="append", default=[], help="results of `eyas bench` to put into the card")
+    publish.add_argument("--dry-run", action="store_true", help="say what the folder would hold")
+    publish.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+
+
 def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
@@ -203,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)
     try:
-        return importlib.import_module(f"eyas.commands.{options.command.replace('-', '_')}").run(options) or 0
+        module = MODULES.get(options.command, options.command.replace("-", "_"))
+        return importlib.import_module(f"eyas.commands.{module}").run(options) or 0
     except EyasError as error:
         print(f"eyas: {error}", file=sys.stderr)
         return 2

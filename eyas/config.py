@@ -69,6 +69,52 @@ class DraftConfig:
     rope_scaling: dict[str, Any] | None = None
     fc_norm: bool = False  # EAGLE-3.1: one RMSNorm for each tapped feature, before fc
     norm_output: bool = False  # EAGLE-3.1: the post-norm state is fed back instead of the pre-norm one
+    norm_before_fc: bool = False  # one RMSNorm over all three features, before fc (heads made by others)
+    norm_before_residual: bool = False  # the residual is the normed feature (heads made by others; speculators' own default)
+
+    def __post_init__(self) -> None:
+        """Sizes come from files of anybody's making: a wrong one is said here, before anything is built from it."""
+        for name in (
+            "vocab_size",
+            "draft_vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "target_hidden_size",
+            "max_position_embeddings",
+        ):
+            check_number(name, getattr(self, name), 1, LARGEST_SIZE, whole=True)
+        check_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
+        check_number("rope_theta", self.rope_theta, 1, 1e12)
+        for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise EyasError(f"{name} must be true or false, not {short(getattr(self, name))}")
+        if len(self.taps) != 3 or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):
+            raise EyasError(f"taps must be three layer numbers, not {short(self.taps)}")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            wrong = f"{self.num_attention_heads} heads over {self.num_key_value_heads} key-value heads of width {self.head_dim}"
+            raise EyasError(f"{wrong} do not go together: heads come in equal groups, and a head's width is even")
+        if self.draft_vocab_size > self.vocab_size:
+            raise EyasError(f"draft_vocab_size {self.draft_vocab_size} is larger than vocab_size {self.vocab_size}")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, dict):
+            raise EyasError(f"rope_scaling must be an object or null, not {short(self.rope_scaling)}")
+
+
+LARGEST_SIZE = 1 << 24  # of any width or vocabulary that is believed
+
+
+def check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    kind = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        raise EyasError(f"{name} must be a {'whole ' * whole}number from {least:g} to {most:g}, not {short(value)}")
+
+
+def short(value: Any) -> str:
+    """A value as it may stand in a message of one line."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fuse(weights: Weights, config: DraftConfig, features_N3H: Tensor) -> Tensor:
-    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline). EAGLE-3.1 norms each of the three first (`fc_norm`)."""
+    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline). EAGLE-3.1 norms each of the three first (`fc_norm`);
+    some published heads norm all of them at once (`norm_before_fc`)."""
+    if config.norm_before_fc:
+        features_N3H = rms_norm(features_N3H, weights["input_norm.weight"], config.rms_norm_eps)
     parts = list(features_N3H.chunk(3, dim=-1))
     if config.fc_norm:
         parts = [rms_norm(part, weights[f"fc_norm.{k}.weight"], config.rms_norm_eps) for k, part in enumerate(parts)]
@@ -78,12 +81,13 @@ def draft_block(
     """a_NH, the un-normed output of the draft's one decoder layer (paper, inference pipeline).
 
     The paper reduces [g ; e] to width H before the layer. SafeAILab folds that into attention, whose q, k and v read 2H:
-    the normed embedding FIRST, the normed feature second. The residual stream is the feature as it came, un-normed.
+    the normed embedding FIRST, the normed feature second. The residual stream is the feature as it came, un-normed
+    (some published heads: normed, `norm_before_residual`).
     """
     eps = config.rms_norm_eps
     e = rms_norm(embeddings_NH, weights["midlayer.input_layernorm.weight"], eps)
     g = rms_norm(features_NH, weights["midlayer.hidden_norm.weight"], eps)
-    x = features_NH + attention(weights, config, torch.cat([e, g], dim=-1), positions_N, mask_NN)
+    x = (g if config.norm_before_residual else features_NH) + attention(weights, config, torch.cat([e, g], dim=-1), positions_N, mask_NN)
     y = rms_norm(x, weights["midlayer.post_attention_layernorm.weight"], eps)
     gate, up = y @ weights["midlayer.mlp.gate_proj.weight"].T, y @ weights["midlayer.mlp.up_proj.weight"].T
     return x + (torch.nn.functional.silu(gate) * up) @ weights["midlayer.mlp.down_proj.weight"].T

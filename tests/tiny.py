@@ -79,11 +79,11 @@ def byte_tokenizer(template: str | None = CHATML, merges=(), trim_offsets: bool 
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, **settings) -> tuple[DraftNetwork, DraftVocab]:
+def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, taps=(1, 2, 4), **settings) -> tuple[DraftNetwork, DraftVocab]:
     """A random float64 draft for a tiny target, not packed; its vocabulary is a seeded choice of the target's."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randperm(target.config.vocab_size, generator=draw)[:draft_vocab_size].sort().values
-    config = draft_config(target.config, draft_vocab_size, (1, 2, 4), **settings)
+    config = draft_config(target.config, draft_vocab_size, taps, **settings)
     network = DraftNetwork(config, target.model.embed_tokens.weight.detach()).double()
     randomize(network, seed)
     return network, DraftVocab(ids, target.config.vocab_size)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
-from eyas.engine import Engine, load, load_target, target_directory
+from eyas.engine import Engine, load, load_target, load_tokenizer, target_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eyas.formats.portable import TargetFiles
+    from eyas.view.agreement import Evidence
 
 
 def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
@@ -34,3 +42,32 @@ def engine_from(options: argparse.Namespace) -> Engine:
     if getattr(options, "draft_model", None):
         engine.use_draft_model(load_target(target_directory(options.draft_model), options.precision, options.device or "cpu"))
     return engine
+
+
+def target_for(source: str | None, draft: Path) -> TargetFiles:
+    """The target named, else the embedded one where the draft was trained for it."""
+    from eyas.formats.files import Fields
+    from eyas.formats.portable import TargetFiles
+
+    if source is None:
+        layers = Fields.of(draft).object("eyas").size("target_layers")
+        target = TargetFiles.of(None)
+        if (layers, Fields.of(draft).size("vocab_size")) != (target.config.num_hidden_layers, target.config.vocab_size):
+            raise EyasError(f"{draft} was not trained for the embedded target; name its own with --target")
+        return target
+    return TargetFiles.of(source)
+
+
+def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]:
+    """Texts that the target writes to some questions, with its states; and its embedding [V, H] in float32."""
+    from eyas.view.agreement import QUESTIONS, gather
+
+    model, tokenizer = load_target(target.directory, "fp32"), load_tokenizer(target.directory)
+    embedding = model.embedding.detach().clone()
+    if getattr(tokenizer, "chat_template", None):
+        turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        texts = list(QUESTIONS)
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return gather(model.prepare(), prompts, new_tokens), embedding

@@ -24,6 +24,7 @@ from eyas.model.adapter import AdaptedTarget
 from eyas.model.draft import DraftNetwork, check_fits, config_from_file, draft_config, load_draft
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
+from eyas.model.tokenizer import chat_template_hash
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import directory_hash, read_json, recover_directory, target_config
 from eyas.train import trainer as training
@@ -293,6 +294,7 @@ def facts_of_run(directory: Path, hash_of_target: str, taps: tuple[int, int, int
     return {
         "target": directory.name,
         "target_sha256": hash_of_target,
+        "chat_template_sha256": chat_template_hash(directory),
         "taps_are_inputs_of_layers": list(taps),
         "date": date.today().isoformat(),
         "versions": {"eyas": eyas.__version__, "torch": str(torch.__version__), "python": platform.python_version()},

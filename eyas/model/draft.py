@@ -6,6 +6,7 @@ drafters/eagle3.py, how it learns is train/unroll.py. The embedding is the targe
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,11 +24,11 @@ from eyas.model.linear import Dense
 from eyas.model.target import check_taps
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import load_strictly, read_json, read_tensors, save_tensors
+from eyas.model.weights import check_tensors, load_strictly, read_json, read_tensors, save_tensors
 
 
 class DraftBlock(nn.Module):
-    """A decoder layer whose attention reads [input_layernorm(embedding) ; hidden_norm(feature)]; the residual is the feature, un-normed."""
+    """A decoder layer whose attention reads [input_layernorm(embedding) ; hidden_norm(feature)]; the residual is the un-normed feature."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -36,10 +37,15 @@ class DraftBlock(nn.Module):
         self.self_attn = Attention(2 * config.hidden_size, config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.norm_before_residual = config.norm_before_residual
+
+    def residual(self, g_NH: Tensor) -> Tensor:
+        """What attention is added to: the feature as it came (EAGLE-3), or its norm (heads of others)."""
+        return self.hidden_norm(g_NH) if self.norm_before_residual else g_NH
 
     def forward(self, e_NH: Tensor, g_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         both_N2H = torch.cat([self.input_layernorm(e_NH), self.hidden_norm(g_NH)], -1)
-        a_NH = g_NH + self.self_attn(both_N2H, rotation, attend)
+        a_NH = self.residual(g_NH) + self.self_attn(both_N2H, rotation, attend)
         return a_NH + self.mlp(self.post_attention_layernorm(a_NH))
 
 
@@ -52,6 +58,8 @@ class DraftNetwork(nn.Module):
         self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in range(3))
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(3 * config.target_hidden_size, config.rms_norm_eps)
         self.midlayer = DraftBlock(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -70,6 +78,8 @@ class DraftNetwork(nn.Module):
 
     def fuse(self, features_N3H: Tensor) -> Tensor:
         """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
+        if self.config.norm_before_fc:
+            features_N3H = self.input_norm(features_N3H)
         if self.config.fc_norm:
             parts = features_N3H.chunk(3, -1)
             features_N3H = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
@@ -99,7 +109,7 @@ class DraftNetwork(nn.Module):
         """Pack weights for inference; logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal."""
         pack(self.midlayer)
         block = self.midlayer
-        if NativeLayer.fits(block.self_attn, block.mlp):
+        if NativeLayer.fits(block.self_attn, block.mlp) and not self.config.norm_before_residual:
             norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
             self.native = NativeLayer(block.self_attn, block.mlp, *norms)
         self.fuse_product.pack()
@@ -128,34 +138,36 @@ def draft_config(target: TargetConfig, draft_vocab_size: int, taps: tuple[int, .
     )
 
 
+FACTS = ("target", "target_sha256", "chat_template_sha256")  # what a draft's config.json says of the target it was trained for
+
+
 def save_draft(
-    directory: Path, network: DraftNetwork, vocab: DraftVocab, target_layers: int, weights: Mapping[str, Tensor] | None = None
+    directory: Path,
+    network: DraftNetwork,
+    vocab: DraftVocab,
+    target_layers: int,
+    weights: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights (bfloat16; the network's own, or others of its) and config.json in the layout that SafeAILab, SGLang and vLLM read,
-    into an existing directory."""
+    into an existing directory. Of `facts` those in FACTS are kept."""
     own = dict(network.named_parameters())
-    tensors = {name: (weights or own)[name].detach().to(torch.bfloat16) for name in own}
-    save_tensors(directory, tensors | vocab.as_tensors())
-    (directory / "config.json").write_text(json.dumps(config_to_file(network.config, target_layers), indent=1))
+    tensors = {name: (weights or own)[name].detach().to(torch.bfloat16) for name in own} | vocab.as_tensors()
+    save_tensors(directory, tensors)
+    known = {name: (facts or {})[name] for name in FACTS if name in (facts or {})} | {"weights_sha256": tensors_hash(tensors)}
+    (directory / "config.json").write_text(json.dumps(config_to_file(network.config, target_layers, known), indent=1))
 
 
-def config_to_file(config: DraftConfig, target_layers: int) -> dict[str, Any]:
+def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """config.json: engines' keys, and eyas's own facts in words under `eyas`."""
-    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
-    keys: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        **{key: value for key, value in asdict(config).items() if key not in ("taps", "rope_scaling")},
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": rope,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-        "eyas": {"taps_are_inputs_of_layers": list(config.taps), "target_layers": target_layers},
+    keys = engine_keys(config) | {
+        "eyas": {
+            "taps_are_inputs_of_layers": list(config.taps),
+            "target_layers": target_layers,
+            "rope_theta_trained_with": config.rope_theta,
+            "state_fed_back": "after the final norm" if config.norm_output else "before the final norm",
+            **(facts or {}),
+        },
     }
     if config.taps != default_taps(target_layers):  # engines count differently: vLLM reads the first key, SGLang the second
         keys["eagle_aux_hidden_state_layer_ids"] = list(config.taps)
@@ -163,30 +175,74 @@ def config_to_file(config: DraftConfig, target_layers: int) -> dict[str, Any]:
     return keys
 
 
+def engine_keys(config: DraftConfig) -> dict[str, Any]:
+    """What every engine that reads such a config.json calls the draft's shape; layer ids, which they count differently, are not here."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        **{key: value for key, value in asdict(config).items() if key not in ("taps", "rope_scaling")},
+        "rope_scaling": config.rope_scaling,
+        "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and bytes, however they are spread over files."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def config_from_file(directory: Path) -> DraftConfig:
-    raw = read_json(directory / "config.json")
-    if "draft_vocab_size" not in raw or "eyas" not in raw:
-        raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas)")
+    path = directory / "config.json"
+    raw = read_json(path)
+    if "draft_vocab_size" not in raw or not isinstance(raw.get("eyas"), dict):
+        raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas); see `eyas import`")
     fields = {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
     try:
         return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
     except (TypeError, KeyError) as error:
-        raise EyasError(f"{directory / 'config.json'} lacks what a draft's config must say ({error}); take it from the original") from None
+        raise EyasError(f"{path} lacks what a draft's config must say ({error}); take it from the original") from None
+    except EyasError as error:
+        raise EyasError(f"{path}: {error}") from None
 
 
 def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[DraftNetwork, DraftVocab]:
     """Network and vocabulary of a saved draft, on the embedding's device; strict about every tensor."""
-    config = config_from_file(directory)
-    tensors = read_tensors(directory)
+    config, tensors = config_from_file(directory), read_tensors(directory)
     missing = [name for name in ("d2t", "t2d") if name not in tensors]
     if missing:
         raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
-    vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d")}, config.vocab_size)
+    vocab = vocab_of(tensors, config, f"draft {directory}")
+    return network_of(config, tensors, embedding, dtype, f"draft {directory}"), vocab
+
+
+def vocab_of(tensors: dict[str, Tensor], config: DraftConfig, what: str) -> DraftVocab:
+    """Takes `d2t` and `t2d` out of the tensors."""
+    vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}, config.vocab_size)
     if len(vocab) != config.draft_vocab_size:
-        raise EyasError(f"draft {directory} does not fit: d2t names {len(vocab)} tokens, its config {config.draft_vocab_size}")
-    network = DraftNetwork(config, embedding).to(embedding.device, dtype)
-    load_strictly(network, tensors, f"draft {directory}")
-    return network, vocab
+        raise EyasError(f"{what} does not fit: d2t names {len(vocab)} tokens, its config {config.draft_vocab_size}")
+    return vocab
+
+
+def network_of(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, dtype: torch.dtype, what: str) -> DraftNetwork:
+    """A network with these weights. Names and shapes are compared before memory is taken: a config may claim any size."""
+    with torch.device("meta"):
+        network = DraftNetwork(config, embedding)
+    check_tensors(network, tensors, what)
+    network = network.to(dtype).to_empty(device=embedding.device)
+    load_strictly(network, tensors, what)
+    return network
 
 
 def check_fits(config: DraftConfig, target: TargetConfig) -> None:

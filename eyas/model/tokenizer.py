@@ -5,10 +5,14 @@ A GGUF keeps vocabulary, merges and the *name* of the pre-tokenizer, not the pre
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eyas.config import EyasError
+from eyas.model.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +28,17 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the merges
 }
 
 
+def chat_template_hash(directory: Path) -> str | None:
+    """sha256 of a model's chat template as its files hold it; None where it has none."""
+    own = directory / "chat_template.jinja"
+    settings = directory / "tokenizer_config.json"
+    if own.exists():
+        template: Any = own.read_text(encoding="utf-8")
+    else:
+        template = read_json(settings).get("chat_template") if settings.exists() else None
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
+
+
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """A fast tokenizer with special tokens and chat template from a GGUF's metadata."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -37,7 +52,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     if pre not in SPLITS:
         raise EyasError(f"GGUF pre-tokenizer {pre!r} is unknown ({', '.join(SPLITS)} are known); use the model's Hugging Face directory")
     tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges", ())]
     whole = pre == "llama-bpe"  # Llama 3 takes a word of its vocabulary as it is, merges or not
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=whole))
     if pre == "qwen2":

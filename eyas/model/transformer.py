@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eyas.config import EyasError, short
 from eyas.model.attention import Attend
 from eyas.model.linear import Dense
 
@@ -62,13 +63,18 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS:
+        raise EyasError(f"rotary scaling {short(kind)} is not known; known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     parameters = {**scaling, "rope_type": kind, "rope_theta": theta}
-    config = LlamaConfig(
-        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=positions, rope_parameters=parameters
-    )
-    with torch.device("cpu"):  # models are built on "meta", where a table has no values
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return frequencies.double(), float(scale)
+    try:
+        config = LlamaConfig(
+            hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=positions, rope_parameters=parameters
+        )
+        with torch.device("cpu"):  # models are built on "meta", where a table has no values
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return frequencies.double(), float(scale)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        raise EyasError(f"rotary scaling {short(scaling)} lacks what {kind} needs ({short(str(error))})") from None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -119,6 +119,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy tensors into the module's parameters by name; every name and shape must fit."""
+    own = check_tensors(module, tensors, what)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The module's parameters by name; raises with a list where a tensor for one is missing, misshapen, or has no place."""
     derived = "rotary_emb.inv_freq"  # old checkpoints hold it; the config says it
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(derived)}
     own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
@@ -134,9 +142,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
     if problems:
         rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise EyasError(f"{what} does not fit: {'; '.join(problems[:8])}{rest}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+    return own
 
 
 @contextmanager

@@ -263,7 +263,7 @@ class Trainer:
         if not self.peers.first:
             return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
-            save_draft(work, self.network, self.vocab, self.target_layers, self.best)
+            save_draft(work, self.network, self.vocab, self.target_layers, self.best, self.facts)
             told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
             (work / "training.json").write_text(json.dumps(told, indent=1))
             state = {

@@ -88,7 +88,7 @@ def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | Non
             own.append((k, v))
             x = network.fed_back(x)
         mixed = comb_attention(q, k0, v0, own, slots, batch.lengths)
-        x = x + attention.out(mixed)
+        x = network.midlayer.residual(x) + attention.out(mixed)
         x = x + network.midlayer.mlp(network.midlayer.post_attention_layernorm(x))
         yield Step(slots, x, slots + 1 + step)
 

@@ -1,0 +1,74 @@
+"""`eyas import`: a draft of anybody's, in any known layout, written as eyas's own; what was found and decided is told."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from eyas.commands.common import evidence_of
+from eyas.config import EyasError
+from eyas.formats.export import make_way
+from eyas.formats.importing import settle
+from eyas.formats.layouts import find
+from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.model.draft import FACTS, check_fits, save_draft
+from eyas.model.tokenizer import chat_template_hash
+from eyas.model.weights import atomic_directory, directory_hash
+
+MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
+
+
+def run(options: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    source = Path(options.source).expanduser()
+    out = Path(options.out).expanduser() if options.out else None
+    if not options.dry_run:
+        if out is None:
+            raise EyasError("name a directory to write to, or ask for --dry-run")
+        make_way(out, options.force)
+    found = find(source)
+    console.print(f"{source}: {found.layout}, {described(found)}", markup=False)
+    target = TargetFiles.of(options.target) if options.target else None
+    layers = target.config.num_hidden_layers if target else options.target_layers
+    if layers is None:
+        for line in found.told:
+            console.print(f"  {line}", markup=False)
+        if options.dry_run:
+            return 0
+        raise EyasError(
+            "which layers it reads depends on its target: give --target T (best: open questions are measured) or --target-layers N"
+        )
+    evidence = embedding = None
+    if target and not options.unmeasured:
+        check_fits(found.settled(layers).config, target.config)
+        evidence, embedding = evidence_of(target, MEASURED_TOKENS)
+    draft, decided = settle(found, layers, evidence, embedding)
+    for line in [*found.told, *decided]:
+        console.print(f"  {line}", markup=False)
+    if not options.dry_run:
+        save(out, draft, target)
+        console.print(f"{out}: written as eyas's own; taps (inputs of layers) {', '.join(map(str, draft.config.taps))}", markup=False)
+    return 0
+
+
+def described(found: Found) -> str:
+    shape = found.shape
+    settings = [name for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual") if shape.get(name)]
+    parts = [f"width {shape['hidden_size']}", f"{shape['draft_vocab_size']} draft tokens of {shape['vocab_size']}", *settings]
+    ids = f"layer ids {list(found.layer_ids)} (named by {found.counts})" if found.layer_ids else "no layer ids: the default triple"
+    return ", ".join([*parts, f"rope theta {shape['rope_theta']:g}", ids])
+
+
+def save(out: Path, draft: Draft, target: TargetFiles | None) -> None:
+    facts = {name: draft.facts[name] for name in FACTS if name in draft.facts}
+    if target:
+        facts = {
+            "target": target.directory.name,
+            "target_sha256": directory_hash(target.directory),
+            "chat_template_sha256": chat_template_hash(target.directory),
+        }
+    with atomic_directory(out) as work:
+        save_draft(work, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)

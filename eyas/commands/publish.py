@@ -1,0 +1,53 @@
+"""`eyas publish`: a folder ready for the hub; uploading it stays the user's own step."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from eyas.commands.common import target_for
+from eyas.config import EyasError
+from eyas.engine import draft_directory
+from eyas.formats.export import make_way
+from eyas.formats.model_card import CARD, bench_results, card, licence_of, training_told
+from eyas.formats.portable import own_draft
+from eyas.model.draft import check_fits, save_draft
+from eyas.model.weights import atomic_directory
+
+KEPT = ("training.json", "curve.png")
+
+
+def run(options: argparse.Namespace) -> int:
+    console, out = Console(highlight=False, soft_wrap=True), Path(options.out).expanduser()
+    source = draft_directory(options.draft, Path())
+    draft, target = own_draft(source), target_for(options.target, source)
+    check_fits(draft.config, target.config)
+    results = bench_results(options.bench)
+    name = options.target_name or (options.target if options.target and options.target.count("/") == 1 else None)
+    if name is None:
+        raise EyasError("name the target as users will type it: --target-name owner/model")
+    licence = licence_of(target, options.licence)
+    make_way(out, options.force)
+    with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
+        made, facts = Path(folder), draft.facts | {"target": name}
+        save_draft(made, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
+        for kept in KEPT:
+            if (source / kept).exists():
+                shutil.copy(source / kept, made / kept)
+        (made / CARD).write_text(card(draft, training_told(source), results, name, licence), encoding="utf-8")
+        if options.dry_run:
+            for file in sorted(made.iterdir()):
+                console.print(f"{file.stat().st_size:>12,} {file.name}", markup=False)
+            console.print((made / CARD).read_text(encoding="utf-8"), markup=False)
+            return 0
+        with atomic_directory(out) as work:
+            shutil.copytree(made, work, dirs_exist_ok=True)
+    console.print(
+        f"{out}: ready for the hub; look it over, then `hf upload OWNER/NAME {out}` (huggingface_hub's own command)", markup=False
+    )
+    return 0

@@ -1,0 +1,63 @@
+"""`eyas serve-command`: the tested command line for an engine, with the number of draft tokens that pays by measured acceptance."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from eyas.commands.common import evidence_of
+from eyas.config import EyasError, TreeShape
+from eyas.engine import BUNDLED
+from eyas.formats.layouts import find, layout_of
+from eyas.formats.portable import TargetFiles
+
+LONGEST = 7
+TOKENS = 64
+USUAL_COST = 0.1  # a draft step beside a target pass, in an engine on a GPU: one layer and a small head of thirty and a large one
+
+
+def run(options: argparse.Namespace) -> int:
+    layout = layout_of(options.engine)
+    if options.cost is not None and not 0 < options.cost < 10:
+        raise EyasError(f"cost must be above 0 and below 10 (a draft step's time over a target pass's), not {options.cost}")
+    path = BUNDLED if options.draft == "bundled" else Path(options.draft).expanduser()
+    target, found = TargetFiles.of(options.target), find(path)
+    draft = found.settled(target.config.num_hidden_layers)
+    if why := layout.refusal(draft):
+        raise EyasError(f"{layout.title} cannot run this draft: {why}")
+    evidence, embedding = evidence_of(target, TOKENS)
+    from eyas.view.agreement import agreement
+
+    acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST).acceptance
+    cost = USUAL_COST if options.cost is None else options.cost
+    gains = [gain(acceptance[:length], cost) for length in range(1, LONGEST + 1)]
+    best = 1 + max(range(LONGEST), key=gains.__getitem__)
+    console = Console(highlight=False, soft_wrap=True)
+    told = ", ".join(f"{length}: {value:.2f}" for length, value in enumerate(gains, 1))
+    console.print(f"# {layout.title}; expected gain over plain by draft tokens, a draft step costing {cost:g} of a target pass: {told}")
+    if max(gains) <= 1:
+        console.print("# none pays at this cost: serve the target alone")
+    if prepare := preparation(path, options.engine, found.layout):
+        console.print(prepare, markup=False)
+    console.print(layout.serve(path, str(target.directory), TreeShape.chain(best)), markup=False)
+    return 0
+
+
+def gain(acceptance: list[float], cost: float) -> float:
+    """Expected tokens of a round, by acceptance of each step given those before, over its time in target passes."""
+    expected, alive = 1.0, 1.0
+    for share in acceptance:
+        alive *= share
+        expected += alive
+    return expected / (1 + cost * len(acceptance))
+
+
+def preparation(path: Path, name: str, there: str) -> str | None:
+    """What to do first, where the draft does not lie in the engine's layout."""
+    own = there == "eyas"
+    fits = {"llama_cpp": there.startswith("llama.cpp"), "speculators": there == "speculators", "openvino": False}
+    if fits.get(name, not own and there.startswith("plain")):
+        return None
+    return f"# first: eyas export {path} OUT --to {name}   (then OUT in place of {path})" if own else f"# first: eyas import {path} OWN"

@@ -1,0 +1,84 @@
+"""Settles what a draft's files leave open: by its layout's convention, and where a target is at hand by measuring.
+
+A file's layer ids may name layers by input or by output, its rotary base may not be what it was trained with, and two flags have had two
+meanings: each is measured on the target's own text, and what agrees better is kept. Knows the questions; knows no layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from eyas.formats.portable import Draft, Found
+from eyas.view.agreement import Agreement, Evidence, agreement
+
+CLEAR = 4.0  # standard errors between two readings before the measured one overrides what the file says
+READS = {"inputs": 0, "outputs": 1}
+
+
+class Settled(NamedTuple):
+    draft: Draft
+    told: list[str]  # how each open question was decided
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read an open fact."""
+
+    words: str
+    changes: Mapping[str, Any]  # of Found.settled
+    as_said: bool  # whether the file itself says so
+
+
+def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Reading]]]:
+    """Each open question with the ways to answer it, the file's own first."""
+    for name, values in found.doubts.items():
+        if name == "layer ids":
+            ids = found.layer_ids or ()
+            options = [
+                Reading(f"they name {counts}, taps {taps}", {"taps": taps}, counts == found.counts)
+                for counts, taps in ((counts, tuple(number + READS[counts] for number in ids)) for counts in READS)
+                if all(0 <= tap < target_layers for tap in taps)
+            ]
+        else:
+            options = [Reading(f"{name} {value}", {name: value}, value == found.shape[name]) for value in values]
+        yield name, sorted(options, key=lambda option: not option.as_said)
+
+
+def settle(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Settled:
+    """The draft, with every open question decided.
+
+    With `evidence` (the target's text and states) every question is measured in turn, the file's own reading being left only where another
+    is clearly better; without, it stands.
+    """
+    changes: dict[str, Any] = {}
+    told = []
+    for name, options in readings(found, target_layers):
+        if evidence is None or embedding is None:
+            told.append(f"{name}: {options[0].words}, as its layout has it; not measured (give --target)")
+            changes |= options[0].changes
+            continue
+        scores = [measured(found, target_layers, changes | dict(option.changes), evidence, embedding) for option in options]
+        best = max(range(len(options)), key=lambda number: float(scores[number].log_q.mean()))
+        if best and scores[best].beats(scores[0]) < CLEAR:
+            best = 0
+        changes |= options[best].changes
+        told.append(f"{name}: {verdict(options, scores, best)}")
+    return Settled(found.settled(target_layers, **changes), told)
+
+
+def measured(found: Found, target_layers: int, changes: Mapping[str, Any], evidence: Evidence, embedding: Tensor) -> Agreement:
+    draft = found.settled(target_layers, **changes)
+    return agreement(draft.network(embedding), draft.vocab, evidence)
+
+
+def verdict(options: list[Reading], scores: list[Agreement], best: int) -> str:
+    beside = [f"{option.words}: {score.tau:.2f}" for option, score in zip(options, scores)]
+    others = [abs(scores[best].beats(score)) for number, score in enumerate(scores) if number != best]
+    if not others:
+        return f"{options[best].words} (the only reading that fits the target)"
+    sure = f"{min(others):.0f} standard errors apart" if min(others) >= CLEAR else "no clear difference, the file's own reading stands"
+    return f"{options[best].words} ({'; '.join(beside)} tokens a round; {sure})"

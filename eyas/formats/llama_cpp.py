@@ -1,0 +1,229 @@
+"""llama.cpp: one GGUF file of architecture `eagle3`, as its own converter writes it.
+
+Layer ids (`eagle3.target_layers`) name the layers whose *input* is read, d2t holds absolute ids, and rows of q and k lie in pairs order.
+Read in the copy that llama-cpp-python 0.3.36 carries: it computes neither fc_norm nor norm_output. What a GGUF cannot say (rotary scaling
+in words, hashes) is kept under `eyas.config`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from eyas.config import DraftConfig, EyasError, TreeShape, short
+from eyas.formats.gguf_file import check_gguf, copy_tokenizer, write_tokenizer
+from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.model.transformer import rotary_frequencies
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import halves_from_pairs
+
+TITLE = "llama.cpp (llama-cpp-python 0.3.36)"
+WEIGHTS = ("bf16", "fp32", "fp16", "q8_0", "q4_1")
+FILE = "draft.gguf"
+NAMES = {  # published name -> llama.cpp's
+    "fc.weight": "fc.weight",
+    "input_norm.weight": "enc.output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "norm.weight": "output_norm.weight",
+    "midlayer.hidden_norm.weight": "blk.0.attn_norm_2.weight",
+    "midlayer.input_layernorm.weight": "blk.0.attn_norm.weight",
+    "midlayer.post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    "midlayer.self_attn.q_proj.weight": "blk.0.attn_q.weight",
+    "midlayer.self_attn.k_proj.weight": "blk.0.attn_k.weight",
+    "midlayer.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+    "midlayer.self_attn.o_proj.weight": "blk.0.attn_output.weight",
+    "midlayer.mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
+    "midlayer.mlp.up_proj.weight": "blk.0.ffn_up.weight",
+    "midlayer.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+}
+OURS = {theirs: ours for ours, theirs in NAMES.items()}
+OWN = "eyas.config"
+
+
+def refusal(draft: Draft) -> str | None:
+    config = draft.config
+    if config.fc_norm or config.norm_output:
+        return "llama.cpp computes neither fc_norm nor norm_output (EAGLE-3.1); SGLang and vLLM do"
+    if config.rope_scaling and rotary(config)[1] != 1:
+        return f"llama.cpp's draft takes no rotary scaling that also scales attention ({short(config.rope_scaling)})"
+    return None
+
+
+def rotary(config: DraftConfig) -> tuple[Tensor, float]:
+    return rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+
+def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gguf: Path | None = None) -> None:
+    """`draft.gguf`. Norms stay float32 in every number format, as the converter leaves them."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+    from gguf.quants import quantize
+
+    config, arch = draft.config, "eagle3"
+    kind = {
+        "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+        "fp16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+        "fp32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+        "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+        "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    }[weights]
+    writer = GGUFWriter(work / FILE, arch)
+    writer.add_type("model")
+    writer.add_name("EAGLE-3 draft made by eyas")
+    writer.add_file_type(kind[1])
+    writer.add_quantization_version(2)
+    writer.add_block_count(1)
+    writer.add_context_length(max(config.max_position_embeddings, target.config.max_position_embeddings))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_array(f"{arch}.target_layers", list(config.taps))
+    writer.add_uint32(f"{arch}.target_hidden_size", config.target_hidden_size)
+    writer.add_bool(f"{arch}.norm_before_residual", config.norm_before_residual)
+    writer.add_bool(f"{arch}.norm_before_fc", config.norm_before_fc)
+    told = {"rope_scaling": config.rope_scaling, "target_layers": draft.target_layers, "facts": draft.facts}
+    writer.add_string(OWN, json.dumps(told))
+    if target_gguf is None:
+        write_tokenizer(writer, target.directory)
+    else:
+        copy_tokenizer(writer, target_gguf)
+    for name, tensor in draft.weights.items():
+        value = tensor.float()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            value = pairs_from_halves(value, heads)
+        wanted = kind[0] if value.dim() == 2 else GGMLQuantizationType.F32
+        if value.shape[-1] % GGML_QUANT_SIZES[wanted][0]:  # a row is cut into whole blocks
+            wanted = GGMLQuantizationType.F16
+        writer.add_tensor(NAMES[name], quantize(value.contiguous().numpy(), wanted), raw_dtype=wanted)
+    if config.rope_scaling:
+        plain = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / rotary(config)[0]).float().numpy())
+    writer.add_tensor("d2t", draft.vocab.ids.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp rotates neighbouring pairs, Hugging Face rotates halves: put each head's rows in pairs order."""
+    rows = weight.shape[0] // heads
+    return weight.view(heads, 2, rows // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def read(path: Path) -> Found:
+    """A GGUF draft, or the one in a directory; quantised weights come back as float32."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    path = path / FILE if path.is_dir() else path
+    check_gguf(path)
+    try:
+        reader = GGUFReader(path)
+        fields = {name: entry.contents() for name, entry in reader.fields.items()}
+        tensors = {
+            tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(tensor.shape[::-1].tolist())
+            if tensor.tensor_type.name not in ("I64", "I32")
+            else torch.from_numpy(tensor.data.copy())
+            for tensor in reader.tensors
+        }
+    except Exception as error:  # the library fails in as many ways as a file can be damaged
+        raise EyasError(f"{path} cannot be read as GGUF ({short(str(error) or type(error).__name__)})") from None
+    return found_in(path, fields, tensors)
+
+
+def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Found:
+    arch = fields.get("general.architecture")
+    if arch != "eagle3":
+        raise EyasError(f"{path} is a model of architecture {short(arch)}; a draft's is 'eagle3'")
+    scaled, ids = tensors.pop("rope_freqs.weight", None), tensors.pop("d2t", None)
+    embedding = tensors.pop("token_embd.weight", None)
+    told, own = [], own_facts(fields.get(OWN), path)
+    if scaled is not None and not own.get("rope_scaling"):
+        raise EyasError(f"{path} scales its rotary embedding, which the file describes only in part; import the directory it was made from")
+    if unknown := [name for name in tensors if name not in OURS]:
+        raise EyasError(f"{path} holds {short(unknown[0])}, which no draft with one layer has")
+    weights = {OURS[name]: tensor for name, tensor in tensors.items()}
+    if missing := [theirs for ours, theirs in NAMES.items() if ours not in weights and ours != "input_norm.weight"]:
+        raise EyasError(f"{path} lacks {', '.join(missing[:4])}")
+
+    def of(key: str, default: Any = None) -> Any:
+        value = fields.get(f"{arch}.{key}", default)
+        if value is None:
+            raise EyasError(f"{path} lacks {arch}.{key}")
+        return value
+
+    heads = of("attention.head_count")
+    size = embedding.shape[0] if embedding is not None else of("vocab_size", len(fields.get("tokenizer.ggml.tokens") or ()))
+    if ids is None:
+        ids = torch.arange(weights["lm_head.weight"].shape[0])
+        told.append("it has no d2t: its vocabulary is the target's whole one")
+    shape = {
+        "vocab_size": size,
+        "draft_vocab_size": len(ids),
+        "hidden_size": of("embedding_length"),
+        "intermediate_size": of("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": of("attention.head_count_kv", heads),
+        "head_dim": of("attention.key_length", weights["midlayer.self_attn.q_proj.weight"].shape[0]),
+        "target_hidden_size": of("target_hidden_size"),
+        "max_position_embeddings": of("context_length", 2048),
+        "rms_norm_eps": decimal(of("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": decimal(of("rope.freq_base", 10000.0)),
+        "rope_scaling": own.get("rope_scaling"),
+        "norm_before_fc": of("norm_before_fc", False),
+        "norm_before_residual": of("norm_before_residual", False),
+    }
+    layers = of("target_layers")
+    DraftConfig(**shape, taps=tuple(layers) if isinstance(layers, list) else layers)  # checks every size
+    for name in ("q_proj", "k_proj"):
+        key = f"midlayer.self_attn.{name}.weight"
+        count = shape["num_attention_heads" if name == "q_proj" else "num_key_value_heads"]
+        if weights[key].dim() != 2 or weights[key].shape[0] != count * shape["head_dim"]:
+            raise EyasError(f"{path}: {NAMES[key]} is {tuple(weights[key].shape)}, which is not {count} heads of {shape['head_dim']}")
+        weights[key] = halves_from_pairs(weights[key], count)
+    return Found(
+        "llama.cpp (GGUF)",
+        shape,
+        weights,
+        DraftVocab(ids, size),
+        tuple(layers),
+        "inputs",
+        embedding,
+        own.get("facts") or {},
+        told,
+        {"layer ids": ["inputs", "outputs"]} if not own else {},
+    )
+
+
+def decimal(value: Any) -> Any:
+    """A GGUF holds float32: the shortest number that is that one, 1e-05 and not 9.99999974e-06."""
+    return float(str(numpy.float32(value))) if isinstance(value, float) else value
+
+
+def own_facts(text: Any, path: Path) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        own = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        own = None
+    if not isinstance(own, dict) or not isinstance(own.get("facts") or {}, dict):
+        raise EyasError(f"{path}: its field {OWN} is damaged")
+    return own
+
+
+def serve(draft: Path, target: str, shape: TreeShape) -> str:
+    return f"llama-server -m {target} -md {draft / FILE} --spec-type draft-eagle3 --spec-draft-n-max {shape.levels} -np 1"

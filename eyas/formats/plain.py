@@ -1,0 +1,241 @@
+"""The layout that SafeAILab's code began and SGLang, vLLM and llama.cpp's converter read: config.json beside tensors named `midlayer.*`.
+
+Reads it with whatever its writers made of it (other prefixes, wrong layer counts, missing keys): what the tensors say counts, and what had
+to be inferred is told. The engines' own files say what differs in writing. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, short
+from eyas.formats.files import Fields, tensors_of
+from eyas.formats.portable import Draft, Found
+from eyas.model.draft import engine_keys
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import save_tensors
+
+NAMES = {  # prefixes of others -> the published ones
+    "model.": "",
+    "layers.0.": "midlayer.",
+    "aux_norm_low.": "fc_norm.0.",
+    "aux_norm_mid.": "fc_norm.1.",
+    "aux_norm_high.": "fc_norm.2.",
+}
+UNUSED = ("verifier_norm.", "verifier_lm_head.", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")  # not the draft's own
+NEEDED = ("fc.weight", "norm.weight", "lm_head.weight", "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight",
+          "midlayer.mlp.gate_proj.weight")  # fmt: skip
+EAGLE_1 = "an EAGLE-1 or EAGLE-2 head: its fc reads one feature and one embedding; eyas imports EAGLE-3 heads"
+THETA = 10000.0  # where a config names none; SafeAILab's trainer used it whatever the config said
+
+
+# ---- writing ----
+
+
+def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Keys that all engines read alike; layer ids, which they count differently, are added by each engine's file.
+
+    Positions cover the target's: engines size their rotary tables by this number and read past them.
+    """
+    name = str(dtype).removeprefix("torch.")
+    positions = max(config.max_position_embeddings, target.max_position_embeddings)
+    return engine_keys(config) | {"max_position_embeddings": positions, "dtype": name, "torch_dtype": name}
+
+
+def layer_ids(draft: Draft) -> dict[str, Any]:
+    """Both spellings, so that the folder is right in whichever engine it ends up: vLLM reads the first, by input, SGLang the second, by
+    output."""
+    taps = list(draft.config.taps)
+    if taps[0] == 0:  # the output of no layer
+        return {"eagle_aux_hidden_state_layer_ids": taps}
+    eagle = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps], "use_aux_hidden_state": True}
+    if draft.config.norm_before_fc:
+        eagle["norm_before_fc"] = True
+    return {"eagle_aux_hidden_state_layer_ids": taps, "eagle_config": eagle}
+
+
+def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype, embedding: Tensor | None = None) -> None:
+    """model.safetensors with the weights in `dtype`, the vocabulary and, where given, the embedding; config.json."""
+    weights = draft.weights if embedding is None else draft.weights | {"embed_tokens.weight": embedding}
+    save_tensors(work, {name: tensor.to(dtype) for name, tensor in weights.items()} | draft.vocab.as_tensors())
+    (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def own_width(config: DraftConfig) -> bool:
+    """Whether heads fill the width, as readers assume that ignore head_dim."""
+    return config.num_attention_heads * config.head_dim == config.hidden_size
+
+
+# ---- reading ----
+
+
+def read_plain(directory: Path) -> Found:
+    """A plain directory; which layers its ids mean follows from where they stand in the config."""
+    fields = Fields.of(directory)
+    inputs = fields.layers("eagle_aux_hidden_state_layer_ids")
+    eagle = fields.object("eagle_config")
+    outputs = eagle.layers("eagle_aux_hidden_state_layer_ids")
+    if eagle.flag("use_aux_hidden_state", True) is False:
+        raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read three")
+    found = found_in(tensors_of(directory), fields, fields, str(directory))
+    told, layout = list(found.told), "plain (SafeAILab, SGLang, vLLM)"
+    doubts = dict(found.doubts)
+    agree = bool(inputs and outputs) and tuple(number + 1 for number in outputs) == inputs
+    if inputs and outputs and not agree:
+        told.append(f"layer ids {list(inputs)} at the top and {list(outputs)} under eagle_config do not name the same layers")
+    if (inputs or outputs) and not agree:
+        doubts["layer ids"] = ["inputs", "outputs"]
+    layer_ids, counts = (inputs, "inputs") if inputs else (outputs, "outputs")
+    if layer_ids is None:
+        counts = "inputs"
+    return replaced(found, layout=layout, layer_ids=layer_ids, counts=counts, told=told, doubts=doubts)
+
+
+def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None) -> Found:
+    """A draft from its tensors, the fields of its decoder layer (`shape`) and its EAGLE settings (`flags`)."""
+    weights = renamed(tensors, where)
+    embedding = weights.pop("embed_tokens.weight", None)
+    told: list[str] = []
+    vocab = vocabulary(weights, shape, embedding, where, told)
+    sizes = sizes_of(weights, shape, where, told)
+    settings = settings_of(weights, shape, flags, told)
+    scaling = shape.object("rope_parameters").raw or shape.object("rope_scaling").raw
+    said = [value for value in (shape.object("rope_parameters").number("rope_theta"), shape.number("rope_theta")) if value is not None]
+    theta = said[0] if said else THETA
+    if not said:
+        told.append(f"its config names no rope theta; {THETA:g}, which engines then take")
+    if len(set(said)) > 1:
+        told.append(f"its config names two rope thetas, {said[0]:g} in rope_parameters and {said[1]:g} at the top")
+    candidates = list(dict.fromkeys([*said, THETA]))
+    doubts: dict[str, list[Any]] = {"rope_theta": candidates} if len(candidates) > 1 else {}
+    if settings["norm_output"]:
+        doubts["norm_output"] = [True, False]  # SpecForge before its change 879 wrote true for plain EAGLE-3
+    if "norm_before_residual" not in flags.raw and flags is not shape:
+        doubts["norm_before_residual"] = [False, True]  # speculators' default is one, vLLM's the other
+    kind = scaling.get("rope_type", scaling.get("type")) if scaling else None
+    shape_fields = {
+        **sizes,
+        **settings,
+        "vocab_size": vocab.vocab_size,
+        "draft_vocab_size": len(vocab),
+        "rope_theta": theta,
+        "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} if kind not in (None, "default") else None,
+    }
+    DraftConfig(**shape_fields, taps=(0, 1, 2))  # checks every size before anything is built
+    kept = {name: tensor if tensor.is_floating_point() else tensor.float() for name, tensor in weights.items()}
+    return Found("", shape_fields, kept, vocab, embedding=embedding, told=told, doubts=doubts, facts=dict(facts or {}))
+
+
+def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Tensors under the published names; a head of another kind is refused with what it is."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in NAMES.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+        if name.startswith(UNUSED):
+            continue
+        if name in weights:
+            raise EyasError(f"{where} holds {name} twice, under two spellings")
+        weights[name] = tensor
+    more = sorted({name.split(".")[1] for name in weights if name.startswith(("layers.", "additional_layers."))})
+    if more:
+        raise EyasError(f"{where} has {len(more) + 1} decoder layers; engines disagree on such heads, and eyas imports those with one")
+    if "fc.weight" in weights and not any(name.startswith(("midlayer.self_attn.q_proj", "norm.")) for name in weights):
+        raise EyasError(f"{where} is {EAGLE_1}")
+    if missing := [name for name in NEEDED if name not in weights]:
+        raise EyasError(f"{where} is no EAGLE-3 draft: it lacks {', '.join(missing[:4])}")
+    if flat := [name for name in NEEDED if weights[name].dim() != (1 if name == "norm.weight" else 2)]:
+        raise EyasError(f"{where}: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")
+    width = weights["norm.weight"].shape[0]
+    if weights["midlayer.self_attn.q_proj.weight"].shape[1] == width:
+        raise EyasError(f"{where} is {EAGLE_1}")
+    return weights
+
+
+def vocabulary(weights: dict[str, Tensor], shape: Fields, embedding: Tensor | None, where: str, told: list[str]) -> DraftVocab:
+    """The draft vocabulary out of `d2t` (offsets, as published) and `t2d`, either of which may be missing."""
+    rows = weights["lm_head.weight"].shape[0]
+    mask, offsets = weights.pop("t2d", None), weights.pop("d2t", None)
+    if any(table is not None and table.dim() != 1 for table in (mask, offsets)):
+        raise EyasError(f"{where}: d2t and t2d must be lists of numbers")
+    claimed = shape.size("vocab_size", 0)
+    size = len(mask) if mask is not None else embedding.shape[0] if embedding is not None else claimed or rows
+    if claimed and claimed != size:
+        told.append(f"its config says vocab_size {claimed}, its tensors {size}: {size} is right")
+    if mask is None and offsets is None:
+        if rows != size:
+            raise EyasError(f"{where} has {rows} draft tokens of {size} and no d2t to say which; ask for the whole checkpoint")
+        told.append("it has no d2t: its vocabulary is the target's whole one")
+        return DraftVocab(torch.arange(rows), size)
+    if offsets is None:
+        told.append("it has no d2t; the vocabulary is what t2d marks")
+        return DraftVocab(mask.bool().nonzero()[:, 0], size)
+    if len(offsets) != rows:
+        raise EyasError(f"{where}: d2t names {len(offsets)} tokens, lm_head has {rows} rows")
+    if rows > 1 and mask is not None and torch.equal(mask.bool().nonzero()[:, 0], offsets.long()):
+        told.append("its d2t holds ids, not offsets as published: t2d says so")
+        return DraftVocab(offsets.long(), size)
+    return DraftVocab.from_tensors({"d2t": offsets, **({} if mask is None else {"t2d": mask})}, size)
+
+
+def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, told: list[str]) -> dict[str, int]:
+    """Widths and heads as the tensors have them; a config that says otherwise is told."""
+    width, fused = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1]
+    if fused % 3:
+        raise EyasError(f"{where}: fc reads {fused} numbers, which is not three features of the target")
+    heads = shape.size("num_attention_heads")
+    kv_heads = shape.size("num_key_value_heads", heads)
+    rows, kv_rows = (weights[f"midlayer.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+    if not heads or not kv_heads or rows % heads or kv_rows * heads != rows * kv_heads:
+        raise EyasError(f"{where}: {rows} query rows and {kv_rows} key rows do not make {heads} heads and {kv_heads} key-value heads")
+    found = {
+        "hidden_size": width,
+        "intermediate_size": weights["midlayer.mlp.gate_proj.weight"].shape[0],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": rows // heads,
+        "target_hidden_size": fused // 3,
+    }
+    said = found | {"num_hidden_layers": 1, "draft_vocab_size": weights["lm_head.weight"].shape[0]}
+    for name, value in said.items():
+        if shape.raw.get(name) is not None and shape.size(name) != value:
+            told.append(f"its config says {name} {shape.raw[name]}, its tensors {value}: {value} is right")
+    found["max_position_embeddings"] = shape.size("max_position_embeddings", 2048)
+    return found
+
+
+def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, told: list[str]) -> dict[str, Any]:
+    """What the arithmetic depends on and tensors show only in part."""
+    normed, fused = "fc_norm.0.weight" in weights, "input_norm.weight" in weights
+    eagle = shape.object("eagle_config")  # where SGLang looks for norm_before_fc
+    for name, there in (("fc_norm", normed), ("norm_before_fc", fused)):
+        if there != (said := flags.flag(name, eagle.flag(name, there))):
+            told.append(f"its config says {name} {said}, its tensors {there}: {there} is right")
+    if shape.flag("tie_word_embeddings"):
+        told.append("its config ties the head to the embedding, which would say other tokens; it has a head of its own, and that counts")
+    if (activation := shape.text("hidden_act") or "silu") != "silu":
+        raise EyasError(f"{shape.where}: hidden_act {short(activation)}; eyas's draft layer computes silu")
+    if shape.raw.get("rms_norm_eps") is None:
+        told.append("its config names no rms_norm_eps; 1e-06, which engines then take")
+    return {
+        "rms_norm_eps": shape.number("rms_norm_eps", 1e-6),
+        "fc_norm": normed,
+        "norm_before_fc": fused,
+        "norm_output": flags.flag("norm_output"),
+        "norm_before_residual": flags.flag("norm_before_residual"),
+    }
+
+
+def replaced(found: Found, **changes: Any) -> Found:
+    return Found(**{**vars(found), **changes})
+
+
+def default_ids(draft: Draft) -> bool:
+    return draft.config.taps == default_taps(draft.target_layers)

@@ -1,0 +1,136 @@
+"""A draft between layouts: its shape, its weights under the published names, its vocabulary as absolute ids.
+
+`Draft` is settled: every fact is known. `Found` is what a file of somebody else's says; which target layers it reads and which rotary base
+it was trained with may still be open. Knows what eyas's own directory holds; knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.engine import target_directory
+from eyas.formats.files import Fields, tensors_of
+from eyas.model.attention import Segment
+from eyas.model.draft import FACTS, DraftNetwork, config_from_file, network_of, vocab_of
+from eyas.model.target import check_taps
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import has_own_blocks, read_tensors, target_config
+
+PROBE_ROWS, PROBE_STEPS, PROBE_TOKENS = 12, 4, 64
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft with nothing left open."""
+
+    config: DraftConfig
+    weights: dict[str, Tensor]  # fc, midlayer.*, norm, lm_head, and fc_norm.* or input_norm where the config says so
+    vocab: DraftVocab
+    target_layers: int
+    facts: dict[str, Any] = field(default_factory=dict)  # of the target it was trained for: FACTS of model/draft.py, where known
+    embedding: Tensor | None = None  # [V, H], where the file brought one
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights with `d2t` and `t2d`, as most layouts hold them."""
+        return self.weights | self.vocab.as_tensors()
+
+    def network(self, embedding: Tensor, dtype: torch.dtype = torch.float32) -> DraftNetwork:
+        return network_of(self.config, self.weights, embedding, dtype, "the draft")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a layout's files say. `layer_ids` None: the default triple. `counts`: whether ids name layers by input or by output."""
+
+    layout: str  # in words
+    shape: dict[str, Any]  # DraftConfig's fields but for taps
+    weights: dict[str, Tensor]
+    vocab: DraftVocab
+    layer_ids: tuple[int, int, int] | None = None
+    counts: str = "inputs"
+    embedding: Tensor | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)  # what had to be inferred, a line each
+    doubts: dict[str, list[Any]] = field(default_factory=dict)  # fields whose value the file leaves open, with what they may be
+
+    def taps(self, target_layers: int) -> tuple[int, int, int]:
+        if self.layer_ids is None:
+            return check_taps(default_taps(target_layers), target_layers)
+        return check_taps(tuple(number + (self.counts == "outputs") for number in self.layer_ids), target_layers)
+
+    def settled(self, target_layers: int, **changes: Any) -> Draft:
+        taps = changes.pop("taps", None) or self.taps(target_layers)
+        config = DraftConfig(**{**self.shape, **changes, "taps": taps})
+        return Draft(config, self.weights, self.vocab, target_layers, self.facts, self.embedding)
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's directory and shape; its weights are read only where they are asked for."""
+
+    directory: Path
+    config: TargetConfig
+
+    @classmethod
+    def of(cls, source: str | Path | None) -> TargetFiles:
+        directory = target_directory(source)
+        return cls(directory, target_config(directory))
+
+    def embedding(self) -> Tensor:
+        """[V, H] as stored."""
+        if has_own_blocks(self.directory):
+            return read_tensors(self.directory)["model.embed_tokens.weight"]
+        from eyas.engine import load_target
+
+        return load_target(self.directory).embedding.detach()
+
+
+def own_draft(directory: Path) -> Draft:
+    """A draft as eyas itself writes it."""
+    config, tensors = config_from_file(directory), tensors_of(directory)
+    if missing := [name for name in ("d2t", "t2d") if name not in tensors]:
+        raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
+    vocab = vocab_of(tensors, config, f"draft {directory}")
+    own = Fields.of(directory).object("eyas")
+    facts = {name: own.raw[name] for name in FACTS if name in own.raw}
+    draft = Draft(config, tensors, vocab, own.size("target_layers"), facts)
+    network_of(config, tensors, torch.zeros(1, config.hidden_size), torch.float32, f"draft {directory}")  # strict about every tensor
+    return draft
+
+
+@torch.no_grad()
+def probe(draft: Draft) -> Tensor:
+    """Logits [rows, D] of seeded features and tokens, and of a chain of steps on the draft's own outputs behind them, in float32.
+
+    Two drafts with the same weights and settings give the same numbers; the embedding is a seeded one, so no target is needed.
+    """
+    random = torch.Generator().manual_seed(0)
+    config, tokens = draft.config, min(PROBE_TOKENS, draft.config.vocab_size)
+    network = draft.network(torch.randn(tokens, config.hidden_size, generator=random))
+    drafter = Eagle3Drafter(network, draft.vocab)
+    drafter.reserve(1, PROBE_ROWS + PROBE_STEPS)
+    features = 4 * torch.randn(PROBE_ROWS, 3 * config.target_hidden_size, generator=random)
+    words = torch.randint(tokens, (PROBE_ROWS + PROBE_STEPS,), generator=random).tolist()
+    a = drafter.read(words[:PROBE_ROWS], network.fuse(features), list(range(PROBE_ROWS)), [Segment(0, PROBE_ROWS)])
+    logits = [network.logits(a)]
+    for step in range(PROBE_STEPS):
+        place = PROBE_ROWS + step
+        a = drafter.read([words[place]], network.fed_back(a[-1:]), [place], [Segment(0, 1)])
+        logits.append(network.logits(a))
+    return torch.cat(logits)
+
+
+def with_taps(draft: Draft, taps: tuple[int, int, int]) -> Draft:
+    return replace(draft, config=replace(draft.config, taps=taps))
+
+
+def without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}

@@ -1,0 +1,42 @@
+"""SGLang: plain layout, `LlamaForCausalLMEagle3`; layer ids name the layers whose *output* is read (one less than the input's layer).
+
+Read in version 0.5.23: names it does not know are dropped and missing tensors left as they were made, both without a word, so a file is
+checked here before it goes there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eyas.formats.plain import layer_ids, plain_config, read_plain, write_plain
+from eyas.formats.portable import Draft, Found, TargetFiles
+
+TITLE = "SGLang 0.5.23"
+WEIGHTS = ("bf16", "fp16", "fp32")
+
+
+def refusal(draft: Draft) -> str | None:
+    if draft.config.norm_before_residual:
+        return "SGLang's draft layer adds to the un-normed feature (no norm_before_residual); vLLM runs such a draft"
+    if draft.config.taps[0] == 0:
+        return "SGLang names a layer by its output, and the input of layer 0 is the output of none"
+    return None
+
+
+def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
+    """The embedding is the target's, which SGLang shares into the draft."""
+    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft), dtype)
+
+
+def read(path: Path) -> Found:
+    return read_plain(path)
+
+
+def serve(draft: Path, target: str, shape: Any) -> str:
+    return (
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft} "
+        f"--speculative-num-steps {shape.levels} --speculative-eagle-topk {shape.top_k} --speculative-num-draft-tokens {shape.nodes}"
+    )

@@ -1,0 +1,104 @@
+"""vLLM, two layouts: the plain directory, and speculators' (`layers.0.*`, every flag written), which `vllm serve DIR` takes alone.
+
+Layer ids name the layers whose *input* is read, as eyas's taps do. Read in version 0.32: the norm settings default differently by layout,
+so all are written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from eyas.config import EyasError, TreeShape
+from eyas.formats.files import Fields, tensors_of
+from eyas.formats.plain import found_in, layer_ids, plain_config, read_plain, replaced, write_plain
+from eyas.formats.portable import Draft, Found, TargetFiles, without
+from eyas.model.weights import read_json, save_tensors
+
+TITLE = "vLLM 0.32"
+WEIGHTS = ("bf16", "fp16", "fp32")
+SPECULATIVE_TOKENS = 3
+
+
+def refusal(draft: Draft) -> str | None:
+    return None  # it knows all of eyas's settings
+
+
+def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
+    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft), dtype)
+
+
+def read(path: Path) -> Found:
+    return read_plain(path)
+
+
+def serve(draft: Path, target: str, shape: TreeShape) -> str:
+    settings = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": shape.levels}
+    return f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
+
+
+# ---- speculators' layout ----
+
+
+def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
+    """The target's embedding goes along: speculators' own model class wants it, vLLM sees that it is the target's and shares it."""
+    config, name = draft.config, str(dtype).removeprefix("torch.")
+    layer = without(
+        plain_config(config, target.config, dtype),
+        "architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",
+    )  # fmt: skip
+    verifier = read_json(target.directory / "config.json")
+    told = {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size if config.target_hidden_size != config.hidden_size else None,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "embed_requires_grad": False,
+        "eagle_aux_hidden_state_layer_ids": list(config.taps),
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": SPECULATIVE_TOKENS, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+            ],
+            "verifier": {"name_or_path": str(target.directory), "architectures": verifier.get("architectures", [])},
+        },
+        "dtype": name,
+        "torch_dtype": name,
+    }
+    weights = {key.replace("midlayer.", "layers.0."): tensor.to(dtype) for key, tensor in draft.weights.items()}
+    embedding = target.embedding().to(dtype) if draft.embedding is None else draft.embedding.to(dtype)
+    save_tensors(work, weights | {"embed_tokens.weight": embedding} | draft.vocab.as_tensors())
+    (work / "config.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def is_speculators(path: Path) -> bool:
+    return (path / "config.json").exists() and "speculators_model_type" in Fields.of(path).raw
+
+
+def read_speculators(path: Path) -> Found:
+    flags = Fields.of(path)
+    kind = flags.text("speculators_model_type")
+    if kind != "eagle3":
+        raise EyasError(f"{path} is a {kind} head of speculators; eyas imports eagle3")
+    layer = flags.object("transformer_layer_config")
+    if (model := layer.text("model_type")) not in (None, "llama", "qwen3"):
+        raise EyasError(f"{path}: its decoder layer is {model}'s; eyas computes Llama's")
+    verifier = flags.object("speculators_config").object("verifier").text("name_or_path")
+    ids = flags.layers("eagle_aux_hidden_state_layer_ids")
+    found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {})
+    doubts = found.doubts | ({"layer ids": ["inputs", "outputs"]} if ids else {})
+    return replaced(found, layout="speculators", layer_ids=ids, counts="inputs", doubts=doubts)
+
+
+def serve_speculators(draft: Path, target: str, shape: TreeShape) -> str:
+    return f"vllm serve {draft}"

@@ -1,0 +1,122 @@
+"""How well a draft agrees with its target on the target's own greedy text: step by step, teacher-forced, under any settings.
+
+One text and one target pass serve every variant of a draft, so variants are compared on the same slots. Knows targets, drafts and the
+unroll; knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eyas.config import GREEDY, PLAIN, EyasError
+from eyas.decode.generate import Decoder
+from eyas.model.draft import DraftNetwork
+from eyas.model.target import chain_rows
+from eyas.model.vocab import DraftVocab
+from eyas.train.batches import make_batch
+from eyas.train.features import Example, States
+from eyas.train.unroll import unroll
+
+QUESTIONS = (
+    "What is the difference between weather and climate?",
+    "Write a short letter to a friend about a trip to the sea.",
+    "How do I boil an egg?",
+    "Explain what a prime number is and give three examples.",
+    "Write a Python function that returns the largest number in a list.",
+    "Why do leaves change colour in autumn?",
+    "A farmer has 12 cows and buys 5 more. How many legs do his cows have?",
+    "Name five instruments of an orchestra and say how each makes sound.",
+)
+STEPS = 3
+PART = 256
+UNSAYABLE = -20.0  # log probability given to a token outside the draft vocabulary
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Texts that the target wrote, with what it knew at every token: the input of every layer."""
+
+    examples: list[Example]
+    layers: list[Tensor]  # each example's [layers + 1, N, H]: inputs of layers 0 .. n-1, and the last layer's output
+    favourites: list[Tensor]  # [N] the target's likeliest next token
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(number >= 0 for example in self.examples for number in example.answers)
+
+
+class Taken:
+    """A source of states with features taken at three layers; `late`: the feature of so many tokens before (a usual mistake)."""
+
+    def __init__(self, evidence: Evidence, taps: Sequence[int], late: int = 0) -> None:
+        self.evidence, self.taps, self.late = evidence, taps, late
+        self.place = {id(example): number for number, example in enumerate(evidence.examples)}
+
+    def states(self, examples: Sequence[Example]) -> States:
+        numbers = [self.place[id(example)] for example in examples]
+        parts = [torch.cat([self.evidence.layers[number][tap] for tap in self.taps], -1) for number in numbers]
+        if self.late:
+            parts = [torch.cat([part[:1].expand(self.late, -1), part[: -self.late]]) for part in parts]
+        features = torch.cat(parts)
+        favourites = torch.cat([self.evidence.favourites[number] for number in numbers])
+        return States(features, features.new_zeros(len(features), 1), favourites)
+
+
+@torch.inference_mode()
+def gather(target: Any, prompts: Sequence[list[int]], new_tokens: int) -> Evidence:
+    """Let the prepared target answer greedily, then read every layer's input along each text."""
+    *_, texts = Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens)
+    count = target.config.num_hidden_layers
+    examples, layers, favourites = [], [], []
+    for text in texts:
+        answers = [0 if place >= text.prompt_length else -1 for place in range(len(text.tokens))]
+        cache, inputs, likeliest = target.new_cache(1, len(text.tokens)), [], []
+        for start in range(0, len(text.tokens), PART):
+            out = target(chain_rows(0, text.tokens[start : start + PART], start, target.device), cache, range(count))
+            cache.keep(0, range(len(out.logits)))
+            inputs.append(out.features.float().view(len(out.logits), count, -1).transpose(0, 1))
+            likeliest.append(out.logits.argmax(-1))
+        if sum(number == 0 for number in answers) > STEPS:
+            examples.append(Example(text.tokens, answers, greedy=True))
+            layers.append(torch.cat(inputs, 1))
+            favourites.append(torch.cat(likeliest))
+    if not examples:
+        raise EyasError("the target's answers end at once: there is nothing to measure a draft on")
+    return Evidence(examples, layers, favourites)
+
+
+class Agreement(NamedTuple):
+    """What a draft says at every slot of the texts, fed with the texts' own tokens."""
+
+    acceptance: list[float]  # P(step k right | the steps before right)
+    tau: float  # 1 + mean number of leading steps right
+    log_q: Tensor  # [R] log probability of the target's favourite, over all steps and slots: finer than right or wrong
+
+    def beats(self, other: Agreement) -> float:
+        """How many standard errors lie between the mean log probabilities, slot by slot; positive where this one is better."""
+        gain = (self.log_q - other.log_q).double()
+        return float(gain.mean() / (gain.std() / len(gain) ** 0.5).clamp_min(1e-12))
+
+
+@torch.no_grad()
+def agreement(network: DraftNetwork, vocab: DraftVocab, evidence: Evidence, late: int = 0, steps: int = STEPS) -> Agreement:
+    """Draft at every slot of the texts' answers with this network (loose weights, float32), its taps and its vocabulary."""
+    batch, states = make_batch(evidence.examples, Taken(evidence, network.config.taps, late), network)
+    place = torch.full((vocab.vocab_size,), -1).index_copy_(0, vocab.ids, torch.arange(len(vocab)))  # draft id of a target token
+    good = torch.ones_like(batch.tokens, dtype=torch.bool)
+    log_q, acceptance, leading, slots = [], [], 0, 0
+    for step in unroll(network, batch, steps):
+        logits, wanted = network.logits(step.a), states.favourites[step.teacher_rows]
+        hit, before = vocab.to_target(logits.argmax(-1)) == wanted, good[step.slots]
+        said = logits.log_softmax(-1).gather(1, place[wanted].clamp_min(0)[:, None])[:, 0]
+        log_q.append(torch.where(place[wanted] >= 0, said, UNSAYABLE))
+        right = int((hit & before).sum())
+        acceptance.append(right / max(int(before.sum()), 1))
+        leading, slots = leading + right, slots or len(wanted)
+        good[step.slots] = hit & before
+    return Agreement(acceptance, 1 + leading / max(slots, 1), torch.cat(log_q))
