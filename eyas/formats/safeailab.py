@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from eyas.config import TreeShape
 from eyas.formats.files import PICKLED
-from eyas.formats.plain import default_ids, own_width, plain_config, read_plain, write_plain
+from eyas.formats.plain import THETA, default_ids, own_width, plain_config, read_plain, write_plain
 from eyas.formats.portable import Draft, Found, TargetFiles
 
 TITLE = "SafeAILab/EAGLE"
@@ -23,20 +24,32 @@ def refusal(draft: Draft) -> str | None:
         return f"its code reads the inputs of layers 2, {n // 2}, {n - 3} and no others; this draft reads {list(config.taps)}"
     if config.fc_norm or config.norm_output or config.norm_before_fc or config.norm_before_residual:
         return "its code knows neither fc_norm, norm_output nor the other norms; SGLang and vLLM do"
-    if config.rope_scaling and config.rope_scaling.get("rope_type", config.rope_scaling.get("type")) not in ("linear", "dynamic"):
-        return "its code scales rotary embeddings only linearly or dynamically"
+    if config.rope_scaling and (kind_of(config.rope_scaling) not in ("linear", "dynamic") or config.rope_theta != THETA):
+        return f"its code scales rotary embeddings only linearly or dynamically, and then of base {THETA:g}"
     if not own_width(config):
         return f"its code ignores head_dim and takes {config.hidden_size} / {config.num_attention_heads}; this draft's is {config.head_dim}"
     return None
 
 
+def kind_of(scaling: dict[str, Any]) -> Any:
+    return scaling.get("rope_type", scaling.get("type"))
+
+
+def config_for(draft: Draft, target: TargetFiles, dtype: torch.dtype) -> dict[str, Any]:
+    """No layer ids; rotary scaling names its kind `type`."""
+    config = plain_config(draft.config, target.config, dtype)
+    if scaling := draft.config.rope_scaling:
+        config["rope_scaling"] = {**scaling, "type": kind_of(scaling)}
+    return config
+
+
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    write_plain(work, draft, plain_config(draft.config, target.config, dtype), dtype)
+    write_plain(work, draft, config_for(draft, target, dtype), dtype)
 
 
 def write_pickled(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
     """pytorch_model.bin, which its loader looks for first."""
-    config = plain_config(draft.config, target.config, dtype)
+    config = config_for(draft, target, dtype)
     torch.save({name: tensor.to(dtype) for name, tensor in draft.weights.items()} | draft.vocab.as_tensors(), work / PICKLED)
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -45,8 +58,10 @@ def read(path: Path) -> Found:
     return read_plain(path)
 
 
-def serve(draft: Path, target: str, shape: Any) -> str:
+def serve(draft: Path, target: str, shape: TreeShape) -> str:
+    """Its class, in a checkout of it. The target's weights must lie in shards with an index, by which it finds the embedding."""
+    settings = f"total_token={shape.nodes}, depth={max(shape.depth, 0)}, top_k={shape.top_k}"
     return (
-        f"python -m eagle.evaluation.gen_ea_answer_llama3chat --ea-model-path {draft} --base-model-path {target} "
-        f"--use_eagle3 --total-token {shape.nodes} --depth {shape.depth} --top-k {shape.top_k}"
+        f"python -c \"from eagle.model.ea_model import EaModel; model = EaModel.from_pretrained(base_model_path='{target}', "
+        f"ea_model_path='{draft}', use_eagle3=True, {settings})\""
     )

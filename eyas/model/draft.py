@@ -176,13 +176,17 @@ def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, 
 
 
 def engine_keys(config: DraftConfig) -> dict[str, Any]:
-    """What every engine that reads such a config.json calls the draft's shape; layer ids, which they count differently, are not here."""
+    """What every engine that reads such a config.json calls the draft's shape; layer ids, which they count differently, are not here.
+
+    target_hidden_size only where it is another width: SafeAILab takes its presence for "the embedding is in this file".
+    """
+    left_out = ("taps", "rope_scaling", *(["target_hidden_size"] if config.target_hidden_size == config.hidden_size else []))
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": 1,
         "hidden_act": "silu",
-        **{key: value for key, value in asdict(config).items() if key not in ("taps", "rope_scaling")},
+        **{key: value for key, value in asdict(config).items() if key not in left_out},
         "rope_scaling": config.rope_scaling,
         "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
         "tie_word_embeddings": False,
@@ -208,7 +212,7 @@ def config_from_file(directory: Path) -> DraftConfig:
     raw = read_json(path)
     if "draft_vocab_size" not in raw or not isinstance(raw.get("eyas"), dict):
         raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas); see `eyas import`")
-    fields = {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
+    fields = {"target_hidden_size": raw.get("hidden_size")} | {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
     try:
         return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
     except (TypeError, KeyError) as error:

@@ -28,6 +28,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.model.weights import directory_hash, read_json
 from eyas.view.agreement import Agreement, Evidence, agreement
 
+MEANINGLESS = {"vocabulary", "not finite", "zero weights"}  # where one of these is found, what agrees better does so by chance
 LOW = 0.25  # acceptance of the first step under which a draft is called weak
 FALLEN = 0.7  # of what training measured, under which something happened since
 
@@ -69,10 +70,11 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
         found = find(path)
         draft = found.settled(target.config.num_hidden_layers)
         check_fits(draft.config, target.config)
+        network = draft.network(embedding)
     except EyasError as error:
         return Diagnosis([unreadable(str(error))], None, [])
     findings += draft_findings(draft, found, target)
-    as_is = agreement(draft.network(embedding), draft.vocab, evidence)
+    as_is = agreement(network, draft.vocab, evidence)
     measured, best = [], None
     for reading in readings(draft, target):
         score = agreement(reading.draft.network(embedding), reading.draft.vocab, evidence, reading.late)
@@ -80,7 +82,7 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
         measured.append((reading.cause, score.tau, better))
         if better >= CLEAR and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
             best = reading, score
-    if best:
+    if best and not MEANINGLESS & {finding.cause for finding in findings}:
         told = f"{best[0].says}: read so it has tau {best[1].tau:.2f}, as it is {as_is.tau:.2f}"
         findings.append(Finding(best[0].cause, told, best[0].do))
     if not findings:

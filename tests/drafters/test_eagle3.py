@@ -273,7 +273,6 @@ ENGINE_KEYS = {  # what SafeAILab, SGLang and vLLM read, with the only value tha
     "vocab_size": V,
     "draft_vocab_size": 29,
     "hidden_size": H,
-    "target_hidden_size": H,
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -391,6 +390,7 @@ def test_several_problems_are_all_listed(saved):
 def test_the_config_says_what_engines_read(saved):
     written = json.loads((saved[0] / "config.json").read_text())
     assert {key: written.get(key, "absent") for key in ENGINE_KEYS} == ENGINE_KEYS
+    assert "target_hidden_size" not in written, "SafeAILab takes its presence for: the embedding is in this file"
     assert written["max_position_embeddings"] >= TARGET.config.max_position_embeddings
     assert config_from_file(saved[0]) == saved[1].config
 
