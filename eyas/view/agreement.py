@@ -34,6 +34,7 @@ QUESTIONS = (
 )
 STEPS = 3
 PART = 256
+TELLING = 0.1  # acceptance of the first step under which nothing can be concluded
 UNSAYABLE = -20.0  # log probability given to a token outside the draft vocabulary
 
 
@@ -96,6 +97,11 @@ class Agreement(NamedTuple):
     acceptance: list[float]  # P(step k right | the steps before right)
     tau: float  # 1 + mean number of leading steps right
     log_q: Tensor  # [R] log probability of the target's favourite, over all steps and slots: finer than right or wrong
+
+    @property
+    def telling(self) -> bool:
+        """Whether it agrees at all: what does not has not learned this, and one way of being wrong is no better than another."""
+        return self.acceptance[0] >= TELLING
 
     def beats(self, other: Agreement) -> float:
         """How many standard errors lie between the mean log probabilities, slot by slot; positive where this one is better."""

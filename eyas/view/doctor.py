@@ -80,7 +80,7 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
         score = agreement(reading.draft.network(embedding), reading.draft.vocab, evidence, reading.late)
         better = score.beats(as_is)
         measured.append((reading.cause, score.tau, better))
-        if better >= CLEAR and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
+        if better >= CLEAR and score.telling and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
             best = reading, score
     if best and not MEANINGLESS & {finding.cause for finding in findings}:
         told = f"{best[0].says}: read so it has tau {best[1].tau:.2f}, as it is {as_is.tau:.2f}"

@@ -18,6 +18,8 @@ import torch
 from eyas.commands.common import evidence_of
 from eyas.engine import BUNDLED
 from eyas.formats.export import export
+from eyas.formats.importing import settle
+from eyas.formats.layouts import find
 from eyas.formats.portable import TargetFiles, own_draft
 from eyas.model.draft import save_draft
 from eyas.model.tokenizer import chat_template_hash
@@ -187,3 +189,17 @@ def test_each_mistake_is_named(mistake, good, evidence, tmp_path):
     assert mistake.cause in causes, (causes, found.measured)
     others = set(causes) - {mistake.cause, "inferred", "weights changed"}
     assert not others, f"and nothing else is: {found.findings}"
+
+
+def test_an_import_decides_by_measuring_what_layer_ids_mean(good, evidence, tmp_path):
+    """Trap 28: the same numbers name other layers in another project's files."""
+    folder = tmp_path / "draft"
+    shutil.copytree(good["sglang"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    ids = config.pop(IDS)
+    config["eagle_config"][IDS] = ids  # inputs, where outputs belong
+    (folder / "config.json").write_text(json.dumps(config))
+    found = find(folder)
+    assert (found.counts, found.taps(30)) == ("outputs", (3, 16, 28))
+    draft, told = settle(found, 30, *evidence)
+    assert draft.config.taps == (2, 15, 27) and "they name inputs" in told[0] and "standard errors apart" in told[0]

@@ -1,0 +1,154 @@
+"""`eyas export`, `import`, `serve-command`, `doctor` and `publish` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eyas.commands.serve_command import gain
+from eyas.model.draft import config_from_file
+from tests.commands.words import contents
+from tests.tiny import save_tiny_draft, save_tiny_target
+
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    save_tiny_target(root / "target", num_hidden_layers=LAYERS)
+    save_tiny_target(root / "other", num_hidden_layers=LAYERS, hidden_size=64)
+    save_tiny_draft(root / "draft", root / "target", taps=None)
+    save_tiny_draft(root / "modern", root / "target", taps=(1, 3, 6), fc_norm=True, norm_output=True)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["sglang", "vllm", "speculators", "safeailab", "safeailab-bin", "llama_cpp"])
+def test_out_to_an_engine_and_back_is_the_same_draft(run, place, tmp_path, layout):
+    status, out, _ = run("export", place / "draft", tmp_path / "there", "--to", layout, "--target", place / "target", "--weights", "fp32")
+    assert status == 0 and "read back, logits equal ours (0 apart at most); taps (inputs of layers) 2, 4, 5" in out
+    assert "serve it with:" in out and str(tmp_path / "there") in out
+    status, out, _ = run("import", tmp_path / "there", tmp_path / "back", "--target-layers", LAYERS)
+    assert status == 0 and "written as eyas's own; taps (inputs of layers) 2, 4, 5" in out
+    assert contents(tmp_path / "back")["model.safetensors"] == contents(place / "draft")["model.safetensors"]
+    assert config_from_file(tmp_path / "back") == config_from_file(place / "draft")
+
+
+def test_an_import_measures_what_the_files_leave_open(run, place, tmp_path):
+    run("export", place / "draft", tmp_path / "there", "--to", "sglang", "--target", place / "target")
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    del config["eagle_aux_hidden_state_layer_ids"]
+    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
+    status, out, _ = run("import", tmp_path / "there", tmp_path / "back", "--target", place / "target")
+    assert status == 0 and "layer ids: they name outputs, taps (2, 4, 5) (they name outputs" in out and "tokens a round" in out
+    assert "it agrees with this target in none of them, so the file's own reading stands" in out, "a random draft shows nothing"
+    own = json.loads((tmp_path / "back" / "config.json").read_text())["eyas"]
+    assert own["target"] == "target" and len(own["target_sha256"]) == len(own["chat_template_sha256"]) == 64
+
+
+def test_a_dry_run_only_says_what_it_is(run, place, tmp_path):
+    run("export", place / "draft", tmp_path / "there", "--to", "speculators", "--target", place / "target")
+    status, out, _ = run("import", tmp_path / "there", "--dry-run")
+    assert status == 0 and "speculators, width 32, 200 draft tokens of 263" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_what_cannot_be_written_or_read_is_refused_in_one_line(refused, run, place, tmp_path):
+    there, target = tmp_path / "there", ["--target", place / "target"]
+    draft = place / "draft"
+    assert "layout 'tensorrt' is unknown; choose sglang, vllm" in refused("export", draft, there, "--to", "tensorrt", *target)
+    assert "takes weights as bf16, fp16, fp32, not q8_0" in refused("export", draft, there, "--to", "vllm", "--weights", "q8_0", *target)
+    assert "llama.cpp computes neither" in refused("export", place / "modern", there, "--to", "llama_cpp", *target)
+    assert "its code reads the inputs of layers 2, 4, 5" in refused("export", place / "modern", there, "--to", "safeailab", *target)
+    assert "was not trained for the embedded target" in refused("export", draft, there, "--to", "vllm")
+    other = refused("export", draft, there, "--to", "vllm", "--target", place / "other")
+    assert "trained for another target: hidden size 32 against the target's 64" in other
+    assert "makes one with" in (said := refused("export", draft, there, "--to", "openvino", *target)) or "make one with" in said
+    assert "--python ov/bin/python" in said
+    assert "no use for it" in refused("export", draft, there, "--to", "vllm", "--target-gguf", "x.gguf", *target)
+    assert "name a directory to write to" in refused("import", draft)
+    assert "neither a directory nor a .gguf file" in refused("import", tmp_path / "nothing", there)
+    assert not there.exists()
+    run("export", draft, there, "--to", "vllm", *target)
+    before = contents(there)
+    assert "exists; choose another place, or --force" in refused("export", draft, there, "--to", "sglang", *target)
+    assert contents(there) == before
+    assert run("export", draft, there, "--to", "sglang", "--force", *target)[0] == 0
+
+
+def test_which_layers_are_read_needs_the_target(run, place, tmp_path):
+    run("export", place / "draft", tmp_path / "there", "--to", "safeailab", "--target", place / "target")
+    status, _, err = run("import", tmp_path / "there", tmp_path / "back")
+    assert status == 2 and "give --target T" in err and err.count("\n") == 1 and not (tmp_path / "back").exists()
+
+
+# ---- serving ----
+
+
+def test_the_number_of_draft_tokens_follows_acceptance_and_cost():
+    likely, unlikely = [0.8] * 7, [0.3] * 7
+    best = [max(range(1, 8), key=lambda length: gain(shares[:length], 0.1)) for shares in (likely, unlikely)]
+    assert best[0] > best[1]
+    assert gain([0.5], 0.25) == 1.5 / 1.25
+    assert max(gain(unlikely[:length], 1.0) for length in range(1, 8)) < 1, "where a draft step costs a target pass, nothing pays"
+
+
+def test_a_command_is_printed_with_what_to_do_first(run, place, tmp_path):
+    words = ["--target", place / "target"]
+    status, out, _ = run("serve-command", place / "draft", "--engine", "vllm", *words)
+    assert status == 0 and "vllm serve" in out and "# first: eyas export" in out and "expected gain over plain by draft tokens" in out
+    run("export", place / "draft", tmp_path / "there", "--to", "llama_cpp", *words)
+    status, out, _ = run("serve-command", tmp_path / "there", "--engine", "llama_cpp", *words)
+    assert status == 0 and "llama-server" in out and "# first" not in out
+
+
+# ---- the doctor ----
+
+
+def test_the_doctor_finds_what_a_config_says_wrongly(run, place, tmp_path):
+    run("export", place / "draft", tmp_path / "there", "--to", "sglang", "--target", place / "target")
+    path = tmp_path / "there" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 40, "tie_word_embeddings": True}))
+    status, out, _ = run("doctor", tmp_path / "there", "--target", place / "target", "--tokens", "16")
+    assert status == 1 and "layer count: num_hidden_layers is 40" in out and "tied head: " in out and "better by, standard errors" in out
+    status, out, _ = run("doctor", tmp_path / "there", "--target", place / "target", "--tokens", "16", "--json")
+    told = json.loads(out)
+    assert status == 1 and not told["healthy"] and {"layer count", "tied head"} <= {finding["cause"] for finding in told["findings"]}
+    assert len(told["readings"]) > 5 and len(told["acceptance"]) == 3
+
+
+def test_the_doctor_refuses_what_is_not_there(refused, place, tmp_path):
+    assert "does not exist" in refused("doctor", tmp_path / "nothing", "--target", place / "target")
+    assert "tokens must be at least 8" in refused("doctor", place / "draft", "--tokens", "2")
+
+
+# ---- publishing ----
+
+
+def test_a_folder_for_the_hub_has_a_card_and_reads_back(run, place, tmp_path):
+    result = tmp_path / "r.json"
+    conditions = {"prompt_file": "mt_bench.jsonl", "prompt_count": 20, "max_new_tokens": 200, "precision": "bf16", "temperature": 0.0}
+    measured = {"eagle3": {"tree": "60x7x10", "tau": 2.64, "tau_interval": [2.39, 2.93], "speedup": None}, "plain": {"tau": 1.0}}
+    result.write_text(json.dumps({"conditions": conditions, "methods": measured}))
+    words = ["publish", place / "draft", tmp_path / "hub", "--target", place / "target", "--target-name", "us/tiny", "--bench", result]
+    status, out, _ = run(*words, "--licence", "mit", "--dry-run")
+    assert status == 0 and "license: mit" in out and not (tmp_path / "hub").exists()
+    status, out, _ = run(*words, "--licence", "mit")
+    assert status == 0 and "hf upload" in out
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "base_model: us/tiny" in card and "| mt_bench.jsonl, 20 of them | eagle3 | 60x7x10 | 0 | 2.64 [2.39, 2.93] | - |" in card
+    for engine in ("sglang.launch_server --model-path us/tiny", "vllm serve us/tiny", "llama-server -m us/tiny"):
+        assert engine in card
+    assert str(tmp_path) not in card and str(place) not in (tmp_path / "hub" / "config.json").read_text(), "no paths of this machine"
+    assert config_from_file(tmp_path / "hub") == config_from_file(place / "draft")
+
+
+def test_a_card_needs_a_name_and_a_licence(refused, place, tmp_path):
+    words = ["publish", place / "draft", tmp_path / "hub", "--target", place / "target"]
+    assert "--target-name owner/model" in refused(*words)
+    assert "give one with --licence" in refused(*words, "--target-name", "us/tiny")
+    (tmp_path / "bad.json").write_text("{}")
+    bad = refused(*words, "--target-name", "us/tiny", "--licence", "mit", "--bench", tmp_path / "bad.json")
+    assert "no result of `eyas bench --out`" in bad
+    assert not (tmp_path / "hub").exists()
