@@ -105,12 +105,16 @@ def write_tokenizer(writer: GGUFWriter, directory: Path) -> None:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     ids = {text: number for number, text in texts.items()}
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
+    first = None
     for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id)):
         token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, Mapping) else token
         if text in ids:
             add(ids[text])
-    writer.add_add_bos_token(False)
+            first = text if name == "bos" else first
+    adds = settings.get("add_bos_token")  # else what the tokenizer does itself says
+    adds = json.dumps(first) in json.dumps(held.get("post_processor")) if adds is None and first else bool(adds)
+    writer.add_add_bos_token(adds)
 
 
 def pre_tokenizer_name(held: Mapping[str, Any], directory: Path) -> str:
