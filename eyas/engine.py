@@ -53,7 +53,9 @@ def target_directory(source: str | Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
+        )
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
         raise EyasError(f"could not fetch {source} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
 

@@ -63,10 +63,11 @@ def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]
 
     model, tokenizer = load_target(target.directory, "fp32"), load_tokenizer(target.directory)
     embedding = model.embedding.detach().clone()
-    if getattr(tokenizer, "chat_template", None):
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    if chat:
         turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
         texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     else:
         texts = list(QUESTIONS)
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
     return gather(model.prepare(), prompts, new_tokens), embedding

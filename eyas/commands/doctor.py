@@ -25,17 +25,17 @@ def run(options: argparse.Namespace) -> int:
     target = TargetFiles.of(options.target)
     evidence, embedding = evidence_of(target, options.tokens)
     found = diagnose(path, target, evidence, embedding)
+    if not options.json:
+        tell(Console(highlight=False, soft_wrap=True), found, evidence.answer_tokens)
     served = None
-    if options.engine_url:
+    if options.engine_url and found.draft:
         from eyas.view.served import compare
 
-        served = compare(options.engine_url, path, target)
+        served = compare(options.engine_url, found.draft, target)
+        for line in () if options.json else served["lines"]:
+            print(line)
     if options.json:
         print(json.dumps(facts(found) | ({"served": served} if served else {})))
-    else:
-        tell(Console(highlight=False, soft_wrap=True), found, evidence.answer_tokens)
-        for line in served["lines"] if served else ():
-            print(line)
     return 0 if found.healthy and not (served and served["differs"]) else 1
 
 
@@ -46,7 +46,7 @@ def facts(found: Diagnosis) -> dict[str, object]:
         "findings": [finding._asdict() for finding in found.findings],
         "tau": as_is and round(as_is.tau, 4),
         "acceptance": as_is and [round(value, 4) for value in as_is.acceptance],
-        "readings": [{"cause": cause, "tau": round(tau, 4), "better_by": round(z, 1)} for cause, tau, z in found.measured],
+        "readings": [{"reading": says, "tau": round(tau, 4), "better_by": round(z, 1)} for says, tau, z in found.measured],
     }
 
 
@@ -55,9 +55,9 @@ def tell(console: Console, found: Diagnosis, tokens: int) -> None:
         steps = ", ".join(f"{value:.2f}" for value in found.as_is.acceptance)
         console.print(f"as it is: tau {found.as_is.tau:.2f} for a chain of {len(found.as_is.acceptance)}, acceptance by step {steps}")
         console.print(f"(on {tokens} tokens that the target wrote, every slot counted, fed with the text)")
-        table = Table("read otherwise", "tau", "better by, standard errors")
-        for cause, tau, better in found.measured:
-            table.add_row(cause, f"{tau:.2f}", f"{better:.1f}")
+        table = Table("if this were so", "tau", "better by, standard errors")
+        for says, tau, better in found.measured:
+            table.add_row(says, f"{tau:.2f}", f"{better:.1f}")
         console.print(table)
     for finding in found.findings:
         console.print(f"{finding.cause}: {finding.says}; {finding.do}", markup=False)

@@ -17,6 +17,8 @@ from eyas.formats.portable import own_draft
 
 def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    if options.chain < 1:
+        raise EyasError(f"chain must be at least 1, not {options.chain}")
     layout, out = layout_of(options.to), Path(options.out).expanduser()
     source = draft_directory(options.draft, Path())
     draft = own_draft(source)
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         extra["python"] = Path(options.python).expanduser()
     check = export(draft, source, options.to, out, target, options.weights, options.force, **extra)
     console.print(f"{out}: written for {layout.title}; {words(check)}", markup=False)
-    console.print("serve it with:", layout.serve(out, str(target.directory), TreeShape.chain(options.chain)), sep="\n", markup=False)
+    console.print("serve it with:", layout.serve(out, target.name, TreeShape.chain(options.chain)), sep="\n", markup=False)
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from eyas.commands.common import evidence_of
-from eyas.config import EyasError
+from eyas.config import EyasError, default_taps
 from eyas.formats.export import make_way
 from eyas.formats.importing import settle
 from eyas.formats.layouts import find
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     target = TargetFiles.of(options.target) if options.target else None
     layers = target.config.num_hidden_layers if target else options.target_layers
     if layers is None:
-        for line in found.told:
+        for line in [*found.wrong, *found.told]:
             console.print(f"  {line}", markup=False)
         if options.dry_run:
             return 0
@@ -42,12 +42,15 @@ def run(options: argparse.Namespace) -> int:
             "which layers it reads depends on its target: give --target T (best: open questions are measured) or --target-layers N"
         )
     evidence = embedding = None
+    if target:
+        check_fits(found.settled(layers, taps=default_taps(layers)).config, target.config)
     if target and not options.unmeasured:
-        check_fits(found.settled(layers).config, target.config)
         evidence, embedding = evidence_of(target, MEASURED_TOKENS)
     draft, decided = settle(found, layers, evidence, embedding)
-    for line in [*found.told, *decided]:
+    for line in [*found.wrong, *found.told, *decided]:
         console.print(f"  {line}", markup=False)
+    if (kind := draft.weights["fc.weight"].dtype) != torch.bfloat16:
+        console.print(f"  weights are rounded from {str(kind).removeprefix('torch.')} to bfloat16, as eyas keeps drafts")
     if not options.dry_run:
         save(out, draft, target)
         console.print(f"{out}: written as eyas's own; taps (inputs of layers) {', '.join(map(str, draft.config.taps))}", markup=False)

@@ -28,11 +28,12 @@ def run(options: argparse.Namespace) -> int:
     draft, target = own_draft(source), target_for(options.target, source)
     check_fits(draft.config, target.config)
     results = bench_results(options.bench)
-    name = options.target_name or (options.target if options.target and options.target.count("/") == 1 else None)
+    name = options.target_name or (options.target if options.target and not Path(options.target).expanduser().exists() else None)
     if name is None:
         raise EyasError("name the target as users will type it: --target-name owner/model")
     licence = licence_of(target, options.licence)
-    make_way(out, options.force)
+    if not options.dry_run:
+        make_way(out, options.force)
     with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
         made, facts = Path(folder), draft.facts | {"target": name}
         save_draft(made, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)

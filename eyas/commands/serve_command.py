@@ -12,6 +12,7 @@ from eyas.config import EyasError, TreeShape
 from eyas.engine import BUNDLED
 from eyas.formats.layouts import find, layout_of
 from eyas.formats.portable import TargetFiles
+from eyas.model.draft import check_fits
 
 LONGEST = 7
 TOKENS = 64
@@ -25,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     path = BUNDLED if options.draft == "bundled" else Path(options.draft).expanduser()
     target, found = TargetFiles.of(options.target), find(path)
     draft = found.settled(target.config.num_hidden_layers)
+    check_fits(draft.config, target.config)
     if why := layout.refusal(draft):
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
     evidence, embedding = evidence_of(target, TOKENS)
@@ -39,9 +41,10 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"# {layout.title}; expected gain over plain by draft tokens, a draft step costing {cost:g} of a target pass: {told}")
     if max(gains) <= 1:
         console.print("# none pays at this cost: serve the target alone")
-    if prepare := preparation(path, options.engine, found.layout):
-        console.print(prepare, markup=False)
-    console.print(layout.serve(path, str(target.directory), TreeShape.chain(best)), markup=False)
+    first = preparation(path, options.engine, found.layout, target.name)
+    if first:
+        console.print(f"# first: {first}", markup=False)
+    console.print(layout.serve(Path("OUT") if first else path, target.name, TreeShape.chain(best)), markup=False)
     return 0
 
 
@@ -54,10 +57,11 @@ def gain(acceptance: list[float], cost: float) -> float:
     return expected / (1 + cost * len(acceptance))
 
 
-def preparation(path: Path, name: str, there: str) -> str | None:
-    """What to do first, where the draft does not lie in the engine's layout."""
-    own = there == "eyas"
-    fits = {"llama_cpp": there.startswith("llama.cpp"), "speculators": there == "speculators", "openvino": False}
-    if fits.get(name, not own and there.startswith("plain")):
+def preparation(path: Path, name: str, there: str, target: str) -> str | None:
+    """What to do first, where the draft does not lie as the engine reads it. SGLang and vLLM read eyas's own folder."""
+    own, plain = there == "eyas", there.startswith("plain")
+    fits = {"sglang": own, "vllm": own or plain, "safeailab": plain, "llama_cpp": there.startswith("llama.cpp")}
+    if fits.get(name, there == name):
         return None
-    return f"# first: eyas export {path} OUT --to {name}   (then OUT in place of {path})" if own else f"# first: eyas import {path} OWN"
+    export = f"eyas export {path if own else 'OWN'} OUT --to {name} --target {target}"
+    return export if own else f"eyas import {path} OWN --target {target} && {export}"

@@ -19,6 +19,8 @@ from eyas.model.draft import check_fits
 from eyas.model.weights import atomic_directory
 
 EXACT = 1e-6  # largest difference of logits allowed where nothing is rounded
+ROUNDED = 5.0  # and where weights are, in standard deviations of the logits: more is an overflow, not rounding
+DRAFTS = ("config.json", "*.gguf", "openvino_model.xml")  # what a folder that may be replaced has one of
 KEPT = ("training.json",)  # files of the draft that travel along
 
 
@@ -41,6 +43,8 @@ def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles
     check_fits(draft.config, target.config)
     if why := layout.refusal(draft):
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
+    if out.resolve() == source.resolve():
+        raise EyasError(f"{out} is the draft itself; choose another place")
     make_way(out, force)
     with atomic_directory(out) as work:
         layout.write(work, draft, target, weights, **extra)
@@ -60,7 +64,7 @@ def checked(layout: Layout, draft: Draft, work: Path, weights: str) -> Check:
     if not torch.equal(again.vocab.ids, draft.vocab.ids) or again.config.taps != draft.config.taps:
         raise EyasError(f"what was written for {layout.title} reads back as another draft (taps {again.config.taps}, vocabulary); not kept")
     difference = float((probe(again) - before).abs().max())
-    if exact and not difference <= EXACT:
+    if not difference <= (EXACT if exact else ROUNDED * float(before.std())):
         raise EyasError(f"what was written for {layout.title} computes other logits ({difference:g} apart); not kept")
     return Check(difference, float(before.std()), exact, again.config.taps)
 
@@ -70,3 +74,5 @@ def make_way(out: Path, force: bool) -> None:
         raise EyasError(f"{out} exists; choose another place, or --force to replace it")
     if out.exists() and not out.is_dir():
         raise EyasError(f"{out} is a file; name a directory")
+    if out.exists() and any(out.iterdir()) and not any(any(out.glob(mark)) for mark in DRAFTS):
+        raise EyasError(f"{out} holds something else than a draft; it is not replaced, choose another place")

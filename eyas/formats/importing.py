@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from eyas.config import EyasError
 from eyas.formats.portable import Draft, Found
 from eyas.view.agreement import Agreement, Evidence, agreement
 
@@ -45,6 +46,8 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
             ]
         else:
             options = [Reading(f"{name} {value}", {name: value}, value == found.shape[name]) for value in values]
+        if not options:
+            raise EyasError(f"layer ids {list(found.layer_ids or ())} fit no reading of a target with {target_layers} layers")
         yield name, sorted(options, key=lambda option: not option.as_said)
 
 

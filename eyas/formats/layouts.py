@@ -29,7 +29,6 @@ class Layout:
     write: Write  # into an existing directory; the last argument is a name of `weights`
     read: Callable[[Path], Found] | None
     serve: Callable[[Path, str, TreeShape], str]  # the command line, for a draft's path, a target and a tree
-    trees: bool = False  # whether it can grow trees, not only chains
 
 
 def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> Write:
@@ -37,7 +36,7 @@ def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> 
 
 
 LAYOUTS = {
-    "sglang": Layout(sglang.TITLE, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), sglang.read, sglang.serve, trees=True),
+    "sglang": Layout(sglang.TITLE, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), sglang.read, sglang.serve),
     "vllm": Layout(vllm.TITLE, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), vllm.read, vllm.serve),
     "speculators": Layout(
         f"{vllm.TITLE}, speculators 0.9.0",
@@ -54,7 +53,6 @@ LAYOUTS = {
         in_torch(safeailab.write),
         safeailab.read,
         safeailab.serve,
-        trees=True,
     ),
     "safeailab-bin": Layout(
         f"{safeailab.TITLE}, as pytorch_model.bin",
@@ -63,7 +61,6 @@ LAYOUTS = {
         in_torch(safeailab.write_pickled),
         safeailab.read,
         safeailab.serve,
-        trees=True,
     ),
     "llama_cpp": Layout(llama_cpp.TITLE, llama_cpp.WEIGHTS, llama_cpp.refusal, llama_cpp.write, llama_cpp.read, llama_cpp.serve),
     "openvino": Layout(openvino.TITLE, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve),

@@ -166,6 +166,10 @@ def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> 
         return value
 
     heads = of("attention.head_count")
+    if not isinstance(heads, int) or not isinstance(of("target_layers"), list):
+        raise EyasError(f"{path}: {arch}.attention.head_count or target_layers is no number or list of numbers")
+    if not own and of("rope.scaling.type", "none") != "none":
+        raise EyasError(f"{path} scales its rotary embedding, which the file describes only in part; import the directory it was made from")
     size = embedding.shape[0] if embedding is not None else of("vocab_size", len(fields.get("tokenizer.ggml.tokens") or ()))
     if ids is None:
         ids = torch.arange(weights["lm_head.weight"].shape[0])
@@ -177,7 +181,7 @@ def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> 
         "intermediate_size": of("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": of("attention.head_count_kv", heads),
-        "head_dim": of("attention.key_length", weights["midlayer.self_attn.q_proj.weight"].shape[0]),
+        "head_dim": of("attention.key_length", weights["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1)),
         "target_hidden_size": of("target_hidden_size"),
         "max_position_embeddings": of("context_length", 2048),
         "rms_norm_eps": decimal(of("attention.layer_norm_rms_epsilon", 1e-5)),
@@ -226,4 +230,6 @@ def own_facts(text: Any, path: Path) -> dict[str, Any]:
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
-    return f"llama-server -m {target} -md {draft / FILE} --spec-type draft-eagle3 --spec-draft-n-max {shape.levels} -np 1"
+    model = target if target.endswith(".gguf") else "TARGET.gguf"  # the target as a GGUF, by llama.cpp's convert_hf_to_gguf.py
+    file = draft if draft.suffix == ".gguf" else draft / FILE
+    return f"llama-server -m {model} -md {file} --spec-type draft-eagle3 --spec-draft-n-max {shape.levels} -np 1"

@@ -13,6 +13,7 @@ from eyas.config import EyasError, TreeShape
 from eyas.formats.layouts import LAYOUTS
 from eyas.formats.portable import Draft, TargetFiles
 from eyas.model.weights import read_json
+from eyas.view.doctor import best_point
 
 ENGINES = ("sglang", "vllm", "llama_cpp")
 AS_IT_IS = ("sglang", "vllm")  # read eyas's own folder
@@ -85,16 +86,16 @@ def serving(draft: Draft, name: str) -> str:
 
 
 def training(told: dict[str, Any]) -> str:
-    data, curve = told.get("data") or {}, told.get("curve") or []
-    lines = [f"{told.get('hours', 0):.2f} hours on {told.get('machine', 'an unnamed machine')}, {told.get('slots', 0):,} answer tokens"]
-    if data.get("answer_tokens"):
+    data = told.get("data") if isinstance(told.get("data"), dict) else {}
+    hours, slots = (told.get(name) if isinstance(told.get(name), (int, float)) else 0 for name in ("hours", "slots"))
+    lines = [f"{hours:.2f} hours on {told.get('machine', 'an unnamed machine')}, {slots:,} answer tokens"]
+    if isinstance(data.get("answer_tokens"), int) and isinstance(data.get("conversations", 0), int):
         kind, conversations = data.get("kind", "given"), data.get("conversations", 0)
         lines.append(f"on {data['answer_tokens']:,} answer tokens in {conversations:,} conversations ({kind})")
-    if curve:
-        best = max(curve, key=lambda point: point["tau"])
+    if best := best_point(told):
         lines.append(f"held-out simulated tau of the weights kept: {best['tau']:.2f}")
     apart = data.get("kept_apart")
-    if apart:
+    if isinstance(apart, dict) and apart.get("from"):
         lines.append(f"conversations that share 13 tokens with {', '.join(apart['from'])} were left out")
     return "; ".join(lines) + ". Settings, versions, data and curve: `training.json`."
 

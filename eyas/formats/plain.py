@@ -17,9 +17,9 @@ from torch import Tensor
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, short
 from eyas.formats.files import Fields, tensors_of
 from eyas.formats.portable import Draft, Found
-from eyas.model.draft import engine_keys
+from eyas.model.draft import DraftNetwork, engine_keys
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import save_tensors
+from eyas.model.weights import check_tensors, save_tensors
 
 NAMES = {  # prefixes of others -> the published ones
     "model.": "",
@@ -48,18 +48,6 @@ def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) 
     return engine_keys(config) | {"max_position_embeddings": positions, "dtype": name, "torch_dtype": name}
 
 
-def layer_ids(draft: Draft) -> dict[str, Any]:
-    """Both spellings, so that the folder is right in whichever engine it ends up: vLLM reads the first, by input, SGLang the second, by
-    output."""
-    taps = list(draft.config.taps)
-    if taps[0] == 0:  # the output of no layer
-        return {"eagle_aux_hidden_state_layer_ids": taps}
-    eagle = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps], "use_aux_hidden_state": True}
-    if draft.config.norm_before_fc:
-        eagle["norm_before_fc"] = True
-    return {"eagle_aux_hidden_state_layer_ids": taps, "eagle_config": eagle}
-
-
 def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype, embedding: Tensor | None = None) -> None:
     """model.safetensors with the weights in `dtype`, the vocabulary and, where given, the embedding; config.json."""
     weights = draft.weights if embedding is None else draft.weights | {"embed_tokens.weight": embedding}
@@ -84,17 +72,17 @@ def read_plain(directory: Path) -> Found:
     if eagle.flag("use_aux_hidden_state", True) is False:
         raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read three")
     found = found_in(tensors_of(directory), fields, fields, str(directory))
-    told, layout = list(found.told), "plain (SafeAILab, SGLang, vLLM)"
+    wrong, layout = list(found.wrong), "plain (SafeAILab, SGLang, vLLM)"
     doubts = dict(found.doubts)
     agree = bool(inputs and outputs) and tuple(number + 1 for number in outputs) == inputs
     if inputs and outputs and not agree:
-        told.append(f"layer ids {list(inputs)} at the top and {list(outputs)} under eagle_config do not name the same layers")
+        wrong.append(f"layer ids {list(inputs)} at the top and {list(outputs)} under eagle_config do not name the same layers")
     if (inputs or outputs) and not agree:
         doubts["layer ids"] = ["inputs", "outputs"]
     layer_ids, counts = (inputs, "inputs") if inputs else (outputs, "outputs")
     if layer_ids is None:
         counts = "inputs"
-    return replaced(found, layout=layout, layer_ids=layer_ids, counts=counts, told=told, doubts=doubts)
+    return replaced(found, layout=layout, layer_ids=layer_ids, counts=counts, wrong=wrong, doubts=doubts)
 
 
 def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None) -> Found:
@@ -102,34 +90,42 @@ def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: st
     weights = renamed(tensors, where)
     embedding = weights.pop("embed_tokens.weight", None)
     told: list[str] = []
-    vocab = vocabulary(weights, shape, embedding, where, told)
-    sizes = sizes_of(weights, shape, where, told)
-    settings = settings_of(weights, shape, flags, told)
-    scaling = shape.object("rope_parameters").raw or shape.object("rope_scaling").raw
+    wrong: list[str] = []
+    vocab = vocabulary(weights, shape, embedding, where, told, wrong)
+    sizes = sizes_of(weights, shape, where, wrong)
+    settings = settings_of(weights, shape, flags, told, wrong)
+    scaling = next((held for held in (shape.object(key).raw for key in ("rope_parameters", "rope_scaling")) if scales(held)), {})
     said = [value for value in (shape.object("rope_parameters").number("rope_theta"), shape.number("rope_theta")) if value is not None]
     theta = said[0] if said else THETA
     if not said:
         told.append(f"its config names no rope theta; {THETA:g}, which engines then take")
     if len(set(said)) > 1:
-        told.append(f"its config names two rope thetas, {said[0]:g} in rope_parameters and {said[1]:g} at the top")
+        wrong.append(f"its config names two rope thetas, {said[0]:g} in rope_parameters and {said[1]:g} at the top")
     candidates = list(dict.fromkeys([*said, THETA]))
     doubts: dict[str, list[Any]] = {"rope_theta": candidates} if len(candidates) > 1 else {}
     if settings["norm_output"]:
         doubts["norm_output"] = [True, False]  # SpecForge before its change 879 wrote true for plain EAGLE-3
     if "norm_before_residual" not in flags.raw and flags is not shape:
         doubts["norm_before_residual"] = [False, True]  # speculators' default is one, vLLM's the other
-    kind = scaling.get("rope_type", scaling.get("type")) if scaling else None
     shape_fields = {
         **sizes,
         **settings,
         "vocab_size": vocab.vocab_size,
         "draft_vocab_size": len(vocab),
         "rope_theta": theta,
-        "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} if kind not in (None, "default") else None,
+        "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} or None,
     }
-    DraftConfig(**shape_fields, taps=(0, 1, 2))  # checks every size before anything is built
+    config = DraftConfig(**shape_fields, taps=(0, 1, 2))  # checks every size before anything is built
+    with torch.device("meta"):
+        check_tensors(DraftNetwork(config, torch.zeros(1, config.hidden_size)), weights, where)
     kept = {name: tensor if tensor.is_floating_point() else tensor.float() for name, tensor in weights.items()}
-    return Found("", shape_fields, kept, vocab, embedding=embedding, told=told, doubts=doubts, facts=dict(facts or {}))
+    more = {"told": told, "wrong": wrong, "doubts": doubts, "says_head_dim": shape.raw.get("head_dim") is not None}
+    return Found("", shape_fields, kept, vocab, embedding=embedding, facts=dict(facts or {}), **more)
+
+
+def scales(rope: Mapping[str, Any]) -> bool:
+    """Whether this describes a scaled rotary embedding; transformers 5 writes an object for plain ones too."""
+    return rope.get("rope_type", rope.get("type")) not in (None, "default")
 
 
 def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -159,7 +155,9 @@ def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return weights
 
 
-def vocabulary(weights: dict[str, Tensor], shape: Fields, embedding: Tensor | None, where: str, told: list[str]) -> DraftVocab:
+def vocabulary(
+    weights: dict[str, Tensor], shape: Fields, embedding: Tensor | None, where: str, told: list[str], wrong: list[str]
+) -> DraftVocab:
     """The draft vocabulary out of `d2t` (offsets, as published) and `t2d`, either of which may be missing."""
     rows = weights["lm_head.weight"].shape[0]
     mask, offsets = weights.pop("t2d", None), weights.pop("d2t", None)
@@ -168,7 +166,7 @@ def vocabulary(weights: dict[str, Tensor], shape: Fields, embedding: Tensor | No
     claimed = shape.size("vocab_size", 0)
     size = len(mask) if mask is not None else embedding.shape[0] if embedding is not None else claimed or rows
     if claimed and claimed != size:
-        told.append(f"its config says vocab_size {claimed}, its tensors {size}: {size} is right")
+        wrong.append(f"its config says vocab_size {claimed}, its tensors {size}: {size} is right")
     if mask is None and offsets is None:
         if rows != size:
             raise EyasError(f"{where} has {rows} draft tokens of {size} and no d2t to say which; ask for the whole checkpoint")
@@ -180,12 +178,12 @@ def vocabulary(weights: dict[str, Tensor], shape: Fields, embedding: Tensor | No
     if len(offsets) != rows:
         raise EyasError(f"{where}: d2t names {len(offsets)} tokens, lm_head has {rows} rows")
     if rows > 1 and mask is not None and torch.equal(mask.bool().nonzero()[:, 0], offsets.long()):
-        told.append("its d2t holds ids, not offsets as published: t2d says so")
+        wrong.append("its d2t holds ids, not offsets as published: t2d says so")
         return DraftVocab(offsets.long(), size)
     return DraftVocab.from_tensors({"d2t": offsets, **({} if mask is None else {"t2d": mask})}, size)
 
 
-def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, told: list[str]) -> dict[str, int]:
+def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: list[str]) -> dict[str, int]:
     """Widths and heads as the tensors have them; a config that says otherwise is told."""
     width, fused = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1]
     if fused % 3:
@@ -206,20 +204,20 @@ def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, told: lis
     said = found | {"num_hidden_layers": 1, "draft_vocab_size": weights["lm_head.weight"].shape[0]}
     for name, value in said.items():
         if shape.raw.get(name) is not None and shape.size(name) != value:
-            told.append(f"its config says {name} {shape.raw[name]}, its tensors {value}: {value} is right")
+            wrong.append(f"its config says {name} {shape.raw[name]}, its tensors {value}: {value} is right")
     found["max_position_embeddings"] = shape.size("max_position_embeddings", 2048)
     return found
 
 
-def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, told: list[str]) -> dict[str, Any]:
+def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, told: list[str], wrong: list[str]) -> dict[str, Any]:
     """What the arithmetic depends on and tensors show only in part."""
     normed, fused = "fc_norm.0.weight" in weights, "input_norm.weight" in weights
     eagle = shape.object("eagle_config")  # where SGLang looks for norm_before_fc
     for name, there in (("fc_norm", normed), ("norm_before_fc", fused)):
         if there != (said := flags.flag(name, eagle.flag(name, there))):
-            told.append(f"its config says {name} {said}, its tensors {there}: {there} is right")
+            wrong.append(f"its config says {name} {said}, its tensors {there}: {there} is right")
     if shape.flag("tie_word_embeddings"):
-        told.append("its config ties the head to the embedding, which would say other tokens; it has a head of its own, and that counts")
+        wrong.append("its config ties the head to the embedding, which would say other tokens; it has a head of its own, and that counts")
     if (activation := shape.text("hidden_act") or "silu") != "silu":
         raise EyasError(f"{shape.where}: hidden_act {short(activation)}; eyas's draft layer computes silu")
     if shape.raw.get("rms_norm_eps") is None:

@@ -59,6 +59,8 @@ class Found:
     embedding: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)  # what had to be inferred, a line each
+    wrong: list[str] = field(default_factory=list)  # of that, where a config contradicts the tensors
+    says_head_dim: bool = True
     doubts: dict[str, list[Any]] = field(default_factory=dict)  # fields whose value the file leaves open, with what they may be
 
     def taps(self, target_layers: int) -> tuple[int, int, int]:
@@ -78,11 +80,13 @@ class TargetFiles:
 
     directory: Path
     config: TargetConfig
+    name: str  # as others may find it: a hub name, or an absolute path
 
     @classmethod
     def of(cls, source: str | Path | None) -> TargetFiles:
         directory = target_directory(source)
-        return cls(directory, target_config(directory))
+        local = directory if source is None or str(source) == "embedded" else Path(source).expanduser()
+        return cls(directory, target_config(directory), str(local.resolve()) if local.exists() else str(source))
 
     def embedding(self) -> Tensor:
         """[V, H] as stored."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from eyas.formats.plain import layer_ids, plain_config, read_plain, write_plain
+from eyas.formats.plain import plain_config, read_plain, write_plain
 from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.model.draft import layer_ids
 
 TITLE = "SGLang 0.5.23"
 WEIGHTS = ("bf16", "fp16", "fp32")
@@ -28,7 +29,7 @@ def refusal(draft: Draft) -> str | None:
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
     """The embedding is the target's, which SGLang shares into the draft."""
-    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft), dtype)
+    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
 
 
 def read(path: Path) -> Found:

@@ -13,8 +13,9 @@ import torch
 
 from eyas.config import EyasError, TreeShape
 from eyas.formats.files import Fields, tensors_of
-from eyas.formats.plain import found_in, layer_ids, plain_config, read_plain, replaced, write_plain
+from eyas.formats.plain import found_in, plain_config, read_plain, replaced, write_plain
 from eyas.formats.portable import Draft, Found, TargetFiles, without
+from eyas.model.draft import layer_ids
 from eyas.model.weights import read_json, save_tensors
 
 TITLE = "vLLM 0.32"
@@ -27,7 +28,7 @@ def refusal(draft: Draft) -> str | None:
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft), dtype)
+    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
 
 
 def read(path: Path) -> Found:
@@ -70,7 +71,7 @@ def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torc
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": SPECULATIVE_TOKENS, "verifier_accept_k": 1, "accept_tolerance": 0.0}
             ],
-            "verifier": {"name_or_path": str(target.directory), "architectures": verifier.get("architectures", [])},
+            "verifier": {"name_or_path": name_for(target), "architectures": verifier.get("architectures", [])},
         },
         "dtype": name,
         "torch_dtype": name,
@@ -79,6 +80,11 @@ def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torc
     embedding = target.embedding().to(dtype) if draft.embedding is None else draft.embedding.to(dtype)
     save_tensors(work, weights | {"embed_tokens.weight": embedding} | draft.vocab.as_tensors())
     (work / "config.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def name_for(target: TargetFiles) -> str:
+    """What vLLM loads the verifier by; it does not read GGUF files here."""
+    return str(target.directory) if target.name.endswith(".gguf") else target.name
 
 
 def is_speculators(path: Path) -> bool:

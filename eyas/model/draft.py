@@ -169,10 +169,21 @@ def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, 
             **(facts or {}),
         },
     }
-    if config.taps != default_taps(target_layers):  # engines count differently: vLLM reads the first key, SGLang the second
-        keys["eagle_aux_hidden_state_layer_ids"] = list(config.taps)
-        keys["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in config.taps], "use_aux_hidden_state": True}
+    if config.taps != default_taps(target_layers) or config.norm_before_fc:  # of the default taps all engines think alike
+        keys |= layer_ids(config)
     return keys
+
+
+def layer_ids(config: DraftConfig) -> dict[str, Any]:
+    """Both spellings, so that the folder is right in whichever engine it ends up: vLLM reads the first, by input, SGLang the second, by
+    output."""
+    taps = list(config.taps)
+    if taps[0] == 0:  # the output of no layer
+        return {"eagle_aux_hidden_state_layer_ids": taps}
+    eagle: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps], "use_aux_hidden_state": True}
+    if config.norm_before_fc:
+        eagle["norm_before_fc"] = True  # where SGLang looks for it
+    return {"eagle_aux_hidden_state_layer_ids": taps, "eagle_config": eagle}
 
 
 def engine_keys(config: DraftConfig) -> dict[str, Any]:

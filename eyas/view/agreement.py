@@ -43,7 +43,7 @@ class Evidence:
     """Texts that the target wrote, with what it knew at every token: the input of every layer."""
 
     examples: list[Example]
-    layers: list[Tensor]  # each example's [layers + 1, N, H]: inputs of layers 0 .. n-1, and the last layer's output
+    layers: list[Tensor]  # each example's [layers, N, H]: the input of every layer
     favourites: list[Tensor]  # [N] the target's likeliest next token
 
     @property

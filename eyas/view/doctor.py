@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +55,9 @@ class Reading:
 @dataclass(frozen=True)
 class Diagnosis:
     findings: list[Finding]
-    as_is: Agreement | None  # None where the files could not be read
-    measured: list[tuple[str, float, float]]  # each other reading: its cause, its tau, standard errors by which it is better
+    draft: Draft | None = None  # None where the files could not be read
+    as_is: Agreement | None = None
+    measured: list[tuple[str, float, float]] = field(default_factory=list)  # other readings: words, tau, better by standard errors
 
     @property
     def healthy(self) -> bool:
@@ -65,21 +66,22 @@ class Diagnosis:
 
 def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Tensor) -> Diagnosis:
     """All that is wrong with the draft at `path`, files first; measuring only where the files can be read at all."""
+    findings: list[Finding] = []
     try:
-        findings = list(file_findings(path, target))
+        findings += file_findings(path, target)
         found = find(path)
         draft = found.settled(target.config.num_hidden_layers)
         check_fits(draft.config, target.config)
         network = draft.network(embedding)
     except EyasError as error:
-        return Diagnosis([unreadable(str(error))], None, [])
+        return Diagnosis([*findings, unreadable(str(error))])
     findings += draft_findings(draft, found, target)
     as_is = agreement(network, draft.vocab, evidence)
     measured, best = [], None
     for reading in readings(draft, target):
         score = agreement(reading.draft.network(embedding), reading.draft.vocab, evidence, reading.late)
         better = score.beats(as_is)
-        measured.append((reading.cause, score.tau, better))
+        measured.append((reading.says, score.tau, better))
         if better >= CLEAR and score.telling and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
             best = reading, score
     if best and not MEANINGLESS & {finding.cause for finding in findings}:
@@ -87,7 +89,7 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
         findings.append(Finding(best[0].cause, told, best[0].do))
     if not findings:
         findings += weakness(path, as_is)
-    return Diagnosis(findings, as_is, measured)
+    return Diagnosis(findings, draft, as_is, measured)
 
 
 CAUSES = {  # words of a refusal -> the cause it is
@@ -105,7 +107,7 @@ CAUSES = {  # words of a refusal -> the cause it is
 
 def unreadable(message: str) -> Finding:
     cause = next((cause for words, cause in CAUSES.items() if words in message), "config")
-    return Finding(cause, message, "no engine can run it right as it is; mend that, or take the files from where they were made")
+    return Finding(cause, message, "eyas cannot measure it as it is; mend that, or take the files from where they were made")
 
 
 # ---- what the files say ----
@@ -133,9 +135,9 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
     if len(thetas | ({trained} if trained else set())) > 1:
         told = f"rope_theta {layer.raw.get('rope_theta')}, rope_parameters {rope.raw.get('rope_theta')}, trained with {trained}"
         yield Finding("rope theta", f"the rotary base is told differently: {told}", f"write {trained or max(thetas):g} everywhere")
-    if layer.raw.get("head_dim") is None and layer.size("num_attention_heads", 1):
-        width = layer.size("hidden_size", 0) // max(layer.size("num_attention_heads", 1), 1)
-        yield Finding("head width", f"head_dim is not written: engines then take {width}", "write it")
+    if not plain and "norm_before_residual" not in fields.raw:
+        told = "norm_before_residual is not written: vLLM then takes true, speculators false"
+        yield Finding("norm_before_residual", told, "write which it was trained with (false for EAGLE-3)")
     if layer.flag("attention_bias") or layer.flag("mlp_bias"):
         yield Finding("bias", "it claims biases; an EAGLE-3 draft has none", "write attention_bias and mlp_bias false")
     positions = layer.size("max_position_embeddings", 0)
@@ -191,8 +193,13 @@ def draft_findings(draft: Draft, found: Found, target: TargetFiles) -> Iterator[
     if ends and len(ends) == len(target.config.eos_token_ids):
         told = f"its vocabulary holds no token that ends an answer ({ends}): every end is a miss"
         yield Finding("end of turn", told, "train with the end of turn counted into the vocabulary, as `eyas train` does")
-    for line in found.told:
-        yield Finding("inferred", line, "write what is right into its config: engines do not infer it")
+    config = draft.config
+    usual = config.hidden_size // config.num_attention_heads
+    if not found.says_head_dim and config.head_dim != usual:
+        told = f"head_dim is not written: engines then take {usual}, its heads are {config.head_dim} wide"
+        yield Finding("head width", told, f"write head_dim {config.head_dim}")
+    for line in found.wrong:
+        yield Finding("config against tensors", line, "write what is right into its config: engines believe it")
 
 
 # ---- read otherwise ----
@@ -209,7 +216,8 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
     if layers > 5 and config.taps != default_taps(layers):
         do = f"its features are the inputs of layers {list(default_taps(layers))}: leave ids out or write these"
         yield Reading("layer ids", "it was trained on the default layers", do, changed(draft, taps=default_taps(layers)))
-    yield Reading("feature late", "the feature it gets is one token too early", "pair f_j with t_(j+1)", draft, late=1)
+    do = "it was trained on features one place off and is of no use served right: train it again with f_j beside t_(j+1)"
+    yield Reading("feature late", "it was trained with the feature of the token before", do, draft, late=1)
     yield Reading(
         "norm_output",
         f"it was trained with the state fed back {'before' if config.norm_output else 'after'} the final norm",
@@ -269,12 +277,21 @@ def reweighed(draft: Draft, weights: Mapping[str, Tensor]) -> Draft:
 # ---- nothing wrong, and yet ----
 
 
+def best_point(told: Mapping[str, Any]) -> dict[str, float] | None:
+    """The point of training.json's curve whose weights were kept; None where there is no curve as eyas writes it."""
+    curve = told.get("curve")
+    numbers = ("tau", "accept_1")
+    points = [point for point in curve if isinstance(point, dict)] if isinstance(curve, list) else []
+    points = [point for point in points if all(isinstance(point.get(name), (int, float)) for name in numbers)]
+    return max(points, key=lambda point: point["tau"]) if points else None
+
+
 def weakness(path: Path, as_is: Agreement) -> Iterator[Finding]:
     """A draft with nothing wrong that accepts little, or less than when it was trained."""
     first = as_is.acceptance[0]
     told = path / "training.json"
-    curve = read_json(told).get("curve") if path.is_dir() and told.exists() else None
-    kept = max(curve, key=lambda point: point["tau"])["accept_1"] if isinstance(curve, list) and curve else math.nan
+    best = best_point(read_json(told)) if path.is_dir() and told.exists() else None
+    kept = best["accept_1"] if best else math.nan
     if first < FALLEN * kept:
         says = f"its first guess is right {first:.0%} of the time; when it was trained, {kept:.0%}"
         yield Finding("fallen", says, "what it reads here is not what it was trained on: target, template or files")

@@ -10,10 +10,13 @@ import re
 import urllib.error
 import urllib.request
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from eyas.config import EyasError, short
+from eyas.config import GREEDY, EyasError, TreeShape, short
+from eyas.decode.generate import Decoder
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.engine import load
+from eyas.formats.portable import Draft, TargetFiles
 from eyas.view.agreement import QUESTIONS
 
 NEW_TOKENS = 100
@@ -36,10 +39,10 @@ class Counts(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What the server did with the questions."""
+    """What the server did with the questions. `tau` and `shape` are None where it tells no counts."""
 
-    counts: Counts | None  # None where it tells no counts
     tau: float | None
+    shape: TreeShape | None  # what it drafts a round
     prompt_tokens: list[int]
     new_tokens: int
 
@@ -74,17 +77,19 @@ def vllm_counts(url: str) -> Counts | None:
     totals: Counter[str] = Counter()
     for name, value in VLLM.findall(page if isinstance(page, str) else ""):
         totals[name] += float(value)
-    return Counts(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"]) if totals["drafts"] or totals else None
+    return Counts(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"]) if totals else None
 
 
-def sglang_tau(url: str) -> tuple[float, int] | None:
-    """Mean accepted length and steps a round, as SGLang's server tells them."""
-    told = optional(f"{url}/get_server_info")
+def sglang_told(url: str) -> tuple[float, TreeShape] | None:
+    """Mean accepted length (over all that the server has answered since it began) and tree, as SGLang's server tells them."""
+    told = optional(f"{url}/server_info") or optional(f"{url}/get_server_info")
     if not isinstance(told, dict) or not told.get("speculative_algorithm"):
         return None
     states = told.get("internal_states") or [{}]
     length = states[0].get("avg_spec_accept_length")
-    return (float(length), int(told.get("speculative_num_steps") or 3)) if length else None
+    steps = int(told.get("speculative_num_steps") or 3)
+    top_k, nodes = int(told.get("speculative_eagle_topk") or 1), int(told.get("speculative_num_draft_tokens") or steps + 1)
+    return (float(length), TreeShape(nodes, steps - 1, top_k)) if length else None
 
 
 def ask(url: str) -> Served:
@@ -100,6 +105,8 @@ def ask(url: str) -> Served:
     for question in QUESTIONS:
         body = {"model": entries[0]["id"], "temperature": 0, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": question}]}
         answer = call(f"{url}/v1/chat/completions", body)
+        if not isinstance(answer, dict):
+            raise EyasError(f"{url}/v1/chat/completions answered with something else than JSON; is this an OpenAI-compatible engine?")
         usage, timings = answer.get("usage") or {}, answer.get("timings") or {}
         prompts.append(int(usage.get("prompt_tokens") or 0))
         written += int(usage.get("completion_tokens") or 0)
@@ -107,22 +114,19 @@ def ask(url: str) -> Served:
         accepted += int(timings.get("draft_n_accepted") or 0)
     if before is not None and (after := vllm_counts(url)) is not None:
         counts = Counts(*(now - then for now, then in zip(after, before)))
-        return Served(counts, counts.tau(), prompts, written)
+        return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
     if drafted:  # llama.cpp: each round writes one token more than it accepted, the first token comes from the prompt
         rounds = max(written - len(QUESTIONS) - accepted, 1)
         counts = Counts(rounds, drafted, accepted)
-        return Served(counts, counts.tau(), prompts, written)
-    if told := sglang_tau(url):
-        return Served(Counts(1, told[1], told[0] - 1), told[0], prompts, written)
+        return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
+    if told := sglang_told(url):
+        return Served(*told, prompts, written)
     return Served(None, None, prompts, written)
 
 
-def compare(url: str, draft: Path, target: Any) -> dict[str, Any]:
-    """The engine's figure, ours for the same questions and chain, and what differs, in lines."""
-    from eyas.engine import load
-
-    served = ask(url)
-    engine = load(target.directory, draft, precision="bf16")
+def compare(url: str, draft: Draft, target: TargetFiles) -> dict[str, Any]:
+    """The engine's figure, ours for the same questions and trees, and what differs, in lines."""
+    served, engine = ask(url), load(target.directory)
     own = [len(engine.encode(question)) for question in QUESTIONS]
     lines, differs = [], False
     if any(served.prompt_tokens) and served.prompt_tokens != own:
@@ -132,12 +136,14 @@ def compare(url: str, draft: Path, target: Any) -> dict[str, Any]:
             f"chat template: it reads {served.prompt_tokens[first]} tokens where the target's template makes {own[first]} "
             f"({QUESTIONS[first]!r}): another template, system prompt or a doubled first token; the draft was trained on the target's"
         )
-    if served.counts is None or served.tau is None:
-        lines.append("the engine tells no acceptance (vLLM: /metrics; llama.cpp: timings; SGLang: /get_server_info): nothing to compare")
+    if served.shape is None or served.tau is None:
+        lines.append("the engine tells no acceptance (vLLM: /metrics; llama.cpp: timings; SGLang: /server_info): nothing to compare")
         return {"lines": lines, "differs": True, "tau": None, "ours": None}
-    shape = f"chain:{served.counts.chain()}"
-    results = engine.generate(list(QUESTIONS), method="eagle3", tree=shape, max_new_tokens=NEW_TOKENS)
-    rounds: Counter[int] = sum((Counter(result.accepted_lengths) for result in results), Counter())
+    shape, network = served.shape, draft.network(engine.target.embedding.detach(), engine.target.dtype)
+    decoder = Decoder(engine.target, Eagle3Drafter(network.prepare(), draft.vocab))
+    prompts = [engine.encode(question) for question in QUESTIONS]
+    *_, texts = decoder.run(prompts, shape, GREEDY, [0] * len(prompts), NEW_TOKENS)
+    rounds: Counter[int] = sum((text.accepted_lengths for text in texts), Counter())
     ours = sum(length * count for length, count in rounds.items()) / max(rounds.total(), 1)
     lines.append(f"served: tau {served.tau:.2f} there, {ours:.2f} here ({shape}, {len(QUESTIONS)} questions, {NEW_TOKENS} tokens, greedy)")
     if abs(served.tau - ours) > FAR * ours:

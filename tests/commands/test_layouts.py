@@ -67,6 +67,8 @@ def test_what_cannot_be_written_or_read_is_refused_in_one_line(refused, run, pla
     assert "makes one with" in (said := refused("export", draft, there, "--to", "openvino", *target)) or "make one with" in said
     assert "--python ov/bin/python" in said
     assert "no use for it" in refused("export", draft, there, "--to", "vllm", "--target-gguf", "x.gguf", *target)
+    assert "chain must be at least 1" in refused("export", draft, there, "--to", "vllm", "--chain", "-3", *target)
+    assert "is the draft itself" in refused("export", draft, draft, "--to", "vllm", "--force", *target)
     assert "name a directory to write to" in refused("import", draft)
     assert "neither a directory nor a .gguf file" in refused("import", tmp_path / "nothing", there)
     assert not there.exists()
@@ -97,7 +99,11 @@ def test_the_number_of_draft_tokens_follows_acceptance_and_cost():
 def test_a_command_is_printed_with_what_to_do_first(run, place, tmp_path):
     words = ["--target", place / "target"]
     status, out, _ = run("serve-command", place / "draft", "--engine", "vllm", *words)
-    assert status == 0 and "vllm serve" in out and "# first: eyas export" in out and "expected gain over plain by draft tokens" in out
+    assert status == 0 and "vllm serve" in out and "# first" not in out and "expected gain over plain by draft tokens" in out
+    status, out, _ = run("serve-command", place / "draft", "--engine", "llama_cpp", *words)
+    assert status == 0 and "# first: eyas export" in out and "-md OUT/draft.gguf" in out
+    status, out, err = run("serve-command", place / "draft", "--engine", "vllm", "--target", place / "other")
+    assert status == 2 and "trained for another target" in err and err.count("\n") == 1
     run("export", place / "draft", tmp_path / "there", "--to", "llama_cpp", *words)
     status, out, _ = run("serve-command", tmp_path / "there", "--engine", "llama_cpp", *words)
     assert status == 0 and "llama-server" in out and "# first" not in out
@@ -138,7 +144,7 @@ def test_a_folder_for_the_hub_has_a_card_and_reads_back(run, place, tmp_path):
     assert status == 0 and "hf upload" in out
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "base_model: us/tiny" in card and "| mt_bench.jsonl, 20 of them | eagle3 | 60x7x10 | 0 | 2.64 [2.39, 2.93] | - |" in card
-    for engine in ("sglang.launch_server --model-path us/tiny", "vllm serve us/tiny", "llama-server -m us/tiny"):
+    for engine in ("sglang.launch_server --model-path us/tiny", "vllm serve us/tiny", "llama-server -m TARGET.gguf"):
         assert engine in card
     assert str(tmp_path) not in card and str(place) not in (tmp_path / "hub" / "config.json").read_text(), "no paths of this machine"
     assert config_from_file(tmp_path / "hub") == config_from_file(place / "draft")

@@ -66,7 +66,7 @@ def test_both_spellings_that_agree_leave_no_doubt(foreign):
     found = find(foreign())
     assert "layer ids" not in found.doubts and found.taps(8) == (2, 4, 5)
     wrong = find(foreign(lambda config, tensors: config["eagle_config"].update(eagle_aux_hidden_state_layer_ids=[2, 4, 5])))
-    assert "layer ids" in wrong.doubts and "do not name the same layers" in " ".join(wrong.told)
+    assert "layer ids" in wrong.doubts and "do not name the same layers" in " ".join(wrong.wrong)
 
 
 def test_a_missing_theta_is_ten_thousand_and_told(foreign):
@@ -108,7 +108,7 @@ def test_wrong_counts_in_a_config_are_told_and_the_tensors_believed(foreign):
         config.update(num_hidden_layers=40, intermediate_size=99, head_dim=3, tie_word_embeddings=True, draft_vocab_size=7)
 
     found = find(foreign(lies))
-    told = " ".join(found.told)
+    told = " ".join(found.wrong)
     assert found.shape["intermediate_size"] == 48 and found.shape["head_dim"] == 8 and found.shape["draft_vocab_size"] == 200
     assert all(
         words in told for words in ("num_hidden_layers 40", "intermediate_size 99", "head_dim 3", "ties the head", "draft_vocab_size 7")
@@ -118,7 +118,7 @@ def test_wrong_counts_in_a_config_are_told_and_the_tensors_believed(foreign):
 def test_ids_in_the_place_of_offsets_are_seen_by_the_mask(foreign, draft):
     """Trap 13."""
     found = find(foreign(lambda config, tensors: tensors.update(d2t=draft.vocab.ids.clone())))
-    assert torch.equal(found.vocab.ids, draft.vocab.ids) and "holds ids, not offsets" in " ".join(found.told)
+    assert torch.equal(found.vocab.ids, draft.vocab.ids) and "holds ids, not offsets" in " ".join(found.wrong)
     with pytest.raises(EyasError, match="is d2t an offset table"):
         find(foreign(lambda config, tensors: (tensors.update(d2t=draft.vocab.ids.clone()), tensors.pop("t2d"))))
 

@@ -195,6 +195,9 @@ def test_what_exists_is_replaced_only_when_asked_and_only_by_something_whole(dra
     out = tmp_path / "x"
     out.mkdir()
     (out / "notes").write_text("mine")
+    with pytest.raises(EyasError, match="holds something else than a draft"):
+        export(draft, tmp_path, "vllm", out, target, None, force=True)
+    (out / "config.json").write_text("{}")
     with pytest.raises(EyasError, match="exists; choose another place, or --force"):
         written(draft, "vllm", target, tmp_path)
     from eyas.formats import layouts
@@ -206,7 +209,9 @@ def test_what_exists_is_replaced_only_when_asked_and_only_by_something_whole(dra
     monkeypatch.setitem(layouts.LAYOUTS, "vllm", replace(layouts.LAYOUTS["vllm"], write=fails))
     with pytest.raises(EyasError, match="No space left"):
         export(draft, tmp_path, "vllm", out, target, None, force=True)
-    assert [path.name for path in out.iterdir()] == ["notes"] and sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes"] and sorted(path.name for path in tmp_path.iterdir()) == [
+        "x"
+    ]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -127,13 +127,13 @@ MISTAKES = [
     Mistake("head tied to the embedding", "tied head", lambda files: files.config.update(tie_word_embeddings=True)),
     Mistake("forty layers claimed", "layer count", lambda files: files.config.update(num_hidden_layers=40)),
     Mistake("a plain Llama's architecture", "architecture", lambda files: files.config.update(architectures=["LlamaForCausalLM"])),
-    Mistake("head_dim left out", "head width", drop("head_dim")),
     Mistake("a tensor left out", "a part is missing", drop("midlayer.post_attention_layernorm.weight")),
     Mistake(
         "a tensor too many",
         "a tensor has no place",
         lambda files: files.tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(64)}),
     ),
+    Mistake("a flag left to each engine's own default", "norm_before_residual", drop("norm_before_residual"), "speculators"),
     Mistake("float16 overflow", "not finite", overflown),
     Mistake("a tensor never filled", "zero weights", lambda files: files.tensors["midlayer.mlp.down_proj.weight"].zero_()),
     Mistake("weights of another training", "weights changed", lambda files: files.tensors["norm.weight"].mul_(1.01), "eyas"),
@@ -150,7 +150,8 @@ def good(embedded, tmp_path_factory) -> dict[str, Path]:
     """The bundled draft as SGLang reads it and as eyas writes it today, with all it writes down."""
     root, target = tmp_path_factory.mktemp("good"), TargetFiles.of(None)
     draft = own_draft(BUNDLED)
-    export(draft, BUNDLED, "sglang", root / "sglang", target, None, force=False)
+    for layout in ("sglang", "speculators"):
+        export(draft, BUNDLED, layout, root / layout, target, None, force=False)
     facts = {
         "target": "SmolLM2",
         "target_sha256": directory_hash(target.directory),
@@ -168,7 +169,7 @@ def evidence(embedded):
     return evidence_of(TargetFiles.of(None), TOKENS)
 
 
-@pytest.mark.parametrize("layout", ["sglang", "eyas"])
+@pytest.mark.parametrize("layout", ["sglang", "speculators", "eyas"])
 def test_a_good_draft_is_healthy(layout, good, evidence):
     found = diagnose(good[layout], TargetFiles.of(None), *evidence)
     assert found.healthy, found.findings
@@ -187,7 +188,7 @@ def test_each_mistake_is_named(mistake, good, evidence, tmp_path):
     found = diagnose(folder, TargetFiles.of(None), *evidence)
     causes = [finding.cause for finding in found.findings]
     assert mistake.cause in causes, (causes, found.measured)
-    others = set(causes) - {mistake.cause, "inferred", "weights changed"}
+    others = set(causes) - {mistake.cause, "config against tensors", "weights changed"}
     assert not others, f"and nothing else is: {found.findings}"
 
 

@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from eyas.config import EyasError
+from eyas.config import EyasError, TreeShape
+from eyas.formats.export import export
+from eyas.formats.layouts import find
+from eyas.formats.portable import TargetFiles, own_draft
 from eyas.view.agreement import QUESTIONS
 from eyas.view.served import ask, compare
 from tests.tiny import save_tiny_draft, save_tiny_target
@@ -29,6 +32,9 @@ class Engine:
             return "\n".join(["# HELP x", *told, 'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 9.0', ""])
         if path == "/get_server_info" and self.kind == "sglang":
             return {"speculative_algorithm": "EAGLE3", "speculative_num_steps": 3, "internal_states": [{"avg_spec_accept_length": 1.5}]}
+        if path == "/server_info" and self.kind == "sglang tree":
+            tree = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+            return {"speculative_algorithm": "EAGLE3", **tree, "internal_states": [{"avg_spec_accept_length": 1.9}]}
         return None
 
     def answer(self) -> dict[str, object]:
@@ -74,7 +80,12 @@ def serve():
 def test_each_engine_is_understood(serve, kind, tau):
     served = ask(serve(Engine(kind)) + "/v1")
     assert served.tau == pytest.approx(tau)
-    assert served.counts.chain() == 3 and len(served.prompt_tokens) == len(QUESTIONS) and served.new_tokens == 11 * len(QUESTIONS)
+    assert served.shape == TreeShape.chain(3) and len(served.prompt_tokens) == len(QUESTIONS) and served.new_tokens == 11 * len(QUESTIONS)
+
+
+def test_a_tree_of_sglang_is_compared_with_a_tree(serve):
+    served = ask(serve(Engine("sglang tree")))
+    assert (served.tau, served.shape) == (1.9, TreeShape(8, 2, 4))
 
 
 def test_an_engine_that_tells_nothing_is_said_so(serve):
@@ -89,9 +100,10 @@ def test_an_address_where_nothing_runs_gives_one_line():
 def test_another_template_and_another_acceptance_are_named(serve, tmp_path):
     save_tiny_target(tmp_path / "target", num_hidden_layers=8)
     save_tiny_draft(tmp_path / "draft", tmp_path / "target", taps=None)
-    from eyas.formats.portable import TargetFiles
-
-    told = compare(serve(Engine("vllm")), tmp_path / "draft", TargetFiles.of(tmp_path / "target"))
+    target = TargetFiles.of(tmp_path / "target")
+    export(own_draft(tmp_path / "draft"), tmp_path, "speculators", tmp_path / "there", target, None, force=False)
+    draft = find(tmp_path / "there").settled(8)  # what is served, not what eyas wrote
+    told = compare(serve(Engine("vllm")), draft, target)
     assert told["differs"] and told["lines"][0].startswith("chat template: it reads 7 tokens where the target's template makes")
     assert told["tau"] == pytest.approx(1 + 4 / 6, abs=1e-3) and 1 <= told["ours"] < 1.5
     assert "more than rounding explains" in told["lines"][-1]
