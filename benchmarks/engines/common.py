@@ -239,5 +239,8 @@ def row(told: dict[str, Any]) -> str:
     count = told["prompts"]
     cells = [told["engine"], told["precision"], told["tree"], f"{told['texts_equal_plain']} of {count}"]
     cells += [f"{side['tau']:.3f} {side['accepted_by_position']}" for side in (told["theirs"], told["ours"])]
-    cells += [f"{told['prompts_with_equal_steps']} of {count}", told.get("rounds_with_equal_chains", "-")]
+    drafts = told.get("rounds_with_equal_chains", "-")
+    if "trees" in told:  # the same nodes, in whatever order
+        drafts = f"{told['trees']['equal_trees']} of {told['trees']['rounds_at_places_of_ours']}"
+    cells += [f"{told['prompts_with_equal_steps']} of {count}", drafts]
     return f"| {' | '.join(cells)} |"

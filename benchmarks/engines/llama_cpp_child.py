@@ -23,6 +23,12 @@ from urllib.request import Request, urlopen
 
 # float32 throughout: otherwise the cache of keys and values is float16, and flash attention rounds to its type
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-ctkd", "f32", "-ctvd", "f32", "-fa", "off")
+CACHE = "cache f16, flash attention auto"
+NOTES = {
+    "fp32": ["cache f32, no flash attention"],
+    "bf16": [CACHE, "one row and several are multiplied by kernels that sum in other orders: text may leave plain text at a near tie"],
+    "q4_1": [CACHE],
+}
 ROOM = 64  # positions behind the longest text, so that drafting never meets the end of the context
 START, ANSWER = 120, 300  # seconds of patience
 THREADS = "1"  # two wait for one another at every barrier: ten times slower as soon as anything else runs, and speed is no question here
@@ -130,10 +136,7 @@ def main() -> None:
     version = subprocess.run([os.environ["LLAMA_SERVER"], "--version"], capture_output=True, text=True)
     told = {
         "engine": "llama.cpp " + re.search(r"version: .*", version.stdout + version.stderr)[0].removeprefix("version: "),
-        "notes": [
-            "one request at a time, no prompt cache",
-            "cache f32, no flash attention" if job["precision"] == "fp32" else "cache f16, flash attention auto",
-        ],
+        "notes": ["one request at a time, no prompt cache", *NOTES[job["precision"]]],
         "plain": [reply["tokens"] for reply in plain],
         "tokens": [reply["tokens"] for reply in drafted],
         "steps": [cut(one.steps, len(reply["tokens"]) - 1) for reply, one in zip(drafted, rounds)],

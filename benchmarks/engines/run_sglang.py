@@ -52,10 +52,10 @@ def passes(file: Path) -> Iterator[Pass]:
 
 
 class BranchDrafter(Eagle3Drafter):
-    """Sees in a tree what SGLang's draft sees: not a node's ancestors, but what lay in the same place of each level before it.
+    """Sees in a tree what SGLang's draft sees: not a node's ancestors, but the nodes of its own rank in each level read before.
 
-    SGLang keeps `top_k` branches of cache slots. When the best of a level are children of fewer than all nodes of the level before,
-    branches change hands, and the slots of the levels before stay where they are. The first two levels do not differ.
+    SGLang keeps `top_k` branches of cache slots, one for each rank. A node takes its feature from its parent, but its branch's slots keep
+    what was written there, whosever ancestor that is. Nodes at depths 1 and 2 are the same either way, and so are chains.
     """
 
     def read_level(self, levels: list[Level]) -> Tensor:
@@ -133,18 +133,15 @@ def main() -> None:
     name = f"sglang-{chosen.tree.replace(':', '')}"
     place = workplace("sglang")
     job = make_job(chosen, exported(chosen.draft, chosen.target, "sglang", place))
-    result = run_child(
-        environment("sglang", INSTALLS), FOLDER / "sglang_child.py", job, place, **ENVIRON, EAGLE3_SERVE="1" if chosen.serve else ""
-    )
+    environ = ENVIRON | {"EAGLE3_SERVE": "1" if chosen.serve else ""}
+    result = run_child(environment("sglang", INSTALLS), FOLDER / "sglang_child.py", job, place, **environ)
     report(name, chosen, job, result, compare(job, result, chosen.draft) | closer(job, result, chosen.draft, place / "record"))
 
 
 def closer(job: Job, result: dict[str, Any], draft: str | None, record: Path) -> dict[str, Any]:
     """Logits beside ours, as we run and in float64 (what SGLang's own rounding amounts to); and where there are trees also these."""
-    embedding, directory = (
-        load_target(Path(job.target), job.precision).embedding.detach(),
-        draft_directory(draft or "bundled", Path(job.target)),
-    )
+    directory = draft_directory(draft or "bundled", Path(job.target))
+    embedding = load_target(Path(job.target), job.precision).embedding.detach()
     longest = max(len(prompt) + job.max_tokens for prompt in job.prompts) + 2 * job.tree[0]
 
     def drafter(kind: type[Eagle3Drafter], dtype: torch.dtype) -> Eagle3Drafter:
