@@ -230,7 +230,9 @@ def report(name: str, chosen: argparse.Namespace, job: Job, result: dict[str, An
     conditions = {"max_tokens": job.max_tokens, "tree": chosen.tree, "precision": job.precision, "temperature": 0}
     conditions |= {"prompts": Path(chosen.prompts).name, "machine": platform.machine(), "cores": os.cpu_count()}
     told = {"engine": result["engine"], "notes": result.get("notes", []), **conditions, **compared}
-    told |= {key: value for key, value in result.items() if key in ("steps", "more")}
+    told["steps"] = [" ".join(map(str, one)) for one in result["steps"]]  # a line a prompt
+    if "more" in result:
+        told["more"] = result["more"]
     out.write_text(json.dumps(told, indent=1) + "\n")
     print(row(told))
 
