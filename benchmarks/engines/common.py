@@ -228,7 +228,7 @@ def report(name: str, chosen: argparse.Namespace, job: Job, result: dict[str, An
     out = chosen.out or RESULTS / f"{name}-{job.precision}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     conditions = {"max_tokens": job.max_tokens, "tree": chosen.tree, "precision": job.precision, "temperature": 0}
-    conditions |= {"prompts": Path(chosen.prompts).name, "machine": platform.machine(), "cores": os.cpu_count()}
+    conditions |= {"prompt_file": Path(chosen.prompts).name, "machine": platform.machine(), "cores": os.cpu_count()}
     told = {"engine": result["engine"], "notes": result.get("notes", []), **conditions, **compared}
     told["steps"] = [" ".join(map(str, one)) for one in result["steps"]]  # a line a prompt
     if "more" in result:
