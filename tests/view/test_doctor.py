@@ -203,4 +203,5 @@ def test_an_import_decides_by_measuring_what_layer_ids_mean(good, evidence, tmp_
     found = find(folder)
     assert (found.counts, found.taps(30)) == ("outputs", (3, 16, 28))
     draft, told = settle(found, 30, *evidence)
-    assert draft.config.taps == (2, 15, 27) and "they name inputs" in told[0] and "standard errors apart" in told[0]
+    line = next(line for line in told if line.startswith("layer ids: "))
+    assert draft.config.taps == (2, 15, 27) and "they name inputs" in line and "standard errors apart" in line
