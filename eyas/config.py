@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ class DraftConfig:
             raise EyasError(f"draft_vocab_size {self.draft_vocab_size} is larger than vocab_size {self.vocab_size}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, dict):
             raise EyasError(f"rope_scaling must be an object or null, not {short(self.rope_scaling)}")
+
+
+def rope_kind(scaling: Mapping[str, Any]) -> Any:
+    """The kind of a scaled rotary embedding, under either of its keys; None where it is not scaled."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    return None if kind == "default" else kind
 
 
 LARGEST_SIZE = 1 << 24  # of any width or vocabulary that is believed

@@ -130,6 +130,11 @@ def load(
     return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
 
+def without_draft(directory: Path, precision: str) -> Engine:
+    """The target alone, for those who bring a draft of their own."""
+    return Engine(load_target(directory, precision), load_tokenizer(directory), directory, None, precision)
+
+
 class Engine:
     """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
 

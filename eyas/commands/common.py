@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
-from eyas.engine import Engine, load, load_target, load_tokenizer, target_directory
+from eyas.engine import BUNDLED, Engine, load, load_target, target_directory, without_draft
 from eyas.model.embedded import LAYERS, VOCABULARY
 
 if TYPE_CHECKING:
@@ -61,13 +61,11 @@ def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]
     """Texts that the target writes to some questions, with its states; and its embedding [V, H] in float32."""
     from eyas.view.agreement import QUESTIONS, gather
 
-    model, tokenizer = load_target(target.directory, "fp32"), load_tokenizer(target.directory)
-    embedding = model.embedding.detach().clone()
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    if chat:
-        turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    else:
-        texts = list(QUESTIONS)
-    prompts = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
-    return gather(model.prepare(), prompts, new_tokens), embedding
+    engine = without_draft(target.directory, "fp32")
+    raw = not getattr(engine.tokenizer, "chat_template", None)
+    return gather(engine.target, [engine.encode(question, raw) for question in QUESTIONS], new_tokens), engine.target.embedding.detach()
+
+
+def draft_path(source: str) -> Path:
+    """Where a draft of any layout lies; `bundled` is the one that comes with eyas."""
+    return BUNDLED if source == "bundled" else Path(source).expanduser()

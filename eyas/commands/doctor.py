@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from eyas.commands.common import evidence_of
+from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError
-from eyas.engine import BUNDLED
 from eyas.formats.portable import TargetFiles
 from eyas.view.doctor import Diagnosis, diagnose
 
@@ -19,7 +17,7 @@ from eyas.view.doctor import Diagnosis, diagnose
 def run(options: argparse.Namespace) -> int:
     if options.tokens < 8:
         raise EyasError(f"tokens must be at least 8, not {options.tokens}")
-    path = BUNDLED if options.draft == "bundled" else Path(options.draft).expanduser()
+    path = draft_path(options.draft)
     if not path.exists():
         raise EyasError(f"{path} does not exist")
     target = TargetFiles.of(options.target)

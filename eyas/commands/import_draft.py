@@ -13,8 +13,8 @@ from eyas.config import EyasError, default_taps
 from eyas.formats.export import make_way
 from eyas.formats.importing import settle
 from eyas.formats.layouts import find
-from eyas.formats.portable import Draft, Found, TargetFiles
-from eyas.model.draft import FACTS, check_fits, save_draft
+from eyas.formats.portable import Draft, Found, TargetFiles, write_own
+from eyas.model.draft import check_fits
 from eyas.model.tokenizer import chat_template_hash
 from eyas.model.weights import atomic_directory, directory_hash
 
@@ -66,7 +66,7 @@ def described(found: Found) -> str:
 
 
 def save(out: Path, draft: Draft, target: TargetFiles | None) -> None:
-    facts = {name: draft.facts[name] for name in FACTS if name in draft.facts}
+    facts = draft.facts
     if target:
         facts = {
             "target": target.directory.name,
@@ -74,4 +74,4 @@ def save(out: Path, draft: Draft, target: TargetFiles | None) -> None:
             "chat_template_sha256": chat_template_hash(target.directory),
         }
     with atomic_directory(out) as work:
-        save_draft(work, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
+        write_own(work, draft, facts)

@@ -7,19 +7,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from eyas.commands.common import target_for
 from eyas.config import EyasError
 from eyas.engine import draft_directory
 from eyas.formats.export import make_way
-from eyas.formats.model_card import CARD, bench_results, card, licence_of, training_told
-from eyas.formats.portable import own_draft
-from eyas.model.draft import check_fits, save_draft
+from eyas.formats.model_card import bench_results, card, licence_of, training_told
+from eyas.formats.portable import own_draft, write_own
+from eyas.model.draft import check_fits
 from eyas.model.weights import atomic_directory
+from eyas.train.card import CARD, PICTURE
 
-KEPT = ("training.json", "curve.png")
+KEPT = ("training.json", PICTURE)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         make_way(out, options.force)
     with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
-        made, facts = Path(folder), draft.facts | {"target": name}
-        save_draft(made, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
+        made = Path(folder)
+        write_own(made, draft, draft.facts | {"target": name})
         for kept in KEPT:
             if (source / kept).exists():
                 shutil.copy(source / kept, made / kept)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eyas.commands.common import evidence_of
+from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError, TreeShape
-from eyas.engine import BUNDLED
 from eyas.formats.layouts import find, layout_of
 from eyas.formats.portable import TargetFiles
 from eyas.model.draft import check_fits
@@ -23,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     layout = layout_of(options.engine)
     if options.cost is not None and not 0 < options.cost < 10:
         raise EyasError(f"cost must be above 0 and below 10 (a draft step's time over a target pass's), not {options.cost}")
-    path = BUNDLED if options.draft == "bundled" else Path(options.draft).expanduser()
+    path = draft_path(options.draft)
     target, found = TargetFiles.of(options.target), find(path)
     draft = found.settled(target.config.num_hidden_layers)
     check_fits(draft.config, target.config)

@@ -29,7 +29,7 @@ class Check:
     """What reading back showed."""
 
     difference: float | None  # largest difference of logits on seeded input, in float32; None where the layout cannot be read back
-    spread: float  # standard deviation of those logits, to compare with
+    spread: float | None  # standard deviation of those logits, to compare with
     exact: bool  # whether no rounding was asked for
     taps: tuple[int, ...]
 
@@ -56,17 +56,17 @@ def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles
 
 def checked(layout: Layout, draft: Draft, work: Path, weights: str) -> Check:
     """Read back and compare; raises, so that nothing is left behind, where it is not the same draft."""
-    before = probe(draft)
     exact = all(tensor.dtype == DTYPES.get(weights) or weights == "fp32" for tensor in draft.weights.values())
     if layout.read is None:
-        return Check(None, float(before.std()), exact, draft.config.taps)
+        return Check(None, None, exact, draft.config.taps)
     again = find(work).settled(draft.target_layers)
     if not torch.equal(again.vocab.ids, draft.vocab.ids) or again.config.taps != draft.config.taps:
         raise EyasError(f"what was written for {layout.title} reads back as another draft (taps {again.config.taps}, vocabulary); not kept")
-    difference = float((probe(again) - before).abs().max())
-    if not difference <= (EXACT if exact else ROUNDED * float(before.std())):
+    before = probe(draft)
+    difference, spread = float((probe(again) - before).abs().max()), float(before.std())
+    if not difference <= (EXACT if exact else ROUNDED * spread):
         raise EyasError(f"what was written for {layout.title} computes other logits ({difference:g} apart); not kept")
-    return Check(difference, float(before.std()), exact, again.config.taps)
+    return Check(difference, spread, exact, again.config.taps)
 
 
 def make_way(out: Path, force: bool) -> None:

@@ -137,5 +137,5 @@ def copy_tokenizer(writer: GGUFWriter, path: Path) -> None:
     check_gguf(path)
     for name, entry in GGUFReader(path).fields.items():
         if name.startswith("tokenizer."):
-            kinds = [kind for kind in entry.types]
-            writer.add_key_value(name, entry.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+            kind, *of_items = entry.types
+            writer.add_key_value(name, entry.contents(), kind, of_items[-1] if of_items else None)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from eyas.config import EyasError
 from eyas.formats.portable import Draft, Found
-from eyas.view.agreement import Agreement, Evidence, agreement
+from eyas.view.agreement import CLEAR, Agreement, Evidence, agreement
 
-CLEAR = 4.0  # standard errors between two readings before the measured one overrides what the file says
 READS = {"inputs": 0, "outputs": 1}
 
 
@@ -66,7 +65,7 @@ def settle(found: Found, target_layers: int, evidence: Evidence | None = None, e
             continue
         scores = [measured(found, target_layers, changes | dict(option.changes), evidence, embedding) for option in options]
         best = max(range(len(options)), key=lambda number: float(scores[number].log_q.mean()))
-        if best and not (scores[best].telling and scores[best].beats(scores[0]) >= CLEAR):
+        if best and not scores[best].overrules(scores[0]):
             best = 0
         changes |= options[best].changes
         told.append(f"{name}: {verdict(options, scores, best)}")

@@ -15,6 +15,7 @@ import torch
 from eyas.config import EyasError, TreeShape
 from eyas.formats import llama_cpp, openvino, safeailab, sglang, vllm
 from eyas.formats.files import Fields
+from eyas.formats.plain import read_plain
 from eyas.formats.portable import Draft, Found, TargetFiles, own_draft
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,8 +37,8 @@ def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> 
 
 
 LAYOUTS = {
-    "sglang": Layout(sglang.TITLE, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), sglang.read, sglang.serve),
-    "vllm": Layout(vllm.TITLE, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), vllm.read, vllm.serve),
+    "sglang": Layout(sglang.TITLE, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve),
+    "vllm": Layout(vllm.TITLE, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve),
     "speculators": Layout(
         f"{vllm.TITLE}, speculators 0.9.0",
         vllm.WEIGHTS,
@@ -51,7 +52,7 @@ LAYOUTS = {
         safeailab.WEIGHTS,
         safeailab.refusal,
         in_torch(safeailab.write),
-        safeailab.read,
+        read_plain,
         safeailab.serve,
     ),
     "safeailab-bin": Layout(
@@ -59,7 +60,7 @@ LAYOUTS = {
         safeailab.WEIGHTS,
         safeailab.refusal,
         in_torch(safeailab.write_pickled),
-        safeailab.read,
+        read_plain,
         safeailab.serve,
     ),
     "llama_cpp": Layout(llama_cpp.TITLE, llama_cpp.WEIGHTS, llama_cpp.refusal, llama_cpp.write, llama_cpp.read, llama_cpp.serve),
@@ -84,7 +85,7 @@ def find(path: Path) -> Found:
     if vllm.is_speculators(path):
         return vllm.read_speculators(path)
     if (path / "config.json").exists():
-        return own(path) if "eyas" in Fields.of(path).raw else sglang.read(path)
+        return own(path) if "eyas" in Fields.of(path).raw else read_plain(path)
     models = sorted(path.glob("*.gguf"))
     if len(models) == 1:
         return llama_cpp.read(models[0])

@@ -49,13 +49,13 @@ def refusal(draft: Draft) -> str | None:
     config = draft.config
     if config.fc_norm or config.norm_output:
         return "llama.cpp computes neither fc_norm nor norm_output (EAGLE-3.1); SGLang and vLLM do"
-    if config.rope_scaling and rotary(config)[1] != 1:
+    if config.rope_scaling and rotary(config, config.rope_scaling)[1] != 1:
         return f"llama.cpp's draft takes no rotary scaling that also scales attention ({short(config.rope_scaling)})"
     return None
 
 
-def rotary(config: DraftConfig) -> tuple[Tensor, float]:
-    return rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+def rotary(config: DraftConfig, scaling: dict[str, Any] | None) -> tuple[Tensor, float]:
+    return rotary_frequencies(config.head_dim, config.rope_theta, scaling, config.max_position_embeddings)
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gguf: Path | None = None) -> None:
@@ -108,8 +108,8 @@ def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gg
             wanted = GGMLQuantizationType.F16
         writer.add_tensor(NAMES[name], quantize(value.contiguous().numpy(), wanted), raw_dtype=wanted)
     if config.rope_scaling:
-        plain = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / rotary(config)[0]).float().numpy())
+        plain, scaled = (rotary(config, scaling)[0] for scaling in (None, config.rope_scaling))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
     writer.add_tensor("d2t", draft.vocab.ids.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -148,67 +148,69 @@ def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> 
     arch = fields.get("general.architecture")
     if arch != "eagle3":
         raise EyasError(f"{path} is a model of architecture {short(arch)}; a draft's is 'eagle3'")
-    scaled, ids = tensors.pop("rope_freqs.weight", None), tensors.pop("d2t", None)
-    embedding = tensors.pop("token_embd.weight", None)
-    told, own = [], own_facts(fields.get(OWN), path)
-    if scaled is not None and not own.get("rope_scaling"):
+    own = own_facts(fields.get(OWN), path)
+    scaled = tensors.pop("rope_freqs.weight", None) is not None and not own.get("rope_scaling")
+    if scaled or (not own and fields.get(f"{arch}.rope.scaling.type", "none") != "none"):
         raise EyasError(f"{path} scales its rotary embedding, which the file describes only in part; import the directory it was made from")
+    ids, embedding = tensors.pop("d2t", None), tensors.pop("token_embd.weight", None)
     if unknown := [name for name in tensors if name not in OURS]:
         raise EyasError(f"{path} holds {short(unknown[0])}, which no draft with one layer has")
     weights = {OURS[name]: tensor for name, tensor in tensors.items()}
     if missing := [theirs for ours, theirs in NAMES.items() if ours not in weights and ours != "input_norm.weight"]:
         raise EyasError(f"{path} lacks {', '.join(missing[:4])}")
-
-    def of(key: str, default: Any = None) -> Any:
-        value = fields.get(f"{arch}.{key}", default)
-        if value is None:
-            raise EyasError(f"{path} lacks {arch}.{key}")
-        return value
-
-    heads = of("attention.head_count")
-    if not isinstance(heads, int) or not isinstance(of("target_layers"), list):
-        raise EyasError(f"{path}: {arch}.attention.head_count or target_layers is no number or list of numbers")
-    if not own and of("rope.scaling.type", "none") != "none":
-        raise EyasError(f"{path} scales its rotary embedding, which the file describes only in part; import the directory it was made from")
-    size = embedding.shape[0] if embedding is not None else of("vocab_size", len(fields.get("tokenizer.ggml.tokens") or ()))
+    told = []
     if ids is None:
         ids = torch.arange(weights["lm_head.weight"].shape[0])
         told.append("it has no d2t: its vocabulary is the target's whole one")
-    shape = {
-        "vocab_size": size,
-        "draft_vocab_size": len(ids),
-        "hidden_size": of("embedding_length"),
-        "intermediate_size": of("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": of("attention.head_count_kv", heads),
-        "head_dim": of("attention.key_length", weights["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1)),
-        "target_hidden_size": of("target_hidden_size"),
-        "max_position_embeddings": of("context_length", 2048),
-        "rms_norm_eps": decimal(of("attention.layer_norm_rms_epsilon", 1e-5)),
-        "rope_theta": decimal(of("rope.freq_base", 10000.0)),
-        "rope_scaling": own.get("rope_scaling"),
-        "norm_before_fc": of("norm_before_fc", False),
-        "norm_before_residual": of("norm_before_residual", False),
-    }
-    layers = of("target_layers")
-    DraftConfig(**shape, taps=tuple(layers) if isinstance(layers, list) else layers)  # checks every size
-    for name in ("q_proj", "k_proj"):
+    config = config_of(path, fields, weights, len(ids), embedding, own.get("rope_scaling"))
+    for name, count in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         key = f"midlayer.self_attn.{name}.weight"
-        count = shape["num_attention_heads" if name == "q_proj" else "num_key_value_heads"]
-        if weights[key].dim() != 2 or weights[key].shape[0] != count * shape["head_dim"]:
-            raise EyasError(f"{path}: {NAMES[key]} is {tuple(weights[key].shape)}, which is not {count} heads of {shape['head_dim']}")
+        if weights[key].dim() != 2 or weights[key].shape[0] != count * config.head_dim:
+            raise EyasError(f"{path}: {NAMES[key]} is {tuple(weights[key].shape)}, which is not {count} heads of {config.head_dim}")
         weights[key] = halves_from_pairs(weights[key], count)
     return Found(
         "llama.cpp (GGUF)",
-        shape,
+        {name: value for name, value in vars(config).items() if name != "taps"},
         weights,
-        DraftVocab(ids, size),
-        tuple(layers),
-        "inputs",
-        embedding,
-        own.get("facts") or {},
-        told,
-        {"layer ids": ["inputs", "outputs"]} if not own else {},
+        DraftVocab(ids, config.vocab_size),
+        config.taps,
+        embedding=embedding,
+        facts=own.get("facts") or {},
+        told=told,
+        doubts={"layer ids": ["inputs", "outputs"]} if not own else {},
+    )
+
+
+def config_of(
+    path: Path, fields: dict[str, Any], weights: dict[str, Tensor], draft_vocab: int, embedding: Tensor | None, scaling: Any
+) -> DraftConfig:
+    """The shape that the fields tell, every size checked; taps as the file has them, by input."""
+
+    def of(key: str, default: Any = None) -> Any:
+        value = fields.get(f"eagle3.{key}", default)
+        if value is None:
+            raise EyasError(f"{path} lacks eagle3.{key}")
+        return value
+
+    heads, layers = of("attention.head_count"), of("target_layers")
+    if not isinstance(heads, int) or not isinstance(layers, list):
+        raise EyasError(f"{path}: eagle3.attention.head_count or target_layers is no number or list of numbers")
+    return DraftConfig(
+        vocab_size=embedding.shape[0] if embedding is not None else of("vocab_size", len(fields.get("tokenizer.ggml.tokens") or ())),
+        draft_vocab_size=draft_vocab,
+        hidden_size=of("embedding_length"),
+        intermediate_size=of("feed_forward_length"),
+        num_attention_heads=heads,
+        num_key_value_heads=of("attention.head_count_kv", heads),
+        head_dim=of("attention.key_length", weights["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1)),
+        target_hidden_size=of("target_hidden_size"),
+        taps=tuple(layers),
+        max_position_embeddings=of("context_length", 2048),
+        rms_norm_eps=decimal(of("attention.layer_norm_rms_epsilon", 1e-5)),
+        rope_theta=decimal(of("rope.freq_base", 10000.0)),
+        rope_scaling=scaling,
+        norm_before_fc=of("norm_before_fc", False),
+        norm_before_residual=of("norm_before_residual", False),
     )
 
 

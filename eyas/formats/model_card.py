@@ -13,11 +13,10 @@ from eyas.config import EyasError, TreeShape
 from eyas.formats.layouts import LAYOUTS
 from eyas.formats.portable import Draft, TargetFiles
 from eyas.model.weights import read_json
-from eyas.view.doctor import best_point
+from eyas.train.card import CARD, best_point, shown
 
 ENGINES = ("sglang", "vllm", "llama_cpp")
 AS_IT_IS = ("sglang", "vllm")  # read eyas's own folder
-CARD = "README.md"
 
 
 def bench_results(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -110,20 +109,13 @@ def figures(results: Sequence[dict[str, Any]]) -> str:
         for method, measured in result["methods"].items():
             if method == "plain":
                 continue
-            tau, speed = (with_interval(measured, key) for key in ("tau", "speedup"))
+            tau, speed = (shown(measured, key, conditions.get("prompt_count", 0)) for key in ("tau", "speedup"))
             tree = measured.get("tree", "")
             rows.append(f"| {where} | {method} | {tree} | {conditions.get('temperature', 0):g} | {tau} | {speed} |")
         machine = f"{conditions.get('threads')} threads, {conditions.get('device')} {conditions.get('cpu_capability', '')}"
         made = f"{conditions.get('precision')}, {machine}, eyas {conditions.get('eyas')}, {str(conditions.get('date'))[:10]}"
         notes.append(f"{where}: up to {conditions.get('max_new_tokens')} tokens, {made}")
     return "\n".join(rows) + "\n\n" + ". ".join(dict.fromkeys(notes)) + ". Intervals are 95%, by bootstrap over prompts."
-
-
-def with_interval(measured: dict[str, Any], key: str) -> str:
-    value, between = measured.get(key), measured.get(f"{key}_interval")
-    if value is None:
-        return "-"
-    return f"{value:.2f} [{between[0]:.2f}, {between[1]:.2f}]" if between else f"{value:.2f}"
 
 
 def training_told(source: Path) -> dict[str, Any] | None:

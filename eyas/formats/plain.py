@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, short
+from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, rope_kind, short
 from eyas.formats.files import Fields, tensors_of
 from eyas.formats.portable import Draft, Found
-from eyas.model.draft import DraftNetwork, engine_keys
+from eyas.model.draft import checked_network, engine_keys
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import check_tensors, save_tensors
+from eyas.model.weights import save_tensors
 
 NAMES = {  # prefixes of others -> the published ones
     "model.": "",
@@ -48,10 +49,9 @@ def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) 
     return engine_keys(config) | {"max_position_embeddings": positions, "dtype": name, "torch_dtype": name}
 
 
-def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype, embedding: Tensor | None = None) -> None:
-    """model.safetensors with the weights in `dtype`, the vocabulary and, where given, the embedding; config.json."""
-    weights = draft.weights if embedding is None else draft.weights | {"embed_tokens.weight": embedding}
-    save_tensors(work, {name: tensor.to(dtype) for name, tensor in weights.items()} | draft.vocab.as_tensors())
+def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """model.safetensors with the weights in `dtype` and the vocabulary; config.json."""
+    save_tensors(work, {name: tensor.to(dtype) for name, tensor in draft.weights.items()} | draft.vocab.as_tensors())
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -72,17 +72,14 @@ def read_plain(directory: Path) -> Found:
     if eagle.flag("use_aux_hidden_state", True) is False:
         raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read three")
     found = found_in(tensors_of(directory), fields, fields, str(directory))
-    wrong, layout = list(found.wrong), "plain (SafeAILab, SGLang, vLLM)"
-    doubts = dict(found.doubts)
+    wrong, doubts = list(found.wrong), dict(found.doubts)
     agree = bool(inputs and outputs) and tuple(number + 1 for number in outputs) == inputs
     if inputs and outputs and not agree:
         wrong.append(f"layer ids {list(inputs)} at the top and {list(outputs)} under eagle_config do not name the same layers")
     if (inputs or outputs) and not agree:
         doubts["layer ids"] = ["inputs", "outputs"]
-    layer_ids, counts = (inputs, "inputs") if inputs else (outputs, "outputs")
-    if layer_ids is None:
-        counts = "inputs"
-    return replaced(found, layout=layout, layer_ids=layer_ids, counts=counts, wrong=wrong, doubts=doubts)
+    layer_ids, counts = (outputs, "outputs") if outputs and not inputs else (inputs, "inputs")
+    return replace(found, layout="plain (SafeAILab, SGLang, vLLM)", layer_ids=layer_ids, counts=counts, wrong=wrong, doubts=doubts)
 
 
 def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None) -> Found:
@@ -116,8 +113,7 @@ def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: st
         "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} or None,
     }
     config = DraftConfig(**shape_fields, taps=(0, 1, 2))  # checks every size before anything is built
-    with torch.device("meta"):
-        check_tensors(DraftNetwork(config, torch.zeros(1, config.hidden_size)), weights, where)
+    checked_network(config, weights, torch.zeros(1, config.hidden_size), where)
     kept = {name: tensor if tensor.is_floating_point() else tensor.float() for name, tensor in weights.items()}
     more = {"told": told, "wrong": wrong, "doubts": doubts, "says_head_dim": shape.raw.get("head_dim") is not None}
     return Found("", shape_fields, kept, vocab, embedding=embedding, facts=dict(facts or {}), **more)
@@ -125,7 +121,7 @@ def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: st
 
 def scales(rope: Mapping[str, Any]) -> bool:
     """Whether this describes a scaled rotary embedding; transformers 5 writes an object for plain ones too."""
-    return rope.get("rope_type", rope.get("type")) not in (None, "default")
+    return rope_kind(rope) is not None
 
 
 def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -229,10 +225,6 @@ def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, tol
         "norm_output": flags.flag("norm_output"),
         "norm_before_residual": flags.flag("norm_before_residual"),
     }
-
-
-def replaced(found: Found, **changes: Any) -> Found:
-    return Found(**{**vars(found), **changes})
 
 
 def default_ids(draft: Draft) -> bool:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
+from eyas.config import DraftConfig, TargetConfig, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import target_directory
 from eyas.formats.files import Fields, tensors_of
 from eyas.model.attention import Segment
-from eyas.model.draft import FACTS, DraftNetwork, config_from_file, network_of, vocab_of
+from eyas.model.draft import FACTS, DraftNetwork, checked_network, config_from_file, network_of, save_draft, vocab_of
 from eyas.model.target import check_taps
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import has_own_blocks, read_tensors, target_config
@@ -37,10 +37,6 @@ class Draft:
     target_layers: int
     facts: dict[str, Any] = field(default_factory=dict)  # of the target it was trained for: FACTS of model/draft.py, where known
     embedding: Tensor | None = None  # [V, H], where the file brought one
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights with `d2t` and `t2d`, as most layouts hold them."""
-        return self.weights | self.vocab.as_tensors()
 
     def network(self, embedding: Tensor, dtype: torch.dtype = torch.float32) -> DraftNetwork:
         return network_of(self.config, self.weights, embedding, dtype, "the draft")
@@ -100,14 +96,16 @@ class TargetFiles:
 def own_draft(directory: Path) -> Draft:
     """A draft as eyas itself writes it."""
     config, tensors = config_from_file(directory), tensors_of(directory)
-    if missing := [name for name in ("d2t", "t2d") if name not in tensors]:
-        raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
     vocab = vocab_of(tensors, config, f"draft {directory}")
+    checked_network(config, tensors, torch.zeros(1, config.hidden_size), f"draft {directory}")
     own = Fields.of(directory).object("eyas")
     facts = {name: own.raw[name] for name in FACTS if name in own.raw}
-    draft = Draft(config, tensors, vocab, own.size("target_layers"), facts)
-    network_of(config, tensors, torch.zeros(1, config.hidden_size), torch.float32, f"draft {directory}")  # strict about every tensor
-    return draft
+    return Draft(config, tensors, vocab, own.size("target_layers"), facts)
+
+
+def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
+    """Write a draft as eyas itself does, into an existing directory."""
+    save_draft(directory, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
 
 
 @torch.no_grad()
@@ -132,9 +130,6 @@ def probe(draft: Draft) -> Tensor:
     return torch.cat(logits)
 
 
-def with_taps(draft: Draft, taps: tuple[int, int, int]) -> Draft:
-    return replace(draft, config=replace(draft.config, taps=taps))
-
-
-def without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
+def changed(draft: Draft, **changes: Any) -> Draft:
+    """The same weights under other settings."""
+    return replace(draft, config=replace(draft.config, **changes))

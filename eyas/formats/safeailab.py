@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from eyas.config import TreeShape
+from eyas.config import TreeShape, rope_kind
 from eyas.formats.files import PICKLED
-from eyas.formats.plain import THETA, default_ids, own_width, plain_config, read_plain, write_plain
-from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.formats.plain import THETA, default_ids, own_width, plain_config, write_plain
+from eyas.formats.portable import Draft, TargetFiles
 
 TITLE = "SafeAILab/EAGLE"
 WEIGHTS = ("bf16", "fp16", "fp32")
@@ -24,22 +24,18 @@ def refusal(draft: Draft) -> str | None:
         return f"its code reads the inputs of layers 2, {n // 2}, {n - 3} and no others; this draft reads {list(config.taps)}"
     if config.fc_norm or config.norm_output or config.norm_before_fc or config.norm_before_residual:
         return "its code knows neither fc_norm, norm_output nor the other norms; SGLang and vLLM do"
-    if config.rope_scaling and (kind_of(config.rope_scaling) not in ("linear", "dynamic") or config.rope_theta != THETA):
+    if config.rope_scaling and (rope_kind(config.rope_scaling) not in ("linear", "dynamic") or config.rope_theta != THETA):
         return f"its code scales rotary embeddings only linearly or dynamically, and then of base {THETA:g}"
     if not own_width(config):
         return f"its code ignores head_dim and takes {config.hidden_size} / {config.num_attention_heads}; this draft's is {config.head_dim}"
     return None
 
 
-def kind_of(scaling: dict[str, Any]) -> Any:
-    return scaling.get("rope_type", scaling.get("type"))
-
-
 def config_for(draft: Draft, target: TargetFiles, dtype: torch.dtype) -> dict[str, Any]:
     """No layer ids; rotary scaling names its kind `type`."""
     config = plain_config(draft.config, target.config, dtype)
     if scaling := draft.config.rope_scaling:
-        config["rope_scaling"] = {**scaling, "type": kind_of(scaling)}
+        config["rope_scaling"] = {**scaling, "type": rope_kind(scaling)}
     return config
 
 
@@ -52,10 +48,6 @@ def write_pickled(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dt
     config = config_for(draft, target, dtype)
     torch.save({name: tensor.to(dtype) for name, tensor in draft.weights.items()} | draft.vocab.as_tensors(), work / PICKLED)
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def read(path: Path) -> Found:
-    return read_plain(path)
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:

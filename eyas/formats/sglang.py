@@ -7,12 +7,12 @@ checked here before it goes there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from eyas.formats.plain import plain_config, read_plain, write_plain
-from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.config import TreeShape
+from eyas.formats.plain import plain_config, write_plain
+from eyas.formats.portable import Draft, TargetFiles
 from eyas.model.draft import layer_ids
 
 TITLE = "SGLang 0.5.23"
@@ -32,11 +32,7 @@ def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> 
     write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
 
 
-def read(path: Path) -> Found:
-    return read_plain(path)
-
-
-def serve(draft: Path, target: str, shape: Any) -> str:
+def serve(draft: Path, target: str, shape: TreeShape) -> str:
     return (
         f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft} "
         f"--speculative-num-steps {shape.levels} --speculative-eagle-topk {shape.top_k} --speculative-num-draft-tokens {shape.nodes}"

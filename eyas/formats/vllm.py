@@ -7,20 +7,22 @@ so all are written.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from eyas.config import EyasError, TreeShape
 from eyas.formats.files import Fields, tensors_of
-from eyas.formats.plain import found_in, plain_config, read_plain, replaced, write_plain
-from eyas.formats.portable import Draft, Found, TargetFiles, without
+from eyas.formats.plain import found_in, plain_config, write_plain
+from eyas.formats.portable import Draft, Found, TargetFiles
 from eyas.model.draft import layer_ids
 from eyas.model.weights import read_json, save_tensors
 
 TITLE = "vLLM 0.32"
 WEIGHTS = ("bf16", "fp16", "fp32")
 SPECULATIVE_TOKENS = 3
+OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
 
 
 def refusal(draft: Draft) -> str | None:
@@ -29,10 +31,6 @@ def refusal(draft: Draft) -> str | None:
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
     write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
-
-
-def read(path: Path) -> Found:
-    return read_plain(path)
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
@@ -46,10 +44,7 @@ def serve(draft: Path, target: str, shape: TreeShape) -> str:
 def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
     """The target's embedding goes along: speculators' own model class wants it, vLLM sees that it is the target's and shares it."""
     config, name = draft.config, str(dtype).removeprefix("torch.")
-    layer = without(
-        plain_config(config, target.config, dtype),
-        "architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",
-    )  # fmt: skip
+    layer = {key: value for key, value in plain_config(config, target.config, dtype).items() if key not in OUTER}
     verifier = read_json(target.directory / "config.json")
     told = {
         "architectures": ["Eagle3DraftModel"],
@@ -103,7 +98,7 @@ def read_speculators(path: Path) -> Found:
     ids = flags.layers("eagle_aux_hidden_state_layer_ids")
     found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {})
     doubts = found.doubts | ({"layer ids": ["inputs", "outputs"]} if ids else {})
-    return replaced(found, layout="speculators", layer_ids=ids, counts="inputs", doubts=doubts)
+    return replace(found, layout="speculators", layer_ids=ids, counts="inputs", doubts=doubts)
 
 
 def serve_speculators(draft: Path, target: str, shape: TreeShape) -> str:

@@ -235,27 +235,31 @@ def config_from_file(directory: Path) -> DraftConfig:
 def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[DraftNetwork, DraftVocab]:
     """Network and vocabulary of a saved draft, on the embedding's device; strict about every tensor."""
     config, tensors = config_from_file(directory), read_tensors(directory)
-    missing = [name for name in ("d2t", "t2d") if name not in tensors]
-    if missing:
-        raise EyasError(f"draft {directory} does not fit: missing {', '.join(missing)}")
     vocab = vocab_of(tensors, config, f"draft {directory}")
     return network_of(config, tensors, embedding, dtype, f"draft {directory}"), vocab
 
 
 def vocab_of(tensors: dict[str, Tensor], config: DraftConfig, what: str) -> DraftVocab:
-    """Takes `d2t` and `t2d` out of the tensors."""
-    vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}, config.vocab_size)
+    """Takes `d2t` and `t2d`, both of which a draft of eyas's making has, out of the tensors."""
+    if missing := [name for name in ("d2t", "t2d") if name not in tensors]:
+        raise EyasError(f"{what} does not fit: missing {', '.join(missing)}")
+    vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d")}, config.vocab_size)
     if len(vocab) != config.draft_vocab_size:
         raise EyasError(f"{what} does not fit: d2t names {len(vocab)} tokens, its config {config.draft_vocab_size}")
     return vocab
 
 
-def network_of(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, dtype: torch.dtype, what: str) -> DraftNetwork:
-    """A network with these weights. Names and shapes are compared before memory is taken: a config may claim any size."""
+def checked_network(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, what: str) -> DraftNetwork:
+    """A network without memory that these weights fit by name and shape: a config may claim any size."""
     with torch.device("meta"):
         network = DraftNetwork(config, embedding)
     check_tensors(network, tensors, what)
-    network = network.to(dtype).to_empty(device=embedding.device)
+    return network
+
+
+def network_of(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, dtype: torch.dtype, what: str) -> DraftNetwork:
+    """A network with these weights."""
+    network = checked_network(config, tensors, embedding, what).to(dtype).to_empty(device=embedding.device)
     load_strictly(network, tensors, what)
     return network
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import EyasError, short
+from eyas.config import EyasError, rope_kind, short
 from eyas.model.attention import Attend
 from eyas.model.linear import Dense
 
@@ -57,12 +57,12 @@ class Rotary:
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None, positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies [d/2] and the factor on cos and sin; scaled forms (llama3, yarn, linear, ...) are transformers' own."""
-    if not scaling or scaling.get("rope_type", scaling.get("type")) in (None, "default"):
+    if not scaling or rope_kind(scaling) is None:
         return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim), 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = rope_kind(scaling)
     if not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS:
         raise EyasError(f"rotary scaling {short(kind)} is not known; known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     parameters = {**scaling, "rope_type": kind, "rope_theta": theta}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eyas.config import EyasError, TargetConfig
+from eyas.config import EyasError, TargetConfig, rope_kind
 
 INDEX = "model.safetensors.index.json"
 SUPPORTED = {  # model_type -> flags that its config leaves unsaid
@@ -77,7 +77,7 @@ def target_config(directory: Path) -> TargetConfig:
         max_position_embeddings=min(positions, window) if window else positions,  # inside the window full attention is the same
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling=scaling if scaling and scaling.get("rope_type", scaling.get("type", "default")) != "default" else None,
+        rope_scaling=scaling if scaling and rope_kind(scaling) is not None else None,
         attention_bias=raw.get("attention_bias", False) or SUPPORTED[kind].get("attention_bias", False),
         attention_out_bias=kind in ("llama", "qwen3") and raw.get("attention_bias", False),
         qk_norm=SUPPORTED[kind].get("qk_norm", False),

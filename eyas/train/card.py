@@ -6,7 +6,7 @@ Knows training.json and a benchmark's result; measures nothing itself. The pictu
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def best_point(told: Mapping[str, Any]) -> dict[str, float] | None:
+    """The point of training.json's curve whose weights were kept; None where there is no curve as eyas writes it."""
+    curve = told.get("curve")
+    numbers = ("tau", "accept_1")
+    points = [point for point in curve if isinstance(point, dict)] if isinstance(curve, list) else []
+    points = [point for point in points if all(isinstance(point.get(name), (int, float)) for name in numbers)]
+    return max(points, key=lambda point: point["tau"]) if points else None
 
 
 def card(told: dict[str, Any], measured: dict[str, Any], command: str, use: str) -> str:

@@ -16,10 +16,9 @@ from torch import Tensor
 from eyas.config import GREEDY, PLAIN, EyasError
 from eyas.decode.generate import Decoder
 from eyas.model.draft import DraftNetwork
-from eyas.model.target import chain_rows
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
-from eyas.train.features import Example, States
+from eyas.train.features import Example, States, TargetStates
 from eyas.train.unroll import unroll
 
 QUESTIONS = (
@@ -33,7 +32,7 @@ QUESTIONS = (
     "Name five instruments of an orchestra and say how each makes sound.",
 )
 STEPS = 3
-PART = 256
+CLEAR = 4.0  # standard errors between two readings of a draft before one overrules the other
 TELLING = 0.1  # acceptance of the first step under which nothing can be concluded
 UNSAYABLE = -20.0  # log probability given to a token outside the draft vocabulary
 
@@ -44,7 +43,7 @@ class Evidence:
 
     examples: list[Example]
     layers: list[Tensor]  # each example's [layers, N, H]: the input of every layer
-    favourites: list[Tensor]  # [N] the target's likeliest next token
+    favourites: list[Tensor]  # [N] the target's likeliest next token, where that is of an answer; else -1
 
     @property
     def answer_tokens(self) -> int:
@@ -73,19 +72,14 @@ def gather(target: Any, prompts: Sequence[list[int]], new_tokens: int) -> Eviden
     """Let the prepared target answer greedily, then read every layer's input along each text."""
     *_, texts = Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens)
     count = target.config.num_hidden_layers
-    examples, layers, favourites = [], [], []
+    source, examples, layers, favourites = TargetStates(target, range(count)), [], [], []
     for text in texts:
         answers = [0 if place >= text.prompt_length else -1 for place in range(len(text.tokens))]
-        cache, inputs, likeliest = target.new_cache(1, len(text.tokens)), [], []
-        for start in range(0, len(text.tokens), PART):
-            out = target(chain_rows(0, text.tokens[start : start + PART], start, target.device), cache, range(count))
-            cache.keep(0, range(len(out.logits)))
-            inputs.append(out.features.float().view(len(out.logits), count, -1).transpose(0, 1))
-            likeliest.append(out.logits.argmax(-1))
         if sum(number == 0 for number in answers) > STEPS:
             examples.append(Example(text.tokens, answers, greedy=True))
-            layers.append(torch.cat(inputs, 1))
-            favourites.append(torch.cat(likeliest))
+            states = source.states(examples[-1:])
+            layers.append(states.features.float().view(len(text.tokens), count, -1).transpose(0, 1))
+            favourites.append(states.favourites)
     if not examples:
         raise EyasError("the target's answers end at once: there is nothing to measure a draft on")
     return Evidence(examples, layers, favourites)
@@ -107,6 +101,10 @@ class Agreement(NamedTuple):
         """How many standard errors lie between the mean log probabilities, slot by slot; positive where this one is better."""
         gain = (self.log_q - other.log_q).double()
         return float(gain.mean() / (gain.std() / len(gain) ** 0.5).clamp_min(1e-12))
+
+    def overrules(self, other: Agreement) -> bool:
+        """Whether this reading is so much the better one that what a file says must be wrong."""
+        return self.telling and self.beats(other) >= CLEAR
 
 
 @torch.no_grad()

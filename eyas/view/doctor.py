@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, EyasError, default_taps, short
+from eyas.config import EyasError, default_taps, short
 from eyas.formats.files import Fields, tensors_of
-from eyas.formats.importing import CLEAR
 from eyas.formats.layouts import find
-from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.formats.portable import Draft, Found, TargetFiles, changed
 from eyas.model.draft import check_fits, tensors_hash
 from eyas.model.tokenizer import chat_template_hash
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import directory_hash, read_json
+from eyas.train.card import best_point
 from eyas.view.agreement import Agreement, Evidence, agreement
 
 MEANINGLESS = {"vocabulary", "not finite", "zero weights"}  # where one of these is found, what agrees better does so by chance
@@ -80,9 +80,8 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
     measured, best = [], None
     for reading in readings(draft, target):
         score = agreement(reading.draft.network(embedding), reading.draft.vocab, evidence, reading.late)
-        better = score.beats(as_is)
-        measured.append((reading.says, score.tau, better))
-        if better >= CLEAR and score.telling and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
+        measured.append((reading.says, score.tau, score.beats(as_is)))
+        if score.overrules(as_is) and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):
             best = reading, score
     if best and not MEANINGLESS & {finding.cause for finding in findings}:
         told = f"{best[0].says}: read so it has tau {best[1].tau:.2f}, as it is {as_is.tau:.2f}"
@@ -212,7 +211,7 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
         taps = tuple(tap + step for tap in config.taps)
         if taps[0] >= 0 and taps[-1] < layers:
             do = f"its features are the inputs of layers {list(taps)}: vLLM's ids are these, SGLang's each less one"
-            yield Reading("layer ids", f"{meaning}", do, changed(draft, taps=taps))
+            yield Reading("layer ids", meaning, do, changed(draft, taps=taps))
     if layers > 5 and config.taps != default_taps(layers):
         do = f"its features are the inputs of layers {list(default_taps(layers))}: leave ids out or write these"
         yield Reading("layer ids", "it was trained on the default layers", do, changed(draft, taps=default_taps(layers)))
@@ -266,24 +265,11 @@ def vocabulary_readings(draft: Draft) -> Iterator[Reading]:
         yield Reading("vocabulary", "its d2t holds ids, not offsets", do, replace(draft, vocab=DraftVocab(ids, draft.config.vocab_size)))
 
 
-def changed(draft: Draft, **changes: Any) -> Draft:
-    return replace(draft, config=DraftConfig(**{**vars(draft.config), **changes}))
-
-
 def reweighed(draft: Draft, weights: Mapping[str, Tensor]) -> Draft:
     return replace(draft, weights={**draft.weights, **weights})
 
 
 # ---- nothing wrong, and yet ----
-
-
-def best_point(told: Mapping[str, Any]) -> dict[str, float] | None:
-    """The point of training.json's curve whose weights were kept; None where there is no curve as eyas writes it."""
-    curve = told.get("curve")
-    numbers = ("tau", "accept_1")
-    points = [point for point in curve if isinstance(point, dict)] if isinstance(curve, list) else []
-    points = [point for point in points if all(isinstance(point.get(name), (int, float)) for name in numbers)]
-    return max(points, key=lambda point: point["tau"]) if points else None
 
 
 def weakness(path: Path, as_is: Agreement) -> Iterator[Finding]:

@@ -12,10 +12,10 @@ import urllib.request
 from collections import Counter
 from typing import Any, NamedTuple
 
-from eyas.config import GREEDY, EyasError, TreeShape, short
+from eyas.config import GREEDY, PRECISIONS, EyasError, TreeShape, short
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.engine import load
+from eyas.engine import without_draft
 from eyas.formats.portable import Draft, TargetFiles
 from eyas.view.agreement import QUESTIONS
 
@@ -126,8 +126,9 @@ def ask(url: str) -> Served:
 
 def compare(url: str, draft: Draft, target: TargetFiles) -> dict[str, Any]:
     """The engine's figure, ours for the same questions and trees, and what differs, in lines."""
-    served, engine = ask(url), load(target.directory)
-    own = [len(engine.encode(question)) for question in QUESTIONS]
+    served, engine = ask(url), without_draft(target.directory, PRECISIONS[0])
+    prompts = [engine.encode(question) for question in QUESTIONS]
+    own = [len(prompt) for prompt in prompts]
     lines, differs = [], False
     if any(served.prompt_tokens) and served.prompt_tokens != own:
         differs = True
@@ -141,7 +142,6 @@ def compare(url: str, draft: Draft, target: TargetFiles) -> dict[str, Any]:
         return {"lines": lines, "differs": True, "tau": None, "ours": None}
     shape, network = served.shape, draft.network(engine.target.embedding.detach(), engine.target.dtype)
     decoder = Decoder(engine.target, Eagle3Drafter(network.prepare(), draft.vocab))
-    prompts = [engine.encode(question) for question in QUESTIONS]
     *_, texts = decoder.run(prompts, shape, GREEDY, [0] * len(prompts), NEW_TOKENS)
     rounds: Counter[int] = sum((text.accepted_lengths for text in texts), Counter())
     ours = sum(length * count for length, count in rounds.items()) / max(rounds.total(), 1)

@@ -13,7 +13,7 @@ from eyas.formats.export import EXACT, export
 from eyas.formats.files import Fields, tensors_of
 from eyas.formats.layouts import LAYOUTS, find
 from eyas.formats.llama_cpp import FILE, pairs_from_halves
-from eyas.formats.portable import own_draft, probe, with_taps
+from eyas.formats.portable import changed, own_draft, probe
 from eyas.formats.vllm import is_speculators
 from eyas.model.draft import config_from_file
 from eyas.model.weights import halves_from_pairs, read_tensors
@@ -184,7 +184,7 @@ def test_an_export_with_other_taps_is_not_kept(draft, target, tmp_path, monkeypa
     from eyas.formats import layouts, sglang
 
     def wrong(work, draft, target, weights):
-        sglang.write(work, with_taps(draft, OTHER_TAPS), target, torch.bfloat16)
+        sglang.write(work, changed(draft, taps=OTHER_TAPS), target, torch.bfloat16)
 
     monkeypatch.setitem(layouts.LAYOUTS, "sglang", replace(layouts.LAYOUTS["sglang"], write=wrong))
     with pytest.raises(EyasError, match=r"reads back as another draft .* not kept"):
