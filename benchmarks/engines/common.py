@@ -2,7 +2,7 @@
 
 An engine runs in a venv of its own as a child: it is handed a job (a JSON file) and writes a result (another). A job says `target`,
 `draft` (directories), `prompts` (lists of token ids), `max_tokens`, `precision` (fp32 or bf16), `end_ids` (tokens that end an answer),
-`chain` (tokens drafted a round) or `tree` (nodes, depth, top_k). A result says `engine` (name and version), `notes`, and for each prompt
+and `tree` (nodes, depth, top_k; a chain has top_k 1). A result says `engine` (name and version), `notes`, and for each prompt
 
     plain    token ids that the engine writes without a draft
     tokens   token ids that it writes with the draft; the first comes from the prompt's own pass
@@ -22,10 +22,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eyas.model.draft import DraftNetwork
+    from eyas.model.vocab import DraftVocab
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -40,12 +44,6 @@ class Job:
     precision: str
     end_ids: list[int]
     tree: list[int]  # nodes with the root, expansions after the first, children a node
-
-    @property
-    def chain(self) -> int:
-        """Tokens drafted a round, where the tree is a chain."""
-        assert self.tree[2] == 1
-        return self.tree[0] - 1
 
 
 def options(text: str, precisions: Sequence[str] = ("fp32", "bf16")) -> argparse.ArgumentParser:
@@ -105,10 +103,12 @@ def environment(name: str, installs: Sequence[Sequence[str]], python: str = sys.
     return interpreter
 
 
-def run_child(python: Path, script: Path, job: Job, place: Path, timeout: float = 3600, **environ: str) -> dict[str, Any]:
+def run_child(
+    python: Path, script: Path, job: Job | Mapping[str, Any], place: Path, timeout: float = 3600, **environ: str
+) -> dict[str, Any]:
     """Run a script in the engine's environment on a job; what it says goes to a log. Raises with the log's end where it fails."""
     work, result = place / "job.json", place / "result.json"
-    work.write_text(json.dumps(asdict(job)))
+    work.write_text(json.dumps(asdict(job) if isinstance(job, Job) else job))
     result.unlink(missing_ok=True)
     log = place / "log.txt"
     with open(log, "w") as out:
@@ -129,6 +129,25 @@ def exported(draft: str | None, target: str | None, layout: str, place: Path, *m
     return place / "draft"
 
 
+def loaded(job: Job, draft: str | None, precision: str) -> tuple[Any, DraftNetwork, DraftVocab]:
+    """Our target, prepared, with our draft as it was before any export."""
+    from eyas.engine import DTYPES, draft_directory, load_target
+    from eyas.model.draft import load_draft
+
+    target = load_target(Path(job.target), precision)
+    directory = draft_directory(draft or "bundled", Path(job.target))
+    network, vocab = load_draft(directory, target.embedding.detach(), DTYPES[precision])
+    return target.prepare(), network, vocab
+
+
+def paths(tokens: Sequence[int], parents: Sequence[int]) -> set[tuple[int, ...]]:
+    """Every node of a tree as the tokens that lead to it, the root as the empty path."""
+    lines: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tokens[1:], parents[1:]):
+        lines.append((*lines[parent], token))
+    return set(lines)
+
+
 # ---- what engines that only load the draft are compared with ----
 
 
@@ -141,14 +160,11 @@ def draft_on_texts(job: Job, draft: str | None, places: int) -> tuple[dict[str, 
     from eyas.decode.drafter import TreeRequest
     from eyas.decode.generate import Decoder
     from eyas.drafters.eagle3 import Eagle3Drafter
-    from eyas.engine import draft_directory, load_target
     from eyas.model.attention import Segment
-    from eyas.model.draft import load_draft
     from eyas.view.replay import features_of
 
-    target = load_target(Path(job.target), "fp32")
-    network, vocab = load_draft(draft_directory(draft or "bundled", Path(job.target)), target.embedding.detach(), torch.float32)
-    target, drafter, shape = target.prepare(), Eagle3Drafter(network, vocab), TreeShape(*job.tree)
+    target, network, vocab = loaded(job, draft, "fp32")
+    drafter, shape = Eagle3Drafter(network, vocab), TreeShape(*job.tree)
     *_, texts = Decoder(target).run(job.prompts, PLAIN, GREEDY, [0] * len(job.prompts), job.max_tokens)
     cases: dict[str, Any] = {}
     logits, trees, all_roots = [], [], []
@@ -167,16 +183,8 @@ def draft_on_texts(job: Job, draft: str | None, places: int) -> tuple[dict[str, 
                 drafter.reserve(1, root + 200)
                 drafter.observe(0, text.tokens[: root + 1], features[:root])
                 tree = drafter.propose([TreeRequest(0, text.tokens[root], root, shape, GREEDY, None)])[0]
-                trees[-1].append(sorted(path(tree, node) for node in range(1, len(tree))))
+                trees[-1].append([list(path) for path in sorted(paths(tree.tokens, tree.parents) - {()})])
     return cases, {"logits": logits, "trees": trees, "roots": all_roots}
-
-
-def path(tree: Any, node: int) -> list[int]:
-    tokens = []
-    while node:
-        tokens.append(tree.tokens[node])
-        node = tree.parents[node]
-    return tokens[::-1]
 
 
 # ---- comparing ----
@@ -186,14 +194,10 @@ def compare(job: Job, result: dict[str, Any], draft: str | None) -> dict[str, An
     """The engine beside ours on the engine's own text: texts, rounds one by one, acceptance by position, chains."""
     from eyas.config import TreeShape
     from eyas.drafters.eagle3 import Eagle3Drafter
-    from eyas.engine import DTYPES, draft_directory, load_target
-    from eyas.model.draft import load_draft
     from eyas.view.replay import features_of, replay
 
-    target = load_target(Path(job.target), job.precision)
-    network, vocab = load_draft(draft_directory(draft or "bundled", Path(job.target)), target.embedding.detach(), DTYPES[job.precision])
-    target, drafter = target.prepare(), Eagle3Drafter(network.prepare(), vocab)
-    shape = TreeShape(*job.tree)
+    target, network, vocab = loaded(job, draft, job.precision)
+    drafter, shape = Eagle3Drafter(network.prepare(), vocab), TreeShape(*job.tree)
     ours = []
     for prompt, tokens, steps in zip(job.prompts, result["tokens"], result["steps"]):
         assert sum(steps) == len(tokens) - 1, f"{sum(steps)} tokens committed in rounds, {len(tokens)} written"
@@ -223,17 +227,21 @@ def counts(steps: Sequence[Sequence[int]], shape: Any) -> dict[str, Any]:
     }
 
 
+def save(told: Mapping[str, Any], chosen: argparse.Namespace, name: str) -> None:
+    out = chosen.out or RESULTS / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(told, indent=1) + "\n")
+
+
 def report(name: str, chosen: argparse.Namespace, job: Job, result: dict[str, Any], compared: dict[str, Any]) -> None:
     """Write the JSON and print one row of the table."""
-    out = chosen.out or RESULTS / f"{name}-{job.precision}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     conditions = {"max_tokens": job.max_tokens, "tree": chosen.tree, "precision": job.precision, "temperature": 0}
     conditions |= {"prompt_file": Path(chosen.prompts).name, "machine": platform.machine(), "cores": os.cpu_count()}
     told = {"engine": result["engine"], "notes": result.get("notes", []), **conditions, **compared}
     told["steps"] = [" ".join(map(str, one)) for one in result["steps"]]  # a line a prompt
     if "more" in result:
         told["more"] = result["more"]
-    out.write_text(json.dumps(told, indent=1) + "\n")
+    save(told, chosen, f"{name}-{job.precision}")
     print(row(told))
 
 

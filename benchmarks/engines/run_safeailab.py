@@ -10,13 +10,11 @@ places of each text, the whole tree it grows (60 nodes, depth 7, top 10) with ou
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, draft_on_texts, environment, exported, make_job, options, workplace
+from common import HERE, Job, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
 from safetensors.torch import load_file, save_file
 
 PINS = [["install", "torch==2.13.0", "transformers==4.53.1", "safetensors==0.8.0"]]
@@ -34,24 +32,20 @@ def main() -> None:
     job = make_job(chosen, draft)
     cases, ours = draft_on_texts(job, chosen.draft, ROOTS)
     save_file(cases, place / "cases.safetensors")
-    told = ask(environment("safeailab", PINS), place, job, chosen.checkout, ours["roots"])
+    told = {"checkout": str(chosen.checkout.resolve()), "draft": job.draft, "target": str(in_shards(job, place))}
+    told |= {"cases": str(place / "cases.safetensors"), "roots": ours["roots"], "tree": job.tree}
+    told = run_child(environment("safeailab", PINS), HERE / "safeailab_child.py", told, place)
     report(chosen, job, told, load_file(place / "result.json.safetensors"), ours)
 
 
-def ask(python: Path, place: Path, job: Any, checkout: Path, roots: list[list[int]]) -> dict[str, Any]:
-    """Run the child; it reads the embedding by the target's index, so the target is written in shards first."""
-    from eyas.model.weights import INDEX, read_tensors, save_tensors
+def in_shards(job: Job, place: Path) -> Path:
+    """The target, as a checkout reads its embedding: by the index of a sharded one."""
+    from eyas.model.weights import read_tensors, save_tensors
 
     sharded = place / "target"
-    if not (sharded / INDEX).exists():
-        sharded.mkdir(exist_ok=True)
-        save_tensors(sharded, read_tensors(Path(job.target)), 100_000_000)
-    told = {"checkout": str(checkout.resolve()), "draft": job.draft, "target": str(sharded), "cases": str(place / "cases.safetensors")}
-    (place / "job.json").write_text(json.dumps(told | {"roots": roots, "tree": job.tree}))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    script = Path(__file__).with_name("safeailab_child.py")
-    subprocess.run([str(python), str(script), str(place / "job.json"), str(place / "result.json")], check=True, env=clean, timeout=3600)
-    return json.loads((place / "result.json").read_text())
+    sharded.mkdir(exist_ok=True)
+    save_tensors(sharded, read_tensors(Path(job.target)), 100_000_000)
+    return sharded
 
 
 def report(chosen: Any, job: Any, told: dict[str, Any], theirs: dict[str, torch.Tensor], ours: dict[str, Any]) -> None:
@@ -69,9 +63,7 @@ def report(chosen: Any, job: Any, told: dict[str, Any], theirs: dict[str, torch.
         "nodes_that_differ": sum(len({*map(tuple, a)} ^ {*map(tuple, b)}) for a, b in pairs),
         "names_that_did_not_fit": told["odd"],
     }
-    out = chosen.out or RESULTS / f"safeailab{'-bin' if chosen.pickled else ''}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, chosen, f"safeailab{'-bin' if chosen.pickled else ''}")
     print(json.dumps(found, indent=1))
 
 

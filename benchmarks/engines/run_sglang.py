@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from common import HERE, Job, compare, environment, exported, make_job, options, report, run_child, workplace
+from common import HERE, Job, compare, environment, exported, loaded, make_job, options, paths, report, run_child, workplace
 from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.grow import Level
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.engine import DTYPES, draft_directory, load_target
+from eyas.engine import draft_directory
 from eyas.model.attention import Segment
 from eyas.model.draft import load_draft
 from eyas.view.replay import features_of, replay
@@ -92,22 +92,14 @@ def logits_difference(file: Path, drafter: Eagle3Drafter, longest: int) -> dict[
     return found | {"root_mean_square_difference": (squares / count) ** 0.5}
 
 
-def paths(tokens: Sequence[int], parents: Sequence[int]) -> set[tuple[int, ...]]:
-    """Every node of a tree as the tokens that lead to it, the root as the empty path."""
-    lines: list[tuple[int, ...]] = [()]
-    for token, parent in zip(tokens[1:], parents[1:]):
-        lines.append((*lines[parent], token))
-    return set(lines)
-
-
 def places(prompt: list[int], steps: Sequence[int]) -> list[int]:
     """Of the roots of rounds, in the text."""
     return [len(prompt) + sum(steps[:done]) for done in range(len(steps))]
 
 
-def tree_agreement(job: Job, result: dict[str, Any], drafter: Eagle3Drafter) -> dict[str, Any]:
+def tree_agreement(job: Job, result: dict[str, Any], target: Any, drafter: Eagle3Drafter) -> dict[str, Any]:
     """SGLang's trees beside ours on its own text, as sets of paths; rounds that differ in length make later ones begin elsewhere."""
-    target, shape = load_target(Path(job.target), job.precision).prepare(), TreeShape(*job.tree)
+    shape = TreeShape(*job.tree)
     found = dict.fromkeys(("prompts_with_equal_steps", "rounds", "rounds_at_places_of_ours", "equal_trees", "nodes", "equal_nodes"), 0)
     columns = (job.prompts, *(result[key] for key in ("tokens", "steps", "chains", "parents")))
     for prompt, tokens, steps, chains, parents in zip(*columns):
@@ -140,22 +132,17 @@ def main() -> None:
 
 def closer(job: Job, result: dict[str, Any], draft: str | None, record: Path) -> dict[str, Any]:
     """Logits beside ours, as we run and in float64 (what SGLang's own rounding amounts to); and where there are trees also these."""
-    directory = draft_directory(draft or "bundled", Path(job.target))
-    embedding = load_target(Path(job.target), job.precision).embedding.detach()
+    target, network, vocab = loaded(job, draft, job.precision)
     longest = max(len(prompt) + job.max_tokens for prompt in job.prompts) + 2 * job.tree[0]
 
-    def drafter(kind: type[Eagle3Drafter], dtype: torch.dtype) -> Eagle3Drafter:
-        network, vocab = load_draft(directory, embedding, dtype)
-        return kind(network.prepare(), vocab)
-
-    dtypes = {job.precision: DTYPES[job.precision], "float64": torch.float64}
+    wide, _ = load_draft(draft_directory(draft or "bundled", Path(job.target)), target.embedding.detach(), torch.float64)
     found: dict[str, Any] = {
-        f"draft_logits_beside_ours_in_{name}": logits_difference(record / "passes.npy", drafter(Eagle3Drafter, dtype), longest)
-        for name, dtype in dtypes.items()
+        f"draft_logits_beside_ours_in_{name}": logits_difference(record / "passes.npy", Eagle3Drafter(one.prepare(), vocab), longest)
+        for name, one in ((job.precision, network), ("float64", wide))
     }
     if job.tree[2] > 1:
         for name, kind in (("trees", Eagle3Drafter), ("trees_seeing_branches", BranchDrafter)):
-            found[name] = tree_agreement(job, result, drafter(kind, DTYPES[job.precision]))
+            found[name] = tree_agreement(job, result, target, kind(network, vocab))
     return found
 
 

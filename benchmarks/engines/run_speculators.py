@@ -9,11 +9,8 @@ step, in float32, on the features of our target along texts that the target wrot
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
-from common import RESULTS, draft_on_texts, environment, exported, make_job, options, workplace
+from common import HERE, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
 from safetensors.torch import load_file, save_file
 
 PINS = [["install", "torch==2.13.0"], ["install", "speculators==0.9.0", "transformers==5.19.0", "torch==2.13.0"]]
@@ -28,24 +25,18 @@ def main() -> None:
     cases, ours = draft_on_texts(job, chosen.draft, 0)
     save_file(cases, place / "cases.safetensors")
     told = {"draft": job.draft, "cases": str(place / "cases.safetensors"), "texts": len(job.prompts)}
-    (place / "job.json").write_text(json.dumps(told))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("speculators_child.py")
-    command = [str(environment("speculators", PINS)), str(script), str(place / "job.json"), str(place / "result.json")]
-    subprocess.run(command, check=True, env=clean, timeout=3600)
+    found = run_child(environment("speculators", PINS), HERE / "speculators_child.py", told, place, HF_HUB_OFFLINE="1")
     theirs = load_file(place / "result.json.safetensors")
     apart: dict[str, float] = {}
     for name, logits in theirs.items():
         attention, number = name.split(".")
         apart[attention] = max(apart.get(attention, 0.0), float((logits - ours["logits"][int(number)]).abs().max()))
-    found = json.loads((place / "result.json").read_text()) | {
+    found |= {
         "prompts": len(job.prompts),
         "rows": sum(len(one) for one in ours["logits"]),
         "largest_difference_of_logits": apart,
     }
-    out = chosen.out or RESULTS / "speculators.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, chosen, "speculators")
     print(json.dumps(found, indent=1))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from eyas.cli import LAYOUT_NAMES
 from eyas.commands.serve_command import gain
+from eyas.formats.layouts import LAYOUTS
 from eyas.model.draft import config_from_file
 from tests.commands.words import contents
 from tests.tiny import save_tiny_draft, save_tiny_target
@@ -22,6 +25,10 @@ def place(tmp_path_factory):
     save_tiny_draft(root / "draft", root / "target", taps=None)
     save_tiny_draft(root / "modern", root / "target", taps=(1, 3, 6), fc_norm=True, norm_output=True)
     return root
+
+
+def test_the_help_names_every_layout():
+    assert re.split(", | or ", LAYOUT_NAMES) == list(LAYOUTS)
 
 
 @pytest.mark.parametrize("layout", ["sglang", "vllm", "speculators", "safeailab", "safeailab-bin", "llama_cpp"])
