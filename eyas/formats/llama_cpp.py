@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from eyas.config import DraftConfig, EyasError, TreeShape, short
-from eyas.formats.gguf_file import check_gguf, copy_tokenizer, write_tokenizer
+from eyas.formats.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.model.gguf_check import check_gguf
 from eyas.model.transformer import rotary_frequencies
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import halves_from_pairs

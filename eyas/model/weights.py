@@ -259,9 +259,11 @@ def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] =
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
+    from eyas.model.gguf_check import check_gguf
     from eyas.model.tokenizer import tokenizer_from_gguf
 
     try:
+        check_gguf(path)
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError) as error:  # IndexError: the file ends early

@@ -422,6 +422,15 @@ def test_a_gguf_cut_short_is_one_line(tmp_path, share):
     assert not (tmp_path / "converted").exists()
 
 
+def test_a_gguf_that_claims_more_than_it_holds_is_one_line(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", hugging_face("llama", True))
+    held = path.read_bytes()
+    path.write_bytes(held[:24] + (1 << 60).to_bytes(8, "little") + held[32:])  # the length of the first key
+    with pytest.raises(EyasError, match=r"tiny\.gguf cannot be read as GGUF: it claims") as caught:
+        convert_gguf(path, tmp_path / "converted")
+    one_line(caught)
+
+
 def test_a_kill_between_the_renames_of_a_save_loses_nothing(tmp_path):
     """What was there before moves back into place; half-written remains go; a directory that is there is left alone."""
     old, work = tmp_path / ".draft-abc-old", tmp_path / ".draft-abc"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from eyas.commands.common import evidence_of
 from eyas.engine import BUNDLED
@@ -24,6 +25,9 @@ from eyas.formats.portable import TargetFiles, own_draft
 from eyas.model.draft import save_draft
 from eyas.model.tokenizer import chat_template_hash
 from eyas.model.weights import INDEX, directory_hash, read_tensors, save_tensors
+from eyas.train.batches import make_batch
+from eyas.train.unroll import unroll
+from eyas.view.agreement import Taken
 from eyas.view.doctor import diagnose
 
 pytestmark = pytest.mark.real
@@ -190,6 +194,27 @@ def test_each_mistake_is_named(mistake, good, evidence, tmp_path):
     assert mistake.cause in causes, (causes, found.measured)
     others = set(causes) - {mistake.cause, "config against tensors", "weights changed"}
     assert not others, f"and nothing else is: {found.findings}"
+
+
+def test_a_draft_trained_with_the_feature_of_the_token_before_is_named(good, evidence, tmp_path):
+    told, embedding = evidence
+    draft = own_draft(good["eyas"])
+    network = draft.network(embedding)
+    learned = [weight.requires_grad_() for name, weight in network.named_parameters() if "embed" not in name]
+    batch, states = make_batch(told.examples, Taken(told, draft.config.taps, late=1), network)
+    optimiser = torch.optim.Adam(learned, lr=1e-3)
+    number = torch.full((draft.config.vocab_size,), -1).index_copy_(0, draft.vocab.ids, torch.arange(len(draft.vocab)))
+    for _ in range(12):
+        loss = torch.zeros(())
+        for step in unroll(network, batch, 3):
+            wanted = number[states.favourites[step.teacher_rows]]
+            loss = loss + cross_entropy(network.logits(step.a), wanted, ignore_index=-1)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    save_draft(tmp_path, network, draft.vocab, draft.target_layers)
+    found = diagnose(tmp_path, TargetFiles.of(None), *evidence)
+    assert "feature late" in [finding.cause for finding in found.findings], (found.findings, found.measured)
 
 
 def test_an_import_decides_by_measuring_what_layer_ids_mean(good, evidence, tmp_path):

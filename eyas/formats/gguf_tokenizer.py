@@ -1,89 +1,21 @@
-"""GGUF metadata on its own: whether a file's header is honest, and the tokenizer section that llama.cpp wants in every model.
-
-Knows the container, tokenizers and nothing of drafts. The library that reads a GGUF follows the lengths its header claims, so these are
-compared with the file's size first.
-"""
+"""The tokenizer section that llama.cpp wants in every GGUF model. Knows tokenizers and nothing of drafts."""
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eyas.config import EyasError
+from eyas.model.gguf_check import check_gguf
 from eyas.model.tokenizer import SPLITS
 from eyas.model.weights import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a scalar, by its type number
-STRING, ARRAY = 8, 9
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
-
-
-class Header:
-    """Walks a GGUF header without believing it."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.left = open(path, "rb"), path.stat().st_size  # noqa: SIM115 (closed by check_gguf)
-
-    def take(self, count: int) -> bytes:
-        if not 0 <= count <= self.left:
-            raise EyasError(f"claims {count} bytes where {self.left} are left")
-        self.left -= count
-        return self.file.read(count)
-
-    def skip(self, count: int) -> None:
-        if not 0 <= count <= self.left:
-            raise EyasError(f"claims {count} bytes where {self.left} are left")
-        self.left -= count
-        self.file.seek(count, 1)
-
-    def number(self, form: str = "<Q") -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def value(self, kind: int, depth: int = 0) -> None:
-        if kind in WIDTHS:
-            self.skip(WIDTHS[kind])
-        elif kind == STRING:
-            self.skip(self.number())
-        elif kind == ARRAY and depth == 0:
-            inner, count = self.number("<I"), self.number()
-            if inner in WIDTHS:
-                self.skip(WIDTHS[inner] * count)
-            elif 8 * count > self.left:
-                raise EyasError(f"claims a list of {count} where {self.left} bytes are left")
-            else:
-                for _ in range(count):
-                    self.value(inner, depth + 1)
-        else:
-            raise EyasError(f"has a field of type {kind}, which there is not")
-
-
-def check_gguf(path: Path) -> None:
-    """Raises where the file is no GGUF or its header claims more than the file holds."""
-    header = Header(path)
-    try:
-        if header.take(4) != b"GGUF" or header.number("<I") not in (2, 3):
-            raise EyasError("is not a GGUF file of version 2 or 3")
-        tensors, fields = header.number(), header.number()
-        if 24 * tensors + 12 * fields > header.left:
-            raise EyasError(f"claims {tensors} tensors and {fields} fields")
-        for _ in range(fields):
-            header.skip(header.number())
-            header.value(header.number("<I"))
-        for _ in range(tensors):
-            header.skip(header.number())
-            if (dimensions := header.number("<I")) > 8:
-                raise EyasError(f"has a tensor of {dimensions} dimensions")
-            header.skip(8 * dimensions + 12)
-    except EyasError as error:
-        raise EyasError(f"{path} {error}; it is damaged, or no GGUF") from None
-    finally:
-        header.file.close()
 
 
 def write_tokenizer(writer: GGUFWriter, directory: Path) -> None:
