@@ -172,7 +172,7 @@ def export_options(commands: argparse._SubParsersAction) -> None:
 
 def import_options(commands: argparse._SubParsersAction) -> None:
     importing = add(commands, "import", "read a draft in any engine's layout, say what it is, and write it as eyas's own")
-    importing.add_argument("source", help="directory or .gguf file")
+    importing.add_argument("source", help="directory, .gguf file or hub name")
     importing.add_argument("out", nargs="?", help="directory to write")
     importing.add_argument("--target", help="its target; what its files leave open is then measured on text that the target writes")
     importing.add_argument("--target-layers", type=int, metavar="N", help="how many layers its target has, where that is not at hand")
@@ -191,7 +191,7 @@ def serve_command_options(commands: argparse._SubParsersAction) -> None:
 
 def doctor_options(commands: argparse._SubParsersAction) -> None:
     doctor = add(commands, "doctor", "why a draft accepts little: checks its files, measures it under each usual mistake")
-    doctor.add_argument("draft", help="directory or .gguf file, in any layout")
+    doctor.add_argument("draft", help="directory, .gguf file or hub name, in any layout; or `bundled`")
     doctor.add_argument("--target", help="its target (default: the embedded one)")
     doctor.add_argument("--engine-url", metavar="URL", help="a running OpenAI-compatible engine that serves this draft: compare acceptance")
     doctor.add_argument("--tokens", type=int, default=96, help="of each answer that is measured on (default %(default)s)")

@@ -50,14 +50,17 @@ def target_directory(source: str | Path | None) -> Path:
         return final
     if path.exists() or str(source).count("/") != 1:
         raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
+    return from_hub(str(source), ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
+
+
+def from_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The directory of a hub repository's files, fetched once."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
-        raise EyasError(f"could not fetch {source} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
+        raise EyasError(f"could not fetch {name} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
 
 
 def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target | AdaptedTarget:

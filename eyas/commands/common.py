@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
-from eyas.engine import BUNDLED, Engine, load, load_target, target_directory, without_draft
+from eyas.engine import BUNDLED, Engine, from_hub, load, load_target, target_directory, without_draft
 from eyas.model.embedded import LAYERS, VOCABULARY
 
 if TYPE_CHECKING:
@@ -67,5 +67,10 @@ def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]
 
 
 def draft_path(source: str) -> Path:
-    """Where a draft of any layout lies; `bundled` is the one that comes with eyas."""
-    return BUNDLED if source == "bundled" else Path(source).expanduser()
+    """Where a draft of any layout lies: `bundled` (the one that comes with eyas), a directory, a .gguf file or a hub name."""
+    path = BUNDLED if source == "bundled" else Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or source.count("/") != 1 or source.startswith((".", "~")):
+        raise EyasError(f"{path} does not exist; give a directory, a .gguf file or a hub name like owner/draft")
+    return from_hub(source, ["*.json", "*.safetensors", "*.bin", "*.gguf"])

@@ -18,8 +18,6 @@ def run(options: argparse.Namespace) -> int:
     if options.tokens < 8:
         raise EyasError(f"tokens must be at least 8, not {options.tokens}")
     path = draft_path(options.draft)
-    if not path.exists():
-        raise EyasError(f"{path} does not exist")
     target = TargetFiles.of(options.target)
     evidence, embedding = evidence_of(target, options.tokens)
     found = diagnose(path, target, evidence, embedding)

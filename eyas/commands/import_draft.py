@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from eyas.commands.common import evidence_of
+from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError, default_taps
 from eyas.formats.export import make_way
 from eyas.formats.importing import settle
@@ -23,12 +23,12 @@ MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
 
 def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
-    source = Path(options.source).expanduser()
     out = Path(options.out).expanduser() if options.out else None
     if not options.dry_run:
         if out is None:
             raise EyasError("name a directory to write to, or ask for --dry-run")
         make_way(out, options.force)
+    source = draft_path(options.source)
     found = find(source)
     console.print(f"{source}: {found.layout}, {described(found)}", markup=False)
     target = TargetFiles.of(options.target) if options.target else None

@@ -42,6 +42,22 @@ def test_out_to_an_engine_and_back_is_the_same_draft(run, place, tmp_path, layou
     assert config_from_file(tmp_path / "back") == config_from_file(place / "draft")
 
 
+def test_a_draft_by_its_hub_name(run, refused, place, monkeypatch):
+    def snapshot(name, allow_patterns):
+        if name != "someone/draft":
+            raise OSError("404 of many\nwords")
+        assert "*.safetensors" in allow_patterns
+        return str(place / "draft")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    status, out, _ = run("import", "someone/draft", "--dry-run", "--target-layers", LAYERS)
+    assert status == 0 and out.startswith(f"{place / 'draft'}: eyas, width")
+    assert (
+        refused("import", "someone/else", "--dry-run")
+        == "could not fetch someone/else from the hub (404 of many); give a local directory or .gguf"
+    )
+
+
 def test_an_import_measures_what_the_files_leave_open(run, place, tmp_path):
     run("export", place / "draft", tmp_path / "there", "--to", "sglang", "--target", place / "target")
     config = json.loads((tmp_path / "there" / "config.json").read_text())
@@ -77,7 +93,7 @@ def test_what_cannot_be_written_or_read_is_refused_in_one_line(refused, run, pla
     assert "chain must be at least 1" in refused("export", draft, there, "--to", "vllm", "--chain", "-3", *target)
     assert "is the draft itself" in refused("export", draft, draft, "--to", "vllm", "--force", *target)
     assert "name a directory to write to" in refused("import", draft)
-    assert "neither a directory nor a .gguf file" in refused("import", tmp_path / "nothing", there)
+    assert "does not exist; give a directory, a .gguf file or a hub name" in refused("import", tmp_path / "nothing", there)
     assert not there.exists()
     run("export", draft, there, "--to", "vllm", *target)
     before = contents(there)
