@@ -17,7 +17,7 @@ import torch
 from common import HERE, Job, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
 from safetensors.torch import load_file, save_file
 
-PINS = [["install", "torch==2.13.0", "transformers==4.53.1", "safetensors==0.8.0"]]
+INSTALLS = (("install", "torch==2.13.0", "transformers==4.53.1", "safetensors==0.8.0"),)
 ROOTS = 4  # places of each text where a tree is grown
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     save_file(cases, place / "cases.safetensors")
     told = {"checkout": str(chosen.checkout.resolve()), "draft": job.draft, "target": str(in_shards(job, place))}
     told |= {"cases": str(place / "cases.safetensors"), "roots": ours["roots"], "tree": job.tree}
-    told = run_child(environment("safeailab", PINS), HERE / "safeailab_child.py", told, place)
+    told = run_child(environment("safeailab", INSTALLS), HERE / "safeailab_child.py", told, place)
     report(chosen, job, told, load_file(place / "result.json.safetensors"), ours)
 
 

@@ -13,7 +13,10 @@ import json
 from common import HERE, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
 from safetensors.torch import load_file, save_file
 
-PINS = [["install", "torch==2.13.0"], ["install", "speculators==0.9.0", "transformers==5.19.0", "torch==2.13.0"]]
+INSTALLS = (
+    ("install", "torch==2.13.0", "speculators==0.9.0", "transformers==5.19.0"),
+    ("uninstall", "-y", "torchvision", "torchaudio"),  # builds that may not fit this torch break the import; text needs none
+)
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     cases, ours = draft_on_texts(job, chosen.draft, 0)
     save_file(cases, place / "cases.safetensors")
     told = {"draft": job.draft, "cases": str(place / "cases.safetensors"), "texts": len(job.prompts)}
-    found = run_child(environment("speculators", PINS), HERE / "speculators_child.py", told, place, HF_HUB_OFFLINE="1")
+    found = run_child(environment("speculators", INSTALLS), HERE / "speculators_child.py", told, place, HF_HUB_OFFLINE="1")
     theirs = load_file(place / "result.json.safetensors")
     apart: dict[str, float] = {}
     for name, logits in theirs.items():
