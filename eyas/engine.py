@@ -26,7 +26,8 @@ from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
 from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
+BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
 BUNDLED = Path(__file__).parent / "bundled"
 FIXED_SHAPES = {"lookup": TreeShape.chain(5), "draft-model": TreeShape.chain(2), "plain": PLAIN}
 
@@ -69,9 +70,11 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
     Families that our own blocks do not compute run through transformers.
     """
     if precision not in PRECISIONS:
-        raise EyasError(f"precision {precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
+        raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
     config = target_config(directory)
     if not has_own_blocks(directory):
+        if precision in BITS:
+            raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name} runs through transformers: use bf16 or fp32")
         return load_adapted(directory, DTYPES[precision], device)
     with torch.device("meta"):
         target = Target(config)
@@ -80,6 +83,10 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
         target.lm_head.weight = target.model.embed_tokens.weight
     load_strictly(target, read_tensors(directory), f"target {directory}")
     return target
+
+
+def prepared(model: Target | AdaptedTarget, precision: str) -> Target | AdaptedTarget:
+    return model.prepare(BITS[precision]) if precision in BITS else model.prepare()
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -147,9 +154,9 @@ class Engine:
         self.makers: dict[str, Callable[[], Drafter]] = {"plain": NoDrafter, "lookup": LookupDrafter}
         if draft:
             network, vocab = load_draft(draft, embedding, embedding.dtype)
-            network.prepare()
+            network.prepare(8 if precision in BITS else 16)  # of 4 bits it would guess worse
             self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
-        self.target = target.prepare()
+        self.target = prepared(target, precision)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
 
@@ -199,7 +206,7 @@ class Engine:
 
     def use_draft_model(self, model: Target | AdaptedTarget) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
-        small = model.prepare()
+        small = prepared(model, self.precision)
         self.makers["draft-model"] = lambda: ModelDrafter(small, self.target.config.vocab_size)
 
     @property

@@ -125,6 +125,15 @@ def test_bf16_text_of_eagle3_is_plain_text_under_the_native_kernel(bf16, tempera
     assert texts(bf16, bf16.drafter("lookup"), TreeShape.chain(5), sampling, PROMPTS[:25], 32) == plain[:25]
 
 
+@needs_kernel
+@pytest.mark.parametrize("precision", ["int8", "q4"])
+def test_text_at_few_bits_is_plain_text_of_the_same_bits(embedded, precision):
+    engine = eyas.load(precision=precision)
+    for sampling in (Sampling(), Sampling(1.0)):
+        plain = texts(engine, None, PLAIN, sampling, PROMPTS[:12], 32)
+        assert texts(engine, engine.drafter("eagle3"), TREE, sampling, PROMPTS[:12], 32) == plain
+
+
 @pytest.mark.skipif(EXACT, reason="the native kernel gives equal texts: tested above")
 def test_bf16_parts_from_plain_no_more_than_another_pass_shape_does(bf16):
     """The rule where a library's kernels sum in other orders for other shapes: speculation may cost no more than padding a pass does."""

@@ -105,15 +105,18 @@ class DraftNetwork(nn.Module):
         """[N, D]"""
         return self.head(self.norm(a_NH))
 
-    def prepare(self) -> DraftNetwork:
-        """Pack weights for inference; logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal."""
-        pack(self.midlayer)
+    def prepare(self, bits: int = 16) -> DraftNetwork:
+        """Pack weights for inference, as 8-bit ones where asked for.
+
+        Logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal.
+        """
+        pack(self.midlayer, bits)
         block = self.midlayer
         if NativeLayer.fits(block.self_attn, block.mlp) and not self.config.norm_before_residual:
             norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
             self.native = NativeLayer(block.self_attn, block.mlp, *norms)
-        self.fuse_product.pack()
-        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.fuse_product.pack(bits=bits)
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         self.fc.weight = self.lm_head.weight = None
         return self.eval().requires_grad_(False)
 

@@ -21,19 +21,19 @@ class NativeLayer:
         qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
-        blocks = [dense.weight.blocks for dense in (qkv, o, gate_up, down)]
-        self.kept = (norms, blocks, qkv.bias, o.bias)  # what the structure points to
-        width, inner = norm.weight.shape[0], down.weight.blocks.shape[1]
-        outs = [16 * dense.weight.blocks.shape[0] for dense in (qkv, gate_up, o)]
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, *blocks, qkv.bias, o.bias)]
-        self.layer = native.Layer(width, inner, *outs, norm.eps, *pointers)
-        self.scratch_width = 2 * width + outs[0] + self.heads * attention.head_dim + outs[1] + inner + outs[2]
+        packed = [dense.weight for dense in (qkv, o, gate_up, down)]
+        self.kept = (norms, packed, qkv.bias, o.bias)  # what the structure points to
+        width, inner, matrices = norm.weight.shape[0], down.weight.inputs, [weights.matrix for weights in packed]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, qkv.bias, o.bias)]
+        self.layer = native.Layer(width, inner, norm.eps, *pointers, *matrices)
+        outs = sum(matrix.outputs for matrix in matrices[:3])
+        self.scratch_width = 2 * width + outs + self.heads * attention.head_dim + inner + max(weights.scratch for weights in packed)
 
     @staticmethod
     def fits(attention: Attention, mlp: MLP) -> bool:
         """Whether all its products are packed for the kernel, without norms of queries and keys or biases in the MLP."""
         dense = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
-        whole = mlp.down.kind == "native" and mlp.down.weight.blocks.shape[1] % 8 == 0 and mlp.down.weight.outputs % 8 == 0
+        whole = mlp.down.kind == "native" and mlp.down.weight.inputs % 8 == 0 and mlp.down.weight.outputs % 8 == 0
         return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
 
     def __call__(
@@ -41,7 +41,7 @@ class NativeLayer:
     ) -> None:
         """Add to x (float32, contiguous, changed in place) what layer `index` of the cache makes of it; cos and sin are float32 [N,1,d]."""
         keys, values = attention.cache.keys[index], attention.cache.values[index]
-        plan = attention.plan(self.heads, self.kv_heads, self.layer.qkv_out)
+        plan = attention.plan(self.heads, self.kv_heads, self.layer.qkv.outputs)
         scratch = torch.empty(x_NH.shape[0] * self.scratch_width, dtype=torch.float32, device="cpu")
         call = getattr(native.kernel(), f"eyas_layer_{native.format_of(keys)}")
         given = None if beside_NH is None else beside_NH.data_ptr()

@@ -5,6 +5,8 @@ Knows devices and number formats; knows nothing of attention or of models. On a 
 - bfloat16 result, and the CPU multiplies bfloat16: oneDNN with weights packed for few rows;
 - else, where weights are bfloat16 values: the native kernel (native.py), which reads them as such and sums in float32;
 - else oneDNN with float32 weights packed; elsewhere PyTorch's own product.
+
+Weights of 8 or 4 bits (grouped.py), where they are asked for, are multiplied as such by the native kernel; elsewhere their values are.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.model import native
+from eyas.model import grouped, native
 
 PACKED_FOR_ROWS = 8  # oneDNN lays weights out for a row count; verification passes have about this many
 
@@ -41,27 +43,35 @@ class Dense:
         self.bias: Tensor | None = None
         self.kind = "loose"
 
-    def pack(self, result: torch.dtype | None = None) -> None:
-        """Stack and pack the weights for inference. `result` is the number format of y (default: that of the weights)."""
+    def pack(self, result: torch.dtype | None = None, bits: int = 16) -> None:
+        """Stack and pack the weights for inference. `result` is the number format of y (default: that of the weights).
+
+        `bits`: 8 or 4 for weights of so few, where their inputs come in whole groups; 16 leaves them as they are.
+        """
         weights = [layer.weight.detach() for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None if self.layers[0].bias is None else torch.cat([layer.bias.detach() for layer in self.layers])
         self.result = result or weight.dtype
-        self.kind = self.choose(weight)
+        bits = bits if grouped.fits(weight) else 16
+        self.kind = self.choose(weight, bits)
         if self.kind == "native":
-            weight, bias = native.packed(weight), None if bias is None else bias.float()
-        elif self.kind == "onednn":
+            weight, bias = native.packed(weight, bits), None if bias is None else bias.float()
+        elif bits < 16:
+            weight = grouped.grouped(weight, bits).weight.to(weight.dtype)
+        if self.kind == "onednn":
             exact = self.result == torch.float32 or not cpu_multiplies_bfloat16()
             weight, bias = (weight.float(), None if bias is None else bias.float()) if exact else (weight, bias)
             self.compute = weight.dtype
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-        else:  # a wider result, logits say, is computed wide: rounding first would make many of them equal
+        elif self.kind == "torch":  # a wider result, logits say, is computed wide: rounding first would make many of them equal
             weight, bias = weight.to(self.result), None if bias is None else bias.to(self.result)
         self.weight, self.bias = weight, bias
 
-    def choose(self, weight: Tensor) -> str:
+    def choose(self, weight: Tensor, bits: int) -> str:
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             return "torch"
+        if bits < 16 and native.kernel():
+            return "native"
         native_wins = self.result == torch.float32 or not cpu_multiplies_bfloat16()
         if native_wins and native.kernel() and native.fits(weight):
             return "native"

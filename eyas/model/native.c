@@ -1,7 +1,7 @@
 /* What a pass over a model's rows is made of. AVX2 and FMA.
  *
- * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and bfloat16 w, which is widened on the fly: a pass of
- * few rows is bound by reading weights, and bfloat16 halves that. eyas_attention is attention over a cache, eyas_layer a whole decoder
+ * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and bfloat16 or int8 w, which is widened on the fly: a pass
+ * of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layer a whole decoder
  * layer: what lies between the products costs little as arithmetic and much as two dozen calls. In all of them every sum of a row is taken in one order, whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows
  * give exactly what plain decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
  *
@@ -81,7 +81,7 @@ static void blocks(const float *x, const uint16_t *w, float *y, long rows, long 
     for (; b < last; b++) one_block(x, w + b * in * LANES, y + b * LANES, rows, in, out);
 }
 
-void eyas_product(const float *x, const uint16_t *w, float *y, long rows, long in, long out, int threads) {
+static void product(const float *x, const uint16_t *w, float *y, long rows, long in, long out, int threads) {
     long count = out / LANES, tasks = (count + TASK - 1) / TASK;
     for (long r = 0; r < rows; r += ROWS_AT_ONCE) {
         long some = rows - r < ROWS_AT_ONCE ? rows - r : ROWS_AT_ONCE;
@@ -89,6 +89,128 @@ void eyas_product(const float *x, const uint16_t *w, float *y, long rows, long i
         for (long t = 0; t < tasks; t++)
             blocks(x + r * in, w, y + r * out, some, in, out, t * TASK, (t + 1) * TASK < count ? (t + 1) * TASK : count);
     }
+}
+
+/* ---- products with 8 or 4-bit weights ----
+ *
+ * w[o, i] is d * n (n of 8 bits, signed) or m + d * n (n of 4 bits, unsigned), with d and m for each output and group of 32 inputs, as GGUF's
+ * Q8_0 and Q4_1. A row of x becomes int16 with one scale. Sums of a group are exact integers, the groups' are added in order, so a row's
+ * result depends on nothing else. vpmaddwd takes pairs of inputs. Packed: [out / 16][in / 32] records of d and m as float16 [16] each, then
+ * n as [pair][output][2]; of 4-bit ones output j has the low half of the bytes whose high half is output 8 + j's. */
+
+#define GROUP 32
+#define RECORD(bits) ((bits) == 8 ? 2 * LANES + GROUP * LANES : 4 * LANES + GROUP * LANES / 2) /* bytes */
+
+typedef struct {
+    const void *w;
+    long bits, in, out; /* bits: 16 (bfloat16), 8 or 4 */
+} matrix;
+
+static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+
+#define GROUPED(R, BITS)                                                                                                             \
+    static void grouped_##R##_##BITS(const int16_t *q, const float *scale, const float *sums, const uint8_t *w, float *y, long in,       \
+                                     long out) {                                                                                     \
+        __m256 total[R][2];                                                                                                          \
+        ALL for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();                                             \
+        for (long g = 0; g < in / GROUP; g++, w += RECORD(BITS)) {                                                                   \
+            const uint8_t *n = w + (BITS == 8 ? 2 * LANES : 4 * LANES);                                                              \
+            __m256i sum[R][2];                                                                                                       \
+            ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();                                          \
+            for (long i = g * GROUP; i < (g + 1) * GROUP; i += 2) {                                                                  \
+                __m256i first, second;                                                                                               \
+                if (BITS == 8) {                                                                                                     \
+                    _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                        \
+                    first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)n));                                               \
+                    second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(n + LANES)));                                    \
+                    n += 2 * LANES;                                                                                                  \
+                } else {                                                                                                             \
+                    _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                        \
+                    __m128i both = _mm_loadu_si128((const __m128i *)n), low = _mm_set1_epi8(15);                                     \
+                    first = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));                                                          \
+                    second = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));                                      \
+                    n += LANES;                                                                                                      \
+                }                                                                                                                    \
+                ALL for (int r = 0; r < R; r++) {                                                                                    \
+                    const int16_t *at = q + r * in + i;                                                                              \
+                    int pair;                                                                                                        \
+                    __asm__ volatile("" : "+r"(at)); /* or gcc loads all rows first and keeps sums on the stack */                   \
+                    memcpy(&pair, at, sizeof pair);                                                                                  \
+                    __m256i value = _mm256_set1_epi32(pair);                                                                         \
+                    sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(value, first));                                        \
+                    sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(value, second));                                       \
+                    __asm__ volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));                                                         \
+                }                                                                                                                    \
+            }                                                                                                                        \
+            ALL for (int half = 0; half < 2; half++) {                                                                               \
+                __m256 d = load_half(w + half * LANES);                                                                              \
+                ALL for (int r = 0; r < R; r++) total[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][half]), d, total[r][half]);   \
+                if (BITS == 4) {                                                                                                     \
+                    __m256 m = load_half(w + 2 * LANES + half * LANES);                                                              \
+                    ALL for (int r = 0; r < R; r++)                                                                                  \
+                        total[r][half] = _mm256_fmadd_ps(_mm256_set1_ps(sums[r * (in / GROUP) + g]), m, total[r][half]);             \
+                }                                                                                                                    \
+            }                                                                                                                        \
+        }                                                                                                                            \
+        ALL for (int r = 0; r < R; r++)                                                                                              \
+            ALL for (int half = 0; half < 2; half++)                                                                                 \
+                _mm256_storeu_ps(y + r * out + 8 * half, _mm256_mul_ps(total[r][half], _mm256_set1_ps(scale[r])));                   \
+    }
+
+#define GROUPED_ROWS(BITS)                                                                                                           \
+    GROUPED(1, BITS) GROUPED(2, BITS) GROUPED(3, BITS) GROUPED(4, BITS) GROUPED(5, BITS) GROUPED(6, BITS)                            \
+    static void (*const grouped_##BITS[])(const int16_t *, const float *, const float *, const uint8_t *, float *, long, long) = {       \
+        grouped_1_##BITS, grouped_2_##BITS, grouped_3_##BITS, grouped_4_##BITS, grouped_5_##BITS, grouped_6_##BITS};
+
+GROUPED_ROWS(8)
+GROUPED_ROWS(4)
+
+/* One row of in numbers to int16 (nearest, ties to even) with the sum of each group; returns its scale. in is a multiple of 32. */
+static float quantise_row(const float *x, int16_t *q, float *sums, long in) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 most = _mm256_setzero_ps();
+    for (long c = 0; c < in; c += 8) most = _mm256_max_ps(most, _mm256_and_ps(_mm256_loadu_ps(x + c), magnitude));
+    float lane[8], peak = 0;
+    _mm256_storeu_ps(lane, most);
+    for (int i = 0; i < 8; i++) peak = lane[i] > peak ? lane[i] : peak;
+    float factor = peak > 1e-30f ? 32767 / peak : 0; /* a smaller one has no factor */
+    for (long g = 0; g < in / GROUP; g++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (long c = g * GROUP; c < (g + 1) * GROUP; c += 8) {
+            __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + c), _mm256_set1_ps(factor)));
+            _mm_storeu_si128((__m128i *)(q + c), _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+            sum = _mm256_add_epi32(sum, whole);
+        }
+        int part[8], whole = 0;
+        _mm256_storeu_si256((__m256i *)part, sum);
+        for (int i = 0; i < 8; i++) whole += part[i];
+        sums[g] = (float)whole;
+    }
+    return peak / 32767;
+}
+
+/* scratch: for each row in / 2 + in / 32 + 1 numbers: its whole numbers, their sums by group, its scale. */
+static void product_grouped(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
+    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK, wide = in / GROUP * RECORD(m->bits);
+    int16_t *q = (int16_t *)scratch;
+    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
+    for (long r = 0; r < rows; r++) scale[r] = quantise_row(x + r * in, q + r * in, sums + r * (in / GROUP), in);
+    for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
+        long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (long t = 0; t < tasks; t++)
+            for (long b = t * TASK; b < count && b < (t + 1) * TASK; b++)
+                for (long r = first, groups = (last - first + 5) / 6, n; groups > 0; groups--, r += n) {
+                    n = (last - r + groups - 1) / groups;
+                    (m->bits == 8 ? grouped_8 : grouped_4)[n - 1](q + r * in, scale + r, sums + r * (in / GROUP),
+                                                                 (const uint8_t *)m->w + b * wide, y + r * out + b * LANES, in, out);
+                }
+    }
+}
+
+void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
+    if (m->bits == 16) product(x, m->w, y, rows, m->in, m->out, threads);
+    else product_grouped(x, m, y, rows, scratch, threads);
 }
 
 /* ---- attention ---- */
@@ -224,12 +346,11 @@ ATTENTION(uint16_t, bfloat16)
 /* ---- a whole layer ---- */
 
 typedef struct {
-    long width, inner;                  /* of the residual stream, of the MLP */
-    long qkv_out, inner_out, width_out; /* outputs of qkv, of gate and up, of o and down, filled up to blocks of 16 */
+    long width, inner; /* of the residual stream, of the MLP */
     float epsilon;
     const float *norm, *mlp_norm, *beside_norm; /* [width] each; the last is NULL where nothing comes beside x */
-    const uint16_t *qkv, *o, *gate_up, *down;
-    const float *qkv_bias, *o_bias;      /* NULL: none */
+    const float *qkv_bias, *o_bias;             /* NULL: none */
+    matrix qkv, o, gate_up, down;
 } layer;
 
 /* y = x / sqrt(mean x^2 + epsilon) * weight, one row */
@@ -272,34 +393,34 @@ static void add_row(float *x, const float *y, const float *bias, long width) {
 #define EACH_ROW _Pragma("omp parallel for num_threads(threads) if (p->rows > 15)") for (long r = 0; r < p->rows; r++)
 
 /* x [rows, width] += attention, then += MLP: one decoder layer over rows. q, k and v read norm(x), or [norm(beside); norm(x)] where
- * something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). scratch: for each row 2 width + qkv_out + heads * d +
- * inner_out + inner + width_out numbers. */
+ * something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). scratch: for each row 2 width + qkv's outputs + heads * d +
+ * gate_up's outputs + inner + o's outputs numbers, and what the products take. */
 #define LAYER(TYPE, NAME)                                                                                                            \
     void eyas_layer_##NAME(const plan *p, const layer *l, float *x, const float *beside, const float *cos, const float *sin, TYPE *keys, \
                            TYPE *values, float *scratch, int threads) {                                                              \
         long d = p->width, width = l->width, rows = p->rows, inputs = l->beside_norm ? 2 * width : width;                             \
-        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * l->qkv_out;                                       \
-        float *gate_up = mixed + rows * p->heads * d, *inner = gate_up + rows * l->inner_out, *back = inner + rows * l->inner;         \
+        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * l->qkv.out;                                       \
+        float *gate_up = mixed + rows * p->heads * d, *inner = gate_up + rows * l->gate_up.out, *back = inner + rows * l->inner, *whole = back + rows * l->o.out;         \
         EACH_ROW {                                                                                                                   \
             norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                                    \
             if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);                  \
         }                                                                                                                            \
-        eyas_product(normed, l->qkv, qkv, rows, inputs, l->qkv_out, threads);                                                          \
+        eyas_product(normed, &l->qkv, qkv, rows, whole, threads);                                                          \
         EACH_ROW {                                                                                                                   \
-            float *row = qkv + r * l->qkv_out;                                                                                       \
+            float *row = qkv + r * l->qkv.out;                                                                                       \
             if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (p->heads + 2 * p->kv_heads) * d);                                        \
             rotate_row(row, p->heads + p->kv_heads, d, cos + r * d, sin + r * d);                                                    \
         }                                                                                                                            \
         eyas_attention_##NAME(p, qkv, keys, values, mixed, NULL, threads);                                                             \
-        eyas_product(mixed, l->o, back, rows, p->heads * d, l->width_out, threads);                                                    \
+        eyas_product(mixed, &l->o, back, rows, whole, threads);                                                    \
         EACH_ROW {                                                                                                                   \
-            add_row(x + r * width, back + r * l->width_out, l->o_bias, width);                                                       \
+            add_row(x + r * width, back + r * l->o.out, l->o_bias, width);                                                       \
             norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                               \
         }                                                                                                                            \
-        eyas_product(normed, l->gate_up, gate_up, rows, width, l->inner_out, threads);                                                 \
-        EACH_ROW gate_row(gate_up + r * l->inner_out, gate_up + r * l->inner_out + l->inner, inner + r * l->inner, l->inner);          \
-        eyas_product(inner, l->down, back, rows, l->inner, l->width_out, threads);                                                     \
-        EACH_ROW add_row(x + r * width, back + r * l->width_out, NULL, width);                                                         \
+        eyas_product(normed, &l->gate_up, gate_up, rows, whole, threads);                                                 \
+        EACH_ROW gate_row(gate_up + r * l->gate_up.out, gate_up + r * l->gate_up.out + l->inner, inner + r * l->inner, l->inner);          \
+        eyas_product(inner, &l->down, back, rows, whole, threads);                                                     \
+        EACH_ROW add_row(x + r * width, back + r * l->o.out, NULL, width);                                                         \
     }
 
 LAYER(float, float32)

@@ -1,5 +1,5 @@
-"""An optional native kernel, built once with the machine's C compiler and left out where there is none: products with bfloat16 weights,
-attention over a cache, and a whole decoder layer.
+"""An optional native kernel, built once with the machine's C compiler and left out where there is none: products with weights
+of 16, 8 or 4 bits, attention over a cache, and a whole decoder layer.
 
 Measured with two Zen 3 cores on SmolLM2-135M, all products of a pass: 10 ms for 1 to 4 rows, 11 for six, 16 for eight, 24 for sixteen,
 where oneDNN with packed float32 weights takes 30, 46 (eight) and 67. A row's result does not depend on the other rows of its pass.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eyas.config import cache_dir
+from eyas.model.grouped import GROUP, Grouped, grouped
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
@@ -38,13 +39,20 @@ class Plan(ctypes.Structure):
     ]
 
 
+class Matrix(ctypes.Structure):
+    """native.c's `matrix`."""
+
+    _fields_ = [("w", ctypes.c_void_p), ("bits", ctypes.c_long), ("inputs", ctypes.c_long), ("outputs", ctypes.c_long)]
+
+
 class Layer(ctypes.Structure):
     """native.c's `layer`."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("width", "inner", "qkv_out", "inner_out", "width_out")),
+        *((name, ctypes.c_long) for name in ("width", "inner")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("norm", "mlp_norm", "beside_norm", "qkv", "o", "gate_up", "down", "qkv_bias", "o_bias")),
+        *((name, ctypes.c_void_p) for name in ("norm", "mlp_norm", "beside_norm", "qkv_bias", "o_bias")),
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
     ]
 
 
@@ -64,7 +72,7 @@ def kernel() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     pointer, plan = ctypes.c_void_p, ctypes.POINTER(Plan)
-    library.eyas_product.argtypes = [pointer] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
+    library.eyas_product.argtypes = [pointer, ctypes.POINTER(Matrix), pointer, ctypes.c_long, pointer, ctypes.c_int]
     for name in ("float32", "bfloat16"):
         getattr(library, f"eyas_attention_{name}").argtypes = [plan, *[pointer] * 5, ctypes.c_int]
         getattr(library, f"eyas_layer_{name}").argtypes = [plan, ctypes.POINTER(Layer), *[pointer] * 7, ctypes.c_int]
@@ -97,30 +105,58 @@ def cpu_name() -> str:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether the kernel can hold these weights exactly: bfloat16 values."""
+    """Whether the kernel can hold these weights exactly, in 16 bits: bfloat16 values."""
     return weight.device.type == "cpu" and torch.equal(weight, weight.to(torch.bfloat16).to(weight.dtype))
 
 
 class Packed(NamedTuple):
-    """Weights [O, I] as the kernel reads them."""
+    """Weights [O, I] as the kernel reads them, the last block of 16 outputs filled with 0."""
 
-    blocks: Tensor  # bfloat16 [blocks of 16 outputs, I, 8, 2]: outputs j and 8 + j of a block side by side; the last block filled with 0
+    blocks: Tensor  # [blocks, ..]: of bfloat16 [I, 8, 2], outputs j and 8 + j side by side; of fewer bits, bytes of native.c's records
+    bits: int
+    inputs: int
     outputs: int
 
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(self.blocks.data_ptr(), self.bits, self.inputs, 16 * self.blocks.shape[0])
 
-def packed(weight_OI: Tensor) -> Packed:
+    @property
+    def scratch(self) -> int:
+        """Numbers that a product takes for each row."""
+        return 0 if self.bits == 16 else self.inputs // 2 + self.inputs // GROUP + 1
+
+
+def packed(weight_OI: Tensor, bits: int = 16) -> Packed:
     outputs, inputs = weight_OI.shape
-    padded = F.pad(weight_OI.to(torch.bfloat16), (0, 0, 0, -outputs % 16))
-    return Packed(padded.view(-1, 2, 8, inputs).permute(0, 3, 2, 1).contiguous(), outputs)
+    padded = F.pad(weight_OI, (0, 0, 0, -outputs % 16))
+    if bits == 16:
+        blocks = padded.to(torch.bfloat16).view(-1, 2, 8, inputs).permute(0, 3, 2, 1).contiguous()
+    else:
+        blocks = records(grouped(padded, bits))
+    return Packed(blocks, bits, inputs, outputs)
+
+
+def records(weights: Grouped) -> Tensor:
+    """Bytes [blocks, G, ..]: scales, with 4 bits least values, whole numbers as [pair of inputs, output, 2] (native.c)."""
+    whole, halves = weights.whole.view(torch.uint8), [each for each in weights[1:] if each is not None]
+    O, G, _ = whole.shape
+    if weights.least is None:
+        numbers = whole.view(O // 16, 16, G, 16, 2).permute(0, 2, 3, 1, 4)
+    else:
+        low, high = whole.view(O // 16, 2, 8, G, 16, 2).permute(1, 0, 3, 4, 2, 5)
+        numbers = low | high << 4
+    parts = [half.view(O // 16, 16, G).transpose(1, 2).contiguous().view(torch.uint8) for half in halves]
+    return torch.cat([*parts, numbers.flatten(2)], -1)
 
 
 def product(x_NI: Tensor, weights: Packed) -> Tensor:
     """float32 [N, O] from contiguous float32 x."""
-    N, inputs = x_NI.shape
-    outputs = 16 * weights.blocks.shape[0]
-    y = torch.empty(N, outputs, dtype=torch.float32, device="cpu")
-    kernel().eyas_product(x_NI.data_ptr(), weights.blocks.data_ptr(), y.data_ptr(), N, inputs, outputs, torch.get_num_threads())
-    return y if outputs == weights.outputs else y[:, : weights.outputs].contiguous()
+    N, matrix = len(x_NI), weights.matrix
+    y = torch.empty(N, matrix.outputs, dtype=torch.float32, device="cpu")
+    scratch = torch.empty(N * weights.scratch, dtype=torch.float32, device="cpu")
+    kernel().eyas_product(x_NI.data_ptr(), matrix, y.data_ptr(), N, scratch.data_ptr(), torch.get_num_threads())
+    return y if matrix.outputs == weights.outputs else y[:, : weights.outputs].contiguous()
 
 
 class RowPlan(NamedTuple):

@@ -92,14 +92,14 @@ class Target(nn.Module):
         """The layers, where they are our own blocks (their weights are gone once prepared); None for a model run by transformers."""
         return list(self.model.layers)
 
-    def prepare(self) -> Target:
-        """Pack weights for inference; logits are float32 from here on, whatever the weights are. Call once, after loading."""
-        pack(self.model)
+    def prepare(self, bits: int = 16) -> Target:
+        """Pack weights for inference, as 8 or 4-bit ones (the head 8) where asked for; logits are float32 from here on. Call once."""
+        pack(self.model, bits)
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             self.native = [
                 NativeLayer(block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm) for block in self.blocks
             ]
-        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
         return self.eval().requires_grad_(False)

@@ -135,10 +135,10 @@ class Block(nn.Module):
         return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
 
 
-def pack(module: nn.Module) -> None:
+def pack(module: nn.Module, bits: int = 16) -> None:
     """Pack every dense product under `module` for inference and drop the loose weights it was made from."""
     for child in module.modules():
         for dense in [value for value in vars(child).values() if isinstance(value, Dense)]:
-            dense.pack()
+            dense.pack(bits=bits)
             for layer in dense.layers:
                 layer.weight = None

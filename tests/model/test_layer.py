@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from eyas.model import native
 from eyas.model.attention import Segment, cached_attention
 from eyas.model.cache import KVCache
+from eyas.model.linear import Dense
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
 from tests.tiny import tiny_draft, tiny_target
@@ -19,9 +20,10 @@ PARENTS = [-1, 0, 0, 1, 1, 2, 3]
 FORMATS = [torch.float32, torch.bfloat16]
 
 
-def target(dtype: torch.dtype, plain: bool = False, **changes) -> Target:
+def target(dtype: torch.dtype, plain: bool = False, bits: int = 16, **changes) -> Target:
     """A tiny target whose weights bfloat16 can hold, so that the kernel takes them at either precision."""
-    made = tiny_target(prepare=False, dtype=torch.float32, head_dim=8, **changes).to(torch.bfloat16).to(dtype).prepare()
+    sizes = {"head_dim": 8, "intermediate_size": 64 if bits < 16 else 48}
+    made = tiny_target(prepare=False, dtype=torch.float32, **sizes, **changes).to(torch.bfloat16).to(dtype).prepare(bits)
     if plain:
         made.native = []
     return made
@@ -50,13 +52,32 @@ def test_native_layers_are_the_plain_layers(dtype, changes):
     assert_close(caches[0].keys.float(), caches[1].keys.float(), **tolerance)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_native_layers_of_few_bits_are_the_plain_layers_with_those_weights(bits):
+    fast, slow = target(torch.float32, bits=bits), target(torch.float32, bits=bits, plain=True)
+    assert fast.native and {dense.weight.bits for dense in products(fast)} == {bits} and fast.head.weight.bits == 8
+    rows = chain_rows(0, prompt(20), 0)
+    for ours, theirs in zip(*(each(rows, each.new_cache(1, 32), TAPS) for each in (fast, slow))):
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def products(model: Target) -> list[Dense]:
+    return [
+        dense
+        for block in model.blocks
+        for part in (block.self_attn, block.mlp)
+        for dense in vars(part).values()
+        if isinstance(dense, Dense)
+    ]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_a_tree_beside_another_text_gives_the_bits_of_plain_decoding(dtype, threads):
+@pytest.mark.parametrize(("dtype", "bits"), [*((dtype, 16) for dtype in FORMATS), (torch.bfloat16, 8), (torch.bfloat16, 4)])
+def test_a_tree_beside_another_text_gives_the_bits_of_plain_decoding(dtype, bits, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model, guesses = target(dtype), prompt(len(PARENTS), 5)
+        model, guesses = target(dtype, bits=bits), prompt(len(PARENTS), 5)
 
         def read() -> object:
             cache = model.new_cache(2, 64)

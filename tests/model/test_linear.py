@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from eyas.model import native
+from eyas.model.grouped import grouped
 from eyas.model.linear import Dense
 
 needs_kernel = pytest.mark.skipif(native.kernel() is None, reason="no C compiler, or not an x86 CPU with AVX2")
@@ -31,6 +32,42 @@ def test_native_product_is_the_plain_product_and_rows_are_independent(outputs):
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 65):
         for first in (0, 5):
             assert torch.equal(native.product(x[first : first + rows].contiguous(), weights), whole[first : first + rows])
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("inputs", [32, 64, 1536])
+@pytest.mark.parametrize("outputs", [1, 16, 97, 200])
+def test_the_native_product_of_few_bits_is_that_of_their_values_and_rows_are_independent(outputs, inputs, bits):
+    torch.manual_seed(outputs)
+    weight, x = torch.randn(outputs, inputs) * torch.rand(outputs, 1), torch.randn(70, inputs) * 10 ** torch.randn(70, 1)
+    x[3], x[4], weight[0, :32] = 0, 1e-35, 0.1
+    weights, values = native.packed(weight, bits), grouped(weight, bits).weight
+    whole, wanted = native.product(x, weights), x.double() @ values.double().t()
+    assert ((whole - wanted).abs() <= 1e-30 + 2e-4 * (x.double().norm(dim=1)[:, None] * values.double().norm(dim=1))).all()
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 65):
+        for first in (0, 5):
+            assert torch.equal(native.product(x[first : first + rows].contiguous(), weights), whole[first : first + rows])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_few_bits_are_as_near_as_their_steps(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(48, 96)
+    made = grouped(weight, bits)
+    half_step = made.scale.float().repeat_interleave(32, 1) / 2
+    assert ((made.weight - weight).abs() <= half_step * 1.01 + 1e-3).all()
+    again = grouped(made.weight.bfloat16(), bits)  # a model published in so few bits, kept as bfloat16, comes back as it was
+    assert (again.whole.int() - made.whole.int()).abs().max() <= (0 if bits == 4 else 1)  # bfloat16 has as many bits as these
+    torch.testing.assert_close(again.weight, made.weight, rtol=0, atol=0.02)
+
+
+def test_a_weight_that_comes_in_no_whole_groups_stays_as_it_is():
+    dense = Dense(*layers(24, inner=40))
+    x = torch.randn(5, 40)
+    expected = dense(x)
+    dense.pack(bits=4)
+    torch.testing.assert_close(dense(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
