@@ -185,7 +185,7 @@ class TreeShape:
 
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
-METHODS = ("eagle3", "lookup", "draft-model", "plain")
+METHODS = ("eagle3", "eagle3-lookup", "lookup", "draft-model", "plain")
 VERIFIERS = ("walk", "accept-reject")  # the second is EAGLE's rule, for comparison
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 

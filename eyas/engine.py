@@ -19,6 +19,7 @@ from eyas.decode.sampling import derived_seed, new_seed
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
+from eyas.drafters.merged import MergedDrafter
 from eyas.jsonl import encodable
 from eyas.model.adapter import AdaptedTarget, load_adapted
 from eyas.model.draft import check_fits, config_from_file, load_draft
@@ -156,6 +157,7 @@ class Engine:
             network, vocab = load_draft(draft, embedding, embedding.dtype)
             network.prepare(8 if precision in BITS else 16)  # of 4 bits it would guess worse
             self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
+            self.makers["eagle3-lookup"] = lambda: MergedDrafter(Eagle3Drafter(network, vocab), LookupDrafter())
         self.target = prepared(target, precision)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
@@ -194,7 +196,7 @@ class Engine:
         """A new drafter of this method."""
         if method not in METHODS:
             raise EyasError(f"method {method!r} is unknown; choose {', '.join(METHODS)}")
-        if method == "eagle3" and method not in self.makers:
+        if method.startswith("eagle3") and method not in self.makers:
             raise EyasError(
                 f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain"
             )

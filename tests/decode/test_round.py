@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from eyas.config import PLAIN, EyasError, Sampling, TreeShape
 from eyas.decode.generate import Decoder, Result, result_of
 from eyas.decode.sampling import derived_seed, law
-from eyas.decode.tree import merge
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
+from eyas.drafters.merged import MergedDrafter
 from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.target import chain_rows
@@ -32,32 +32,13 @@ ENDING = tiny_target(eos_token_ids=(3, 7, 12, 23, 30, 41, 50))  # the same weigh
 SAMPLINGS = [Sampling(), Sampling(0.5, top_p=0.95), Sampling(1.0, top_p=0.9), Sampling(1.5, top_p=0.8)]
 
 
-class Merged:
-    """EAGLE-3's tree and look-up's in one pass."""
-
-    def __init__(self, target) -> None:
-        self.parts = [eagle3(target), LookupDrafter()]
-        self.wants = self.parts[0].wants
-
-    def reserve(self, sequences, capacity):
-        for part in self.parts:
-            part.reserve(sequences, capacity)
-
-    def observe(self, sequence, tokens, features):
-        for part in self.parts:
-            part.observe(sequence, tokens, features)
-
-    def propose(self, requests):
-        both = zip(requests, *(part.propose(requests) for part in self.parts))
-        return [merge(trees).best(request.shape.nodes) for request, *trees in both]
-
-    def forget(self, sequence):
-        for part in self.parts:
-            part.forget(sequence)
-
-
 def eagle3(target):
     return Eagle3Drafter(*tiny_draft(target))
+
+
+def merged(target):
+    """EAGLE-3's tree and look-up's in one pass."""
+    return MergedDrafter(eagle3(target))
 
 
 def itself(target):
@@ -71,7 +52,7 @@ DRAFTERS = {
     "eagle3-large": (eagle3, "60x7x10"),
     "lookup": (lambda target: LookupDrafter(), "8x2x3"),
     "draft-model": (lambda target: ModelDrafter(target.shallow(3), V), "8x2x3"),
-    "merged": (Merged, "12x2x3"),
+    "merged": (merged, "12x2x3"),
     "itself": (itself, "9x3x2"),
 }
 
@@ -131,14 +112,14 @@ def test_a_prompt_longer_than_one_prefill_pass_keeps_the_text():
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=str)
 def test_a_sequence_in_a_batch_is_what_it_is_alone(sampling):
     asked, seeds = prompts(8, 5), [derived_seed(11, i) for i in range(8)]
-    together = decode(ENDING, Merged(ENDING), asked, "8x2x3", sampling, seeds)
-    alone = [decode(ENDING, Merged(ENDING), [prompt], "8x2x3", sampling, [seed])[0] for prompt, seed in zip(asked, seeds)]
+    together = decode(ENDING, merged(ENDING), asked, "8x2x3", sampling, seeds)
+    alone = [decode(ENDING, merged(ENDING), [prompt], "8x2x3", sampling, [seed])[0] for prompt, seed in zip(asked, seeds)]
     assert said(together) == said(alone)
     assert [result.accepted_lengths for result in together] == [result.accepted_lengths for result in alone]
 
 
 def test_a_decoder_can_be_used_again():
-    decoder, asked, runs = Decoder(ENDING, Merged(ENDING)), prompts(5, 6), []
+    decoder, asked, runs = Decoder(ENDING, merged(ENDING)), prompts(5, 6), []
     for count in (5, 3, 5):
         *_, texts = decoder.run(asked[:count], TreeShape.parse("8x2x3"), Sampling(1.0), range(5), 12)
         runs.append([text.tokens for text in texts])
@@ -239,7 +220,7 @@ class Watched:
         return self.target(rows, *rest)
 
 
-@pytest.mark.parametrize("make", [itself, eagle3, Merged])
+@pytest.mark.parametrize("make", [itself, eagle3, merged])
 def test_a_full_context_ends_the_text_as_plain_and_no_row_lies_outside_it(make):
     short = tiny_target(max_position_embeddings=20)
     asked = [list(range(length)) for length in (19, 18, 14, 3)]

@@ -1,0 +1,48 @@
+"""A model's tree and look-up's in one: what followed the same words before joins what the draft guesses, and one pass checks both.
+
+Where a long match says what comes next, the draft is not even asked: its steps would cost more than they add, and what it has not read it
+reads when it is next needed. Knows two drafters by what they propose; knows neither's insides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from eyas.config import PLAIN
+from eyas.decode.drafter import Drafter, TreeRequest
+from eyas.decode.tree import Tree, merge
+from eyas.drafters.lookup import LookupDrafter
+
+SURE = math.log(0.8)  # chance of look-up's first guess from which on the draft is left alone
+
+
+class MergedDrafter:
+    def __init__(self, draft: Drafter, lookup: LookupDrafter | None = None) -> None:
+        self.draft, self.lookup = draft, lookup or LookupDrafter()
+        self.wants = draft.wants
+
+    def reserve(self, sequences: int, capacity: int) -> None:
+        self.draft.reserve(sequences, capacity)
+        self.lookup.reserve(sequences, capacity)
+
+    def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        self.draft.observe(sequence, tokens, features)
+        self.lookup.observe(sequence, tokens, None)
+
+    def forget(self, sequence: int) -> None:
+        self.draft.forget(sequence)
+        self.lookup.forget(sequence)
+
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
+        found = self.lookup.propose(requests)
+        asked = [replace(request, shape=PLAIN) if sure(tree) else request for request, tree in zip(requests, found)]
+        drafted = self.draft.propose(asked)
+        return [merge([one, other]).best(request.shape.nodes) for request, one, other in zip(requests, drafted, found)]
+
+
+def sure(tree: Tree) -> bool:
+    return len(tree) > 1 and max(tree.scores[1:]) >= SURE

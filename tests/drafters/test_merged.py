@@ -1,0 +1,101 @@
+"""Look-up's guesses join the draft's tree, and where they are sure the draft is left alone and catches up later."""
+
+from __future__ import annotations
+
+from eyas.config import PLAIN, Sampling, TreeShape
+from eyas.decode.drafter import TreeRequest
+from eyas.decode.tree import Tree
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.drafters.lookup import USUAL, LookupDrafter
+from eyas.drafters.merged import MergedDrafter
+from eyas.model.target import chain_rows
+from tests.tiny import tiny_draft, tiny_target
+
+SHAPE = TreeShape(8, 2, 2)
+TEXT = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]
+
+
+class Noted:
+    """Guesses 5 and 6 with a chance of a half each, and notes what it was asked."""
+
+    wants = (1, 2, 3)
+
+    def __init__(self) -> None:
+        self.asked, self.seen = [], []
+
+    def reserve(self, sequences, capacity):
+        pass
+
+    def observe(self, sequence, tokens, features):
+        self.seen.append((sequence, list(tokens), features))
+
+    def forget(self, sequence):
+        self.seen.append((sequence, None, None))
+
+    def propose(self, requests):
+        self.asked += [request.shape for request in requests]
+        guess = Tree([requests[0].root, 5, 6], [-1, 0, 0], [0, 1, 1], [0.0, -0.7, -0.7])
+        return [Tree.root(request.root) if request.shape == PLAIN else guess for request in requests]
+
+
+def asked(text: list[int], shape: TreeShape = SHAPE) -> tuple[Noted, Tree]:
+    draft = Noted()
+    merged = MergedDrafter(draft)
+    merged.reserve(1, 100)
+    merged.observe(0, text, None)
+    return draft, merged.propose([TreeRequest(0, text[-1], len(text) - 1, shape, Sampling(), None)])[0]
+
+
+def test_both_trees_are_in_the_one_and_the_budget_goes_to_the_likeliest():
+    draft, tree = asked([1, 2, 3, 4, 1, 2])  # two tokens matched: far from sure
+    assert draft.asked == [SHAPE] and set(tree.children[0]) == {3, 5, 6}
+    _, small = asked([1, 2, 3, 4, 1, 2], TreeShape(3, 2, 2))
+    assert set(small.children[0]) == {5, 6}, "a half is more than what two matched tokens are worth"
+
+
+def test_a_long_match_leaves_the_draft_alone():
+    draft, tree = asked([*TEXT, 1, *TEXT[:9]])
+    assert draft.asked == [PLAIN] and tree.tokens == [TEXT[8], *TEXT[9:12]]
+
+
+def test_nothing_found_is_the_drafts_own_tree():
+    draft, tree = asked([1, 2, 3])
+    assert draft.asked == [SHAPE] and tree.tokens == [3, 5, 6]
+
+
+def test_the_draft_hears_all_that_is_committed():
+    draft = Noted()
+    merged = MergedDrafter(draft)
+    merged.reserve(2, 100)
+    merged.observe(1, [1, 2], "features")
+    merged.forget(1)
+    assert merged.wants == (1, 2, 3) and draft.seen == [(1, [1, 2], "features"), (1, None, None)]
+
+
+def test_a_draft_left_alone_for_some_rounds_grows_the_tree_it_would_have_grown():
+    target = tiny_target()
+    network, vocab = tiny_draft(target)
+    text = [*TEXT, 1, *TEXT[:12], 2, 3, 4]
+    features = target(chain_rows(0, text, 0), target.new_cache(1, 64), network.config.taps).features
+
+    def grown(pauses: bool) -> Tree:
+        merged = MergedDrafter(Eagle3Drafter(network, vocab))
+        merged.reserve(1, 100)
+        for length in range(16, len(text) + 1) if pauses else [len(text)]:
+            start = 0 if length == 16 or not pauses else length - 1
+            rows = features[max(start - 1, 0) : length - 1]
+            merged.observe(0, text[start:length], rows)
+            tree = merged.propose([TreeRequest(0, text[length - 1], length - 1, SHAPE, Sampling(), None)])[0]
+        return tree
+
+    tree, whole = grown(True), grown(False)
+    assert (tree.tokens, tree.parents) == (whole.tokens, whole.parents) and len(tree) == SHAPE.nodes
+
+
+def test_what_a_match_is_worth_is_counted_in_the_text():
+    lookup = LookupDrafter()
+    lookup.reserve(2, 100)
+    lookup.observe(0, [1, 2, 3] * 20, None)  # every match is right
+    lookup.observe(1, [token for other in range(10, 40) for token in (1, 2, other)], None)  # none is
+    chances = [lookup.known[sequence].chance(2) for sequence in (0, 1)]
+    assert chances[1] < USUAL[2] / 2 and lookup.known[0].chance(40) > USUAL[12]
