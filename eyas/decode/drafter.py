@@ -25,6 +25,7 @@ class TreeRequest:
     shape: TreeShape
     sampling: Sampling
     noise: Callable[[int], Tensor] | None  # the target's noise [V] at a position, where the verifier draws with it; None when greedy
+    deepest: int | None = None  # levels for which the text has room, where that is known; the shape never has more
 
 
 class Drafter(Protocol):

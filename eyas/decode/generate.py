@@ -149,7 +149,7 @@ class Decoder:
         elif shape.levels > deepest:
             shape = TreeShape(shape.nodes, deepest - 1, shape.top_k)
         noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
-        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise)
+        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise, max(deepest, 0))
 
     def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from eyas.config import PLAIN
+from eyas.config import PLAIN, TreeShape
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree, merge
 from eyas.drafters.lookup import LookupDrafter
@@ -38,10 +38,16 @@ class MergedDrafter:
         self.lookup.forget(sequence)
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        found = self.lookup.propose(requests)
+        found = self.lookup.propose([deeper(request) for request in requests])
         asked = [replace(request, shape=PLAIN) if sure(tree) else request for request, tree in zip(requests, found)]
         drafted = self.draft.propose(asked)
         return [merge([one, other]).best(request.shape.nodes) for request, one, other in zip(requests, drafted, found)]
+
+
+def deeper(request: TreeRequest) -> TreeRequest:
+    """Look-up's guesses cost no steps, so they may go as deep as there are nodes."""
+    nodes, levels = request.shape.nodes, min(request.shape.nodes - 1, request.deepest or request.shape.levels)
+    return request if nodes == 1 else replace(request, shape=TreeShape(nodes, levels - 1, request.shape.top_k))
 
 
 def sure(tree: Tree) -> bool:

@@ -58,6 +58,17 @@ def test_a_long_match_leaves_the_draft_alone():
     assert draft.asked == [PLAIN] and tree.tokens == [TEXT[8], *TEXT[9:12]]
 
 
+def test_look_up_goes_as_deep_as_there_are_nodes_and_no_deeper_than_the_text():
+    text = [*range(100, 140), 1, *range(100, 112)]
+    for deepest, depth in ((None, SHAPE.levels), (50, SHAPE.nodes - 1), (4, 4), (1, 1)):
+        merged = MergedDrafter(Noted())
+        merged.reserve(1, 100)
+        merged.observe(0, text, None)
+        shape = SHAPE if deepest is None else TreeShape(SHAPE.nodes, min(SHAPE.depth, deepest - 1), SHAPE.top_k)
+        tree = merged.propose([TreeRequest(0, text[-1], len(text) - 1, shape, Sampling(), None, deepest)])[0]
+        assert max(tree.depths) == depth
+
+
 def test_nothing_found_is_the_drafts_own_tree():
     draft, tree = asked([1, 2, 3])
     assert draft.asked == [SHAPE] and tree.tokens == [3, 5, 6]
