@@ -138,7 +138,7 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--limit", type=int, help="only the first so many prompts")
     bench.add_argument(
         "--methods",
-        default="plain,eagle3,lookup",
+        default="plain,eagle3,eagle3-lookup,lookup",
         metavar="METHOD[@TREE][+VERIFIER],..",
         help=f"{KNOWN_METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
         "(default %(default)s)",
@@ -236,7 +236,12 @@ def disk(command: argparse.ArgumentParser) -> None:
 def models(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
     command.add_argument("--draft", help="draft directory, or `bundled` (default: the bundled one for the embedded target)")
-    command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    command.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of the weights (default %(default)s); int8, q4: smaller and faster, rounded",
+    )
     command.add_argument("--device", default=None, help="cpu (default) or cuda")
     command.add_argument("--tree", default=Request.tree, help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default)")
 
@@ -244,7 +249,7 @@ def models(command: argparse.ArgumentParser) -> None:
 def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:
     models(command)
     if method:
-        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: eagle3 where there is a draft)")
+        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: eagle3-lookup where there is a draft)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")

@@ -213,7 +213,7 @@ class Engine:
 
     @property
     def default_method(self) -> str:
-        return "eagle3" if "eagle3" in self.makers else "plain"
+        return "eagle3-lookup" if "eagle3-lookup" in self.makers else "plain"
 
     def shape(self, tree: str | TreeShape, method: str, sampling: Sampling) -> TreeShape:
         if method == "plain":

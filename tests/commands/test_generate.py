@@ -27,7 +27,7 @@ from tests.commands.words import JSON_KEYS, generate, interrupt_round
         (["hi", "--min-p", "2"], "min-p must be between 0 (off) and 1, not 2.0"),
         (["hi", "--max-new-tokens", "0"], "max-new-tokens must be at least 1, not 0"),
         (["hi", "--max-new-tokens", "-3"], "max-new-tokens must be at least 1, not -3"),
-        (["hi", "--method", "magic"], "method 'magic' is unknown; choose eagle3, lookup, draft-model, plain"),
+        (["hi", "--method", "magic"], "method 'magic' is unknown; choose eagle3, eagle3-lookup, lookup, draft-model, plain"),
         (["hi", "--device", "cuda"], "device cuda was asked for, but this PyTorch sees no CUDA device; use --device cpu"),
         (["hi", "--device", "toaster"], "device 'toaster' is unknown; use cpu or cuda"),
         (["hi", "--raw", "--system", "be brief"], "--system needs a chat template, --raw does without one; drop one of the two"),
@@ -108,7 +108,7 @@ def test_messages_are_a_conversation(models, run, tmp_path):
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_every_method_gives_the_same_tokens(models, run, temperature):
     found = {}
-    for method in ("plain", "eagle3", "lookup", "draft-model"):
+    for method in ("plain", "eagle3", "eagle3-lookup", "lookup", "draft-model"):
         words = ["Tell me", "--seed", "7", "--temperature", temperature, "--json", "--method", method]
         status, out, err = run(*generate(models, *words))
         assert status == 0 and err == ""
