@@ -157,7 +157,7 @@ class Engine:
             network, vocab = load_draft(draft, embedding, embedding.dtype)
             network.prepare(8 if precision in BITS else 16)  # of 4 bits it would guess worse
             self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
-            self.makers["eagle3-lookup"] = lambda: MergedDrafter(Eagle3Drafter(network, vocab), LookupDrafter())
+            self.makers["eagle3-lookup"] = lambda: MergedDrafter(Eagle3Drafter(network, vocab))
         self.target = prepared(target, precision)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None

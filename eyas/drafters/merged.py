@@ -21,8 +21,8 @@ SURE = math.log(0.8)  # chance of look-up's first guess from which on the draft 
 
 
 class MergedDrafter:
-    def __init__(self, draft: Drafter, lookup: LookupDrafter | None = None) -> None:
-        self.draft, self.lookup = draft, lookup or LookupDrafter()
+    def __init__(self, draft: Drafter) -> None:
+        self.draft, self.lookup = draft, LookupDrafter()
         self.wants = draft.wants
 
     def reserve(self, sequences: int, capacity: int) -> None:

@@ -1,9 +1,10 @@
 /* What a pass over a model's rows is made of. AVX2 and FMA.
  *
- * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and bfloat16 or int8 w, which is widened on the fly: a pass
- * of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layer a whole decoder
- * layer: what lies between the products costs little as arithmetic and much as two dozen calls. In all of them every sum of a row is taken in one order, whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows
- * give exactly what plain decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
+ * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and w of 16 (bfloat16), 8 or 4 bits, which is widened on
+ * the fly: a pass of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layer a whole decoder layer: what
+ * lies between the products costs little as arithmetic and much as two dozen calls. In all of them every sum of a row is taken in one order,
+ * whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows give exactly what plain
+ * decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
  *
  * Weights lie packed: [out / 16][in][16], so that one broadcast input meets 16 outputs and no sum crosses lanes. Of the 16, outputs j
  * and 8 + j are neighbours: one 32-byte load, a shift and a mask widen all of them. */
@@ -119,13 +120,12 @@ static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu
             ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();                                          \
             for (long i = g * GROUP; i < (g + 1) * GROUP; i += 2) {                                                                  \
                 __m256i first, second;                                                                                               \
+                _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                            \
                 if (BITS == 8) {                                                                                                     \
-                    _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                        \
                     first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)n));                                               \
                     second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(n + LANES)));                                    \
                     n += 2 * LANES;                                                                                                  \
                 } else {                                                                                                             \
-                    _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                        \
                     __m128i both = _mm_loadu_si128((const __m128i *)n), low = _mm_set1_epi8(15);                                     \
                     first = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));                                                          \
                     second = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));                                      \
