@@ -55,7 +55,7 @@ class Dense:
         bits = bits if grouped.fits(weight) else 16
         self.kind = self.choose(weight, bits)
         if self.kind == "native":
-            weight, bias = native.packed(weight, bits), None if bias is None else bias.float()
+            weight, bias = native.packed(weight, bits, weight.dtype == torch.bfloat16), None if bias is None else bias.float()
         elif bits < 16:
             weight = grouped.grouped(weight, bits).weight.to(weight.dtype)
         if self.kind == "onednn":
@@ -72,8 +72,7 @@ class Dense:
             return "torch"
         if bits < 16 and native.kernel():
             return "native"
-        native_wins = self.result == torch.float32 or not cpu_multiplies_bfloat16()
-        if native_wins and native.kernel() and native.fits(weight):
+        if native.kernel() and native.fits(weight):
             return "native"
         return "onednn" if torch.backends.mkldnn.is_available() else "torch"
 

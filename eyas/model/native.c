@@ -1,4 +1,4 @@
-/* What a pass over a model's rows is made of. AVX2 and FMA.
+/* What a pass over a model's rows is made of, for CPUs with AVX2 and FMA, better where they have AVX-512.
  *
  * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and w of 16 (bfloat16), 8 or 4 bits, which is widened on
  * the fly: a pass of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layer a whole decoder layer: what
@@ -6,8 +6,8 @@
  * whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows give exactly what plain
  * decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
  *
- * Weights lie packed: [out / 16][in][16], so that one broadcast input meets 16 outputs and no sum crosses lanes. Of the 16, outputs j
- * and 8 + j are neighbours: one 32-byte load, a shift and a mask widen all of them. */
+ * Weights lie packed in blocks of 16 outputs, so that one broadcast input meets 16 outputs and no sum crosses lanes; within a block pairs of
+ * inputs lie side by side, [in / 2][16][2]. The innermost loops, some rows by some blocks, are in native_avx2.h and native_avx512.h. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -17,153 +17,36 @@
 #define LANES 16
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
 #define TASK 6          /* blocks of 16 outputs a thread takes at a time */
-#define AHEAD 1024      /* weights between those in use and those asked for */
+#define AHEAD 2048      /* bytes between the weights in use and those asked for */
 #define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
 
-/* R rows by B blocks of 16 outputs. Sums, two halves of weights and one input must fit 16 registers; with fewer than 8 sums the
- * additions wait for each other, so few rows take several blocks at once. */
-#define BLOCK(R, B)                                                                                                    \
-    static inline void block_##R##_##B(const float *x, const uint16_t *w, float *y, long in, long out) {               \
-        const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                     \
-        __m256 sum[R][B][2];                                                                                           \
-        ALL for (int r = 0; r < R; r++)                                                                                \
-            ALL for (int b = 0; b < B; b++) sum[r][b][0] = sum[r][b][1] = _mm256_setzero_ps();                         \
-        for (long i = 0; i < in; i++) {                                                                                \
-            ALL for (int b = 0; b < B; b++) {                                                                          \
-                const uint16_t *at = w + (b * in + i) * LANES;                                                         \
-                _mm_prefetch((const char *)(at + AHEAD), _MM_HINT_T0);                                                 \
-                __m256i pair = _mm256_loadu_si256((const __m256i *)at);                                                \
-                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));                                       \
-                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));                                    \
-                ALL for (int r = 0; r < R; r++) {                                                                      \
-                    __m256 value = _mm256_broadcast_ss(x + r * in + i);                                                \
-                    sum[r][b][0] = _mm256_fmadd_ps(value, first, sum[r][b][0]);                                        \
-                    sum[r][b][1] = _mm256_fmadd_ps(value, second, sum[r][b][1]);                                       \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-        ALL for (int r = 0; r < R; r++)                                                                                \
-            ALL for (int b = 0; b < B; b++) {                                                                          \
-                _mm256_storeu_ps(y + r * out + b * LANES, sum[r][b][0]);                                               \
-                _mm256_storeu_ps(y + r * out + b * LANES + 8, sum[r][b][1]);                                           \
-            }                                                                                                          \
-    }
-
-BLOCK(1, 6)
-BLOCK(2, 3)
-BLOCK(1, 1)
-BLOCK(2, 1)
-BLOCK(3, 1)
-BLOCK(4, 1)
-BLOCK(5, 1)
-BLOCK(6, 1)
-
-/* One block of outputs for all rows, in groups of at most 6 rows, as equal as can be. */
-static void one_block(const float *x, const uint16_t *w, float *y, long rows, long in, long out) {
-    for (long groups = (rows + 5) / 6, r = 0, n; groups > 0; groups--, r += n) {
-        n = (rows - r + groups - 1) / groups;
-        switch (n) {
-            case 1: block_1_1(x + r * in, w, y + r * out, in, out); break;
-            case 2: block_2_1(x + r * in, w, y + r * out, in, out); break;
-            case 3: block_3_1(x + r * in, w, y + r * out, in, out); break;
-            case 4: block_4_1(x + r * in, w, y + r * out, in, out); break;
-            case 5: block_5_1(x + r * in, w, y + r * out, in, out); break;
-            default: block_6_1(x + r * in, w, y + r * out, in, out);
-        }
-    }
-}
-
-static void blocks(const float *x, const uint16_t *w, float *y, long rows, long in, long out, long first, long last) {
-    long b = first;
-    if (rows == 1)
-        for (; b + 6 <= last; b += 6) block_1_6(x, w + b * in * LANES, y + b * LANES, in, out);
-    if (rows == 2)
-        for (; b + 3 <= last; b += 3) block_2_3(x, w + b * in * LANES, y + b * LANES, in, out);
-    for (; b < last; b++) one_block(x, w + b * in * LANES, y + b * LANES, rows, in, out);
-}
-
-static void product(const float *x, const uint16_t *w, float *y, long rows, long in, long out, int threads) {
-    long count = out / LANES, tasks = (count + TASK - 1) / TASK;
-    for (long r = 0; r < rows; r += ROWS_AT_ONCE) {
-        long some = rows - r < ROWS_AT_ONCE ? rows - r : ROWS_AT_ONCE;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (long t = 0; t < tasks; t++)
-            blocks(x + r * in, w, y + r * out, some, in, out, t * TASK, (t + 1) * TASK < count ? (t + 1) * TASK : count);
-    }
-}
-
-/* ---- products with 8 or 4-bit weights ----
- *
- * w[o, i] is d * n (n of 8 bits, signed) or m + d * n (n of 4 bits, unsigned), with d and m for each output and group of 32 inputs, as GGUF's
+/* w[o, i] of 8 bits is d * n (n signed), of 4 bits m + d * n (n unsigned), with d and m for each output and group of 32 inputs, as GGUF's
  * Q8_0 and Q4_1. A row of x becomes int16 with one scale. Sums of a group are exact integers, the groups' are added in order, so a row's
- * result depends on nothing else. vpmaddwd takes pairs of inputs. Packed: [out / 16][in / 32] records of d and m as float16 [16] each, then
- * n as [pair][output][2]; of 4-bit ones output j has the low half of the bytes whose high half is output 8 + j's. */
-
+ * result depends on nothing else. A block is [in / 32] records of d and m as float16 [16] each, then n as [pair][16][2]; of 4-bit ones output
+ * j has the low half of the bytes whose high half is output 8 + j's. */
 #define GROUP 32
 #define RECORD(bits) ((bits) == 8 ? 2 * LANES + GROUP * LANES : 4 * LANES + GROUP * LANES / 2) /* bytes */
 
 typedef struct {
     const void *w;
     long bits, in, out; /* bits: 16 (bfloat16), 8 or 4 */
+    long rounded;       /* whether x may be rounded to bfloat16, with 16 bits */
 } matrix;
 
-static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+/* n rows of x as a product reads them, with 8 or 4 bits their scales [n] and sums of groups [n, in / 32] beside them; w: the first of some
+ * blocks; y: where they go, `out` numbers a row. */
+typedef void inner(const void *x, const float *scale, const float *sums, const void *w, float *y, long in, long out);
 
-#define GROUPED(R, BITS)                                                                                                             \
-    static void grouped_##R##_##BITS(const int16_t *q, const float *scale, const float *sums, const uint8_t *w, float *y, long in,       \
-                                     long out) {                                                                                     \
-        __m256 total[R][2];                                                                                                          \
-        ALL for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();                                             \
-        for (long g = 0; g < in / GROUP; g++, w += RECORD(BITS)) {                                                                   \
-            const uint8_t *n = w + (BITS == 8 ? 2 * LANES : 4 * LANES);                                                              \
-            __m256i sum[R][2];                                                                                                       \
-            ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();                                          \
-            for (long i = g * GROUP; i < (g + 1) * GROUP; i += 2) {                                                                  \
-                __m256i first, second;                                                                                               \
-                _mm_prefetch((const char *)(n + 2 * AHEAD), _MM_HINT_T0);                                                            \
-                if (BITS == 8) {                                                                                                     \
-                    first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)n));                                               \
-                    second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(n + LANES)));                                    \
-                    n += 2 * LANES;                                                                                                  \
-                } else {                                                                                                             \
-                    __m128i both = _mm_loadu_si128((const __m128i *)n), low = _mm_set1_epi8(15);                                     \
-                    first = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));                                                          \
-                    second = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));                                      \
-                    n += LANES;                                                                                                      \
-                }                                                                                                                    \
-                ALL for (int r = 0; r < R; r++) {                                                                                    \
-                    const int16_t *at = q + r * in + i;                                                                              \
-                    int pair;                                                                                                        \
-                    __asm__ volatile("" : "+r"(at)); /* or gcc loads all rows first and keeps sums on the stack */                   \
-                    memcpy(&pair, at, sizeof pair);                                                                                  \
-                    __m256i value = _mm256_set1_epi32(pair);                                                                         \
-                    sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(value, first));                                        \
-                    sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(value, second));                                       \
-                    __asm__ volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));                                                         \
-                }                                                                                                                    \
-            }                                                                                                                        \
-            ALL for (int half = 0; half < 2; half++) {                                                                               \
-                __m256 d = load_half(w + half * LANES);                                                                              \
-                ALL for (int r = 0; r < R; r++) total[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][half]), d, total[r][half]);   \
-                if (BITS == 4) {                                                                                                     \
-                    __m256 m = load_half(w + 2 * LANES + half * LANES);                                                              \
-                    ALL for (int r = 0; r < R; r++)                                                                                  \
-                        total[r][half] = _mm256_fmadd_ps(_mm256_set1_ps(sums[r * (in / GROUP) + g]), m, total[r][half]);             \
-                }                                                                                                                    \
-            }                                                                                                                        \
-        }                                                                                                                            \
-        ALL for (int r = 0; r < R; r++)                                                                                              \
-            ALL for (int half = 0; half < 2; half++)                                                                                 \
-                _mm256_storeu_ps(y + r * out + 8 * half, _mm256_mul_ps(total[r][half], _mm256_set1_ps(scale[r])));                   \
-    }
+typedef struct {
+    inner *one, *several; /* for one block, for `blocks` of them: with few sums at a time the additions wait for each other */
+    long blocks;
+} choice;
 
-#define GROUPED_ROWS(BITS)                                                                                                           \
-    GROUPED(1, BITS) GROUPED(2, BITS) GROUPED(3, BITS) GROUPED(4, BITS) GROUPED(5, BITS) GROUPED(6, BITS)                            \
-    static void (*const grouped_##BITS[])(const int16_t *, const float *, const float *, const uint8_t *, float *, long, long) = {       \
-        grouped_1_##BITS, grouped_2_##BITS, grouped_3_##BITS, grouped_4_##BITS, grouped_5_##BITS, grouped_6_##BITS};
-
-GROUPED_ROWS(8)
-GROUPED_ROWS(4)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#include "native_avx512.h"
+#else
+#include "native_avx2.h"
+#endif
 
 /* One row of in numbers to int16 (nearest, ties to even) with the sum of each group; returns its scale. in is a multiple of 32. */
 static float quantise_row(const float *x, int16_t *q, float *sums, long in) {
@@ -189,28 +72,60 @@ static float quantise_row(const float *x, int16_t *q, float *sums, long in) {
     return peak / 32767;
 }
 
-/* scratch: for each row in / 2 + in / 32 + 1 numbers: its whole numbers, their sums by group, its scale. */
-static void product_grouped(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
-    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK, wide = in / GROUP * RECORD(m->bits);
-    int16_t *q = (int16_t *)scratch;
-    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
-    for (long r = 0; r < rows; r++) scale[r] = quantise_row(x + r * in, q + r * in, sums + r * (in / GROUP), in);
-    for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
-        long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (long t = 0; t < tasks; t++)
-            for (long b = t * TASK; b < count && b < (t + 1) * TASK; b++)
-                for (long r = first, groups = (last - first + 5) / 6, n; groups > 0; groups--, r += n) {
-                    n = (last - r + groups - 1) / groups;
-                    (m->bits == 8 ? grouped_8 : grouped_4)[n - 1](q + r * in, scale + r, sums + r * (in / GROUP),
-                                                                 (const uint8_t *)m->w + b * wide, y + r * out + b * LANES, in, out);
-                }
+static void round_row(const float *x, uint16_t *q, long in) {
+#ifdef ROUNDED
+    for (long c = 0; c < in; c += LANES) {
+        __mmask16 some = in - c < LANES ? (__mmask16)((1u << (in - c)) - 1) : 0xffff;
+        _mm256_mask_storeu_epi16(q + c, some, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + c)));
     }
+#endif
 }
 
+/* scratch: for each row in / 2 + in / 32 + 1 numbers, with bfloat16 x the first: its numbers as the product reads them, with 8 or 4 bits
+ * their sums by group and its scale. */
 void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
-    if (m->bits == 16) product(x, m->w, y, rows, m->in, m->out, threads);
-    else product_grouped(x, m, y, rows, scratch, threads);
+    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK;
+    long block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits), row = in * sizeof(int16_t);
+    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
+    const choice *choices = m->bits == 8 ? grouped_8 : m->bits == 4 ? grouped_4 : exact;
+    const char *inputs = (const char *)scratch;
+#ifdef ROUNDED
+    if (m->bits == 16 && m->rounded) choices = rounded;
+#endif
+    if (choices == exact) inputs = (const char *)x, row = in * sizeof(float);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (choices != exact) {
+#pragma omp for
+            for (long r = 0; r < rows; r++) {
+                if (m->bits == 16) round_row(x + r * in, (uint16_t *)scratch + r * in, in);
+                else scale[r] = quantise_row(x + r * in, (int16_t *)scratch + r * in, sums + r * (in / GROUP), in);
+            }
+        }
+        for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
+            long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
+#pragma omp for schedule(dynamic, 1) nowait
+            for (long t = 0; t < tasks; t++) {
+                long b = t * TASK, end = b + TASK < count ? b + TASK : count;
+                while (b < end) {
+                    long step = 1;
+                    for (long r = first, groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
+                        n = (last - r + groups - 1) / groups; /* as equal as can be */
+                        const choice *some = choices + n - 1;
+                        if (r == first) step = some->blocks <= end - b ? some->blocks : 1;
+                        for (long done = 0; done < step;) {
+                            long now = some->blocks <= step - done ? some->blocks : 1;
+                            (now == 1 ? some->one : some->several)(inputs + r * row, scale + r, sums + r * (in / GROUP),
+                                                                   (const char *)m->w + (b + done) * block,
+                                                                   y + r * out + (b + done) * LANES, in, out);
+                            done += now;
+                        }
+                    }
+                    b += step;
+                }
+            }
+        }
+    }
 }
 
 /* ---- attention ---- */

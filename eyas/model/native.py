@@ -3,7 +3,8 @@ of 16, 8 or 4 bits, attention over a cache, and a whole decoder layer.
 
 Measured with two Zen 3 cores on SmolLM2-135M, all products of a pass: 10 ms for 1 to 4 rows, 11 for six, 16 for eight, 24 for sixteen,
 where oneDNN with packed float32 weights takes 30, 46 (eight) and 67. A row's result does not depend on the other rows of its pass.
-Knows a compiler, a cache and pointers; when to use it is linear.py's, attention.py's and layer.py's choice. `EYAS_NATIVE=0` leaves it out.
+Knows a compiler, a cache and pointers; when to use it is linear.py's, attention.py's and layer.py's choice. `EYAS_NATIVE=0` leaves it out,
+`EYAS_NATIVE=avx2` builds it without AVX-512.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from eyas.config import cache_dir
 from eyas.model.grouped import GROUP, Grouped, grouped
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+PARTS = (SOURCE, SOURCE.with_name("native_avx2.h"), SOURCE.with_name("native_avx512.h"))
+FLAGS = ["-O3", "-fopenmp", "-fPIC"]
 
 
 class Plan(ctypes.Structure):
@@ -42,7 +44,7 @@ class Plan(ctypes.Structure):
 class Matrix(ctypes.Structure):
     """native.c's `matrix`."""
 
-    _fields_ = [("w", ctypes.c_void_p), ("bits", ctypes.c_long), ("inputs", ctypes.c_long), ("outputs", ctypes.c_long)]
+    _fields_ = [("w", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("bits", "inputs", "outputs", "rounded"))]
 
 
 class Layer(ctypes.Structure):
@@ -81,14 +83,16 @@ def kernel() -> ctypes.CDLL | None:
 
 def built(compiler: str) -> Path:
     """The compiled kernel of this source on this machine, made on first use."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([*FLAGS, compiler, cpu_name()]).encode()).hexdigest()[:16]
+    flags = [*FLAGS, f"-march={'haswell' if os.environ.get('EYAS_NATIVE') == 'avx2' else 'native'}"]
+    source = b"".join(part.read_bytes() for part in PARTS)
+    key = hashlib.sha256(source + " ".join([*flags, compiler, cpu_name()]).encode()).hexdigest()[:16]
     final = cache_dir() / "native" / f"{key}.so"
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as folder:
             made = Path(folder) / "kernel.so"
             # OpenMP's names stay undefined here and are found in the library loaded before
-            objects = [compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", f"{folder}/kernel.o"]
+            objects = [compiler, *flags, "-c", str(SOURCE), "-o", f"{folder}/kernel.o"]
             subprocess.run(objects, check=True, capture_output=True)
             subprocess.run([compiler, "-shared", f"{folder}/kernel.o", "-o", str(made)], check=True, capture_output=True)
             os.replace(made, final)
@@ -106,35 +110,36 @@ def cpu_name() -> str:
 
 def fits(weight: Tensor) -> bool:
     """Whether the kernel can hold these weights exactly, in 16 bits: bfloat16 values."""
-    return weight.device.type == "cpu" and torch.equal(weight, weight.to(torch.bfloat16).to(weight.dtype))
+    return weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and torch.equal(weight, weight.to(torch.bfloat16).to(weight.dtype))
 
 
 class Packed(NamedTuple):
     """Weights [O, I] as the kernel reads them, the last block of 16 outputs filled with 0."""
 
-    blocks: Tensor  # [blocks, ..]: of bfloat16 [I, 8, 2], outputs j and 8 + j side by side; of fewer bits, bytes of native.c's records
+    blocks: Tensor  # [blocks, ..]: of bfloat16 [I / 2, 16, 2], pairs of inputs side by side; of fewer bits, bytes of native.c's records
     bits: int
     inputs: int
     outputs: int
+    rounded: bool  # whether x may be rounded to bfloat16, with 16 bits
 
     @property
     def matrix(self) -> Matrix:
-        return Matrix(self.blocks.data_ptr(), self.bits, self.inputs, 16 * self.blocks.shape[0])
+        return Matrix(self.blocks.data_ptr(), self.bits, self.inputs, 16 * self.blocks.shape[0], self.rounded)
 
     @property
     def scratch(self) -> int:
         """Numbers that a product takes for each row."""
-        return 0 if self.bits == 16 else self.inputs // 2 + self.inputs // GROUP + 1
+        return self.inputs // 2 + self.inputs // GROUP + 1
 
 
-def packed(weight_OI: Tensor, bits: int = 16) -> Packed:
+def packed(weight_OI: Tensor, bits: int = 16, rounded: bool = False) -> Packed:
     outputs, inputs = weight_OI.shape
     padded = F.pad(weight_OI, (0, 0, 0, -outputs % 16))
     if bits == 16:
-        blocks = padded.to(torch.bfloat16).view(-1, 2, 8, inputs).permute(0, 3, 2, 1).contiguous()
+        blocks = padded.to(torch.bfloat16).view(-1, 16, inputs // 2, 2).transpose(1, 2).contiguous()
     else:
         blocks = records(grouped(padded, bits))
-    return Packed(blocks, bits, inputs, outputs)
+    return Packed(blocks, bits, inputs, outputs, rounded)
 
 
 def records(weights: Grouped) -> Tensor:

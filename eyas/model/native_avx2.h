@@ -1,0 +1,100 @@
+/* The innermost loops of products with AVX2: 16 registers, so 6 rows by a block at most. Knows packed blocks; what they are is native.c's. */
+
+#define MOST_ROWS 6
+
+/* R rows by B blocks of bfloat16 weights. Sums, two halves of weights and one input must fit 16 registers. */
+#define EXACT(R, B)                                                                                                    \
+    static void exact_##R##_##B(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in,         \
+                                long out) {                                                                                             \
+        const float *x = rows;                                                                                         \
+        const uint16_t *w = weights;                                                                                   \
+        const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                     \
+        __m256 sum[R][B][2];                                                                                           \
+        ALL for (int r = 0; r < R; r++)                                                                                \
+            ALL for (int b = 0; b < B; b++) sum[r][b][0] = sum[r][b][1] = _mm256_setzero_ps();                         \
+        for (long i = 0; i < in; i += 2) {                                                                             \
+            ALL for (int b = 0; b < B; b++) {                                                                          \
+                const uint16_t *at = w + (b * in + i) * LANES;                                                         \
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                   \
+                ALL for (int half = 0; half < 2; half++) {                                                             \
+                    __m256i pair = _mm256_loadu_si256((const __m256i *)(at + half * LANES));                           \
+                    __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));                                   \
+                    __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));                                \
+                    ALL for (int r = 0; r < R; r++) {                                                                  \
+                        sum[r][b][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i), first, sum[r][b][half]);        \
+                        sum[r][b][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i + 1), second, sum[r][b][half]);   \
+                    }                                                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        ALL for (int r = 0; r < R; r++)                                                                                \
+            ALL for (int b = 0; b < B; b++)                                                                            \
+                ALL for (int half = 0; half < 2; half++) _mm256_storeu_ps(y + r * out + b * LANES + 8 * half, sum[r][b][half]); \
+    }
+
+EXACT(1, 6) EXACT(2, 3)
+EXACT(1, 1) EXACT(2, 1) EXACT(3, 1) EXACT(4, 1) EXACT(5, 1) EXACT(6, 1)
+
+static const choice exact[] = {{exact_1_1, exact_1_6, 6}, {exact_2_1, exact_2_3, 3}, {exact_3_1, exact_3_1, 1},
+                               {exact_4_1, exact_4_1, 1}, {exact_5_1, exact_5_1, 1}, {exact_6_1, exact_6_1, 1}};
+
+static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+
+#define GROUPED(R, BITS)                                                                                                             \
+    static void grouped_##R##_##BITS(const void *rows, const float *scale, const float *sums, const void *weights, float *y,             \
+                                     long in, long out) {                                                                               \
+        const int16_t *q = rows;                                                                                                     \
+        const uint8_t *w = weights;                                                                                                  \
+        __m256 total[R][2];                                                                                                          \
+        ALL for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();                                             \
+        for (long g = 0; g < in / GROUP; g++, w += RECORD(BITS)) {                                                                   \
+            const uint8_t *n = w + (BITS == 8 ? 2 * LANES : 4 * LANES);                                                              \
+            __m256i sum[R][2];                                                                                                       \
+            ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();                                          \
+            for (long i = g * GROUP; i < (g + 1) * GROUP; i += 2) {                                                                  \
+                __m256i first, second;                                                                                               \
+                _mm_prefetch((const char *)(n + AHEAD), _MM_HINT_T0);                                                            \
+                if (BITS == 8) {                                                                                                     \
+                    first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)n));                                               \
+                    second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(n + LANES)));                                    \
+                    n += 2 * LANES;                                                                                                  \
+                } else {                                                                                                             \
+                    __m128i both = _mm_loadu_si128((const __m128i *)n), low = _mm_set1_epi8(15);                                     \
+                    first = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));                                                          \
+                    second = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));                                      \
+                    n += LANES;                                                                                                      \
+                }                                                                                                                    \
+                ALL for (int r = 0; r < R; r++) {                                                                                    \
+                    const int16_t *at = q + r * in + i;                                                                              \
+                    int pair;                                                                                                        \
+                    __asm__ volatile("" : "+r"(at)); /* or gcc loads all rows first and keeps sums on the stack */                   \
+                    memcpy(&pair, at, sizeof pair);                                                                                  \
+                    __m256i value = _mm256_set1_epi32(pair);                                                                         \
+                    sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(value, first));                                        \
+                    sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(value, second));                                       \
+                    __asm__ volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));                                                         \
+                }                                                                                                                    \
+            }                                                                                                                        \
+            ALL for (int half = 0; half < 2; half++) {                                                                               \
+                __m256 d = load_half(w + half * LANES);                                                                              \
+                ALL for (int r = 0; r < R; r++) total[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][half]), d, total[r][half]);   \
+                if (BITS == 4) {                                                                                                     \
+                    __m256 m = load_half(w + 2 * LANES + half * LANES);                                                              \
+                    ALL for (int r = 0; r < R; r++)                                                                                  \
+                        total[r][half] = _mm256_fmadd_ps(_mm256_set1_ps(sums[r * (in / GROUP) + g]), m, total[r][half]);             \
+                }                                                                                                                    \
+            }                                                                                                                        \
+        }                                                                                                                            \
+        ALL for (int r = 0; r < R; r++)                                                                                              \
+            ALL for (int half = 0; half < 2; half++)                                                                                 \
+                _mm256_storeu_ps(y + r * out + 8 * half, _mm256_mul_ps(total[r][half], _mm256_set1_ps(scale[r])));                   \
+    }
+
+#define GROUPED_ROWS(BITS)                                                                                                           \
+    GROUPED(1, BITS) GROUPED(2, BITS) GROUPED(3, BITS) GROUPED(4, BITS) GROUPED(5, BITS) GROUPED(6, BITS)                            \
+    static const choice grouped_##BITS[] = {                                                                                         \
+        {grouped_1_##BITS, grouped_1_##BITS, 1}, {grouped_2_##BITS, grouped_2_##BITS, 1}, {grouped_3_##BITS, grouped_3_##BITS, 1},    \
+        {grouped_4_##BITS, grouped_4_##BITS, 1}, {grouped_5_##BITS, grouped_5_##BITS, 1}, {grouped_6_##BITS, grouped_6_##BITS, 1}};
+
+GROUPED_ROWS(8)
+GROUPED_ROWS(4)
