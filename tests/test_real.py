@@ -18,11 +18,10 @@ from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
 from eyas.engine import Engine, load_target
 from eyas.model import native
-from eyas.model.linear import cpu_multiplies_bfloat16
 from eyas.model.target import chain_rows
 
 pytestmark = pytest.mark.real
-EXACT = native.kernel() is not None and not cpu_multiplies_bfloat16()  # a row's result does not depend on its pass
+EXACT = native.kernel() is not None  # a row's result does not depend on its pass
 needs_kernel = pytest.mark.skipif(not EXACT, reason="without the native kernel a pass of another shape rounds differently")
 SUBJECTS = ("hawks", "rivers", "bread", "clocks", "the moon", "chess", "glass", "bees", "maps", "violins")
 FRAMES = (

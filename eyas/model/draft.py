@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
 from eyas.model.attention import Attend, NativeAttention, PlainAttention
-from eyas.model.layer import NativeLayer
+from eyas.model.layer import NativeLayer, NativeLayers
 from eyas.model.linear import Dense
 from eyas.model.target import check_taps
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
@@ -65,7 +65,7 @@ class DraftNetwork(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.native: NativeLayer | None = None  # once prepared, where the kernel can run the layer
+        self.native: NativeLayers | None = None  # once prepared, where the kernel can run the layer
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
     @property
@@ -93,7 +93,7 @@ class DraftNetwork(nn.Module):
         e_NH = self.embed(tokens_N)
         if self.native and isinstance(attention, NativeAttention):
             wide_NH = g_NH.to(torch.float32, copy=True)
-            self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, 0, e_NH.float())
+            self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, beside_NH=e_NH.float())
             return wide_NH.to(g_NH.dtype)
         return self.midlayer(e_NH, g_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
 
@@ -114,7 +114,7 @@ class DraftNetwork(nn.Module):
         block = self.midlayer
         if NativeLayer.fits(block.self_attn, block.mlp) and not self.config.norm_before_residual:
             norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
-            self.native = NativeLayer(block.self_attn, block.mlp, *norms)
+            self.native = NativeLayers([NativeLayer(block.self_attn, block.mlp, *norms)])
         self.fuse_product.pack(bits=bits)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         self.fc.weight = self.lm_head.weight = None

@@ -1,10 +1,13 @@
-"""A decoder layer as one native call, where the kernel can run it; transformer.py's `Block` is the plain form beside it.
+"""Decoder layers as one native call, where the kernel can run them; transformer.py's `Block` is the plain form beside it.
 
 Knows packed products, norms and a cache's rows; knows nothing of targets or drafts. The residual stream is float32 whatever the model's
 number format; keys and values are kept in the cache's. A row's result does not depend on the other rows of its pass.
 """
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +39,35 @@ class NativeLayer:
         whole = mlp.down.kind == "native" and mlp.down.weight.inputs % 8 == 0 and mlp.down.weight.outputs % 8 == 0
         return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
 
+
+class NativeLayers:
+    """Layers of one shape, run one after another by one call."""
+
+    def __init__(self, layers: Sequence[NativeLayer]) -> None:
+        self.layers = layers
+        self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
+        self.scratch_width = max(each.scratch_width for each in layers)
+
     def __call__(
-        self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attention: NativeAttention, index: int, beside_NH: Tensor | None = None
+        self,
+        x_NH: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: NativeAttention,
+        first: int = 0,
+        last: int | None = None,
+        beside_NH: Tensor | None = None,
     ) -> None:
-        """Add to x (float32, contiguous, changed in place) what layer `index` of the cache makes of it; cos and sin are float32 [N,1,d]."""
-        keys, values = attention.cache.keys[index], attention.cache.values[index]
-        plan = attention.plan(self.heads, self.kv_heads, self.layer.qkv.outputs)
+        """Add to x (float32, contiguous, changed in place) what layers `first` to `last` (not it) of the cache make of it; cos and sin are
+        float32 [N,1,d]."""
+        keys, values = attention.cache.keys, attention.cache.values
+        some = self.layers[first]
+        plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
         scratch = torch.empty(x_NH.shape[0] * self.scratch_width, dtype=torch.float32, device="cpu")
-        call = getattr(native.kernel(), f"eyas_layer_{native.format_of(keys)}")
+        call = getattr(native.kernel(), f"eyas_layers_{native.format_of(keys)}")
         given = None if beside_NH is None else beside_NH.data_ptr()
-        pointers = (part.data_ptr() for part in (*rotation, keys, values, scratch))
-        call(plan, self.layer, x_NH.data_ptr(), given, *pointers, torch.get_num_threads())
+        pointers = [part.data_ptr() for part in (*rotation, keys[first], values[first])]
+        count = (len(self.layers) if last is None else last) - first
+        call(
+            plan, ctypes.byref(self.array[first]), count, x_NH.data_ptr(), given, *pointers,
+            keys.stride(0), scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip

@@ -81,50 +81,57 @@ static void round_row(const float *x, uint16_t *q, long in) {
 #endif
 }
 
-/* scratch: for each row in / 2 + in / 32 + 1 numbers, with bfloat16 x the first: its numbers as the product reads them, with 8 or 4 bits
- * their sums by group and its scale. */
-void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
-    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK;
-    long block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits), row = in * sizeof(int16_t);
-    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
-    const choice *choices = m->bits == 8 ? grouped_8 : m->bits == 4 ? grouped_4 : exact;
-    const char *inputs = (const char *)scratch;
+static const choice *choices(const matrix *m) {
 #ifdef ROUNDED
-    if (m->bits == 16 && m->rounded) choices = rounded;
+    if (m->bits == 16 && m->rounded) return rounded;
 #endif
-    if (choices == exact) inputs = (const char *)x, row = in * sizeof(float);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        if (choices != exact) {
-#pragma omp for
-            for (long r = 0; r < rows; r++) {
-                if (m->bits == 16) round_row(x + r * in, (uint16_t *)scratch + r * in, in);
-                else scale[r] = quantise_row(x + r * in, (int16_t *)scratch + r * in, sums + r * (in / GROUP), in);
-            }
-        }
-        for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
-            long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
+    return m->bits == 8 ? grouped_8 : m->bits == 4 ? grouped_4 : exact;
+}
+
+/* Bring row r of x into the form that its product reads. scratch: in / 2 numbers a row, and with 8 or 4 bits in / 32 and 1 more. */
+static void take_row(const matrix *m, const float *x, long r, long rows, float *scratch) {
+    long in = m->in;
+    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
+    int16_t *q = (int16_t *)scratch + r * in;
+    if (m->bits < 16) scale[r] = quantise_row(x, q, sums + r * (in / GROUP), in);
+    else if (choices(m) != exact) round_row(x, (uint16_t *)q, in);
+}
+
+/* y = x . w^T of rows that were taken, by the threads of the region it is called in, which do not wait for each other at its end. */
+static void multiply(const matrix *m, const float *x, float *y, long rows, const float *scratch) {
+    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK;
+    long block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits);
+    const float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
+    const choice *some = choices(m);
+    const char *inputs = some == exact ? (const char *)x : (const char *)scratch;
+    long row = in * (some == exact ? sizeof(float) : sizeof(int16_t));
+    for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
+        long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
 #pragma omp for schedule(dynamic, 1) nowait
-            for (long t = 0; t < tasks; t++) {
-                long b = t * TASK, end = b + TASK < count ? b + TASK : count;
-                while (b < end) {
-                    long step = 1;
-                    for (long r = first, groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
-                        n = (last - r + groups - 1) / groups; /* as equal as can be */
-                        const choice *some = choices + n - 1;
-                        if (r == first) step = some->blocks <= end - b ? some->blocks : 1;
-                        for (long done = 0; done < step;) {
-                            long now = some->blocks <= step - done ? some->blocks : 1;
-                            (now == 1 ? some->one : some->several)(inputs + r * row, scale + r, sums + r * (in / GROUP),
+        for (long t = 0; t < tasks; t++)
+            for (long b = t * TASK, end = b + TASK < count ? b + TASK : count, step; b < end; b += step) {
+                long groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n = (last - first + groups - 1) / groups; /* as equal as can be */
+                step = some[n - 1].blocks <= end - b ? some[n - 1].blocks : 1;
+                for (long r = first; groups > 0; groups--, r += n) {
+                    n = (last - r + groups - 1) / groups;
+                    const choice *with = some + n - 1;
+                    long at_once = with->blocks <= step && step % with->blocks == 0 ? with->blocks : 1;
+                    for (long done = 0; done < step; done += at_once)
+                        (at_once == 1 ? with->one : with->several)(inputs + r * row, scale + r, sums + r * (in / GROUP),
                                                                    (const char *)m->w + (b + done) * block,
                                                                    y + r * out + (b + done) * LANES, in, out);
-                            done += now;
-                        }
-                    }
-                    b += step;
                 }
             }
-        }
+    }
+}
+
+#define EACH_ROW _Pragma("omp for schedule(static)") for (long r = 0; r < rows; r++)
+
+void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        EACH_ROW take_row(m, x + r * m->in, r, rows, scratch);
+        multiply(m, x, y, rows, scratch);
     }
 }
 
@@ -194,48 +201,69 @@ static inline float soften(float *score, long count) {
     return peak + logf(whole);
 }
 
-/* One row's query heads that share key head h. scratch: a query [width] and scores [count padded to 8]. */
-#define ATTENTION(TYPE, NAME)                                                                                                        \
-    static void one_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, float *lse, long r, long h, \
-                           float *scratch) {                                                                                         \
-        long d = p->width, group = p->heads / p->kv_heads, prefix = p->prefix[r], others = p->start[r + 1] - p->start[r];              \
+/* Sums of four registers' lanes, each in the same order. */
+static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+#define QUERIES 3 /* of those that share a key head, taken at once: its keys and values are widened once for them */
+
+/* n query heads of one row from head g on. scratch: their queries [n][width], then their scores [n][room]. */
+#define HEADS(TYPE, NAME)                                                                                                            \
+    static inline __attribute__((always_inline)) void heads_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values,  \
+                                                                   float *out, float *lse, long r, long g, int n, float *scratch) {  \
+        long d = p->width, prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;         \
         const int64_t *other = p->other + p->start[r];                                                                               \
-        long count = prefix + others, base = (p->slot[r] * p->kv_heads + h) * p->capacity;                                             \
-        float *query = scratch, *score = scratch + d, scale = 1.0f / sqrtf((float)d);                                                  \
-        for (long g = h * group; g < (h + 1) * group; g++) {                                                                         \
+        long base = (p->slot[r] * p->kv_heads + g / (p->heads / p->kv_heads)) * p->capacity;                                           \
+        float *query = scratch, *score = scratch + n * d;                                                                            \
+        const __m256 scale = _mm256_set1_ps(1.0f / sqrtf((float)d));                                                                 \
+        for (long c = 0; c < n * d; c += 8)                                                                                          \
+            _mm256_storeu_ps(query + c, _mm256_mul_ps(_mm256_loadu_ps(q + r * p->stride + g * d + c), scale));                         \
+        for (long t = 0; t < count; t += 4) {                                                                                        \
+            const TYPE *key[4];                                                                                                      \
+            __m256 sum[QUERIES][4];                                                                                                  \
+            for (long i = 0; i < 4; i++) {                                                                                           \
+                long at = t + i < count ? t + i : count - 1;                                                                         \
+                key[i] = keys + (base + (at < prefix ? at : other[at - prefix])) * d;                                                  \
+            }                                                                                                                        \
+            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
             for (long c = 0; c < d; c += 8)                                                                                          \
-                _mm256_storeu_ps(query + c, _mm256_mul_ps(_mm256_loadu_ps(q + r * p->stride + g * d + c), _mm256_set1_ps(scale)));     \
-            for (long t = 0; t < count; t++) {                                                                                       \
-                const TYPE *key = keys + (base + (t < prefix ? t : other[t - prefix])) * d;                                            \
-                __m256 sum = _mm256_setzero_ps();                                                                                    \
-                for (long c = 0; c < d; c += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(query + c), load_##NAME(key + c), sum);          \
-                score[t] = total(sum);                                                                                               \
-            }                                                                                                                        \
-            float norm = soften(score, count);                                                                                       \
-            if (lse) lse[r * p->heads + g] = norm;                                                                                   \
-            for (long c = 0; c < d; c += 64) {                                                                                       \
-                __m256 sum[8];                                                                                                       \
-                long n = (d - c < 64 ? d - c : 64) / 8;                                                                              \
-                for (long i = 0; i < 8; i++) sum[i] = _mm256_setzero_ps();                                                           \
-                for (long t = 0; t < count; t++) {                                                                                   \
-                    const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
-                    __m256 share = _mm256_set1_ps(score[t]);                                                                         \
-                    if (n == 8) {                                                                                                    \
-                        ALL for (int i = 0; i < 8; i++) sum[i] = _mm256_fmadd_ps(share, load_##NAME(value + 8 * i), sum[i]);           \
-                    } else                                                                                                           \
-                        for (long i = 0; i < n; i++) sum[i] = _mm256_fmadd_ps(share, load_##NAME(value + 8 * i), sum[i]);              \
+                ALL for (int i = 0; i < 4; i++) {                                                                                    \
+                    __m256 k = load_##NAME(key[i] + c);                                                                              \
+                    ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * d + c), k, sum[m][i]);     \
                 }                                                                                                                    \
-                for (long i = 0; i < n; i++) _mm256_storeu_ps(out + (r * p->heads + g) * d + c + 8 * i, sum[i]);                       \
-            }                                                                                                                        \
+            ALL for (int m = 0; m < n; m++)                                                                                          \
+                _mm_storeu_ps(score + m * room + t, totals(sum[m][0], sum[m][1], sum[m][2], sum[m][3]));                               \
         }                                                                                                                            \
-    }                                                                                                                                \
-    /* q, k and v lie side by side in a row. Writes keys and values to their places, then attends; lse [rows, heads] may be NULL. */  \
-    void eyas_attention_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, int threads) {         \
-        long most = 0, work = 0, d = p->width;                                                                                       \
-        for (long r = 0; r < p->rows; r++) {                                                                                         \
-            long count = p->prefix[r] + p->start[r + 1] - p->start[r];                                                               \
-            most = count > most ? count : most;                                                                                      \
-            work += count * p->heads * d;                                                                                            \
+        for (int m = 0; m < n; m++) {                                                                                                \
+            float norm = soften(score + m * room, count);                                                                            \
+            if (lse) lse[r * p->heads + g + m] = norm;                                                                               \
+        }                                                                                                                            \
+        for (long c = 0; c < d; c += 32) {                                                                                           \
+            __m256 sum[QUERIES][4];                                                                                                  \
+            long parts = (d - c < 32 ? d - c : 32) / 8;                                                                              \
+            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
+            for (long t = 0; t < count; t++) {                                                                                       \
+                const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                    \
+                ALL for (int i = 0; i < 4; i++)                                                                                      \
+                    if (i < parts) {                                                                                                 \
+                        __m256 v = load_##NAME(value + 8 * i);                                                                       \
+                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
+                    }                                                                                                                \
+            }                                                                                                                        \
+            for (int m = 0; m < n; m++)                                                                                              \
+                for (long i = 0; i < parts; i++) _mm256_storeu_ps(out + (r * p->heads + g + m) * d + c + 8 * i, sum[m][i]);            \
+        }                                                                                                                            \
+    }
+
+/* q, k and v lie side by side in a row. Writes keys and values to their places, then attends, by the threads of the region it is called in;
+ * lse [rows, heads] may be NULL. scratch, one for each thread: attention_scratch numbers. */
+#define ATTEND(TYPE, NAME)                                                                                                           \
+    HEADS(TYPE, NAME)                                                                                                                \
+    static void attend_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, float *scratch) {       \
+        long rows = p->rows, d = p->width, group = p->heads / p->kv_heads;                                                           \
+        EACH_ROW {                                                                                                                   \
             const float *k = q + r * p->stride + p->heads * d, *v = k + p->kv_heads * d;                                               \
             for (long h = 0; h < p->kv_heads; h++) {                                                                                 \
                 long at = ((p->slot[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                            \
@@ -245,18 +273,32 @@ static inline float soften(float *score, long count) {
                 }                                                                                                                    \
             }                                                                                                                        \
         }                                                                                                                            \
-        _Pragma("omp parallel num_threads(threads) if (work > ALONE)") {                                                             \
-            float *scratch = malloc((d + most + 8) * sizeof(float));                                                                 \
-            _Pragma("omp for schedule(dynamic, 1)") for (long t = 0; t < p->rows * p->kv_heads; t++)                                   \
-                one_##NAME(p, q, keys, values, out, lse, t / p->kv_heads, t % p->kv_heads, scratch);                                   \
+        _Pragma("omp for schedule(dynamic, 1)") for (long t = 0; t < rows * p->kv_heads; t++) {                                        \
+            long r = t / p->kv_heads, g = t % p->kv_heads * group, end = g + group;                                                    \
+            for (; g + 3 <= end; g += 3) heads_##NAME(p, q, keys, values, out, lse, r, g, 3, scratch);                                 \
+            if (g + 2 == end) heads_##NAME(p, q, keys, values, out, lse, r, g, 2, scratch);                                            \
+            if (g + 1 == end) heads_##NAME(p, q, keys, values, out, lse, r, g, 1, scratch);                                            \
+        }                                                                                                                            \
+    }                                                                                                                                \
+    void eyas_attention_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, int threads) {         \
+        _Pragma("omp parallel num_threads(threads)") {                                                                               \
+            float *scratch = malloc(attention_scratch(p) * sizeof(float));                                                           \
+            attend_##NAME(p, q, keys, values, out, lse, scratch);                                                                    \
             free(scratch);                                                                                                           \
         }                                                                                                                            \
     }
 
-#define ALONE 20000 /* products below which a second thread costs more than it brings */
+static long attention_scratch(const plan *p) {
+    long most = 0;
+    for (long r = 0; r < p->rows; r++) {
+        long count = p->prefix[r] + p->start[r + 1] - p->start[r];
+        most = count > most ? count : most;
+    }
+    return QUERIES * (p->width + most + 16);
+}
 
-ATTENTION(float, float32)
-ATTENTION(uint16_t, bfloat16)
+ATTEND(float, float32)
+ATTEND(uint16_t, bfloat16)
 
 /* ---- a whole layer ---- */
 
@@ -305,38 +347,51 @@ static void add_row(float *x, const float *y, const float *bias, long width) {
     for (long c = 0; c < width; c++) x[c] += bias ? y[c] + bias[c] : y[c];
 }
 
-#define EACH_ROW _Pragma("omp parallel for num_threads(threads) if (p->rows > 15)") for (long r = 0; r < p->rows; r++)
-
-/* x [rows, width] += attention, then += MLP: one decoder layer over rows. q, k and v read norm(x), or [norm(beside); norm(x)] where
- * something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). scratch: for each row 2 width + qkv's outputs + heads * d +
- * gate_up's outputs + inner + o's outputs numbers, and what the products take. */
-#define LAYER(TYPE, NAME)                                                                                                            \
-    void eyas_layer_##NAME(const plan *p, const layer *l, float *x, const float *beside, const float *cos, const float *sin, TYPE *keys, \
-                           TYPE *values, float *scratch, int threads) {                                                              \
-        long d = p->width, width = l->width, rows = p->rows, inputs = l->beside_norm ? 2 * width : width;                             \
-        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * l->qkv.out;                                       \
-        float *gate_up = mixed + rows * p->heads * d, *inner = gate_up + rows * l->gate_up.out, *back = inner + rows * l->inner, *whole = back + rows * l->o.out;         \
-        EACH_ROW {                                                                                                                   \
-            norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                                    \
-            if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);                  \
+/* x [rows, width] += attention, then += MLP: `count` decoder layers over rows, as one region of threads. q, k and v read norm(x), or
+ * [norm(beside); norm(x)] where something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). keys and values: of the first
+ * layer; the next one's lie `apart` further. scratch: for each row 2 width + qkv's outputs + heads * d + gate_up's outputs + inner + o's
+ * outputs numbers, and what the products take. */
+#define LAYERS(TYPE, NAME)                                                                                                           \
+    void eyas_layers_##NAME(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos,           \
+                            const float *sin, TYPE *keys, TYPE *values, long apart, float *scratch, int threads) {                   \
+        long d = p->width, width = layers->width, rows = p->rows, inputs = layers->beside_norm ? 2 * width : width;                    \
+        long qkv_out = layers->qkv.out, o_out = layers->o.out, both = layers->gate_up.out, turned = p->heads + p->kv_heads;             \
+        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * qkv_out, *gate_up = mixed + rows * p->heads * d;   \
+        float *inner = gate_up + rows * both, *back = inner + rows * layers->inner, *taken = back + rows * o_out;                      \
+        _Pragma("omp parallel num_threads(threads)") {                                                                               \
+            float *own = malloc(attention_scratch(p) * sizeof(float));                                                               \
+            for (const layer *l = layers; l < layers + count; l++) {                                                                 \
+                long at = (l - layers) * apart;                                                                                      \
+                EACH_ROW {                                                                                                           \
+                    norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                            \
+                    if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);          \
+                    take_row(&l->qkv, normed + r * inputs, r, rows, taken);                                                          \
+                }                                                                                                                    \
+                multiply(&l->qkv, normed, qkv, rows, taken);                                                                         \
+                _Pragma("omp barrier") EACH_ROW {                                                                                    \
+                    float *row = qkv + r * qkv_out;                                                                                  \
+                    if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (turned + p->kv_heads) * d);                                      \
+                    rotate_row(row, turned, d, cos + r * d, sin + r * d);                                                            \
+                }                                                                                                                    \
+                attend_##NAME(p, qkv, keys + at, values + at, mixed, NULL, own);                                                     \
+                EACH_ROW take_row(&l->o, mixed + r * p->heads * d, r, rows, taken);                                                    \
+                multiply(&l->o, mixed, back, rows, taken);                                                                           \
+                _Pragma("omp barrier") EACH_ROW {                                                                                    \
+                    add_row(x + r * width, back + r * o_out, l->o_bias, width);                                                      \
+                    norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                       \
+                    take_row(&l->gate_up, normed + r * width, r, rows, taken);                                                       \
+                }                                                                                                                    \
+                multiply(&l->gate_up, normed, gate_up, rows, taken);                                                                 \
+                _Pragma("omp barrier") EACH_ROW {                                                                                    \
+                    gate_row(gate_up + r * both, gate_up + r * both + l->inner, inner + r * l->inner, l->inner);                       \
+                    take_row(&l->down, inner + r * l->inner, r, rows, taken);                                                        \
+                }                                                                                                                    \
+                multiply(&l->down, inner, back, rows, taken);                                                                        \
+                _Pragma("omp barrier") EACH_ROW add_row(x + r * width, back + r * o_out, NULL, width);                                 \
+            }                                                                                                                        \
+            free(own);                                                                                                               \
         }                                                                                                                            \
-        eyas_product(normed, &l->qkv, qkv, rows, whole, threads);                                                          \
-        EACH_ROW {                                                                                                                   \
-            float *row = qkv + r * l->qkv.out;                                                                                       \
-            if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (p->heads + 2 * p->kv_heads) * d);                                        \
-            rotate_row(row, p->heads + p->kv_heads, d, cos + r * d, sin + r * d);                                                    \
-        }                                                                                                                            \
-        eyas_attention_##NAME(p, qkv, keys, values, mixed, NULL, threads);                                                             \
-        eyas_product(mixed, &l->o, back, rows, whole, threads);                                                    \
-        EACH_ROW {                                                                                                                   \
-            add_row(x + r * width, back + r * l->o.out, l->o_bias, width);                                                       \
-            norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                               \
-        }                                                                                                                            \
-        eyas_product(normed, &l->gate_up, gate_up, rows, whole, threads);                                                 \
-        EACH_ROW gate_row(gate_up + r * l->gate_up.out, gate_up + r * l->gate_up.out + l->inner, inner + r * l->inner, l->inner);          \
-        eyas_product(inner, &l->down, back, rows, whole, threads);                                                     \
-        EACH_ROW add_row(x + r * width, back + r * l->o.out, NULL, width);                                                         \
     }
 
-LAYER(float, float32)
-LAYER(uint16_t, bfloat16)
+LAYERS(float, float32)
+LAYERS(uint16_t, bfloat16)

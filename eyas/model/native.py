@@ -77,7 +77,8 @@ def kernel() -> ctypes.CDLL | None:
     library.eyas_product.argtypes = [pointer, ctypes.POINTER(Matrix), pointer, ctypes.c_long, pointer, ctypes.c_int]
     for name in ("float32", "bfloat16"):
         getattr(library, f"eyas_attention_{name}").argtypes = [plan, *[pointer] * 5, ctypes.c_int]
-        getattr(library, f"eyas_layer_{name}").argtypes = [plan, ctypes.POINTER(Layer), *[pointer] * 7, ctypes.c_int]
+        layers = [plan, ctypes.POINTER(Layer), ctypes.c_long, *[pointer] * 6, ctypes.c_long, pointer, ctypes.c_int]
+        getattr(library, f"eyas_layers_{name}").argtypes = layers
     return library
 
 
@@ -174,8 +175,8 @@ class RowPlan(NamedTuple):
     other: Tensor  # places behind the prefix that it sees, ascending
 
     def shape(self, heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
-        """The kernel's plan for rows of `stride` numbers over a layer's keys [slots, k, capacity, d]."""
-        sizes = (len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[2])
+        """The kernel's plan for rows of `stride` numbers over keys [.., slots, k, capacity, d]."""
+        sizes = (len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[-2])
         return Plan(*sizes, *(part.data_ptr() for part in self))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eyas.config import EyasError, TargetConfig
 from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
-from eyas.model.layer import NativeLayer
+from eyas.model.layer import NativeLayer, NativeLayers
 from eyas.model.linear import Dense
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 
@@ -62,7 +62,7 @@ class Target(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.head = Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.native: list[NativeLayer] = []  # once prepared, where the kernel can run whole layers
+        self.native: NativeLayers | None = None  # once prepared, where the kernel can run whole layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,9 +96,9 @@ class Target(nn.Module):
         """Pack weights for inference, as 8 or 4-bit ones (the head 8) where asked for; logits are float32 from here on. Call once."""
         pack(self.model, bits)
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
-            self.native = [
-                NativeLayer(block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm) for block in self.blocks
-            ]
+            norms = ("input_layernorm", "post_attention_layernorm")
+            layers = [NativeLayer(block.self_attn, block.mlp, *(getattr(block, norm) for norm in norms)) for block in self.blocks]
+            self.native = NativeLayers(layers)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
@@ -134,13 +134,15 @@ class Target(nn.Module):
     def native_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same, each layer one call of the kernel."""
+        """The same, the layers from one tap to the next as one call of the kernel."""
         rotation, features = self.rotary(positions_N, torch.float32), []
-        wide_NH = x_NH.to(torch.float32, copy=True)
-        for index, layer in enumerate(self.native):
-            if index in taps:
+        wide_NH, done = x_NH.to(torch.float32, copy=True), 0
+        for tap in (*sorted(taps), len(self.native.layers)):
+            if tap > done:
+                self.native(wide_NH, rotation, attention, done, tap)
+            if tap in taps:
                 features.append(wide_NH.to(x_NH.dtype, copy=True))
-            layer(wide_NH, rotation, attention, index)
+            done = tap
         return wide_NH.to(x_NH.dtype), features
 
     def shallow(self, layers: int) -> Target:
@@ -154,7 +156,8 @@ class Target(nn.Module):
         cut.model = nn.Module()
         cut.model.embed_tokens, cut.model.norm = self.model.embed_tokens, self.model.norm
         cut.model.layers = self.model.layers[:layers]
-        cut.lm_head, cut.head, cut.rotary, cut.native = self.lm_head, self.head, self.rotary, self.native[:layers]
+        cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
+        cut.native = NativeLayers(self.native.layers[:layers]) if self.native else None
         return cut
 
 

@@ -25,7 +25,7 @@ def target(dtype: torch.dtype, plain: bool = False, bits: int = 16, **changes) -
     sizes = {"head_dim": 8, "intermediate_size": 64 if bits < 16 else 48}
     made = tiny_target(prepare=False, dtype=torch.float32, **sizes, **changes).to(torch.bfloat16).to(dtype).prepare(bits)
     if plain:
-        made.native = []
+        made.native = None
     return made
 
 
