@@ -16,7 +16,7 @@
 
 #define LANES 16
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
-#define TASK 6          /* blocks of 16 outputs a thread takes at a time */
+#define TASK 1          /* blocks of 16 outputs a thread takes at a time */
 #define AHEAD 2048      /* bytes between the weights in use and those asked for */
 #define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
 
@@ -33,14 +33,9 @@ typedef struct {
     long rounded;       /* whether x may be rounded to bfloat16, with 16 bits */
 } matrix;
 
-/* n rows of x as a product reads them, with 8 or 4 bits their scales [n] and sums of groups [n, in / 32] beside them; w: the first of some
- * blocks; y: where they go, `out` numbers a row. */
+/* Some rows of x, as a product reads them, by a block; with 8 or 4 bits the rows' scales and sums of groups [n, in / 32] beside them. y:
+ * where the block's outputs go, `out` numbers a row. */
 typedef void inner(const void *x, const float *scale, const float *sums, const void *w, float *y, long in, long out);
-
-typedef struct {
-    inner *one, *several; /* for one block, for `blocks` of them: with few sums at a time the additions wait for each other */
-    long blocks;
-} choice;
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "native_avx512.h"
@@ -81,7 +76,7 @@ static void round_row(const float *x, uint16_t *q, long in) {
 #endif
 }
 
-static const choice *choices(const matrix *m) {
+static inner *const *choices(const matrix *m) {
 #ifdef ROUNDED
     if (m->bits == 16 && m->rounded) return rounded;
 #endif
@@ -102,26 +97,19 @@ static void multiply(const matrix *m, const float *x, float *y, long rows, const
     long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK;
     long block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits);
     const float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
-    const choice *some = choices(m);
+    inner *const *some = choices(m);
     const char *inputs = some == exact ? (const char *)x : (const char *)scratch;
     long row = in * (some == exact ? sizeof(float) : sizeof(int16_t));
     for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
         long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(guided, 2) nowait
         for (long t = 0; t < tasks; t++)
-            for (long b = t * TASK, end = b + TASK < count ? b + TASK : count, step; b < end; b += step) {
-                long groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n = (last - first + groups - 1) / groups; /* as equal as can be */
-                step = some[n - 1].blocks <= end - b ? some[n - 1].blocks : 1;
-                for (long r = first; groups > 0; groups--, r += n) {
-                    n = (last - r + groups - 1) / groups;
-                    const choice *with = some + n - 1;
-                    long at_once = with->blocks <= step && step % with->blocks == 0 ? with->blocks : 1;
-                    for (long done = 0; done < step; done += at_once)
-                        (at_once == 1 ? with->one : with->several)(inputs + r * row, scale + r, sums + r * (in / GROUP),
-                                                                   (const char *)m->w + (b + done) * block,
-                                                                   y + r * out + (b + done) * LANES, in, out);
+            for (long b = t * TASK; b < count && b < (t + 1) * TASK; b++)
+                for (long r = first, groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
+                    n = (last - r + groups - 1) / groups; /* as equal as can be */
+                    some[n - 1](inputs + r * row, scale + r, sums + r * (in / GROUP), (const char *)m->w + b * block,
+                                y + r * out + b * LANES, in, out);
                 }
-            }
     }
 }
 

@@ -2,41 +2,32 @@
 
 #define MOST_ROWS 6
 
-/* R rows by B blocks of bfloat16 weights. Sums, two halves of weights and one input must fit 16 registers. */
-#define EXACT(R, B)                                                                                                    \
-    static void exact_##R##_##B(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in,         \
-                                long out) {                                                                                             \
-        const float *x = rows;                                                                                         \
-        const uint16_t *w = weights;                                                                                   \
-        const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                     \
-        __m256 sum[R][B][2];                                                                                           \
-        ALL for (int r = 0; r < R; r++)                                                                                \
-            ALL for (int b = 0; b < B; b++) sum[r][b][0] = sum[r][b][1] = _mm256_setzero_ps();                         \
-        for (long i = 0; i < in; i += 2) {                                                                             \
-            ALL for (int b = 0; b < B; b++) {                                                                          \
-                const uint16_t *at = w + (b * in + i) * LANES;                                                         \
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                   \
-                ALL for (int half = 0; half < 2; half++) {                                                             \
-                    __m256i pair = _mm256_loadu_si256((const __m256i *)(at + half * LANES));                           \
-                    __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));                                   \
-                    __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));                                \
-                    ALL for (int r = 0; r < R; r++) {                                                                  \
-                        sum[r][b][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i), first, sum[r][b][half]);        \
-                        sum[r][b][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i + 1), second, sum[r][b][half]);   \
-                    }                                                                                                  \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-        ALL for (int r = 0; r < R; r++)                                                                                \
-            ALL for (int b = 0; b < B; b++)                                                                            \
-                ALL for (int half = 0; half < 2; half++) _mm256_storeu_ps(y + r * out + b * LANES + 8 * half, sum[r][b][half]); \
+/* R rows by a block of bfloat16 weights. Sums, two halves of weights and one input must fit 16 registers. */
+#define EXACT(R)                                                                                                                     \
+    static void exact_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out) { \
+        const float *x = rows;                                                                                                       \
+        const uint16_t *w = weights;                                                                                                 \
+        const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                                   \
+        __m256 sum[R][2];                                                                                                            \
+        ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();                                                 \
+        for (long i = 0; i < in; i += 2) {                                                                                           \
+            _mm_prefetch((const char *)(w + i * LANES) + AHEAD, _MM_HINT_T0);                                                        \
+            ALL for (int half = 0; half < 2; half++) {                                                                               \
+                __m256i pair = _mm256_loadu_si256((const __m256i *)(w + i * LANES + half * LANES));                                  \
+                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));                                                     \
+                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));                                                  \
+                ALL for (int r = 0; r < R; r++) {                                                                                    \
+                    sum[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i), first, sum[r][half]);                          \
+                    sum[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * in + i + 1), second, sum[r][half]);                     \
+                }                                                                                                                    \
+            }                                                                                                                        \
+        }                                                                                                                            \
+        ALL for (int r = 0; r < R; r++)                                                                                              \
+            ALL for (int half = 0; half < 2; half++) _mm256_storeu_ps(y + r * out + 8 * half, sum[r][half]);                         \
     }
 
-EXACT(1, 6) EXACT(2, 3)
-EXACT(1, 1) EXACT(2, 1) EXACT(3, 1) EXACT(4, 1) EXACT(5, 1) EXACT(6, 1)
-
-static const choice exact[] = {{exact_1_1, exact_1_6, 6}, {exact_2_1, exact_2_3, 3}, {exact_3_1, exact_3_1, 1},
-                               {exact_4_1, exact_4_1, 1}, {exact_5_1, exact_5_1, 1}, {exact_6_1, exact_6_1, 1}};
+EXACT(1) EXACT(2) EXACT(3) EXACT(4) EXACT(5) EXACT(6)
+static inner *const exact[] = {exact_1, exact_2, exact_3, exact_4, exact_5, exact_6};
 
 static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
@@ -92,9 +83,8 @@ static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu
 
 #define GROUPED_ROWS(BITS)                                                                                                           \
     GROUPED(1, BITS) GROUPED(2, BITS) GROUPED(3, BITS) GROUPED(4, BITS) GROUPED(5, BITS) GROUPED(6, BITS)                            \
-    static const choice grouped_##BITS[] = {                                                                                         \
-        {grouped_1_##BITS, grouped_1_##BITS, 1}, {grouped_2_##BITS, grouped_2_##BITS, 1}, {grouped_3_##BITS, grouped_3_##BITS, 1},    \
-        {grouped_4_##BITS, grouped_4_##BITS, 1}, {grouped_5_##BITS, grouped_5_##BITS, 1}, {grouped_6_##BITS, grouped_6_##BITS, 1}};
+    static inner *const grouped_##BITS[] = {grouped_1_##BITS, grouped_2_##BITS, grouped_3_##BITS,                                    \
+                                            grouped_4_##BITS, grouped_5_##BITS, grouped_6_##BITS};
 
 GROUPED_ROWS(8)
 GROUPED_ROWS(4)

@@ -1,58 +1,56 @@
-/* The innermost loops of products with AVX-512 and its dot products: 32 registers, so up to 16 rows. Knows packed blocks; what they are is
+/* The innermost loops of products with AVX-512 and its dot products: 32 registers, so up to 12 rows. Knows packed blocks; what they are is
  * native.c's. A pair of weights of 16 outputs fills a register, and a pair of a row's inputs is broadcast to meet it. */
 
-#define MOST_ROWS 16
+#define MOST_ROWS 12
 
-/* Stores, and loops over rows and blocks with every index known to the compiler. */
-#define ROWS_BLOCKS(R, B) ALL for (int r = 0; r < R; r++) ALL for (int b = 0; b < B; b++)
-
-#define OPEN(NAME, R, B)                                                                                                             \
-    static void NAME##_##R##_##B(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out) {
+#define EACH_OF(R) ALL for (int r = 0; r < R; r++)
+#define OPEN(NAME, R)                                                                                                                \
+    static void NAME##_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out) {
 
 /* float32 x with bfloat16 weights */
-#define EXACT(R, B)                                                                                                                  \
-    OPEN(exact, R, B)                                                                                                                \
+#define EXACT(R)                                                                                                                     \
+    OPEN(exact, R)                                                                                                                   \
         const float *x = rows;                                                                                                       \
         const uint16_t *w = weights;                                                                                                 \
         const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);                                                                   \
-        __m512 sum[R][B];                                                                                                            \
-        ROWS_BLOCKS(R, B) sum[r][b] = _mm512_setzero_ps();                                                                           \
-        for (long i = 0; i < in; i += 2)                                                                                             \
-            ALL for (int b = 0; b < B; b++) {                                                                                        \
-                const uint16_t *at = w + (b * in + i) * LANES;                                                                       \
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                                 \
-                __m512i pair = _mm512_loadu_si512(at);                                                                               \
-                __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                                     \
-                __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                                  \
-                ALL for (int r = 0; r < R; r++) {                                                                                    \
-                    sum[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in + i]), first, sum[r][b]);                                      \
-                    sum[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in + i + 1]), second, sum[r][b]);                                 \
-                }                                                                                                                    \
-            }                                                                                                                        \
-        ROWS_BLOCKS(R, B) _mm512_storeu_ps(y + r * out + b * LANES, sum[r][b]);                                                        \
+        __m512 sum[R];                                                                                                               \
+        EACH_OF(R) sum[r] = _mm512_setzero_ps();                                                                                     \
+        for (long i = 0; i < in; i += 2) {                                                                                           \
+            _mm_prefetch((const char *)(w + i * LANES) + AHEAD, _MM_HINT_T0);                                                        \
+            __m512i pair = _mm512_loadu_si512(w + i * LANES);                                                                        \
+            __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), second = _mm512_castsi512_ps(_mm512_and_si512(pair, upper)); \
+            EACH_OF(R) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in + i]), first, sum[r]);                                         \
+            EACH_OF(R) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * in + i + 1]), second, sum[r]);                                    \
+        }                                                                                                                            \
+        EACH_OF(R) _mm512_storeu_ps(y + r * out, sum[r]);                                                                            \
     }
 
-/* bfloat16 x and weights: vdpbf16ps */
-#define ROUND(R, B)                                                                                                                  \
-    OPEN(rounded, R, B)                                                                                                              \
+/* Dot products of pairs, added to sums: x points at a row's pair, w holds those of 16 outputs. In assembly, since gcc moves sums about. */
+static inline __m512 dot_bfloat16(__m512 sum, const uint16_t *x, __m512i w) {
+    __asm__("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*(const int *)x), "v"(w));
+    return sum;
+}
+static inline __m512i dot_int16(__m512i sum, const int16_t *x, __m512i w) {
+    __asm__("vpdpwssd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*(const int *)x), "v"(w));
+    return sum;
+}
+
+/* bfloat16 x and weights */
+#define ROUND(R)                                                                                                                     \
+    OPEN(rounded, R)                                                                                                                 \
         const uint16_t *x = rows, *w = weights;                                                                                      \
-        __m512 sum[R][B];                                                                                                            \
-        ROWS_BLOCKS(R, B) sum[r][b] = _mm512_setzero_ps();                                                                           \
-        for (long i = 0; i < in; i += 2) {                                                                                           \
-            __m512bh pair[B];                                                                                                        \
-            ALL for (int b = 0; b < B; b++) {                                                                                        \
-                const uint16_t *at = w + (b * in + i) * LANES;                                                                       \
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                                 \
-                pair[b] = (__m512bh)_mm512_loadu_si512(at);                                                                          \
-            }                                                                                                                        \
-            ALL for (int r = 0; r < R; r++) {                                                                                        \
-                int two;                                                                                                             \
-                memcpy(&two, x + r * in + i, sizeof two);                                                                            \
-                __m512bh value = (__m512bh)_mm512_set1_epi32(two);                                                                   \
-                ALL for (int b = 0; b < B; b++) sum[r][b] = _mm512_dpbf16_ps(sum[r][b], value, pair[b]);                               \
-            }                                                                                                                        \
+        __m512 sum[R], other[R]; /* every second pair's, so that a lone row's additions wait less for each other */                    \
+        EACH_OF(R) sum[r] = other[r] = _mm512_setzero_ps();                                                                          \
+        long i = 0;                                                                                                                  \
+        for (; i + 4 <= in; i += 4) {                                                                                                \
+            _mm_prefetch((const char *)(w + i * LANES) + AHEAD, _MM_HINT_T0);                                                        \
+            _mm_prefetch((const char *)(w + i * LANES) + AHEAD + 64, _MM_HINT_T0);                                                   \
+            __m512i pair = _mm512_loadu_si512(w + i * LANES), next = _mm512_loadu_si512(w + (i + 2) * LANES);                          \
+            EACH_OF(R) sum[r] = dot_bfloat16(sum[r], x + r * in + i, pair);                                                            \
+            EACH_OF(R) other[r] = dot_bfloat16(other[r], x + r * in + i + 2, next);                                                    \
         }                                                                                                                            \
-        ROWS_BLOCKS(R, B) _mm512_storeu_ps(y + r * out + b * LANES, sum[r][b]);                                                        \
+        if (i < in) EACH_OF(R) sum[r] = dot_bfloat16(sum[r], x + r * in + i, _mm512_loadu_si512(w + i * LANES));                       \
+        EACH_OF(R) _mm512_storeu_ps(y + r * out, _mm512_add_ps(sum[r], other[r]));                                                     \
     }
 
 static inline __m512 load_half(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -66,57 +64,41 @@ static inline __m512i pair_4(const uint8_t *n) {
 }
 
 /* int16 x and weights of 8 or 4 bits: vpdpwssd, whose sums are exact */
-#define GROUPED(R, B, BITS)                                                                                                          \
-    OPEN(grouped_##BITS, R, B)                                                                                                       \
+#define GROUPED(R, BITS)                                                                                                             \
+    OPEN(grouped_##BITS, R)                                                                                                          \
+        enum { STEP = LANES * BITS / 4, CHAINS = R < 2 ? 4 : R < 4 ? 2 : 1 }; /* bytes of a pair; sums that do not wait for each other */  \
         const int16_t *q = rows;                                                                                                     \
-        const long wide = in / GROUP * RECORD(BITS), step = GROUP * LANES * BITS / 8 / (GROUP / 2);                                    \
-        __m512 total[R][B];                                                                                                          \
-        ROWS_BLOCKS(R, B) total[r][b] = _mm512_setzero_ps();                                                                         \
-        for (long g = 0; g < in / GROUP; g++) {                                                                                      \
-            const uint8_t *w = (const uint8_t *)weights + g * RECORD(BITS), *n = w + (BITS == 8 ? 2 : 4) * LANES;                      \
-            __m512i sum[R][B];                                                                                                       \
-            ROWS_BLOCKS(R, B) sum[r][b] = _mm512_setzero_si512();                                                                    \
-            for (int i = 0; i < GROUP / 2; i++, n += step) {                                                                         \
-                __m512i pair[B];                                                                                                     \
-                ALL for (int b = 0; b < B; b++) {                                                                                    \
-                    if (i % (64 / step) == 0) _mm_prefetch((const char *)n + b * wide + AHEAD, _MM_HINT_T0);                           \
-                    pair[b] = pair_##BITS(n + b * wide);                                                                             \
+        const uint8_t *w = weights;                                                                                                  \
+        __m512 total[R];                                                                                                             \
+        EACH_OF(R) total[r] = _mm512_setzero_ps();                                                                                   \
+        for (long g = 0; g < in / GROUP; g++, w += RECORD(BITS)) {                                                                   \
+            const uint8_t *n = w + (BITS == 8 ? 2 : 4) * LANES;                                                                      \
+            __m512i sum[R][CHAINS];                                                                                                  \
+            EACH_OF(R) ALL for (int c = 0; c < CHAINS; c++) sum[r][c] = _mm512_setzero_si512();                                        \
+            for (int at = 0; at < RECORD(BITS); at += 64) _mm_prefetch((const char *)w + at + AHEAD, _MM_HINT_T0);                     \
+            for (int i = 0; i < GROUP / 2; i += CHAINS)                                                                              \
+                ALL for (int c = 0; c < CHAINS; c++) {                                                                               \
+                    __m512i pair = pair_##BITS(n + (i + c) * STEP);                                                                  \
+                    EACH_OF(R) sum[r][c] = dot_int16(sum[r][c], q + r * in + g * GROUP + 2 * (i + c), pair);                           \
                 }                                                                                                                    \
-                ALL for (int r = 0; r < R; r++) {                                                                                    \
-                    int two;                                                                                                         \
-                    memcpy(&two, q + r * in + g * GROUP + 2 * i, sizeof two);                                                        \
-                    __m512i value = _mm512_set1_epi32(two);                                                                          \
-                    ALL for (int b = 0; b < B; b++) sum[r][b] = _mm512_dpwssd_epi32(sum[r][b], value, pair[b]);                        \
-                }                                                                                                                    \
-            }                                                                                                                        \
-            ALL for (int b = 0; b < B; b++) {                                                                                        \
-                __m512 d = load_half(w + b * wide);                                                                                  \
-                ALL for (int r = 0; r < R; r++) total[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][b]), d, total[r][b]);          \
-                if (BITS == 4) {                                                                                                     \
-                    __m512 m = load_half(w + b * wide + 2 * LANES);                                                                  \
-                    ALL for (int r = 0; r < R; r++)                                                                                  \
-                        total[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(sums[r * (in / GROUP) + g]), m, total[r][b]);                     \
-                }                                                                                                                    \
+            EACH_OF(R) ALL for (int c = 1; c < CHAINS; c++) sum[r][0] = _mm512_add_epi32(sum[r][0], sum[r][c]);                        \
+            __m512 d = load_half(w);                                                                                                 \
+            EACH_OF(R) total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][0]), d, total[r]);                                         \
+            if (BITS == 4) {                                                                                                         \
+                __m512 m = load_half(w + 2 * LANES);                                                                                 \
+                EACH_OF(R) total[r] = _mm512_fmadd_ps(_mm512_set1_ps(sums[r * (in / GROUP) + g]), m, total[r]);                        \
             }                                                                                                                        \
         }                                                                                                                            \
-        ROWS_BLOCKS(R, B) _mm512_storeu_ps(y + r * out + b * LANES, _mm512_mul_ps(total[r][b], _mm512_set1_ps(scale[r])));             \
+        EACH_OF(R) _mm512_storeu_ps(y + r * out, _mm512_mul_ps(total[r], _mm512_set1_ps(scale[r])));                                   \
     }
 
-#define EIGHT_BITS(R, B) GROUPED(R, B, 8)
-#define FOUR_BITS(R, B) GROUPED(R, B, 4)
-
-/* As many blocks at once as make about 8 sums, and one; which of them for how many rows. */
+#define EIGHT_BITS(R) GROUPED(R, 8)
+#define FOUR_BITS(R) GROUPED(R, 4)
 #define EACH(KIND)                                                                                                                   \
-    KIND(1, 6) KIND(2, 6) KIND(3, 3) KIND(4, 3) KIND(5, 2) KIND(6, 2) KIND(7, 2) KIND(8, 2)                                            \
-    KIND(1, 1) KIND(2, 1) KIND(3, 1) KIND(4, 1) KIND(5, 1) KIND(6, 1) KIND(7, 1) KIND(8, 1)                                            \
-    KIND(9, 1) KIND(10, 1) KIND(11, 1) KIND(12, 1) KIND(13, 1) KIND(14, 1) KIND(15, 1) KIND(16, 1)
+    KIND(1) KIND(2) KIND(3) KIND(4) KIND(5) KIND(6) KIND(7) KIND(8) KIND(9) KIND(10) KIND(11) KIND(12)
 #define CHOICES(NAME)                                                                                                                \
-    static const choice NAME[] = {{NAME##_1_1, NAME##_1_6, 6},    {NAME##_2_1, NAME##_2_6, 6},    {NAME##_3_1, NAME##_3_3, 3},            \
-                                  {NAME##_4_1, NAME##_4_3, 3},    {NAME##_5_1, NAME##_5_2, 2},    {NAME##_6_1, NAME##_6_2, 2},            \
-                                  {NAME##_7_1, NAME##_7_2, 2},    {NAME##_8_1, NAME##_8_2, 2},    {NAME##_9_1, NAME##_9_1, 1},            \
-                                  {NAME##_10_1, NAME##_10_1, 1}, {NAME##_11_1, NAME##_11_1, 1}, {NAME##_12_1, NAME##_12_1, 1},         \
-                                  {NAME##_13_1, NAME##_13_1, 1}, {NAME##_14_1, NAME##_14_1, 1}, {NAME##_15_1, NAME##_15_1, 1},         \
-                                  {NAME##_16_1, NAME##_16_1, 1}};
+    static inner *const NAME[] = {NAME##_1, NAME##_2,  NAME##_3,  NAME##_4,  NAME##_5,  NAME##_6,  NAME##_7,  NAME##_8,                \
+                                  NAME##_9, NAME##_10, NAME##_11, NAME##_12};
 
 EACH(EXACT)
 EACH(EIGHT_BITS)
