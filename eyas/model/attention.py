@@ -66,10 +66,10 @@ class NativeAttention:
                 free = length - (segment.mask.shape[1] - segment.count)
                 prefixes += [free] * segment.count
                 counts += segment.mask.sum(1).tolist()
-                others.append(segment.mask.nonzero()[:, 1] + free)
-        columns = (slots, places, prefixes, list(itertools.accumulate(counts)))
-        behind = torch.cat(others) if others else torch.zeros(0, dtype=torch.int64, device="cpu")
-        self.rows = native.RowPlan(*(torch.tensor(column, dtype=torch.int64, device="cpu") for column in columns), behind)
+                others += (segment.mask.nonzero()[:, 1] + free).tolist()
+        columns = (slots, places, prefixes, list(itertools.accumulate(counts)), others)
+        whole = torch.tensor([*itertools.chain(*columns)], dtype=torch.int64, device="cpu")
+        self.rows = native.RowPlan(*whole.split([len(column) for column in columns]))
 
     def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
         """The kernel's plan of this pass, the same for every layer of a model."""

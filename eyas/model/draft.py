@@ -89,21 +89,22 @@ class DraftNetwork(nn.Module):
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
-        """a [N, H]: what the layer makes of features (or its own earlier output) and the tokens that followed."""
+        """a [N, H], float32 where the kernel runs the layer: what it makes of features (or its own earlier output) and the tokens that
+        followed."""
         e_NH = self.embed(tokens_N)
         if self.native and isinstance(attention, NativeAttention):
             wide_NH = g_NH.to(torch.float32, copy=True)
             self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, beside_NH=e_NH.float())
-            return wide_NH.to(g_NH.dtype)
+            return wide_NH
         return self.midlayer(e_NH, g_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
 
     def fed_back(self, a_NH: Tensor) -> Tensor:
         """What stands in for g at the next step: a itself, or its norm under `norm_output` (EAGLE-3.1)."""
-        return self.norm(a_NH) if self.config.norm_output else a_NH
+        return self.norm(a_NH.to(self.dtype)) if self.config.norm_output else a_NH
 
     def logits(self, a_NH: Tensor) -> Tensor:
         """[N, D]"""
-        return self.head(self.norm(a_NH))
+        return self.head(self.native.normed(a_NH) if self.native and a_NH.dtype == torch.float32 else self.norm(a_NH.to(self.dtype)))
 
     def prepare(self, bits: int = 16) -> DraftNetwork:
         """Pack weights for inference, as 8-bit ones where asked for.
@@ -114,7 +115,7 @@ class DraftNetwork(nn.Module):
         block = self.midlayer
         if NativeLayer.fits(block.self_attn, block.mlp) and not self.config.norm_before_residual:
             norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
-            self.native = NativeLayers([NativeLayer(block.self_attn, block.mlp, *norms)])
+            self.native = NativeLayers([NativeLayer(block.self_attn, block.mlp, *norms)], self.norm)
         self.fuse_product.pack(bits=bits)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         self.fc.weight = self.lm_head.weight = None

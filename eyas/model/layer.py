@@ -41,10 +41,10 @@ class NativeLayer:
 
 
 class NativeLayers:
-    """Layers of one shape, run one after another by one call."""
+    """Layers of one shape, run one after another by one call, and the norm behind the last."""
 
-    def __init__(self, layers: Sequence[NativeLayer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm) -> None:
+        self.layers, self.norm, self.norm_weight = layers, norm, norm.weight.detach().float()
         self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
         self.scratch_width = max(each.scratch_width for each in layers)
 
@@ -71,3 +71,7 @@ class NativeLayers:
             plan, ctypes.byref(self.array[first]), count, x_NH.data_ptr(), given, *pointers,
             keys.stride(0), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+
+    def normed(self, x_NH: Tensor) -> Tensor:
+        """The final norm of float32 rows, in float32."""
+        return native.normed(x_NH, self.norm_weight, self.norm.eps)

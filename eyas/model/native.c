@@ -232,14 +232,22 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
             __m256 sum[QUERIES][4];                                                                                                  \
             long parts = (d - c < 32 ? d - c : 32) / 8;                                                                              \
             ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
-            for (long t = 0; t < count; t++) {                                                                                       \
-                const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                    \
-                ALL for (int i = 0; i < 4; i++)                                                                                      \
-                    if (i < parts) {                                                                                                 \
+            if (parts == 4)                                                                                                          \
+                for (long t = 0; t < count; t++) {                                                                                   \
+                    const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
+                    ALL for (int i = 0; i < 4; i++) {                                                                                \
                         __m256 v = load_##NAME(value + 8 * i);                                                                       \
                         ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
                     }                                                                                                                \
-            }                                                                                                                        \
+                }                                                                                                                    \
+            else                                                                                                                     \
+                for (long t = 0; t < count; t++) {                                                                                   \
+                    const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
+                    for (long i = 0; i < parts; i++) {                                                                               \
+                        __m256 v = load_##NAME(value + 8 * i);                                                                       \
+                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
+                    }                                                                                                                \
+                }                                                                                                                    \
             for (int m = 0; m < n; m++)                                                                                              \
                 for (long i = 0; i < parts; i++) _mm256_storeu_ps(out + (r * p->heads + g + m) * d + c + 8 * i, sum[m][i]);            \
         }                                                                                                                            \
@@ -308,6 +316,10 @@ static void norm_row(const float *x, const float *weight, float *y, long width, 
     __m256 scale = _mm256_set1_ps(1.0f / sqrtf(total(squares) / (float)width + epsilon));
     for (long c = 0; c < width; c += 8)
         _mm256_storeu_ps(y + c, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + c), scale), _mm256_loadu_ps(weight + c)));
+}
+
+void eyas_norm(const float *x, const float *weight, float *y, long rows, long width, float epsilon) {
+    for (long r = 0; r < rows; r++) norm_row(x + r * width, weight, y + r * width, width, epsilon);
 }
 
 /* Heads of one row turned by their position: halves, as Hugging Face's Llama. cos and sin [d]. */

@@ -98,7 +98,7 @@ class Target(nn.Module):
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = ("input_layernorm", "post_attention_layernorm")
             layers = [NativeLayer(block.self_attn, block.mlp, *(getattr(block, norm) for norm in norms)) for block in self.blocks]
-            self.native = NativeLayers(layers)
+            self.native = NativeLayers(layers, self.model.norm)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
@@ -114,27 +114,26 @@ class Target(nn.Module):
         x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
         attention = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
         fused = self.native and isinstance(attention, NativeAttention)
-        x_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, taps)
-        hidden_NH = self.model.norm(x_NH)
+        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, taps)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
-        return Output(logits_MV.to(wide), torch.cat(features, -1) if features else None, hidden_NH)
+        return Output(logits_MV.to(wide), torch.cat(features, -1) if features else None, hidden_NH.to(x_NH.dtype))
 
     def plain_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention, taps: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the layers make of x, and the inputs of the tapped ones."""
+        """What the layers and the final norm make of x, and the inputs of the tapped ones."""
         rotation, features = self.rotary(positions_N, x_NH.dtype), []
         for index, block in enumerate(self.model.layers):
             if index in taps:
                 features.append(x_NH)
             x_NH = block(x_NH, rotation, attention.layer(index))
-        return x_NH, features
+        return self.model.norm(x_NH), features
 
     def native_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same, the layers from one tap to the next as one call of the kernel."""
+        """The same in float32, the layers from one tap to the next as one call of the kernel."""
         rotation, features = self.rotary(positions_N, torch.float32), []
         wide_NH, done = x_NH.to(torch.float32, copy=True), 0
         for tap in (*sorted(taps), len(self.native.layers)):
@@ -143,7 +142,7 @@ class Target(nn.Module):
             if tap in taps:
                 features.append(wide_NH.to(x_NH.dtype, copy=True))
             done = tap
-        return wide_NH.to(x_NH.dtype), features
+        return self.native.normed(wide_NH), features
 
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
@@ -157,7 +156,7 @@ class Target(nn.Module):
         cut.model.embed_tokens, cut.model.norm = self.model.embed_tokens, self.model.norm
         cut.model.layers = self.model.layers[:layers]
         cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
-        cut.native = NativeLayers(self.native.layers[:layers]) if self.native else None
+        cut.native = NativeLayers(self.native.layers[:layers], self.model.norm) if self.native else None
         return cut
 
 

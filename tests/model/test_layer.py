@@ -135,4 +135,4 @@ def test_a_drafts_native_layer_is_its_plain_one(dtype):
         attention = cached_attention(cache, [Segment(0, 5)], config.num_attention_heads // config.num_key_value_heads)
         outs.append(each.step(torch.tensor(prompt(5)), g, torch.arange(5), attention))
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
-    assert_close(*outs, **tolerance)
+    assert_close(*(out.to(dtype) for out in outs), **tolerance)
