@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from eyas.config import METHODS, PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter, NoDrafter
 from eyas.decode.generate import Decoder, Result, Text, result_of
+from eyas.decode.planner import MOST, Planner
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
@@ -26,11 +27,11 @@ from eyas.model.draft import check_fits, config_from_file, load_draft
 from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
 from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
+from eyas.planning import Memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
 BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
 BUNDLED = Path(__file__).parent / "bundled"
-FIXED_SHAPES = {"lookup": TreeShape.chain(5), "draft-model": TreeShape.chain(2), "plain": PLAIN}
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
@@ -161,6 +162,7 @@ class Engine:
         self.target = prepared(target, precision)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
+        self.memory: Memory | None = None  # what planners learned, once one was wanted
 
     # ---- prompts ----
 
@@ -215,18 +217,21 @@ class Engine:
     def default_method(self) -> str:
         return "eagle3-lookup" if "eagle3-lookup" in self.makers else "plain"
 
-    def shape(self, tree: str | TreeShape, method: str, sampling: Sampling) -> TreeShape:
+    def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
+        """The largest tree a round may draw up; under `auto` a planner sizes each."""
         if method == "plain":
             return PLAIN
         if isinstance(tree, TreeShape):
             return tree
-        if tree != "auto":
-            return TreeShape.parse(tree)
-        if method in FIXED_SHAPES:
-            return FIXED_SHAPES[method]
-        from eyas.auto_tree import fastest_shape
+        return MOST if tree == "auto" else TreeShape.parse(tree)
 
-        return fastest_shape(self, method, sampling)
+    def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
+        """What sizes the trees of one call, where nobody named their shape. Prices are timed on first use."""
+        if tree != "auto" or method == "plain":
+            return None
+        if self.memory is None:
+            self.memory = Memory(self)
+        return self.memory.planner(method, sampling)
 
     # ---- generation ----
 
@@ -264,12 +269,14 @@ class Engine:
         method = request.method or self.default_method
         drafter = self.drafter(method)
         encoded = [self.encode(prompt, request.raw) for prompt in prompts]
-        shape = self.shape(request.tree, method, request.sampling)
+        shape, planner = self.shape(request.tree, method), self.planner(request.tree, method, request.sampling)
         seed = new_seed() if request.seed is None else request.seed
         seeds = [derived_seed(seed, i) for i in range(len(prompts))] if many else [seed]
-        decoder = Decoder(self.target, drafter, request.verifier)
+        decoder = Decoder(self.target, drafter, request.verifier, planner)
         decoder.watch = self.watch
         yield from decoder.run(encoded, shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop)
+        if planner:
+            self.memory.save()
 
 
 def is_many(prompt: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
-from eyas.config import METHODS, VERIFIERS, EyasError, Request, TreeShape
+from eyas.config import METHODS, PLAIN, VERIFIERS, EyasError, Request, TreeShape
 from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.engine import Engine, Prompt
@@ -49,10 +49,10 @@ class Method(NamedTuple):
             raise EyasError(f"verifier {method.verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
         return method
 
-    def request(self, engine: Engine, base: Request) -> Request:
-        """The base request by this method; its tree is settled here, so that no prompt pays for choosing it."""
-        shape = engine.shape(self.tree or base.tree, self.name, base.sampling)
-        return replace(base, method=self.name, tree=shape, verifier=self.verifier or base.verifier)
+    def request(self, base: Request) -> Request:
+        """The base request by this method."""
+        tree = PLAIN if self.name == "plain" else self.tree or base.tree
+        return replace(base, method=self.name, tree=tree, verifier=self.verifier or base.verifier)
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -73,9 +73,11 @@ def run_bench(
 ) -> dict[str, Any]:
     """{"conditions": .., "methods": {as written: figures}}; an interrupt ends it early with "complete": False."""
     request = replace(request, seed=new_seed() if request.seed is None else request.seed)
-    plans = {method.text: method.request(engine, request) for method in methods}
+    plans = {method.text: method.request(request) for method in methods}
     for plan in plans.values():  # the first pass of a process is slow: no method shall pay for it
         engine.generate(prompts[0].prompt, replace(plan, max_new_tokens=min(WARM_UP_TOKENS, plan.max_new_tokens)))
+    if engine.memory:
+        engine.memory.frozen = True  # what was learned before counts, not what these prompts teach
     rows = timed_rows(engine, prompts, plans, report)
     figures = {text: settings_of(plan) | figures_of(text, rows, same_draws(plan, plans.get("plain"))) for text, plan in plans.items()}
     result = {"conditions": conditions_of(engine, plans, request, len(rows)), "methods": figures}

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from eyas.commands.common import engine_from
-from eyas.config import GREEDY, PLAIN, EyasError, Request, TreeShape
+from eyas.config import EyasError, Request
 from eyas.decode.generate import Result
 from eyas.engine import Engine, Prompt
 from eyas.model.target import chain_rows
 from eyas.view.colour import write_coloured
 
-FALLBACK = TreeShape.chain(2)
 QUESTION = "What makes a hawk such a good hunter? Answer in a few sentences."
 
 
@@ -31,9 +30,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = options.prompt or QUESTION
     console = Console(highlight=False, quiet=options.json)
     shared = {"max_new_tokens": options.max_new_tokens, "seed": 0}
-    shape = engine.shape(options.tree, "eagle3", GREEDY)
-    shape = FALLBACK if shape == PLAIN else shape  # nothing would be drafted, and nothing shown
-    plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=shape, **shared)
+    plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
         engine.generate(prompt, replace(request, max_new_tokens=4))
     shown: list[Any] = [f"[bold]{escape(prompt)}[/bold]", "[dim]plain decoding, one token a pass:[/dim]"]
@@ -42,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     heading = "[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]"
     console.print(f"\n{heading}")
     fast_result, fast_text = write_coloured(engine, prompt, fast, console)
-    lines = verdict(engine, prompt, slow_result, fast_result, options.precision, shape)
+    lines = verdict(engine, prompt, slow_result, fast_result, options.precision, options.tree)
     console.print(f"\n{lines}")
     if options.json:
         print(json.dumps(facts(slow_result, fast_result)))
@@ -57,10 +54,10 @@ def facts(plain: Result, fast: Result) -> dict[str, Any]:
     return {"same_text": plain.tokens == fast.tokens, "tau": round(fast.tau, 4), "ratio": round(ratio, 4), "tokens": len(fast.tokens)}
 
 
-def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str, shape: TreeShape) -> str:
+def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str, tree: str) -> str:
     found = facts(plain, fast)
     rates = f"{len(plain.tokens) / plain.seconds:.1f} -> {len(fast.tokens) / fast.seconds:.1f} tokens/s"
-    conditions = f"[dim]({precision}, greedy, tree {shape}, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
+    conditions = f"[dim]({precision}, greedy, tree {tree}, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
     same = "Same text" if found["same_text"] else "Texts part"
     line = f"[bold]{same}[/bold] · tau {found['tau']:.2f} tokens a round · {rates}, [bold]{found['ratio']:.2f}x[/bold] {conditions}"
     return line if found["same_text"] else f"{line}\n{explain_parting(engine, prompt, plain, fast, precision)}"

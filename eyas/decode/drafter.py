@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from eyas.config import Sampling, TreeShape
 from eyas.decode.tree import Tree
+
+if TYPE_CHECKING:
+    from eyas.decode.planner import Planner
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class TreeRequest:
     sampling: Sampling
     noise: Callable[[int], Tensor] | None  # the target's noise [V] at a position, where the verifier draws with it; None when greedy
     deepest: int | None = None  # levels for which the text has room, where that is known; the shape never has more
+    planner: Planner | None = None  # asked before each level, where trees are planned
+    covered: float = 0.0  # chance that what another drafter guessed first is right
 
 
 class Drafter(Protocol):

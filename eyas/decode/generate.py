@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
+from eyas.decode.planner import FixedPlan, Planner
 from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, uniforms
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
@@ -108,10 +109,12 @@ VERIFY = dict(zip(VERIFIERS, (verify_by_walk, verify_by_accept_reject)))
 class Decoder:
     """A target and a drafter, and the round that joins them."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0]) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], planner: Planner | None = None
+    ) -> None:
         if verifier not in VERIFY:
             raise EyasError(f"verifier {verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
-        self.target, self.drafter = target, drafter or NoDrafter()
+        self.target, self.drafter, self.planner = target, drafter or NoDrafter(), planner
         self.verify, self.shares_noise = VERIFY[verifier], verifier == VERIFIERS[0]
         self.watch: Callable[[RoundRecord], None] | None = None
 
@@ -120,9 +123,12 @@ class Decoder:
     @torch.inference_mode()
     def round(self, sequences: Sequence[Text], shape: TreeShape, sampling: Sampling) -> None:
         """One round of all sequences: at least one token each."""
-        trees = self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences])
-        out = self.target(self.rows(sequences, trees), self.cache, self.drafter.wants)
-        first = 0
+        plan, began, brought = self.planner or FixedPlan(), time.perf_counter(), 0
+        plan.begin([sequence.slot for sequence in sequences])
+        trees = plan.cut(self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences]))
+        rows, read = self.rows(sequences, trees), time.perf_counter()
+        out = self.target(rows, self.cache, self.drafter.wants)
+        first, read = 0, time.perf_counter() - read
         for sequence, tree in zip(sequences, trees):
             logits = out.logits[first : first + len(tree)]
             accepted = self.verify(tree, logits, sequence, sampling)
@@ -131,6 +137,8 @@ class Decoder:
             committed = commit(sequence, tokens, self.target.config.eos_token_ids)
             sequence.rounds += 1
             sequence.accepted_lengths[len(committed)] += 1
+            brought += len(committed)
+            plan.judge(sequence.slot, tree, accepted.path, len(committed))
             if self.watch:
                 self.watch(RoundRecord(sequence.slot, tree, accepted, committed, logits))
             if sequence.finish_reason:
@@ -140,6 +148,7 @@ class Decoder:
                 self.drafter.observe(sequence.slot, tokens, out.features[kept] if self.drafter.wants else None)
                 sequence.noise.forget_before(sequence.position)
             first += len(tree)
+        plan.served(first, read, brought, time.perf_counter() - began)
 
     def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> TreeRequest:
         """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
@@ -149,7 +158,7 @@ class Decoder:
         elif shape.levels > deepest:
             shape = TreeShape(shape.nodes, deepest - 1, shape.top_k)
         noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
-        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise, max(deepest, 0))
+        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise, max(deepest, 0), self.planner)
 
     def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""

@@ -5,6 +5,7 @@ Knows requests and growth; a drafter hands in what it computes: how to read a le
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,29 +33,40 @@ Followers = Callable[[TreeRequest, int, Tensor], tuple[list[list[int]], list[lis
 
 def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
     """One tree a request. Where an empty tree is asked for the drafter is left alone: committed text waits until it is next needed."""
-    wanted = [request for request in requests if request.shape.nodes > 1]
+    wanted = [request for request in requests if request.shape.nodes > 1 and pays(request)]
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
-        roots = begin([request.sequence for request in wanted])
-        trees |= {request.sequence: tree for request, tree in zip(wanted, grow_levels(wanted, roots, read, followers))}
+        grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, followers)
+        trees |= {request.sequence: tree for request, tree in zip(wanted, grown)}
     return list(trees.values())
 
 
-def grow_levels(requests: Sequence[TreeRequest], roots: Tensor, read: Read, followers: Followers) -> list[Tree]:
-    """Expand the best of each newest level, keep the best of all. `roots` [S, ...]: the drafter's output at each root."""
+def pays(request: TreeRequest) -> bool:
+    return request.planner is None or request.planner.pays(request.sequence, request.covered)
+
+
+def grow_levels(requests: Sequence[TreeRequest], begin: Callable[[], Tensor], read: Read, followers: Followers) -> list[Tree]:
+    """Expand the best of each newest level, keep the best of all. `begin` gives [S, ...], the drafter's output at each root."""
     growths = [Growth(request.root, request.shape.top_k) for request in requests]
     held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
-    frontiers, outputs = [[0] for _ in requests], roots
+    frontiers, planner = [[0] for _ in requests], requests[0].planner
     for level in range(1 + max(request.shape.depth for request in requests)):
         if level > 0:
             frontiers = [growth.frontier() if level <= request.shape.depth else [] for growth, request in zip(growths, requests)]
+            frontiers = planner.frontiers(growths, frontiers) if planner else frontiers
             if not any(frontiers):
                 break
-            outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]])
+        started = time.perf_counter()
+        outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]]) if level else begin()
         for request, growth, frontier, rows, kept in zip(requests, growths, frontiers, outputs.split([len(f) for f in frontiers]), held):
             if frontier:
+                before = len(growth.tokens)
                 growth.expand(frontier, *followers(request, level, rows))
                 kept.update(zip(frontier, rows))
+                if planner:
+                    planner.grew(growth, frontier, before)
+        if planner:
+            planner.stepped(len(outputs), time.perf_counter() - started)
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
 
 

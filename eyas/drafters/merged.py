@@ -39,7 +39,7 @@ class MergedDrafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = self.lookup.propose([deeper(request) for request in requests])
-        asked = [replace(request, shape=PLAIN) if sure(tree) else request for request, tree in zip(requests, found)]
+        asked = [ask(request, tree) for request, tree in zip(requests, found)]
         drafted = self.draft.propose(asked)
         return [merge([one, other]).best(request.shape.nodes) for request, one, other in zip(requests, drafted, found)]
 
@@ -50,5 +50,9 @@ def deeper(request: TreeRequest) -> TreeRequest:
     return request if nodes == 1 else replace(request, shape=TreeShape(nodes, levels - 1, request.shape.top_k))
 
 
-def sure(tree: Tree) -> bool:
-    return len(tree) > 1 and max(tree.scores[1:]) >= SURE
+def ask(request: TreeRequest, found: Tree) -> TreeRequest:
+    """What the draft is asked for beside look-up's tree: a planner weighs that, else a sure guess is enough."""
+    best = max(found.scores[1:], default=-math.inf)
+    if request.planner is None:
+        return replace(request, shape=PLAIN) if best >= SURE else request
+    return replace(request, covered=math.exp(best))

@@ -1,0 +1,168 @@
+"""How large each round's trees should be: as large as the next node is worth its time, down to no tree at all.
+
+A round costs seconds and brings tokens; over many rounds tokens a second are most where each round makes the most of
+tokens - rate * seconds, `rate` being what the last rounds brought. So a level of drafting, a branch, a node is taken where what it adds to
+that sum is more than nothing: for one sequence or for many that share a pass, whose nodes compete by worth. Where even the first level is
+not worth it nothing is drafted, and now and then a round tries whether it would be again.
+
+Knows trees, prices and calibrated chances; knows no models. Drafters that grow level by level ask it before each level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from eyas.config import TreeShape
+from eyas.decode.calibration import Calibration
+from eyas.decode.prices import Prices
+from eyas.decode.tree import Tree
+
+MOST = TreeShape(64, 7, 4)  # of any one tree
+MEMORY = 0.04  # weight of a round in what the last ones brought
+FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
+SPAN = 4  # rows over which the price of one more is taken: single ones are noise
+PROBE = 48  # tokens of a sequence that nothing was drafted for, until it is tried again
+
+
+class Guesses(Protocol):
+    """What a tree and its growth have in common."""
+
+    parents: list[int]
+    depths: list[int]
+    scores: list[float]
+
+
+class FixedPlan:
+    """No plan: every tree is checked as it was asked for and drawn up."""
+
+    def begin(self, sequences: Sequence[int]) -> None:
+        return None
+
+    def cut(self, trees: Sequence[Tree]) -> Sequence[Tree]:
+        return trees
+
+    def judge(self, sequence: int, tree: Tree, path: Sequence[int], committed: int) -> None:
+        return None
+
+    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+        return None
+
+
+@dataclass
+class Planner:
+    """One call's plan; prices and calibration may be shared with others'."""
+
+    passes: Prices  # of the target, by rows
+    steps: Prices  # of the draft, by rows of a level
+    calibration: Calibration
+    batch: int = 0
+    rows: float = 0.0  # of the last rounds' passes
+    tokens: float = 0.0  # of the last rounds, older ones fading, and their seconds
+    seconds: float = 0.0
+    rate: float = 0.0  # tokens a second
+    first: dict[int, float] = field(default_factory=dict)  # sequence -> how often its root's child was drawn lately
+    silent: dict[int, int] = field(default_factory=dict)  # sequence -> tokens since something was guessed
+
+    # ---- before and while drafting ----
+
+    def begin(self, sequences: Sequence[int]) -> None:
+        """A round of these sequences comes. What it has to beat is what the last rounds brought, at first a little more than plain
+        decoding, and never less than that."""
+        if len(sequences) != self.batch:
+            self.batch, self.rows, self.tokens, self.seconds = len(sequences), 3.0 * len(sequences), 0.0, 0.0
+        alone = self.passes.of(self.batch)
+        plain, some = self.batch / alone, FIRST_ROUNDS * MEMORY * alone
+        self.rate = max(plain, (self.tokens + HOPE * plain * some) / (self.seconds + some))
+
+    def row(self) -> float:
+        """What one row more of a pass has to bring, in tokens."""
+        rows = max(self.batch, round(self.rows))
+        return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
+
+    def pays(self, sequence: int, covered: float) -> bool:
+        """Whether drafting for a sequence is worth one step or two; `covered`: chance that what another drafter guessed is right."""
+        if self.silent.get(sequence, 0) >= PROBE:
+            return True
+        first = self.first.get(sequence, self.calibration.followed(1)) * (1 - covered)
+        step = self.rate * self.steps.of(self.batch) / self.batch + self.row()
+        return first + max(0.0, first * self.calibration.followed(2) - step) > step
+
+    def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
+        row, gains, kept = self.row(), 0.0, []
+        for growth, nodes in zip(growths, candidates):
+            chances = self.chances(growth)
+            worth = {node: chances[node] * self.calibration.followed(growth.depths[node] + 1) - row for node in nodes}
+            kept.append([node for node in nodes if worth[node] > 0])
+            gains += sum(worth[node] for node in kept[-1])
+        return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
+
+    def grew(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
+        """A level was drafted: `frontier` got the nodes from `before` on as children."""
+        together = dict.fromkeys(frontier, 0.0)
+        for node in range(before, len(growth.parents)):
+            together[growth.parents[node]] += self.calibration.chance(growth.depths[node], guess(growth, node))
+        for node, chance in together.items():
+            self.calibration.expanded(growth.depths[node] + 1, chance)
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A level of so many rows took the draft so long."""
+        self.steps.served(rows, seconds)
+
+    # ---- between drafting and checking ----
+
+    def chances(self, guesses: Guesses) -> list[float]:
+        """The chance of each node that the walk comes to it: calibrated, and siblings' never above their parent's together."""
+        own, together = [1.0], {}
+        for node in range(1, len(guesses.parents)):
+            own.append(self.calibration.chance(guesses.depths[node], guess(guesses, node)))
+            together[guesses.parents[node]] = together.get(guesses.parents[node], 0.0) + own[-1]
+        for node, parent in enumerate(guesses.parents[1:], 1):
+            own[node] *= own[parent] / max(1.0, together[parent])
+        return own
+
+    def cut(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Of all trees the nodes that are worth their rows of the pass they share."""
+        ranked = sorted(
+            ((chance, -row, place) for place, tree in enumerate(trees) for row, chance in enumerate(self.chances(tree)) if row),
+            reverse=True,
+        )
+        best, most, tokens, plain = 0, 0.0, 0.0, self.passes.of(len(trees))
+        for count, (chance, _, _) in enumerate(ranked, 1):
+            tokens += chance
+            if (gain := tokens - self.rate * (self.passes.of(len(trees) + count) - plain)) > most:
+                best, most = count, gain
+        kept: list[list[int]] = [[0] for _ in trees]
+        for _, row, place in ranked[:best]:
+            kept[place].append(-row)
+        return [tree if len(rows) == len(tree) else tree.keep(rows) for tree, rows in zip(trees, kept)]
+
+    # ---- after it ----
+
+    def judge(self, sequence: int, tree: Tree, path: Sequence[int], committed: int) -> None:
+        """What a sequence's walk says of its guesses."""
+        for place, row in enumerate(path):
+            children = list(tree.children[row].values())
+            if children:
+                taken = children.index(path[place + 1]) if place + 1 < len(path) else None
+                self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
+        drafted = len(tree) > 1
+        self.silent[sequence] = 0 if drafted else self.silent.get(sequence, 0) + committed
+        if drafted:
+            before = self.first.get(sequence, self.calibration.followed(1))
+            self.first[sequence] = before + 2 * MEMORY * ((len(path) > 1) - before)
+
+    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+        """A round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
+        self.passes.served(rows, pass_seconds)
+        self.rows += MEMORY * (rows - self.rows)
+        self.tokens += MEMORY * (tokens - self.tokens)
+        self.seconds += MEMORY * (seconds - self.seconds)
+
+
+def guess(guesses: Guesses, node: int) -> float:
+    """The drafter's chance of a node given its parent."""
+    return min(1.0, math.exp(guesses.scores[node] - guesses.scores[guesses.parents[node]]))

@@ -1,0 +1,38 @@
+"""What a pass costs: seconds by its number of rows, timed once and then moved by every pass that is served.
+
+Knows rows and seconds; knows nothing of models. Between two numbers of rows that were timed it draws a line, beyond the last one it goes on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+RATE = 0.05  # how far one served pass moves a price; a stalled one moves it no further than OUTLIER does
+OUTLIER = 1.5
+
+
+class Prices:
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        """`seconds`: of passes of so many rows; at least one."""
+        self.rows = sorted(seconds)
+        self.seconds = [seconds[rows] for rows in self.rows]
+
+    def of(self, rows: int) -> float:
+        """Seconds of a pass of so many rows; a pass of none costs nothing."""
+        if rows <= 0:
+            return 0.0
+        if len(self.rows) == 1:
+            return self.seconds[0]
+        above = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        (left, right), (low, high) = self.rows[above - 1 : above + 1], self.seconds[above - 1 : above + 1]
+        return max(low + (high - low) * (rows - left) / (right - left), min(self.seconds))
+
+    def served(self, rows: int, seconds: float) -> None:
+        """A pass took so long: half of the news is taken for the machine's, which all prices share, half for this number of rows."""
+        news = min(max(seconds / self.of(rows), 1 / OUTLIER), OUTLIER)
+        at = min(range(len(self.rows)), key=lambda i: abs(self.rows[i] - rows))
+        self.seconds = [price * news ** (RATE * (1 if i == at else 0.5)) for i, price in enumerate(self.seconds)]
+
+    def table(self) -> dict[int, float]:
+        return dict(zip(self.rows, self.seconds))
