@@ -156,7 +156,7 @@ class Engine:
         self.makers: dict[str, Callable[[], Drafter]] = {"plain": NoDrafter, "lookup": LookupDrafter}
         if draft:
             network, vocab = load_draft(draft, embedding, embedding.dtype)
-            network.prepare(8 if precision in BITS else 16)  # of 4 bits it would guess worse
+            network.prepare(16 if precision == "fp32" else 8)  # of 4 bits it would guess worse
             self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
             self.makers["eagle3-lookup"] = lambda: MergedDrafter(Eagle3Drafter(network, vocab))
         self.target = prepared(target, precision)

@@ -9,33 +9,38 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 EDGES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # guesses between two of these are judged together
 DEPTHS = 6  # deeper guesses are judged with those of this depth
 WEIGHT = 10  # guesses' worth of belief that a score is right as it is
-USUAL = 0.6  # chance that one of a node's children is drawn, until it is known
+LATELY = 48  # nodes whose children say what the next one's will be like
+CHILDREN = 4  # of each, the best
+USUAL = (0.4, 0.1, 0.05, 0.03)  # their chances, until some were seen
 
 
 class Calibration:
     def __init__(self, counts: dict[str, Any] | None = None, frozen: bool = False) -> None:
         """`counts`: what `as_dict` gave; `frozen`: nothing is learned, as in a measurement."""
-        size = len(EDGES) + 1
-        fresh = {name: [[0.0] * size for _ in range(DEPTHS)] for name in ("guessed", "right", "tried")}
-        fresh |= {"children": [0.0] * DEPTHS, "parents": [0.0] * DEPTHS}
-        known = (
-            counts if counts and {key: shape(value) for key, value in counts.items()} == {k: shape(v) for k, v in fresh.items()} else fresh
-        )
+        known = counts if counts and shape(counts) == shape(Calibration.nothing()) else Calibration.nothing()
         self.guessed, self.right, self.tried = known["guessed"], known["right"], known["tried"]
-        self.children, self.parents, self.frozen = known["children"], known["parents"], frozen
+        self.children, self.frozen = np.array(known["children"]), frozen
+        self.seen = [0] * DEPTHS  # nodes, of which the latest are kept
+
+    @staticmethod
+    def nothing() -> dict[str, Any]:
+        counts = {name: [[0.0] * (len(EDGES) + 1) for _ in range(DEPTHS)] for name in ("guessed", "right", "tried")}
+        return {**counts, "children": [[list(USUAL) for _ in range(LATELY)] for _ in range(DEPTHS)]}
 
     def chance(self, depth: int, guess: float) -> float:
         """The chance that a child at `depth` (1: of the root) is drawn once its parent was, where the draft says `guess`."""
         at, of = min(depth, DEPTHS) - 1, bisect_right(EDGES, guess)
-        return min(1.0, guess * (self.right[at][of] + WEIGHT * guess) / (self.guessed[at][of] + WEIGHT * guess)) if guess > 0 else 0.0
+        belief = WEIGHT * guess
+        return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
-    def followed(self, depth: int) -> float:
-        """The chance that any of the children made at `depth` is drawn once their parent was."""
-        at = min(depth, DEPTHS) - 1
-        return (self.children[at] + WEIGHT * USUAL) / (self.parents[at] + WEIGHT)
+    def worth(self, depth: int, parent: float, row: float) -> float:
+        """What the children of a node with this chance, which lie at `depth`, will likely bring in tokens, each less the price of its row."""
+        return float(np.maximum(parent * self.children[min(depth, DEPTHS) - 1] - row, 0).sum()) / LATELY
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
         """The children of a node that the walk came to, and which of them it went on to."""
@@ -48,16 +53,20 @@ class Calibration:
             self.guessed[at][of] += guess
             self.right[at][of] += child == drawn
 
-    def expanded(self, depth: int, chance: float) -> None:
-        """A node got children at `depth`, of this chance together."""
-        if not self.frozen:
-            at = min(depth, DEPTHS) - 1
-            self.parents[at] += 1
-            self.children[at] += min(1.0, chance)
+    def expanded(self, depth: int, chances: Sequence[float]) -> None:
+        """A node got children of these chances at `depth`."""
+        at = min(depth, DEPTHS) - 1
+        best = sorted(chances, reverse=True)[:CHILDREN]
+        self.children[at][self.seen[at] % LATELY] = best + [0.0] * (CHILDREN - len(best))
+        self.seen[at] += 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("guessed", "right", "tried", "children", "parents")}
+        counts = {name: getattr(self, name) for name in ("guessed", "right", "tried")}
+        return {**counts, "children": self.children.round(4).tolist()}
 
 
 def shape(value: Any) -> Any:
+    """What a file has to have in common with what is kept: names, lengths, numbers."""
+    if isinstance(value, dict):
+        return {key: shape(each) for key, each in value.items()}
     return [shape(each) for each in value] if isinstance(value, list) else isinstance(value, (int, float))

@@ -138,7 +138,7 @@ class Decoder:
             sequence.rounds += 1
             sequence.accepted_lengths[len(committed)] += 1
             brought += len(committed)
-            plan.judge(sequence.slot, tree, accepted.path, len(committed))
+            plan.judge(tree, accepted.path)
             if self.watch:
                 self.watch(RoundRecord(sequence.slot, tree, accepted, committed, logits))
             if sequence.finish_reason:

@@ -33,7 +33,7 @@ Followers = Callable[[TreeRequest, int, Tensor], tuple[list[list[int]], list[lis
 
 def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
     """One tree a request. Where an empty tree is asked for the drafter is left alone: committed text waits until it is next needed."""
-    wanted = [request for request in requests if request.shape.nodes > 1 and pays(request)]
+    wanted = paying([request for request in requests if request.shape.nodes > 1])
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
         grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, followers)
@@ -41,8 +41,11 @@ def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, followers: F
     return list(trees.values())
 
 
-def pays(request: TreeRequest) -> bool:
-    return request.planner is None or request.planner.pays(request.sequence, request.covered)
+def paying(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
+    """Those for which drafting is worth its time, where that is planned."""
+    if not requests or requests[0].planner is None:
+        return requests
+    return [request for request, pays in zip(requests, requests[0].planner.pays([each.covered for each in requests])) if pays]
 
 
 def grow_levels(requests: Sequence[TreeRequest], begin: Callable[[], Tensor], read: Read, followers: Followers) -> list[Tree]:

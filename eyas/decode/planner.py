@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from eyas.config import TreeShape
@@ -24,7 +24,8 @@ MOST = TreeShape(64, 7, 4)  # of any one tree
 MEMORY = 0.04  # weight of a round in what the last ones brought
 FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
 SPAN = 4  # rows over which the price of one more is taken: single ones are noise
-PROBE = 48  # tokens of a sequence that nothing was drafted for, until it is tried again
+PROBE = 48  # rounds in which the draft was not asked, until it is tried again
+LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
 
 
 class Guesses(Protocol):
@@ -44,7 +45,7 @@ class FixedPlan:
     def cut(self, trees: Sequence[Tree]) -> Sequence[Tree]:
         return trees
 
-    def judge(self, sequence: int, tree: Tree, path: Sequence[int], committed: int) -> None:
+    def judge(self, tree: Tree, path: Sequence[int]) -> None:
         return None
 
     def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
@@ -63,8 +64,7 @@ class Planner:
     tokens: float = 0.0  # of the last rounds, older ones fading, and their seconds
     seconds: float = 0.0
     rate: float = 0.0  # tokens a second
-    first: dict[int, float] = field(default_factory=dict)  # sequence -> how often its root's child was drawn lately
-    silent: dict[int, int] = field(default_factory=dict)  # sequence -> tokens since something was guessed
+    silent: int = 0  # rounds since the draft was asked
 
     # ---- before and while drafting ----
 
@@ -82,31 +82,33 @@ class Planner:
         rows = max(self.batch, round(self.rows))
         return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
 
-    def pays(self, sequence: int, covered: float) -> bool:
-        """Whether drafting for a sequence is worth one step or two; `covered`: chance that what another drafter guessed is right."""
-        if self.silent.get(sequence, 0) >= PROBE:
-            return True
-        first = self.first.get(sequence, self.calibration.followed(1)) * (1 - covered)
-        step = self.rate * self.steps.of(self.batch) / self.batch + self.row()
-        return first + max(0.0, first * self.calibration.followed(2) - step) > step
+    def pays(self, covered: Sequence[float]) -> list[bool]:
+        """For which sequences a draft's first level is worth its time; `covered`: chance that what another drafter guessed there is right."""
+        row, bare = self.row(), [1 - chance for chance in covered]
+        step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
+        asked = [self.calibration.worth(1, share, row) + self.calibration.worth(2, share * LIKELY, row) > step for share in bare]
+        self.silent = 0 if any(asked) else self.silent + 1
+        if self.silent == PROBE:
+            self.silent, asked[0] = 0, True
+        return asked
 
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
         row, gains, kept = self.row(), 0.0, []
         for growth, nodes in zip(growths, candidates):
             chances = self.chances(growth)
-            worth = {node: chances[node] * self.calibration.followed(growth.depths[node] + 1) - row for node in nodes}
+            worth = {node: self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes}
             kept.append([node for node in nodes if worth[node] > 0])
             gains += sum(worth[node] for node in kept[-1])
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
 
     def grew(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
         """A level was drafted: `frontier` got the nodes from `before` on as children."""
-        together = dict.fromkeys(frontier, 0.0)
+        chances: dict[int, list[float]] = {node: [] for node in frontier}
         for node in range(before, len(growth.parents)):
-            together[growth.parents[node]] += self.calibration.chance(growth.depths[node], guess(growth, node))
-        for node, chance in together.items():
-            self.calibration.expanded(growth.depths[node] + 1, chance)
+            chances[growth.parents[node]].append(self.calibration.chance(growth.depths[node], guess(growth, node)))
+        for node, each in chances.items():
+            self.calibration.expanded(growth.depths[node] + 1, each)
 
     def stepped(self, rows: int, seconds: float) -> None:
         """A level of so many rows took the draft so long."""
@@ -116,7 +118,8 @@ class Planner:
 
     def chances(self, guesses: Guesses) -> list[float]:
         """The chance of each node that the walk comes to it: calibrated, and siblings' never above their parent's together."""
-        own, together = [1.0], {}
+        own: list[float] = [1.0]
+        together: dict[int, float] = {}
         for node in range(1, len(guesses.parents)):
             own.append(self.calibration.chance(guesses.depths[node], guess(guesses, node)))
             together[guesses.parents[node]] = together.get(guesses.parents[node], 0.0) + own[-1]
@@ -130,6 +133,8 @@ class Planner:
             ((chance, -row, place) for place, tree in enumerate(trees) for row, chance in enumerate(self.chances(tree)) if row),
             reverse=True,
         )
+        if not ranked:
+            return list(trees)
         best, most, tokens, plain = 0, 0.0, 0.0, self.passes.of(len(trees))
         for count, (chance, _, _) in enumerate(ranked, 1):
             tokens += chance
@@ -142,18 +147,13 @@ class Planner:
 
     # ---- after it ----
 
-    def judge(self, sequence: int, tree: Tree, path: Sequence[int], committed: int) -> None:
-        """What a sequence's walk says of its guesses."""
+    def judge(self, tree: Tree, path: Sequence[int]) -> None:
+        """What a walk says of its tree's guesses."""
         for place, row in enumerate(path):
             children = list(tree.children[row].values())
             if children:
                 taken = children.index(path[place + 1]) if place + 1 < len(path) else None
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
-        drafted = len(tree) > 1
-        self.silent[sequence] = 0 if drafted else self.silent.get(sequence, 0) + committed
-        if drafted:
-            before = self.first.get(sequence, self.calibration.followed(1))
-            self.first[sequence] = before + 2 * MEMORY * ((len(path) > 1) - before)
 
     def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """A round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""

@@ -59,6 +59,8 @@ class Tree:
 
     def best(self, nodes: int) -> Tree:
         """The `nodes` best rows, root included, by (score, order): a child never beats its parent, so parents stay with children."""
+        if len(self) <= nodes:
+            return self
         ranked = sorted(range(1, len(self)), key=lambda row: (-self.scores[row], row))
         return self.keep([0, *ranked[: nodes - 1]])
 

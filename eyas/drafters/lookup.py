@@ -19,6 +19,7 @@ PATTERNS = (4, 3, 2)  # tokens that are looked up; what matched before them is c
 USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # share of right guesses, by how many tokens matched at least
 WEIGHT = 8  # guesses that what is usual counts as much as
 LONGEST = max(USUAL)
+FAINT = math.log(0.02)  # chance of a guess under which none is made, but for the first
 OCCURRENCES = 4  # latest places looked at, so a much repeated pattern stays cheap
 
 
@@ -64,18 +65,20 @@ class LookupDrafter:
                     del held[: -OCCURRENCES - 1]
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        return [self.look_up(request) for request in requests]
+        return [self.look_up(request, request.shape.levels) for request in requests]
 
-    def look_up(self, request: TreeRequest) -> Tree:
+    def look_up(self, request: TreeRequest, levels: int) -> Tree:
         """The continuations of the longest pattern that occurred before, the likeliest first, merged into one tree."""
-        known, levels = self.known[request.sequence], request.shape.levels
+        known = self.known[request.sequence]
         trees = []
         for rank, (end, matched) in enumerate(matches(known)[: request.shape.top_k] if levels else ()):
-            following, score, scores = known.text[end : end + levels], 0.0, []
-            for depth in range(len(following)):
+            score, scores = 0.0, []
+            for depth in range(min(levels, len(known.text) - end)):
                 score += math.log(known.chance(matched + depth)) * (1 + rank)  # another occurrence is worth less
+                if score < FAINT and depth:
+                    break
                 scores.append(score)
-            trees.append(Tree.chain(request.root, following, scores))
+            trees.append(Tree.chain(request.root, known.text[end : end + len(scores)], scores))
         return merge(trees).best(request.shape.nodes) if trees else Tree.root(request.root)
 
 

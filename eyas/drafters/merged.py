@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from eyas.config import PLAIN, TreeShape
+from eyas.config import PLAIN
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree, merge
 from eyas.drafters.lookup import LookupDrafter
@@ -38,21 +38,27 @@ class MergedDrafter:
         self.lookup.forget(sequence)
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        found = self.lookup.propose([deeper(request) for request in requests])
-        asked = [ask(request, tree) for request, tree in zip(requests, found)]
-        drafted = self.draft.propose(asked)
-        return [merge([one, other]).best(request.shape.nodes) for request, one, other in zip(requests, drafted, found)]
+        found = [self.found(request) for request in requests]
+        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(requests, found)])
+        return [both(request, one, other) for request, one, other in zip(requests, drafted, found)]
+
+    def found(self, request: TreeRequest) -> Tree:
+        """Look-up's guesses cost no steps, so they may go as deep as there are nodes."""
+        nodes = request.shape.nodes
+        return self.lookup.look_up(request, min(nodes - 1, request.deepest or request.shape.levels))
 
 
-def deeper(request: TreeRequest) -> TreeRequest:
-    """Look-up's guesses cost no steps, so they may go as deep as there are nodes."""
-    nodes, levels = request.shape.nodes, min(request.shape.nodes - 1, request.deepest or request.shape.levels)
-    return request if nodes == 1 else replace(request, shape=TreeShape(nodes, levels - 1, request.shape.top_k))
+def both(request: TreeRequest, one: Tree, other: Tree) -> Tree:
+    if len(other) == 1:
+        return one
+    return (other if len(one) == 1 else merge([one, other])).best(request.shape.nodes)
 
 
 def ask(request: TreeRequest, found: Tree) -> TreeRequest:
     """What the draft is asked for beside look-up's tree: a planner weighs that, else a sure guess is enough."""
-    best = max(found.scores[1:], default=-math.inf)
+    if len(found) == 1:
+        return request
+    best = max(found.scores[1:])
     if request.planner is None:
         return replace(request, shape=PLAIN) if best >= SURE else request
     return replace(request, covered=math.exp(best))
