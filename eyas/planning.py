@@ -95,7 +95,7 @@ def prices(table: Any) -> Prices | None:
 def time_passes(target: Target) -> dict[int, float]:
     """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
     config = target.config
-    context = min(CONTEXT, config.max_position_embeddings // 2)
+    context = min(CONTEXT, max(1, config.max_position_embeddings // 2))
     rows_fit = [rows for rows in ROWS if context + rows <= config.max_position_embeddings]
     if not rows_fit:
         raise EyasError(

@@ -39,7 +39,7 @@ class Calibration:
         return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
     def worth(self, depth: int, parent: float, row: float) -> float:
-        """What the children of a node with this chance, which lie at `depth`, will likely bring in tokens, each less the price of its row."""
+        """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
         return float(np.maximum(parent * self.children[min(depth, DEPTHS) - 1] - row, 0).sum()) / LATELY
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:

@@ -83,7 +83,7 @@ class Planner:
         return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
 
     def pays(self, covered: Sequence[float]) -> list[bool]:
-        """For which sequences a draft's first level is worth its time; `covered`: chance that what another drafter guessed there is right."""
+        """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
         row, bare = self.row(), [1 - chance for chance in covered]
         step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
         asked = [self.calibration.worth(1, share, row) + self.calibration.worth(2, share * LIKELY, row) > step for share in bare]

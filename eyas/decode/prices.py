@@ -1,6 +1,7 @@
 """What a pass costs: seconds by its number of rows, timed once and then moved by every pass that is served.
 
-Knows rows and seconds; knows nothing of models. Between two numbers of rows that were timed it draws a line, beyond the last one it goes on.
+Knows rows and seconds; knows nothing of models. Between two numbers of rows that were timed it draws a line,
+and goes on with it beyond the last.
 """
 
 from __future__ import annotations
