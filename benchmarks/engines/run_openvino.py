@@ -13,19 +13,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common import HERE, compare, environment, exported, make_job, options, report, run_child, workplace
+from common import HERE, compare, exported, make_job, options, report, run_child
 
-PINS = ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0", "optimum==2.3.0")
-TORCH = ("transformers==5.5.4", "torch==2.13.0", "tokenizers==0.22.2", "huggingface-hub==1.21.0", "nncf==3.4.0", "numpy==2.4.6")
-INSTALLS = (
-    ("install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", *PINS, *TORCH),
-    ("uninstall", "-y", "torchvision"),  # a build that does not fit this torch breaks the import, and text needs none
-)
+from eyas.bench.environments import OPENVINO, environment, workplace
 
 
 def main() -> None:
     chosen = options(__doc__, ("fp32", "fp16", "int8")).parse_args()
-    place, python = workplace("openvino"), environment("openvino", INSTALLS)
+    place, python = workplace("openvino"), environment("openvino", OPENVINO)
     draft = exported(chosen.draft, chosen.target, "openvino", place, "--python", str(python), "--weights", chosen.precision)
     job = make_job(chosen, draft)
     result = run_child(python, HERE / "openvino_child.py", job, place, timeout=7200)

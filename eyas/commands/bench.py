@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
@@ -25,6 +27,8 @@ PIPED_WIDTH = 140  # columns where standard output is no terminal
 
 def run(options: argparse.Namespace) -> int:
     methods, request = parse_methods(options.methods), request_from(options)
+    if options.peers:
+        return peers(options, request)
     items, complaints = read_prompts(options.prompts, options.limit)
     out = writable(options.out)
     engine = engine_from(options)
@@ -38,6 +42,37 @@ def run(options: argparse.Namespace) -> int:
     if out:
         write(out, result)
     return 0 if result.get("complete", True) else 130
+
+
+def peers(options: argparse.Namespace, request: Request) -> int:
+    """Ours beside other engines, each in an environment of its own."""
+    import torch
+
+    from eyas.bench.peers import run_peers, save_picture, table_rows
+
+    if not request.sampling.greedy:
+        raise EyasError("--peers compares greedy answers; leave --temperature out")
+    items, complaints = read_prompts(options.prompts, options.limit)
+    complain(options.prompts, complaints)
+    out = writable(options.out)
+    said = Console(stderr=True, highlight=False)
+    result = run_peers(
+        options.target, options.draft, Path(options.prompts).name, items, request.max_new_tokens, torch.get_num_threads(), said.print
+    )
+    table = Table("engine", "bits a weight", "tokens/s [quartiles]", "text as bf16's", "version")
+    for cells in table_rows(result):
+        table.add_row(*cells)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console.print(table)
+    for pair, (middle, low, high) in result["ratios"].items():
+        console.print(f"{pair}: {middle:.2f}x [{low:.2f}, {high:.2f}]", markup=False)
+    for name, why in result["left_out"].items():
+        console.print(f"left out: {name}: {why}", markup=False)
+    if out:
+        write(out, result)
+        if importlib.util.find_spec("matplotlib"):
+            save_picture(result, out.with_suffix(".png"))
+    return 0
 
 
 def writable(out: str | None) -> Path | None:
