@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         new_draft_options,
         train_options,
         bench_options,
+        plan_options,
         trace_options,
         export_options,
         import_options,
@@ -153,6 +154,14 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
     generation(bench, method=False, new_tokens=200)
 
 
+def plan_options(commands: argparse._SubParsersAction) -> None:
+    plan = add(commands, "plan", "what a pass costs here, and which trees pay for how many sequences")
+    models(plan, tree=False)
+    plan.add_argument("--method", default=None, help="any with trees (default: eagle3-lookup)")
+    plan.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    plan.add_argument("--picture", metavar="F.png", help="draw prices and gains there (needs matplotlib)")
+
+
 def trace_options(commands: argparse._SubParsersAction) -> None:
     trace = add(commands, "trace", "the rounds told step by step on what the model really writes")
     trace.add_argument("prompt")
@@ -239,7 +248,7 @@ def disk(command: argparse.ArgumentParser) -> None:
     command.add_argument("--disk", type=float, metavar="GB", help="most that self-written data may take (default: half of what is free)")
 
 
-def models(command: argparse.ArgumentParser) -> None:
+def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
     command.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
     command.add_argument("--draft", help="draft directory, or `bundled` (default: the bundled one for the embedded target)")
     command.add_argument(
@@ -249,7 +258,10 @@ def models(command: argparse.ArgumentParser) -> None:
         help="of the weights (default %(default)s); int8, q4: smaller and faster, rounded",
     )
     command.add_argument("--device", default=None, help="cpu (default) or cuda")
-    command.add_argument("--tree", default=Request.tree, help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default)")
+    if tree:
+        command.add_argument(
+            "--tree", default=Request.tree, help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default): planned each round"
+        )
 
 
 def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:

@@ -1,7 +1,8 @@
 """Ours against other engines on the same weights, prompts and threads, taking turns: `eyas bench --peers`.
 
 Every contestant is a process in its own environment (environments.py) that loads once (peer_worker.py); all but the one whose turn it is
-are stopped, so none takes another's cores. Prompts go to all as the same token ids, each prompt to all before the next, in a rotating order.
+are stopped, so none takes another's cores. Prompts go to all as the same token ids, each prompt to all before the next, in a rotating
+order.
 Knows contestants, turns and tables; knows no engine's insides.
 """
 
@@ -265,7 +266,7 @@ def count_weights(config: Any) -> int:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens a second with quartiles, share of texts that equal our bf16 greedy one, and the ratios of PAIRS with quartiles over prompts."""
+    """Tokens a second, texts that equal our bf16 greedy ones, and the ratios of PAIRS, with quartiles over prompts."""
     found: Mapping[str, Any] = result["contestants"]
     rates = {name: [len(text) / seconds for text, seconds in zip(each["tokens"], each["seconds"])] for name, each in found.items()}
     reference = found[PLAIN_BF16]["tokens"]

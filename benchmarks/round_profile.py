@@ -1,0 +1,160 @@
+"""Where a round's time goes, and how far it is from its bare matrix products.
+
+    python benchmarks/round_profile.py --prompts F.jsonl [--limit 5] [--precision bf16] [--tree auto] [--out F.json]
+
+Answers prompts with every part of a round timed, and notes the rows of each product. "Bare" is then the time of the same packed products
+alone: those of the target for the rows of its passes, of the draft for those of its steps, and both heads, each called from a tight loop
+with nothing in between, weights not in a cache, and the cost of such a call taken off. Works where the native kernel does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eyas
+from eyas.bench.peers import PRACTICE
+from eyas.bench.prompts import read_prompts
+from eyas.decode import generate
+from eyas.decode.generate import Decoder
+from eyas.decode.planner import Planner
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.model import native
+from eyas.model.layer import NativeLayers
+
+REPEATS = 7
+
+
+class Parts:
+    """Seconds by part while rounds run; a part inside another is taken off it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.open: list[float] = []
+        self.on = False
+
+    def watch(self, owner: Any, name: str, part: str | Callable[..., str]) -> None:
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, **settings: Any) -> Any:
+            if not self.on:
+                return inner(*args, **settings)
+            started = time.perf_counter()
+            self.open.append(0.0)
+            try:
+                return inner(*args, **settings)
+            finally:
+                taken = time.perf_counter() - started
+                self.seconds[part if isinstance(part, str) else part(*args)] += taken - self.open.pop()
+                if self.open:
+                    self.open[-1] += taken
+
+        setattr(owner, name, timed)
+
+
+def bare(
+    layers: dict[int, Counter[int]], products: dict[int, tuple[native.Packed, Counter[int]]], stacks: dict[int, NativeLayers]
+) -> float:
+    """Seconds of the products alone: `layers` counts rows by stack of layers, `products` by single matrix."""
+    total, library, threads = 0.0, native.kernel(), torch.get_num_threads()
+    elsewhere = torch.zeros(1 << 24)  # 64 MiB
+    empty = native.packed(torch.zeros(16, 32, dtype=torch.bfloat16))
+
+    def one(packed: list[native.Packed], rows: int) -> float:
+        x = torch.randn(rows, max(each.inputs for each in packed))
+        y = torch.empty(rows, max(16 * each.blocks.shape[0] for each in packed))
+        scratch = torch.empty(rows * max(each.scratch for each in packed))
+        calls = [(x.data_ptr(), each.matrix, y.data_ptr(), rows, scratch.data_ptr(), threads) for each in packed]
+        taken = []
+        for _ in range(REPEATS):
+            elsewhere.add_(1)
+            started = time.perf_counter()
+            for call in calls:
+                library.eyas_product(*call)
+            taken.append(time.perf_counter() - started)
+        return sorted(taken)[REPEATS // 2]
+
+    overhead = one([empty] * 100, 1) / 100
+    for key, counts in layers.items():
+        packed = [weights for layer in stacks[key].layers for weights in layer.kept[1]]
+        for rows, times in counts.items():
+            total += times * (one(packed, rows) - len(packed) * overhead)
+    for packed, counts in products.values():
+        for rows, times in counts.items():
+            total += times * (one([packed], rows) - overhead)
+    return total
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--prompts", required=True)
+    options.add_argument("--limit", type=int, default=5)
+    options.add_argument("--precision", default="bf16")
+    options.add_argument("--method", default="eagle3-lookup")
+    options.add_argument("--tree", default="auto")
+    options.add_argument("--max-new-tokens", type=int, default=150)
+    options.add_argument("--out", type=Path)
+    given = options.parse_args()
+    engine = eyas.load(precision=given.precision)
+    items, _ = read_prompts(given.prompts, given.limit)
+    tree = {} if given.method == "plain" else {"tree": given.tree}
+    for practice in PRACTICE:
+        engine.generate(practice, method=given.method, max_new_tokens=60, **tree)
+    parts = Parts()
+    layers: dict[int, Counter[int]] = defaultdict(Counter)
+    products: dict[int, tuple[native.Packed, Counter[int]]] = {}
+    stacks: dict[int, NativeLayers] = {}
+    call, product = NativeLayers.__call__, native.product
+
+    def layers_called(self: NativeLayers, x: torch.Tensor, rotation: Any, attention: Any, first: int = 0, *more: Any, **named: Any) -> None:
+        if parts.on and first == 0:
+            stacks[id(self)] = self
+            layers[id(self)][len(x)] += 1
+        call(self, x, rotation, attention, first, *more, **named)
+
+    def product_called(x: torch.Tensor, weights: native.Packed) -> torch.Tensor:
+        if parts.on:
+            products.setdefault(weights.blocks.data_ptr(), (weights, Counter()))[1][len(x)] += 1
+        return product(x, weights)
+
+    NativeLayers.__call__, native.product = layers_called, product_called
+    target = engine.target.native
+    parts.watch(NativeLayers, "__call__", lambda self, *_: "target's layers" if self is target else "draft's layer")
+    parts.watch(native, "product", lambda x, weights: "target's head" if weights.outputs > 40000 else "draft's head and fc")
+    parts.watch(generate, "draw", "sampling")
+    for name in ("begin", "pays", "frontiers", "grew", "cut", "judge", "served"):
+        parts.watch(Planner, name, "planner")
+    parts.watch(Eagle3Drafter, "propose", "drafting, rest")
+    parts.watch(generate, "commit", "text")
+    parts.watch(Decoder, "round", "round, rest")
+    inner = Decoder.round
+
+    def round_called(self: Decoder, *args: Any) -> None:
+        parts.on = True
+        inner(self, *args)
+        parts.on = False
+
+    Decoder.round = round_called
+    tokens = count = 0
+    for item in items:
+        result = engine.generate(item.prompt, method=given.method, max_new_tokens=given.max_new_tokens, **tree)
+        tokens, count = tokens + len(result.tokens) - 1, count + result.rounds
+    whole = sum(parts.seconds.values())
+    alone = bare(layers, products, stacks)
+    found = {"precision": given.precision, "method": given.method, "tree": given.tree, "rounds": count, "tau": round(tokens / count, 2)}
+    found |= {"ms_a_round": round(1e3 * whole / count, 2), "bare_ms": round(1e3 * alone / count, 2), "over_bare": round(whole / alone, 3)}
+    found["shares"] = {part: round(taken / whole, 3) for part, taken in sorted(parts.seconds.items(), key=lambda each: -each[1])}
+    print(json.dumps(found, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`eyas plan`: what a pass costs here, which trees pay for how many sequences at once, and how well a draft's scores are calibrated."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eyas.commands.common import engine_from
+from eyas.config import METHODS, EyasError, Sampling
+from eyas.decode.calibration import EDGES, Calibration
+from eyas.view.plan import save_picture, typical_rounds
+
+BATCHES = (1, 2, 4, 8, 16)
+PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.")
+PRACTICE_TOKENS = 100
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.method is not None and (options.method not in METHODS or options.method == "plain"):
+        raise EyasError(f"method {options.method!r} has no trees to plan; choose {', '.join(METHODS[:-1])}")
+    if options.picture and not importlib.util.find_spec("matplotlib"):
+        raise EyasError("--picture needs matplotlib (pip install 'eyas[bench]')")
+    sampling = Sampling(options.temperature)
+    engine = engine_from(options)
+    method = options.method or engine.default_method
+    if method == "plain":
+        engine.drafter("eagle3")  # says that there is no draft
+    raw = not getattr(engine.tokenizer, "chat_template", None)
+    for prompt in PRACTICE:  # so that prices and chances are of rounds that were served here
+        engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw)
+    planner = engine.planner("auto", method, sampling)
+    rounds = typical_rounds(planner, BATCHES)
+    console = Console(highlight=False)
+    prices = Table("rows of a pass", *map(str, planner.passes.table()), title="What a pass costs here")
+    prices.add_row("milliseconds", *(f"{1e3 * seconds:.1f}" for seconds in planner.passes.table().values()))
+    console.print(prices)
+    console.print(f"a step of the draft: {1e3 * planner.steps.of(1):.2f} ms for one row, {1e3 * planner.steps.of(8):.2f} for eight\n")
+    plans = Table("sequences", "levels", "nodes each", "tokens a round each", "round, ms", "times plain", title=f"Typical rounds, {method}")
+    for each in rounds:
+        shape = (str(each.levels), str(each.nodes)) if each.levels else ("-", "no tree")
+        plans.add_row(str(each.batch), *shape, f"{each.tokens:.2f}", f"{1e3 * each.seconds:.1f}", f"{each.gain:.2f}")
+    console.print(plans)
+    console.print(reliability(planner.calibration))
+    if options.picture:
+        save_picture(planner, rounds, Path(options.picture))
+    return 0
+
+
+def reliability(calibration: Calibration) -> Table:
+    """What the draft said against what came true, all depths together."""
+    table = Table("guessed", "came true", "guesses", title="How often guesses come true")
+    for at, edge in enumerate((0.0, *EDGES)):
+        tried, guessed, right = (sum(row[at] for row in rows) for rows in (calibration.tried, calibration.guessed, calibration.right))
+        if tried:
+            table.add_row(f"{guessed / tried:.2f}", f"{right / tried:.2f}", str(round(tried)))
+        else:
+            table.add_row(f"from {edge:.2f}", "-", "0")
+    return table
