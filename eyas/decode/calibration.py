@@ -38,9 +38,10 @@ class Calibration:
         belief = WEIGHT * guess
         return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
-    def worth(self, depth: int, parent: float, row: float) -> float:
-        """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
-        return float(np.maximum(parent * self.children[min(depth, DEPTHS) - 1] - row, 0).sum()) / LATELY
+    def worth(self, depth: int, parents: Sequence[float], row: float) -> list[float]:
+        """For each node of these chances the tokens that its children, at `depth`, will likely bring, each less the price of its row."""
+        brought = np.multiply.outer(np.asarray(parents), self.children[min(depth, DEPTHS) - 1]) - row
+        return (np.maximum(brought, 0).sum((1, 2)) / LATELY).tolist()
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
         """The children of a node that the walk came to, and which of them it went on to."""

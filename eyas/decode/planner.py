@@ -86,7 +86,8 @@ class Planner:
         """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
         row, bare = self.row(), [1 - chance for chance in covered]
         step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
-        asked = [self.calibration.worth(1, share, row) + self.calibration.worth(2, share * LIKELY, row) > step for share in bare]
+        first, second = self.calibration.worth(1, bare, row), self.calibration.worth(2, [LIKELY * share for share in bare], row)
+        asked = [one + two > step for one, two in zip(first, second)]
         self.silent = 0 if any(asked) else self.silent + 1
         if self.silent == PROBE:
             self.silent, asked[0] = 0, True
@@ -97,9 +98,9 @@ class Planner:
         row, gains, kept = self.row(), 0.0, []
         for growth, nodes in zip(growths, candidates):
             chances = self.chances(growth)
-            worth = {node: self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes}
-            kept.append([node for node in nodes if worth[node] > 0])
-            gains += sum(worth[node] for node in kept[-1])
+            worth = self.calibration.worth(growth.depths[-1] + 1, [chances[node] for node in nodes], row)  # candidates are the newest
+            kept.append([node for node, each in zip(nodes, worth) if each > 0])
+            gains += sum(worth)
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
 
     def grew(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:

@@ -33,7 +33,9 @@ class Prices:
         """A pass took so long: half of the news is taken for the machine's, which all prices share, half for this number of rows."""
         news = min(max(seconds / self.of(rows), 1 / OUTLIER), OUTLIER)
         at = min(range(len(self.rows)), key=lambda i: abs(self.rows[i] - rows))
-        self.seconds = [price * news ** (RATE * (1 if i == at else 0.5)) for i, price in enumerate(self.seconds)]
+        half = news ** (RATE / 2)
+        self.seconds = [price * half for price in self.seconds]
+        self.seconds[at] *= half
 
     def table(self) -> dict[int, float]:
         return dict(zip(self.rows, self.seconds))

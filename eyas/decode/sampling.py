@@ -60,13 +60,18 @@ class Noise:
 def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
     """The target's token: argmax of score plus noise over the allowed tokens; ties go to the lowest id. Greedy takes no noise."""
     if sampling.greedy:
-        return int(logits_V.argmax())
+        return best(logits_V)
     assert noise_V is not None, "above temperature 0 a draw needs noise"
     scores_V = logits_V.double().cpu() / sampling.temperature
     ids = allowed(scores_V, sampling)
     if ids is None:
-        return int((scores_V + noise_V).argmax())
-    return int(ids[(scores_V[ids] + noise_V[ids]).argmax()])
+        return best(scores_V + noise_V)
+    return int(ids[best(scores_V[ids] + noise_V[ids])])
+
+
+def best(scores: Tensor) -> int:
+    """argmax; numpy's takes a third of the time that PyTorch's does."""
+    return int(scores.cpu().numpy().argmax())
 
 
 def law(logits_V: Tensor, sampling: Sampling) -> Tensor:

@@ -63,10 +63,11 @@ class NativeAttention:
                 prefixes += range(length + 1, length + segment.count + 1)
                 counts += [0] * segment.count
             else:
-                free = length - (segment.mask.shape[1] - segment.count)
+                seen = segment.mask.numpy()
+                free = length - (seen.shape[1] - segment.count)
                 prefixes += [free] * segment.count
-                counts += segment.mask.sum(1).tolist()
-                others += (segment.mask.nonzero()[:, 1] + free).tolist()
+                counts += seen.sum(1).tolist()
+                others += (seen.nonzero()[1] + free).tolist()
         columns = (slots, places, prefixes, list(itertools.accumulate(counts)), others)
         whole = torch.tensor([*itertools.chain(*columns)], dtype=torch.int64, device="cpu")
         self.rows = native.RowPlan(*whole.split([len(column) for column in columns]))

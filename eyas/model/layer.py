@@ -53,24 +53,22 @@ class NativeLayers:
         x_NH: Tensor,
         rotation: tuple[Tensor, Tensor],
         attention: NativeAttention,
-        first: int = 0,
-        last: int | None = None,
         beside_NH: Tensor | None = None,
-    ) -> None:
-        """Add to x (float32, contiguous, changed in place) what layers `first` to `last` (not it) of the cache make of it; cos and sin are
-        float32 [N,1,d]."""
+        taps: Sequence[int] = (),
+    ) -> Tensor:
+        """Add to x (float32, contiguous, changed in place) what the layers make of it; cos and sin are float32 [N,1,d]. Returns x as it
+        entered each layer of `taps`, ascending: float32 [N, taps * H]."""
         keys, values = attention.cache.keys, attention.cache.values
-        some = self.layers[first]
+        some, (N, H) = self.layers[0], x_NH.shape
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
-        scratch = torch.empty(x_NH.shape[0] * self.scratch_width, dtype=torch.float32, device="cpu")
-        call = getattr(native.kernel(), f"eyas_layers_{native.format_of(keys)}")
+        features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))
         given = None if beside_NH is None else beside_NH.data_ptr()
-        pointers = [part.data_ptr() for part in (*rotation, keys[first], values[first])]
-        count = (len(self.layers) if last is None else last) - first
-        call(
-            plan, ctypes.byref(self.array[first]), count, x_NH.data_ptr(), given, *pointers,
-            keys.stride(0), scratch.data_ptr(), torch.get_num_threads(),
+        pointers = [part.data_ptr() for part in (*rotation, keys, values)]
+        getattr(native.kernel(), f"eyas_layers_{native.format_of(keys)}")(
+            plan, self.array, len(self.layers), x_NH.data_ptr(), given, *pointers, keys.stride(0),
+            (ctypes.c_long * len(taps))(*sorted(taps)), len(taps), features.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        return features
 
     def normed(self, x_NH: Tensor) -> Tensor:
         """The final norm of float32 rows, in float32."""

@@ -114,6 +114,8 @@ static void multiply(const matrix *m, const float *x, float *y, long rows, const
 }
 
 #define EACH_ROW _Pragma("omp for schedule(static)") for (long r = 0; r < rows; r++)
+/* without waiting: where what comes next is the same rows' in the same threads */
+#define EACH_ROW_ON _Pragma("omp for schedule(static) nowait") for (long r = 0; r < rows; r++)
 
 void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -349,48 +351,51 @@ static void add_row(float *x, const float *y, const float *bias, long width) {
 
 /* x [rows, width] += attention, then += MLP: `count` decoder layers over rows, as one region of threads. q, k and v read norm(x), or
  * [norm(beside); norm(x)] where something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). keys and values: of the first
- * layer; the next one's lie `apart` further. scratch: for each row 2 width + qkv's outputs + heads * d + gate_up's outputs + inner + o's
- * outputs numbers, and what the products take. */
-#define LAYERS(TYPE, NAME)                                                                                                           \
-    void eyas_layers_##NAME(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos,           \
-                            const float *sin, TYPE *keys, TYPE *values, long apart, float *scratch, int threads) {                   \
-        long d = p->width, width = layers->width, rows = p->rows, inputs = layers->beside_norm ? 2 * width : width;                    \
-        long qkv_out = layers->qkv.out, o_out = layers->o.out, both = layers->gate_up.out, turned = p->heads + p->kv_heads;             \
+ * layer; the next one's lie `apart` further. features [rows, tapped, width]: x as it enters the layers `taps` names, counted from the first.
+ * scratch: for each row 2 width + qkv's outputs + heads * d + gate_up's outputs + inner + o's outputs numbers, and what the products take. */
+#define LAYERS(TYPE, NAME)                                                                                                               \
+    void eyas_layers_##NAME(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos,             \
+                            const float *sin, TYPE *keys, TYPE *values, long apart, const long *taps, long tapped, float *features,      \
+                            float *scratch, int threads) {                                                                               \
+        long d = p->width, width = layers->width, rows = p->rows, inputs = layers->beside_norm ? 2 * width : width;                      \
+        long qkv_out = layers->qkv.out, o_out = layers->o.out, both = layers->gate_up.out, turned = p->heads + p->kv_heads;              \
         float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * qkv_out, *gate_up = mixed + rows * p->heads * d;   \
-        float *inner = gate_up + rows * both, *back = inner + rows * layers->inner, *taken = back + rows * o_out;                      \
-        _Pragma("omp parallel num_threads(threads)") {                                                                               \
-            float *own = malloc(attention_scratch(p) * sizeof(float));                                                               \
-            for (const layer *l = layers; l < layers + count; l++) {                                                                 \
-                long at = (l - layers) * apart;                                                                                      \
-                EACH_ROW {                                                                                                           \
-                    norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                            \
-                    if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);          \
-                    take_row(&l->qkv, normed + r * inputs, r, rows, taken);                                                          \
-                }                                                                                                                    \
-                multiply(&l->qkv, normed, qkv, rows, taken);                                                                         \
-                _Pragma("omp barrier") EACH_ROW {                                                                                    \
-                    float *row = qkv + r * qkv_out;                                                                                  \
-                    if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (turned + p->kv_heads) * d);                                      \
-                    rotate_row(row, turned, d, cos + r * d, sin + r * d);                                                            \
-                }                                                                                                                    \
-                attend_##NAME(p, qkv, keys + at, values + at, mixed, NULL, own);                                                     \
-                EACH_ROW take_row(&l->o, mixed + r * p->heads * d, r, rows, taken);                                                    \
-                multiply(&l->o, mixed, back, rows, taken);                                                                           \
-                _Pragma("omp barrier") EACH_ROW {                                                                                    \
-                    add_row(x + r * width, back + r * o_out, l->o_bias, width);                                                      \
-                    norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                       \
-                    take_row(&l->gate_up, normed + r * width, r, rows, taken);                                                       \
-                }                                                                                                                    \
-                multiply(&l->gate_up, normed, gate_up, rows, taken);                                                                 \
-                _Pragma("omp barrier") EACH_ROW {                                                                                    \
-                    gate_row(gate_up + r * both, gate_up + r * both + l->inner, inner + r * l->inner, l->inner);                       \
-                    take_row(&l->down, inner + r * l->inner, r, rows, taken);                                                        \
-                }                                                                                                                    \
-                multiply(&l->down, inner, back, rows, taken);                                                                        \
-                _Pragma("omp barrier") EACH_ROW add_row(x + r * width, back + r * o_out, NULL, width);                                 \
-            }                                                                                                                        \
-            free(own);                                                                                                               \
-        }                                                                                                                            \
+        float *inner = gate_up + rows * both, *back = inner + rows * layers->inner, *taken = back + rows * o_out;                        \
+        _Pragma("omp parallel num_threads(threads)") {                                                                                   \
+            float *own = malloc(attention_scratch(p) * sizeof(float));                                                                   \
+            for (const layer *l = layers; l < layers + count; l++) {                                                                     \
+                long at = (l - layers) * apart;                                                                                          \
+                EACH_ROW {                                                                                                               \
+                    for (long t = 0; t < tapped; t++)                                                                                    \
+                        if (taps[t] == l - layers) memcpy(features + (r * tapped + t) * width, x + r * width, width * sizeof(float));    \
+                    norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                              \
+                    if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);            \
+                    take_row(&l->qkv, normed + r * inputs, r, rows, taken);                                                              \
+                }                                                                                                                        \
+                multiply(&l->qkv, normed, qkv, rows, taken);                                                                             \
+                _Pragma("omp barrier") EACH_ROW {                                                                                        \
+                    float *row = qkv + r * qkv_out;                                                                                      \
+                    if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (turned + p->kv_heads) * d);                                        \
+                    rotate_row(row, turned, d, cos + r * d, sin + r * d);                                                                \
+                }                                                                                                                        \
+                attend_##NAME(p, qkv, keys + at, values + at, mixed, NULL, own);                                                         \
+                EACH_ROW take_row(&l->o, mixed + r * p->heads * d, r, rows, taken);                                                      \
+                multiply(&l->o, mixed, back, rows, taken);                                                                               \
+                _Pragma("omp barrier") EACH_ROW {                                                                                        \
+                    add_row(x + r * width, back + r * o_out, l->o_bias, width);                                                          \
+                    norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                         \
+                    take_row(&l->gate_up, normed + r * width, r, rows, taken);                                                           \
+                }                                                                                                                        \
+                multiply(&l->gate_up, normed, gate_up, rows, taken);                                                                     \
+                _Pragma("omp barrier") EACH_ROW {                                                                                        \
+                    gate_row(gate_up + r * both, gate_up + r * both + l->inner, inner + r * l->inner, l->inner);                         \
+                    take_row(&l->down, inner + r * l->inner, r, rows, taken);                                                            \
+                }                                                                                                                        \
+                multiply(&l->down, inner, back, rows, taken);                                                                            \
+                _Pragma("omp barrier") EACH_ROW_ON add_row(x + r * width, back + r * o_out, NULL, width);                                \
+            }                                                                                                                            \
+            free(own);                                                                                                                   \
+        }                                                                                                                                \
     }
 
 LAYERS(float, float32)

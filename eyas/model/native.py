@@ -78,7 +78,8 @@ def kernel() -> ctypes.CDLL | None:
     library.eyas_norm.argtypes = [pointer, pointer, pointer, ctypes.c_long, ctypes.c_long, ctypes.c_float]
     for name in ("float32", "bfloat16"):
         getattr(library, f"eyas_attention_{name}").argtypes = [plan, *[pointer] * 5, ctypes.c_int]
-        layers = [plan, ctypes.POINTER(Layer), ctypes.c_long, *[pointer] * 6, ctypes.c_long, pointer, ctypes.c_int]
+        long, end = ctypes.c_long, [pointer, pointer, ctypes.c_int]
+        layers = [plan, ctypes.POINTER(Layer), long, *[pointer] * 6, long, ctypes.POINTER(long), long, *end]
         getattr(library, f"eyas_layers_{name}").argtypes = layers
     return library
 

@@ -117,32 +117,26 @@ class Target(nn.Module):
         hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, taps)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
-        return Output(logits_MV.to(wide), torch.cat(features, -1) if features else None, hidden_NH.to(x_NH.dtype))
+        return Output(logits_MV.to(wide), features, hidden_NH.to(x_NH.dtype))
 
     def plain_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention, taps: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What the layers and the final norm make of x, and the inputs of the tapped ones."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the layers and the final norm make of x, and the inputs of the tapped ones [N, taps * H]."""
         rotation, features = self.rotary(positions_N, x_NH.dtype), []
         for index, block in enumerate(self.model.layers):
             if index in taps:
                 features.append(x_NH)
             x_NH = block(x_NH, rotation, attention.layer(index))
-        return self.model.norm(x_NH), features
+        return self.model.norm(x_NH), torch.cat(features, -1) if features else None
 
     def native_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same in float32, the layers from one tap to the next as one call of the kernel."""
-        rotation, features = self.rotary(positions_N, torch.float32), []
-        wide_NH, done = x_NH.to(torch.float32, copy=True), 0
-        for tap in (*sorted(taps), len(self.native.layers)):
-            if tap > done:
-                self.native(wide_NH, rotation, attention, done, tap)
-            if tap in taps:
-                features.append(wide_NH.to(x_NH.dtype, copy=True))
-            done = tap
-        return self.native.normed(wide_NH), features
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same in float32, all layers as one call of the kernel."""
+        wide_NH = x_NH.to(torch.float32, copy=True)
+        features = self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, taps=taps)
+        return self.native.normed(wide_NH), features.to(x_NH.dtype) if taps else None
 
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
