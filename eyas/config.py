@@ -202,6 +202,7 @@ class Request:
     stop: tuple[str, ...] = ()
     raw: bool = False  # the prompt is text to go on with, not a user's turn
     verifier: str = VERIFIERS[0]
+    batch: int | None = None  # of many prompts at most so many at a time (None: all)
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,8 @@ class Engine:
         prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[list-item]
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
+        if request.batch is not None and request.batch < 1:
+            raise EyasError(f"batch must be at least 1, not {request.batch}")
         method = request.method or self.default_method
         drafter = self.drafter(method)
         encoded = [self.encode(prompt, request.raw) for prompt in prompts]
@@ -274,7 +276,8 @@ class Engine:
         seeds = [derived_seed(seed, i) for i in range(len(prompts))] if many else [seed]
         decoder = Decoder(self.target, drafter, request.verifier, planner)
         decoder.watch = self.watch
-        yield from decoder.run(encoded, shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop)
+        settings = (shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop, request.batch)
+        yield from decoder.run(encoded, *settings)
         if planner:
             self.memory.save()
 

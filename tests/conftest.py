@@ -10,6 +10,14 @@ import pytest
 from eyas.config import EyasError
 
 
+@pytest.fixture(autouse=True)
+def plans_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What planners learn from tiny models stays out of the user's cache."""
+    from eyas import planning
+
+    monkeypatch.setattr(planning, "cache_dir", lambda: tmp_path)
+
+
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """The embedded target's directory; mark tests that use it `real`. With EYAS_REQUIRE_REAL set, its absence is a failure."""

@@ -7,7 +7,7 @@ plain decoding is the same round with an empty tree.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,8 @@ PREFILL = 256  # rows of a prompt read at once: bounds the mask and the activati
 class Text:
     """One text as it grows."""
 
-    slot: int
+    number: int  # among the prompts of its call
+    slot: int  # where the caches keep it, while it grows
     tokens: list[int]
     prompt_length: int
     limit: int  # total length at which it ends
@@ -44,8 +45,7 @@ class Text:
     rounds: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
     prefill_seconds: float = 0.0
-    seconds: float = 0.0
-    timed: bool = False  # finished, and `seconds` says when
+    seconds: float = 0.0  # from the call's start to this text's end
 
     @property
     def root(self) -> int:
@@ -140,7 +140,7 @@ class Decoder:
             brought += len(committed)
             plan.judge(tree, accepted.path)
             if self.watch:
-                self.watch(RoundRecord(sequence.slot, tree, accepted, committed, logits))
+                self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits))
             if sequence.finish_reason:
                 self.drafter.forget(sequence.slot)
             else:
@@ -197,27 +197,36 @@ class Decoder:
         max_new_tokens: int,
         tokenizer: Any = None,
         stops: Sequence[str] = (),
+        batch: int | None = None,
     ) -> Iterator[list[Text]]:
-        """Decode all prompts together; yields all sequences after prefill and after each round. Finished ones leave at once."""
+        """Decode all prompts together, or at most `batch` of them at a time: a finished text leaves at once and the next one takes its
+        slot. Yields all texts after prefill and after each round."""
         context = self.target.config.max_position_embeddings
         limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
-        room = max(limits) + shape.nodes
-        self.cache = self.target.new_cache(len(prompts), room)
-        self.drafter.reserve(len(prompts), room + (shape.depth + 1) * shape.top_k)
+        room, free = max(limits) + shape.nodes, list(range(min(batch or len(prompts), len(prompts))))
+        self.cache = self.target.new_cache(len(free), room)
+        self.drafter.reserve(len(free), room + (shape.depth + 1) * shape.top_k)
         everyone = []
-        for slot, (prompt, limit, seed) in enumerate(zip(prompts, limits, seeds)):
+        for number, (prompt, limit, seed) in enumerate(zip(prompts, limits, seeds)):
             noise = Noise(seed, self.target.config.vocab_size)
-            everyone.append(Text(slot, list(prompt), len(prompt), limit, seed, noise, TextStream(tokenizer, stops)))
-        started = time.perf_counter()
-        for sequence in everyone:
-            self.prefill(sequence, sampling)
-            sequence.prefill_seconds = time.perf_counter() - started
+            everyone.append(Text(number, -1, list(prompt), len(prompt), limit, seed, noise, TextStream(tokenizer, stops)))
+        waiting, active, started = deque(everyone), [], time.perf_counter()
         while True:
-            for sequence in everyone:
-                if not sequence.timed:
-                    sequence.seconds, sequence.timed = time.perf_counter() - started, sequence.finish_reason is not None
+            while free and waiting:
+                sequence = waiting.popleft()
+                sequence.slot = free.pop(0)
+                self.prefill(sequence, sampling)
+                sequence.prefill_seconds = time.perf_counter() - started
+                active.append(sequence)
+            for sequence in active:
+                sequence.seconds = time.perf_counter() - started
+                if sequence.finish_reason:
+                    self.cache.clear(sequence.slot)
+                    free.append(sequence.slot)
+            active = [sequence for sequence in active if not sequence.finish_reason]
+            if free and waiting:
+                continue
             yield everyone
-            active = [sequence for sequence in everyone if not sequence.finish_reason]
             if not active:
                 return
             self.round(active, shape, sampling)

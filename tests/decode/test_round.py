@@ -118,6 +118,20 @@ def test_a_sequence_in_a_batch_is_what_it_is_alone(sampling):
     assert [result.accepted_lengths for result in together] == [result.accepted_lengths for result in alone]
 
 
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=str)
+@pytest.mark.parametrize("make", [None, merged, itself])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_texts_that_take_the_slots_of_finished_ones_are_what_they_are_alone(sampling, make, batch):
+    asked, seeds = prompts(12, 5), [derived_seed(11, i) for i in range(12)]
+    shape = TreeShape.parse("8x2x3") if make else PLAIN
+    decoder, most = Decoder(ENDING, make and make(ENDING)), 0
+    for texts in decoder.run(asked, shape, sampling, seeds, 12, batch=batch):
+        most = max(most, sum(text.slot >= 0 and not text.finish_reason for text in texts))
+        assert len({text.slot for text in texts if text.slot >= 0 and not text.finish_reason}) <= batch
+    assert decoder.cache.slots == min(batch, 12) and most >= min(batch, 11)  # one ends before its first round
+    assert said([result_of(text) for text in texts]) == said(plainly(ENDING, asked, sampling, seeds))
+
+
 def test_a_decoder_can_be_used_again():
     decoder, asked, runs = Decoder(ENDING, merged(ENDING)), prompts(5, 6), []
     for count in (5, 3, 5):
