@@ -3,17 +3,19 @@
     python benchmarks/planner_regret.py DIRECTORY_OF_PROMPTS [--batches 1,2,4,8,16] [--precision bf16] [--out F.json]
 
 The grid is nodes 1, 2, 4, 8, 16, 32, 60 by depth 1 to 7 by top-k 1, 2, 4, 10; shapes that grow the same trees count once (nodes 1 is plain
-decoding). Every shape answers a few prompts in a first heat; the best few of each batch answer all prompts of a kind, interleaved with the
-planner and with plain decoding. Throughput is tokens a second behind the prompts' own passes. What the planner learned before counts (it
-practises on prompts of its own first), what these prompts teach does not.
+decoding). Every shape answers prompts of all kinds for a moment in a first heat; the best few of each batch answer prompts of one kind,
+interleaved with the planner and with plain decoding. A finished text's slot goes to the next prompt at once, and what counts is tokens a
+second of the rounds in which the batch was full; the prompts' own passes are the same for all and left out. What the planner learned
+before counts (it practises on prompts of its own first), what these prompts teach does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ import torch
 import eyas
 from eyas.bench.peers import PRACTICE
 from eyas.bench.prompts import read_prompts
-from eyas.config import PLAIN, TreeShape
+from eyas.config import GREEDY, PLAIN, TreeShape
+from eyas.decode.generate import Decoder, Text
 from eyas.engine import Engine
 
 KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
 METHOD = "eagle3-lookup"
-HEAT_TOKENS, TOKENS, BEST = 32, 100, 5
+HEAT_SECONDS, TOKENS, BEST, GROUPS = 0.7, 100, 5, 2
 
 
 def grid() -> list[TreeShape]:
@@ -42,23 +45,39 @@ def grid() -> list[TreeShape]:
     return list(found.values())
 
 
-def throughput(engine: Engine, prompts: list[Any], tree: TreeShape | str, tokens: int) -> tuple[int, float]:
-    """Tokens and seconds behind the prompts' own passes."""
+class Stream(Decoder):
+    """A decoder that counts what rounds of a full batch bring and take."""
+
+    tokens, taken, full = 0, 0.0, 0
+
+    def round(self, sequences: Sequence[Text], *settings: Any) -> None:
+        before, started = sum(len(each.tokens) for each in sequences), time.perf_counter()
+        super().round(sequences, *settings)
+        if len(sequences) == self.full:
+            self.taken += time.perf_counter() - started
+            self.tokens += sum(len(each.tokens) for each in sequences) - before
+
+
+def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeShape | str, seconds: float) -> tuple[int, float]:
+    """Tokens and seconds of rounds with `batch` texts, until the last prompt took its slot and one text is finished, or so long."""
     method = "plain" if tree == PLAIN else METHOD
-    results = engine.generate(prompts, method=method, tree=tree, max_new_tokens=tokens, seed=0)
-    started = max(result.prefill_seconds for result in results)
-    return sum(len(result.tokens) - 1 for result in results), max(result.seconds for result in results) - started
+    decoder = Stream(engine.target, engine.drafter(method), planner=engine.planner(tree, method, GREEDY))
+    decoder.full = batch
+    for _ in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), TOKENS, batch=batch):
+        if decoder.taken > seconds:
+            break
+    return decoder.tokens, decoder.taken
 
 
-def race(engine: Engine, groups: list[list[Any]], trees: list[TreeShape | str], tokens: int) -> dict[str, list[float]]:
-    """Tokens a second of each tree for each group, all trees in a rotating order."""
-    found: dict[str, list[float]] = {str(tree): [] for tree in trees}
+def race(engine: Engine, groups: list[list[list[int]]], batch: int, trees: list[TreeShape | str], seconds: float) -> dict[str, float]:
+    """Tokens a second of each tree over all groups, the trees in a rotating order."""
+    found = {str(tree): [0, 0.0] for tree in trees}
     for number, group in enumerate(groups):
         first = number % len(trees)
         for tree in trees[first:] + trees[:first]:
-            made, seconds = throughput(engine, group, tree, tokens)
-            found[str(tree)].append(made / seconds)
-    return found
+            made, taken = throughput(engine, group, batch, tree, seconds)
+            found[str(tree)] = [found[str(tree)][0] + made, found[str(tree)][1] + taken]
+    return {tree: made / taken for tree, (made, taken) in found.items()}
 
 
 def main() -> None:
@@ -66,11 +85,10 @@ def main() -> None:
     options.add_argument("prompts", type=Path)
     options.add_argument("--batches", default="1,2,4,8,16")
     options.add_argument("--precision", default="bf16")
-    options.add_argument("--groups", type=int, default=6, help="of each kind, fewer for large batches")
     options.add_argument("--out", type=Path)
     given = options.parse_args()
     engine = eyas.load(precision=given.precision)
-    kinds = {kind: [item.prompt for item in read_prompts(given.prompts / name)[0]] for kind, name in KINDS.items()}
+    kinds = {kind: [engine.encode(item.prompt) for item in read_prompts(given.prompts / name)[0]] for kind, name in KINDS.items()}
     for size in (1, 2, 4, 8, 16):  # prices of every batch, and calibration
         for practice in PRACTICE if size == 1 else [PRACTICE[0]]:
             engine.generate([practice] * size, method=METHOD, max_new_tokens=100)
@@ -79,17 +97,17 @@ def main() -> None:
     shapes = grid()
     print(f"{len(shapes)} shapes", file=sys.stderr)
     for batch in map(int, given.batches.split(",")):
-        mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][:batch] if batch > 1 else []
-        heats = [mixed] if mixed else [[prompts[0]] for prompts in kinds.values()]
-        heat = race(engine, heats, list(shapes), HEAT_TOKENS)
-        best = sorted(shapes, key=lambda shape: -statistics.harmonic_mean(heat[str(shape)]))[:BEST]
+        mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][: max(3, batch)]
+        heat = race(engine, [mixed], batch, list(shapes), HEAT_SECONDS)
+        best = sorted(shapes, key=lambda shape: -heat[str(shape)])[:BEST]
         for kind, prompts in kinds.items():
-            count = max(1, given.groups if batch == 1 else min(given.groups, 16 // batch))
-            groups = [prompts[1 + i * batch : 1 + (i + 1) * batch] for i in range(count)]
-            rates = {tree: statistics.harmonic_mean(each) for tree, each in race(engine, groups, ["auto", PLAIN, *best], TOKENS).items()}
+            size = max(4, 2 * batch)
+            groups = [prompts[first : first + size] for first in range(1, 1 + size * GROUPS, size)]
+            rates = race(engine, groups, batch, ["auto", PLAIN, *best], float("inf"))
             plan, plain = rates.pop("auto"), rates[str(PLAIN)]
             winner = max(rates, key=rates.__getitem__)
-            row = {"batch": batch, "kind": kind, "prompts": count * batch, "best_fixed": "plain" if winner == str(PLAIN) else winner}
+            best_fixed = "plain" if winner == str(PLAIN) else winner
+            row = {"batch": batch, "kind": kind, "prompts": sum(map(len, groups)), "best_fixed": best_fixed}
             row |= {"planner_over_best": round(plan / rates[winner], 3), "planner_over_plain": round(plan / plain, 3)}
             row |= {"best_over_plain": round(rates[winner] / plain, 3), "plain_tokens_per_second": round(plain, 1)}
             found["rows"].append(row)

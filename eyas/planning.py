@@ -26,7 +26,7 @@ from eyas.model.weights import replace_text
 if TYPE_CHECKING:
     from eyas.engine import Engine
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
 CONTEXT = 160  # rows of text before those that are timed
 REPEATS = 5
 STEP = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is taken to cost until it is seen

@@ -125,7 +125,10 @@ class Decoder:
         """One round of all sequences: at least one token each."""
         plan, began, brought = self.planner or FixedPlan(), time.perf_counter(), 0
         plan.begin([sequence.slot for sequence in sequences])
-        trees = plan.cut(self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences]))
+        if plan.guesses:
+            trees = plan.cut(self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences]))
+        else:
+            trees = [Tree.root(sequence.root) for sequence in sequences]
         rows, read = self.rows(sequences, trees), time.perf_counter()
         out = self.target(rows, self.cache, self.drafter.wants)
         first, read = 0, time.perf_counter() - read
@@ -144,8 +147,8 @@ class Decoder:
             if sequence.finish_reason:
                 self.drafter.forget(sequence.slot)
             else:
-                kept = torch.tensor(accepted.path, device=out.logits.device) + first
-                self.drafter.observe(sequence.slot, tokens, out.features[kept] if self.drafter.wants else None)
+                features = picked(out.features, first, accepted.path) if self.drafter.wants else None
+                self.drafter.observe(sequence.slot, tokens, features)
                 sequence.noise.forget_before(sequence.position)
             first += len(tree)
         plan.served(first, read, brought, time.perf_counter() - began)
@@ -230,6 +233,13 @@ class Decoder:
             if not active:
                 return
             self.round(active, shape, sampling)
+
+
+def picked(rows: Tensor, first: int, path: Sequence[int]) -> Tensor:
+    """A path's rows of a pass, counted from `first`: a slice where they follow each other, as they mostly do."""
+    if path[-1] == len(path) - 1:
+        return rows[first : first + len(path)]
+    return rows[torch.tensor(path, device=rows.device) + first]
 
 
 def commit(sequence: Text, tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:

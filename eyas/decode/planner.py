@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from eyas.config import TreeShape
 from eyas.decode.calibration import Calibration
+from eyas.decode.pauses import Pauses
 from eyas.decode.prices import Prices
 from eyas.decode.tree import Tree
 
@@ -25,6 +26,7 @@ MEMORY = 0.04  # weight of a round in what the last ones brought
 FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
 SPAN = 4  # rows over which the price of one more is taken: single ones are noise
 PROBE = 48  # rounds in which the draft was not asked, until it is tried again
+PAUSE = 4  # of which in one of so many it is considered
 LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
 
 
@@ -38,6 +40,8 @@ class Guesses(Protocol):
 
 class FixedPlan:
     """No plan: every tree is checked as it was asked for and drawn up."""
+
+    guesses = True
 
     def begin(self, sequences: Sequence[int]) -> None:
         return None
@@ -65,6 +69,8 @@ class Planner:
     seconds: float = 0.0
     rate: float = 0.0  # tokens a second
     silent: int = 0  # rounds since the draft was asked
+    guesses: bool = True  # whether this round may have any
+    pauses: Pauses = field(default_factory=Pauses)
 
     # ---- before and while drafting ----
 
@@ -76,6 +82,7 @@ class Planner:
         alone = self.passes.of(self.batch)
         plain, some = self.batch / alone, FIRST_ROUNDS * MEMORY * alone
         self.rate = max(plain, (self.tokens + HOPE * plain * some) / (self.seconds + some))
+        self.guesses = not self.pauses.begin(self.batch, alone)
 
     def row(self) -> float:
         """What one row more of a pass has to bring, in tokens."""
@@ -84,14 +91,17 @@ class Planner:
 
     def pays(self, covered: Sequence[float]) -> list[bool]:
         """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
-        row, bare = self.row(), [1 - chance for chance in covered]
-        step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
-        first, second = self.calibration.worth(1, bare, row), self.calibration.worth(2, [LIKELY * share for share in bare], row)
-        asked = [one + two > step for one, two in zip(first, second)]
+        asked = self.worth_asking(covered) if self.silent % PAUSE == 0 else [False] * len(covered)
         self.silent = 0 if any(asked) else self.silent + 1
         if self.silent == PROBE:
             self.silent, asked[0] = 0, True
         return asked
+
+    def worth_asking(self, covered: Sequence[float]) -> list[bool]:
+        row, bare = self.row(), [1 - chance for chance in covered]
+        step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
+        first, second = self.calibration.worth(1, bare, row), self.calibration.worth(2, [LIKELY * share for share in bare], row)
+        return [one + two > step for one, two in zip(first, second)]
 
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
@@ -159,6 +169,7 @@ class Planner:
     def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """A round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
         self.passes.served(rows, pass_seconds)
+        self.pauses.served(self.guesses, tokens, seconds)
         self.rows += MEMORY * (rows - self.rows)
         self.tokens += MEMORY * (tokens - self.tokens)
         self.seconds += MEMORY * (seconds - self.seconds)

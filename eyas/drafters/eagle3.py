@@ -22,7 +22,8 @@ from eyas.model.cache import KVCache
 from eyas.model.draft import DraftNetwork
 from eyas.model.vocab import DraftVocab
 
-CATCH_UP = 256  # rows of committed text read at once; more is held back no further than this
+CATCH_UP = 256  # rows of committed text read at once
+HELD = 1024  # rows at most that wait to be read: where drafting does not pay they are never read
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Eagle3Drafter:
         known.tokens += tokens if known.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
         known.begun = True
         known.features.append(features)
-        while len(known.tokens) > CATCH_UP:
-            self.catch_up([sequence])
+        while len(known.tokens) > HELD:
+            self.catch_up_some([sequence])
 
     # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
 
@@ -84,7 +85,14 @@ class Eagle3Drafter:
     # ---- passes ----
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
-        """Read up to CATCH_UP committed rows a sequence, from true features; returns a [S, H] of each sequence's last row."""
+        """Read all committed rows, from true features; returns a [S, H] of each sequence's last row."""
+        for sequence in sequences:
+            while len(self.known[sequence].tokens) > CATCH_UP:
+                self.catch_up_some([sequence])
+        return self.catch_up_some(sequences)
+
+    def catch_up_some(self, sequences: Sequence[int]) -> Tensor:
+        """The same for up to CATCH_UP rows a sequence."""
         counts = [min(len(self.known[sequence].tokens), CATCH_UP) for sequence in sequences]
         tokens, features, positions = [], [], []
         for sequence, count in zip(sequences, counts):

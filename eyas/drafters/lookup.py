@@ -28,9 +28,11 @@ class Known:
     """One sequence's text, where its patterns ended (latest last), and how its latest matches did."""
 
     text: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)  # what it goes on with
     places: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     right: dict[int, float] = field(default_factory=lambda: {length: share * WEIGHT for length, share in USUAL.items()})
     tried: dict[int, float] = field(default_factory=lambda: dict.fromkeys(USUAL, WEIGHT))
+    matches: list[tuple[int, int]] = field(default_factory=list)  # where the longest pattern that it ends with ended before
 
     def chance(self, matched: int) -> float:
         length = class_of(matched)
@@ -51,18 +53,25 @@ class LookupDrafter:
         self.known[sequence] = Known()
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        known = self.known[sequence]
-        for token in tokens:
-            if earlier := matches(known):
-                end, matched = earlier[0]
+        self.known[sequence].unread += tokens  # until something is looked up
+
+    def read(self, known: Known) -> None:
+        """Note where patterns end, and whether matches came true."""
+        for token in known.unread:
+            if known.matches:
+                end, matched = known.matches[0]
                 known.tried[class_of(matched)] += 1
                 known.right[class_of(matched)] += known.text[end] == token
             known.text.append(token)
+            known.matches = []
             for length in PATTERNS:
                 if len(known.text) >= length:
                     held = known.places.setdefault(tuple(known.text[-length:]), [])
+                    if held and not known.matches:
+                        known.matches = matches(known.text, held, length)
                     held.append(len(known.text))
-                    del held[: -OCCURRENCES - 1]
+                    del held[:-OCCURRENCES]
+        known.unread = []
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         return [self.look_up(request, request.shape.levels) for request in requests]
@@ -70,8 +79,9 @@ class LookupDrafter:
     def look_up(self, request: TreeRequest, levels: int) -> Tree:
         """The continuations of the longest pattern that occurred before, the likeliest first, merged into one tree."""
         known = self.known[request.sequence]
+        self.read(known)
         trees = []
-        for rank, (end, matched) in enumerate(matches(known)[: request.shape.top_k] if levels else ()):
+        for rank, (end, matched) in enumerate(known.matches[: request.shape.top_k] if levels else ()):
             score, scores = 0.0, []
             for depth in range(min(levels, len(known.text) - end)):
                 score += math.log(known.chance(matched + depth)) * (1 + rank)  # another occurrence is worth less
@@ -82,15 +92,10 @@ class LookupDrafter:
         return merge(trees).best(request.shape.nodes) if trees else Tree.root(request.root)
 
 
-def matches(known: Known) -> list[tuple[int, int]]:
-    """Where the longest pattern that the text ends with ended before, with the number of tokens equal there: longest first, then latest."""
-    text = known.text
-    for length in PATTERNS:
-        earlier = [end for end in known.places.get(tuple(text[-length:]), ()) if end < len(text)]
-        if earlier:
-            found = [(end, matched(text, end, length)) for end in reversed(earlier[-OCCURRENCES:])]
-            return sorted(found, key=lambda place: -place[1])
-    return []
+def matches(text: list[int], ends: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Places where the last `length` tokens ended before, with the number of tokens equal there: longest first, then latest."""
+    found = [(end, matched(text, end, length)) for end in reversed(ends)]
+    return sorted(found, key=lambda place: -place[1])
 
 
 def matched(text: list[int], end: int, at_least: int) -> int:
