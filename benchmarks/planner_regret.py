@@ -6,7 +6,7 @@ The grid is nodes 1, 2, 4, 8, 16, 32, 60 by depth 1 to 7 by top-k 1, 2, 4, 10; s
 decoding). Every shape answers prompts of all kinds for a moment in a first heat; the best few of each batch answer prompts of one kind,
 interleaved with the planner and with plain decoding. A finished text's slot goes to the next prompt at once, and what counts is tokens a
 second of the rounds in which the batch was full; the prompts' own passes are the same for all and left out. What the planner learned
-before counts (it practises on prompts of its own first), what these prompts teach does not.
+before counts (it practises on the last prompts of each kind), what these prompts teach does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 import eyas
-from eyas.bench.peers import PRACTICE
 from eyas.bench.prompts import read_prompts
 from eyas.config import GREEDY, PLAIN, TreeShape
 from eyas.decode.generate import Decoder, Text
@@ -31,7 +30,7 @@ from eyas.engine import Engine
 KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
 METHOD = "eagle3-lookup"
-HEAT_SECONDS, TOKENS, BEST, GROUPS = 0.7, 100, 5, 2
+HEAT_SECONDS, TOKENS, BEST, GROUPS, PRACTICE = 0.7, 100, 5, 2, 5
 
 
 def grid() -> list[TreeShape]:
@@ -89,9 +88,9 @@ def main() -> None:
     given = options.parse_args()
     engine = eyas.load(precision=given.precision)
     kinds = {kind: [engine.encode(item.prompt) for item in read_prompts(given.prompts / name)[0]] for kind, name in KINDS.items()}
+    practice = [prompt for trio in zip(*(prompts[-PRACTICE:] for prompts in kinds.values())) for prompt in trio]
     for size in (1, 2, 4, 8, 16):  # prices of every batch, and calibration
-        for practice in PRACTICE if size == 1 else [PRACTICE[0]]:
-            engine.generate([practice] * size, method=METHOD, max_new_tokens=100)
+        throughput(engine, practice * 2, size, "auto", 10.0)
     engine.memory.frozen = True
     found: dict[str, Any] = {"precision": given.precision, "threads": torch.get_num_threads(), "method": METHOD, "rows": []}
     shapes = grid()

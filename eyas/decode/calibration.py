@@ -5,11 +5,9 @@ Knows depths and chances; knows nothing of drafts or targets. A guess is judged 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 EDGES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # guesses between two of these are judged together
 DEPTHS = 6  # deeper guesses are judged with those of this depth
@@ -24,7 +22,8 @@ class Calibration:
         """`counts`: what `as_dict` gave; `frozen`: nothing is learned, as in a measurement."""
         known = counts if counts and shape(counts) == shape(Calibration.nothing()) else Calibration.nothing()
         self.guessed, self.right, self.tried = known["guessed"], known["right"], known["tried"]
-        self.children, self.frozen = np.array(known["children"]), frozen
+        self.children, self.frozen = known["children"], frozen
+        self.ordered = [sorted(chance for each in nodes for chance in each) for nodes in self.children]
         self.seen = [0] * DEPTHS  # nodes, of which the latest are kept
 
     @staticmethod
@@ -38,10 +37,11 @@ class Calibration:
         belief = WEIGHT * guess
         return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
-    def worth(self, depth: int, parents: Sequence[float], row: float) -> list[float]:
-        """For each node of these chances the tokens that its children, at `depth`, will likely bring, each less the price of its row."""
-        brought = np.multiply.outer(np.asarray(parents), self.children[min(depth, DEPTHS) - 1]) - row
-        return (np.maximum(brought, 0).sum((1, 2)) / LATELY).tolist()
+    def worth(self, depth: int, parent: float, row: float) -> float:
+        """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
+        ordered = self.ordered[min(depth, DEPTHS) - 1]
+        paying = ordered[bisect_right(ordered, row / parent) :] if parent > 0 else ()
+        return (parent * sum(paying) - row * len(paying)) / LATELY
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
         """The children of a node that the walk came to, and which of them it went on to."""
@@ -58,12 +58,17 @@ class Calibration:
         """A node got children of these chances at `depth`."""
         at = min(depth, DEPTHS) - 1
         best = sorted(chances, reverse=True)[:CHILDREN]
-        self.children[at][self.seen[at] % LATELY] = best + [0.0] * (CHILDREN - len(best))
+        best += [0.0] * (CHILDREN - len(best))
+        nodes, ordered = self.children[at], self.ordered[at]
+        for old, new in zip(nodes[self.seen[at] % LATELY], best):
+            del ordered[bisect_left(ordered, old)]
+            insort(ordered, new)
+        nodes[self.seen[at] % LATELY] = best
         self.seen[at] += 1
 
     def as_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("guessed", "right", "tried")}
-        return {**counts, "children": self.children.round(4).tolist()}
+        return {**counts, "children": [[[round(chance, 4) for chance in each] for each in nodes] for nodes in self.children]}
 
 
 def shape(value: Any) -> Any:

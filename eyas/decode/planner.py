@@ -100,15 +100,15 @@ class Planner:
     def worth_asking(self, covered: Sequence[float]) -> list[bool]:
         row, bare = self.row(), [1 - chance for chance in covered]
         step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
-        first, second = self.calibration.worth(1, bare, row), self.calibration.worth(2, [LIKELY * share for share in bare], row)
-        return [one + two > step for one, two in zip(first, second)]
+        worth = self.calibration.worth
+        return [worth(1, share, row) + worth(2, LIKELY * share, row) > step for share in bare]
 
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
         row, gains, kept = self.row(), 0.0, []
         for growth, nodes in zip(growths, candidates):
             chances = self.chances(growth)
-            worth = self.calibration.worth(growth.depths[-1] + 1, [chances[node] for node in nodes], row)  # candidates are the newest
+            worth = [self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes]
             kept.append([node for node, each in zip(nodes, worth) if each > 0])
             gains += sum(worth)
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]

@@ -32,7 +32,8 @@ class Prices:
     def served(self, rows: int, seconds: float) -> None:
         """A pass took so long: half of the news is taken for the machine's, which all prices share, half for this number of rows."""
         news = min(max(seconds / self.of(rows), 1 / OUTLIER), OUTLIER)
-        at = min(range(len(self.rows)), key=lambda i: abs(self.rows[i] - rows))
+        above = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        at = above - 1 if above and rows - self.rows[above - 1] <= self.rows[above] - rows else above
         half = news ** (RATE / 2)
         self.seconds = [price * half for price in self.seconds]
         self.seconds[at] *= half

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eyas.decode.calibration import CHILDREN, DEPTHS
+from eyas.decode.calibration import DEPTHS, LATELY
 from eyas.decode.planner import MOST, Planner
 
 
@@ -41,8 +41,8 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
     newest, drafting = [1.0], 0.0
     for level in range(1, MOST.levels + 1):
         drafting += planner.steps.of(batch * len(newest))
-        children = planner.calibration.children[min(level, DEPTHS) - 1].mean(0)
-        made = [parent * float(children[rank]) for parent in newest for rank in range(CHILDREN)]
+        children = [sum(ranked) / LATELY for ranked in zip(*planner.calibration.children[min(level, DEPTHS) - 1])]
+        made = [parent * chance for parent in newest for chance in children]
         chances = sorted(chances + made, reverse=True)
         newest = sorted(made, reverse=True)[: MOST.top_k]
         for nodes in range(1, min(len(chances), MOST.nodes - 1) + 1):

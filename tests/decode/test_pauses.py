@@ -8,7 +8,7 @@ PLAIN = 1.0  # seconds
 
 
 def rounds(pauses: Pauses, count: int, batch: int, gain: float, overhead: float = 1.0) -> list[bool]:
-    """Whether each round was plain, where guessing brings `gain` times what plain rounds do, and these take `overhead` times their price."""
+    """Whether each round was plain: guessing brings `gain` times what plain rounds do, and these take `overhead` times their price."""
     found = []
     for _ in range(count):
         plain = pauses.begin(batch, PLAIN)

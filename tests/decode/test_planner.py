@@ -9,7 +9,7 @@ import random
 import pytest
 
 from eyas.config import Sampling
-from eyas.decode.calibration import Calibration
+from eyas.decode.calibration import LATELY, Calibration
 from eyas.decode.generate import Decoder
 from eyas.decode.planner import MOST, PROBE, Planner
 from eyas.decode.prices import Prices
@@ -182,3 +182,16 @@ def test_a_draft_that_is_always_right_is_used_deeply_and_one_that_never_is_is_le
 
     assert rounds(ModelDrafter(TARGET, TARGET.config.vocab_size)) < 20
     assert rounds(Eagle3Drafter(*tiny_draft(TARGET))) > 45
+
+
+def test_what_children_are_worth_is_the_mean_over_the_latest_nodes_of_what_pays():
+    rng, counts = random.Random(5), Calibration()
+    latest = [[0.4, 0.1, 0.05, 0.03] for _ in range(LATELY)]  # what is usual
+    for _ in range(3 * LATELY):
+        chances = [rng.random() * 0.5 for _ in range(rng.randint(0, 6))]
+        counts.expanded(2, chances)
+        latest = [*latest[1:], (sorted(chances, reverse=True) + [0.0] * 4)[:4]]
+        parent, row = rng.random(), rng.random() * 0.2
+        want = sum(max(0.0, parent * chance - row) for each in latest for chance in each) / LATELY
+        assert counts.worth(2, parent, row) == pytest.approx(want)
+    assert counts.worth(2, 0.0, 0.1) == 0
