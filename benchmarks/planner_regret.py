@@ -30,7 +30,7 @@ from eyas.engine import Engine
 KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
 METHOD = "eagle3-lookup"
-HEAT_SECONDS, TOKENS, BEST, GROUPS, PRACTICE = 0.7, 100, 5, 2, 5
+HEAT_SECONDS, TOKENS, BEST, PRACTICE = 0.7, 100, 5, 5
 
 
 def grid() -> list[TreeShape]:
@@ -100,8 +100,8 @@ def main() -> None:
         heat = race(engine, [mixed], batch, list(shapes), HEAT_SECONDS)
         best = sorted(shapes, key=lambda shape: -heat[str(shape)])[:BEST]
         for kind, prompts in kinds.items():
-            size = max(4, 2 * batch)
-            groups = [prompts[first : first + size] for first in range(1, 1 + size * GROUPS, size)]
+            size, count = (1, 8) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
+            groups = [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
             rates = race(engine, groups, batch, ["auto", PLAIN, *best], float("inf"))
             plan, plain = rates.pop("auto"), rates[str(PLAIN)]
             winner = max(rates, key=rates.__getitem__)
