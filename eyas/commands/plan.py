@@ -35,8 +35,9 @@ def run(options: argparse.Namespace) -> int:
     planner = engine.planner("auto", method, sampling)
     rounds = typical_rounds(planner, BATCHES)
     console = Console(highlight=False)
-    prices = Table("rows of a pass", *map(str, planner.passes.table()), title="What a pass costs here")
-    prices.add_row("milliseconds", *(f"{1e3 * seconds:.1f}" for seconds in planner.passes.table().values()))
+    prices = Table("rows of a pass", "milliseconds", title="What a pass costs here")
+    for rows, seconds in planner.passes.table().items():
+        prices.add_row(str(rows), f"{1e3 * seconds:.1f}")
     console.print(prices)
     console.print(f"a step of the draft: {1e3 * planner.steps.of(1):.2f} ms for one row, {1e3 * planner.steps.of(8):.2f} for eight\n")
     plans = Table("sequences", "levels", "nodes each", "tokens a round each", "round, ms", "times plain", title=f"Typical rounds, {method}")
