@@ -58,12 +58,12 @@ class Stream(Decoder):
 
 
 def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeShape | str, seconds: float) -> tuple[int, float]:
-    """Tokens and seconds of rounds with `batch` texts, until the last prompt took its slot and one text is finished, or so long."""
+    """Tokens and seconds of rounds with `batch` texts: until fewer are left, or so long."""
     method = "plain" if tree == PLAIN else METHOD
     decoder = Stream(engine.target, engine.drafter(method), planner=engine.planner(tree, method, GREEDY))
     decoder.full = batch
-    for _ in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), TOKENS, batch=batch):
-        if decoder.taken > seconds:
+    for texts in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), TOKENS, batch=batch):
+        if decoder.taken > seconds or sum(not text.finish_reason for text in texts) < batch:
             break
     return decoder.tokens, decoder.taken
 

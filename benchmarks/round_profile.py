@@ -14,18 +14,19 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import eyas
-from eyas.bench.peers import PRACTICE
-from eyas.bench.prompts import read_prompts
+from eyas.bench.prompts import PRACTICE, read_prompts
 from eyas.decode import generate
 from eyas.decode.generate import Decoder
 from eyas.decode.planner import Planner
 from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.engine import Engine
 from eyas.model import native
 from eyas.model.layer import NativeLayers
 
@@ -59,10 +60,17 @@ class Parts:
         setattr(owner, name, timed)
 
 
-def bare(
-    layers: dict[int, Counter[int]], products: dict[int, tuple[native.Packed, Counter[int]]], stacks: dict[int, NativeLayers]
-) -> float:
-    """Seconds of the products alone: `layers` counts rows by stack of layers, `products` by single matrix."""
+@dataclass
+class Called:
+    """How often products were called for so many rows."""
+
+    layers: dict[int, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by stack of layers
+    products: dict[int, tuple[native.Packed, Counter[int]]] = field(default_factory=dict)  # by single matrix
+    stacks: dict[int, NativeLayers] = field(default_factory=dict)
+
+
+def bare(called: Called) -> float:
+    """Seconds of the products alone."""
     total, library, threads = 0.0, native.kernel(), torch.get_num_threads()
     elsewhere = torch.zeros(1 << 24)  # 64 MiB
     empty = native.packed(torch.zeros(16, 32, dtype=torch.bfloat16))
@@ -82,46 +90,30 @@ def bare(
         return sorted(taken)[REPEATS // 2]
 
     overhead = one([empty] * 100, 1) / 100
-    for key, counts in layers.items():
-        packed = [weights for layer in stacks[key].layers for weights in layer.kept[1]]
+    for key, counts in called.layers.items():
+        packed = [weights for layer in called.stacks[key].layers for weights in layer.kept[1]]
         for rows, times in counts.items():
             total += times * (one(packed, rows) - len(packed) * overhead)
-    for packed, counts in products.values():
+    for packed, counts in called.products.values():
         for rows, times in counts.items():
             total += times * (one([packed], rows) - overhead)
     return total
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--prompts", required=True)
-    options.add_argument("--limit", type=int, default=5)
-    options.add_argument("--precision", default="bf16")
-    options.add_argument("--method", default="eagle3-lookup")
-    options.add_argument("--tree", default="auto")
-    options.add_argument("--max-new-tokens", type=int, default=150)
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
-    engine = eyas.load(precision=given.precision)
-    items, _ = read_prompts(given.prompts, given.limit)
-    tree = {} if given.method == "plain" else {"tree": given.tree}
-    for practice in PRACTICE:
-        engine.generate(practice, method=given.method, max_new_tokens=60, **tree)
-    parts = Parts()
-    layers: dict[int, Counter[int]] = defaultdict(Counter)
-    products: dict[int, tuple[native.Packed, Counter[int]]] = {}
-    stacks: dict[int, NativeLayers] = {}
+def watched(engine: Engine, parts: Parts) -> Called:
+    """Let `parts` time the rounds to come; what products they call is noted in what is returned."""
+    called = Called()
     call, product = NativeLayers.__call__, native.product
 
     def layers_called(self: NativeLayers, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         if parts.on:
-            stacks[id(self)] = self
-            layers[id(self)][len(x)] += 1
+            called.stacks[id(self)] = self
+            called.layers[id(self)][len(x)] += 1
         return call(self, x, *more, **named)
 
     def product_called(x: torch.Tensor, weights: native.Packed) -> torch.Tensor:
         if parts.on:
-            products.setdefault(weights.blocks.data_ptr(), (weights, Counter()))[1][len(x)] += 1
+            called.products.setdefault(weights.blocks.data_ptr(), (weights, Counter()))[1][len(x)] += 1
         return product(x, weights)
 
     NativeLayers.__call__, native.product = layers_called, product_called
@@ -142,13 +134,33 @@ def main() -> None:
         parts.on = False
 
     Decoder.round = round_called
+    return called
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--prompts", required=True)
+    options.add_argument("--limit", type=int, default=5)
+    options.add_argument("--precision", default="bf16")
+    options.add_argument("--method", default="eagle3-lookup")
+    options.add_argument("--tree", default="auto")
+    options.add_argument("--max-new-tokens", type=int, default=150)
+    options.add_argument("--out", type=Path)
+    given = options.parse_args()
+    engine = eyas.load(precision=given.precision)
+    items, _ = read_prompts(given.prompts, given.limit)
+    tree = {} if given.method == "plain" else {"tree": given.tree}
+    for practice in PRACTICE:
+        engine.generate(practice, method=given.method, max_new_tokens=60, **tree)
+    parts = Parts()
+    called = watched(engine, parts)
     tokens, count, alone = 0, 0, 0.0
     for item in items:
         result = engine.generate(item.prompt, method=given.method, max_new_tokens=given.max_new_tokens, **tree)
         tokens, count = tokens + len(result.tokens) - 1, count + result.rounds
-        alone += bare(layers, products, stacks)  # at once: a shared machine is not always as fast
-        layers.clear()
-        products.clear()
+        alone += bare(called)  # at once: a shared machine is not always as fast
+        called.layers.clear()
+        called.products.clear()
     whole = sum(parts.seconds.values())
     found = {"precision": given.precision, "method": given.method, "tree": given.tree, "rounds": count, "tau": round(tokens / count, 2)}
     found |= {"ms_a_round": round(1e3 * whole / count, 2), "bare_ms": round(1e3 * alone / count, 2), "over_bare": round(whole / alone, 3)}

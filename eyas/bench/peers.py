@@ -21,8 +21,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from eyas import pictures
 from eyas.bench import environments
-from eyas.bench.prompts import PromptItem
+from eyas.bench.prompts import PRACTICE, PromptItem
 from eyas.config import EyasError
 from eyas.engine import load_tokenizer, target_directory
 from eyas.formats import openvino_target
@@ -32,7 +33,6 @@ from eyas.model.weights import target_config
 WORKER = Path(__file__).with_name("peer_worker.py")
 ROOM = 64  # positions behind the longest text
 CHAINS = (2, 3)  # tokens that engines draft in a row, where they draft chains
-PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.", "List five uses of a paperclip.")
 OURS, PLAIN_BF16, PLAIN_INT8, PLAIN_Q4 = "eyas int8 eagle3-lookup", "eyas bf16 plain", "eyas int8 plain", "eyas q4 plain"
 LLAMA = "llama.cpp Q4_1 plain"
 PAIRS = (  # ratios that the table ends with: (first over second)
@@ -305,11 +305,7 @@ def table_rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def save_picture(result: Mapping[str, Any], path: Path) -> None:
     """Bars of tokens a second, ours in another colour. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pictures.pyplot()
     rows = sorted(result["rows"].items(), key=lambda item: item[1]["tokens_per_second"][0])
     names, values = [name for name, _ in rows], [row["tokens_per_second"] for _, row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(rows) + 1))

@@ -15,6 +15,8 @@ from eyas.engine import Engine, Prompt
 from eyas.jsonl import CHAT_KEYS, encodable, messages_of, read_lines
 
 TEXT_KEYS = ("prompt", "question")
+# answered before anything is timed, so that planners have seen rounds of their own
+PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.", "List five uses of a paperclip.")
 
 
 class PromptItem(NamedTuple):

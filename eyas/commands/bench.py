@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from eyas.bench.speed import Method, parse_methods, run_bench
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError, Request
 from eyas.engine import Engine
+from eyas.pictures import can_draw
 
 SHOWN = 5  # complaints about a file before only their number is told
 PIPED_WIDTH = 140  # columns where standard output is no terminal
@@ -70,7 +70,7 @@ def peers(options: argparse.Namespace, request: Request) -> int:
         console.print(f"left out: {name}: {why}", markup=False)
     if out:
         write(out, result)
-        if importlib.util.find_spec("matplotlib"):
+        if can_draw():
             save_picture(result, out.with_suffix(".png"))
     return 0
 

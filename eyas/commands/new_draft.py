@@ -25,8 +25,9 @@ from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, prog
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.engine import Engine, load, load_target, target_directory
 from eyas.model.weights import directory_hash, recover_directory, replace_text, target_config
+from eyas.pictures import can_draw
 from eyas.train import trainer as training
-from eyas.train.card import CARD, PICTURE, can_draw, card, draw_curve
+from eyas.train.card import CARD, PICTURE, card, draw_curve
 from eyas.train.features import Example, ShardStates
 from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
 from eyas.train.selfplay import SLOTS, Writer

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from eyas.bench.prompts import PRACTICE
 from eyas.commands.common import engine_from
 from eyas.config import METHODS, EyasError, Sampling
 from eyas.decode.calibration import EDGES, Calibration
+from eyas.pictures import can_draw
 from eyas.view.plan import save_picture, typical_rounds
 
 BATCHES = (1, 2, 4, 8, 16)
-PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a friend about the weather.")
 PRACTICE_TOKENS = 100
 
 
 def run(options: argparse.Namespace) -> int:
     if options.method is not None and (options.method not in METHODS or options.method == "plain"):
         raise EyasError(f"method {options.method!r} has no trees to plan; choose {', '.join(METHODS[:-1])}")
-    if options.picture and not importlib.util.find_spec("matplotlib"):
+    if options.picture and not can_draw():
         raise EyasError("--picture needs matplotlib (pip install 'eyas[bench]')")
     sampling = Sampling(options.temperature)
     engine = engine_from(options)

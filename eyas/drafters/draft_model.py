@@ -55,8 +55,7 @@ class ModelDrafter:
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
         """Read what was committed since; returns logits [S, V] behind each sequence's last token."""
-        while any(len(self.waiting[sequence]) > CATCH_UP for sequence in sequences):
-            late = [sequence for sequence in sequences if len(self.waiting[sequence]) > CATCH_UP]
+        while late := [sequence for sequence in sequences if len(self.waiting[sequence]) > CATCH_UP]:
             self.read_waiting(late)
         return self.read_waiting(sequences)
 

@@ -86,9 +86,8 @@ class Eagle3Drafter:
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
         """Read all committed rows, from true features; returns a [S, H] of each sequence's last row."""
-        for sequence in sequences:
-            while len(self.known[sequence].tokens) > CATCH_UP:
-                self.catch_up_some([sequence])
+        while late := [sequence for sequence in sequences if len(self.known[sequence].tokens) > CATCH_UP]:
+            self.catch_up_some(late)
         return self.catch_up_some(sequences)
 
     def catch_up_some(self, sequences: Sequence[int]) -> Tensor:

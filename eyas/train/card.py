@@ -5,25 +5,18 @@ Knows training.json and a benchmark's result; measures nothing itself. The pictu
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eyas import pictures
+
 CARD, PICTURE = "README.md", "curve.png"
-
-
-def can_draw() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
     """Held-out simulated tau and acceptance of the first, third and last step against trained answer tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pictures.pyplot()
     steps = sorted(int(name.removeprefix("accept_")) for name in curve[-1] if name.startswith("accept_"))
     slots = [point["slots"] / 1000 for point in curve]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))

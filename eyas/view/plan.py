@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from eyas import pictures
 from eyas.decode.calibration import DEPTHS, LATELY
 from eyas.decode.planner import MOST, Planner
 
@@ -53,11 +54,7 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
 
 def save_picture(planner: Planner, rounds: Sequence[Typical], path: Path) -> None:
     """Prices of passes, and gains by batch. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pictures.pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     prices = planner.passes.table()
     left.plot(list(prices), [1e3 * seconds for seconds in prices.values()], marker="o", markersize=3, color="#c8553d")
