@@ -100,7 +100,7 @@ def main() -> None:
         heat = race(engine, [mixed], batch, list(shapes), HEAT_SECONDS)
         best = sorted(shapes, key=lambda shape: -heat[str(shape)])[:BEST]
         for kind, prompts in kinds.items():
-            size, count = (1, 8) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
+            size, count = (1, 16) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
             groups = [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
             rates = race(engine, groups, batch, ["auto", PLAIN, *best], float("inf"))
             plan, plain = rates.pop("auto"), rates[str(PLAIN)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,41 +152,84 @@ class Sampling:
 class TreeShape:
     """`NODESxDEPTHxTOPK` as SafeAILab counts: NODES with the root, DEPTH expansions after the first, TOPK children a node.
 
-    `chain:K` drafts K tokens in a row. `nodes == 1` is the empty tree: plain decoding.
+    `chain:K` drafts K tokens in a row. `static:3.2.0.1` fixes the shape itself before anything is guessed: how many children each node
+    has, breadth first from the root (zeros at the end left out). `nodes == 1` is the empty tree: plain decoding.
     """
 
     nodes: int
     depth: int
     top_k: int
+    counts: tuple[int, ...] = ()  # of a static tree: each node's children, breadth first
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """Read `60x7x10` or `chain:3`."""
+        """Read `60x7x10`, `chain:3` or `static:3.2.0.1`."""
         chain = re.fullmatch(r"chain:(\d+)", text.strip())
         full = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        static = re.fullmatch(r"static:(\d+(?:\.\d+)*)", text.strip())
         if chain and int(chain[1]) > 0:
             return cls.chain(int(chain[1]))
         if full and int(full[1]) > 0 and int(full[3]) > 0:
             return cls(int(full[1]), int(full[2]), int(full[3]))
-        raise EyasError(f"tree shape {text!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto")
+        if static and int(static[1].split(".")[0]) > 0:
+            return cls.static([int(count) for count in static[1].split(".")])
+        known = "NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto"
+        raise EyasError(f"tree shape {text!r} is not understood; write {known}")
 
     @classmethod
     def chain(cls, tokens: int) -> TreeShape:
         return cls(tokens + 1, tokens - 1, 1)
+
+    @classmethod
+    def static(cls, counts: Sequence[int]) -> TreeShape:
+        """Of each node's number of children, breadth first from the root."""
+        depths = depths_of(counts)
+        text = ".".join(map(str, counts))
+        if any(counts[len(depths) :]):
+            raise EyasError(f"static tree {text} names more nodes than it has: {len(counts)} counts, {len(depths)} nodes")
+        counts = counts[: max((place + 1 for place, count in enumerate(counts) if count), default=0)]
+        return cls(len(depths), depths[-1] - 1, max(counts), tuple(counts)) if counts else PLAIN
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """Each node's children, breadth first, where that is settled before anything is guessed; () where scores decide."""
+        return self.counts or ((1,) * self.levels if self.top_k == 1 else ())
 
     @property
     def levels(self) -> int:
         """How deep a drafted node can lie (the root's children lie at 1)."""
         return 0 if self.nodes == 1 else min(self.depth + 1, self.nodes - 1)
 
+    def cut(self, levels: int) -> TreeShape:
+        """The same with at most so many levels."""
+        if levels >= self.levels:
+            return self
+        if levels <= 0:
+            return PLAIN
+        if self.counts:
+            return TreeShape.static([count for count, depth in zip(self.counts, depths_of(self.counts)) if depth < levels])
+        return TreeShape(self.nodes, levels - 1, self.top_k)
+
     def __str__(self) -> str:
+        if self.counts:
+            return "static:" + ".".join(map(str, self.counts))
         return f"chain:{self.nodes - 1}" if self.top_k == 1 and self.nodes == self.depth + 2 else f"{self.nodes}x{self.depth}x{self.top_k}"
+
+
+def depths_of(counts: Sequence[int]) -> list[int]:
+    """How deep each node of a static tree lies."""
+    depths = [0]
+    for place, count in enumerate(counts):
+        if place == len(depths):
+            break
+        depths += [depths[place] + 1] * count
+    return depths
 
 
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
 METHODS = ("eagle3", "eagle3-lookup", "lookup", "draft-model", "plain")
-VERIFIERS = ("walk", "accept-reject")  # the second is EAGLE's rule, for comparison
+VERIFIERS = ("walk", "accept-reject", "without-replacement")  # the first is the default; the others are for comparison
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 
 

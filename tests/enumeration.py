@@ -78,6 +78,42 @@ def law_of_accept_reject(tokens: Sequence[int], parents: Sequence[int], law: Seq
     return total
 
 
+class Script:
+    """Chance that follows a script as far as it goes and then takes the first of what may happen, noting the rest."""
+
+    def __init__(self, script: Sequence[int]) -> None:
+        self.script, self.taken, self.probability, self.others = script, [], 1.0, []
+
+    def choose(self, probabilities: Sequence[float]) -> int:
+        possible = [outcome for outcome, p in enumerate(probabilities) if p > 0]
+        if len(self.taken) < len(self.script):
+            outcome = self.script[len(self.taken)]
+        else:
+            outcome = possible[0]
+            self.others += [[*self.taken, other] for other in possible[1:]]
+        self.taken.append(outcome)
+        self.probability *= probabilities[outcome]
+        return outcome
+
+    def accepts(self, probability: float) -> bool:
+        return self.choose([1 - probability, probability]) == 1
+
+    def draws(self, weights: Sequence[float]) -> int:
+        weights = [float(weight) for weight in weights]
+        return self.choose([weight / sum(weights) for weight in weights])
+
+
+def every_way(run: Callable[[Script], tuple[int, ...]]) -> Law:
+    """The exact law of what `run` returns: it is run once for every way that chance can turn out."""
+    total: dict[tuple[int, ...], float] = defaultdict(float)
+    scripts: list[list[int]] = [[]]
+    while scripts:
+        chance = Script(scripts.pop())
+        total[run(chance)] += chance.probability
+        scripts += chance.others
+    return total
+
+
 def distance(one: Law, other: Law) -> float:
     """The largest difference of two laws at any text."""
     return max(abs(one.get(text, 0.0) - other.get(text, 0.0)) for text in {*one, *other})

@@ -46,7 +46,7 @@ class Method(NamedTuple):
         if method.tree not in (None, "auto"):
             TreeShape.parse(method.tree)
         if method.verifier and method.verifier not in VERIFIERS:
-            raise EyasError(f"verifier {method.verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
+            raise EyasError(f"verifier {method.verifier!r} is unknown; choose {', '.join(VERIFIERS)}")
         return method
 
     def request(self, base: Request) -> Request:

@@ -31,6 +31,7 @@ class TreeRequest:
     deepest: int | None = None  # levels for which the text has room, where that is known; the shape never has more
     planner: Planner | None = None  # asked before each level, where trees are planned
     covered: float = 0.0  # chance that what another drafter guessed first is right
+    draws: Callable[[int, int], Tensor] | None = None  # noise [count] of the draft's own for a node's children, where it shall draw them
 
 
 class Drafter(Protocol):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
+from eyas.config import VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.planner import FixedPlan, Planner
-from eyas.decode.sampling import CHOICE, NOISE_VERSION, Noise, draw, law, uniforms
+from eyas.decode.sampling import CHOICE, GUESS, NOISE_VERSION, Noise, draw, gumbel, law, uniforms
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
-from eyas.decode.verify import Accepted, accept_reject, walk
+from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, walk, without_replacement
 from eyas.model.attention import Segment
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
@@ -59,6 +59,10 @@ class Text:
     def remaining(self) -> int:
         return self.limit - len(self.tokens)
 
+    def guesses(self, node: int, count: int) -> Tensor:
+        """Noise of the draft's own for the children of a node of this round's tree: it knows nothing of the target's."""
+        return gumbel(self.seed, self.position, count, GUESS, node)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -88,6 +92,9 @@ class RoundRecord:
     logits: Tensor  # [nodes, V]
 
 
+Verify = Callable[[Tree, Tensor, Text, Sampling], Accepted]
+
+
 def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
     """The target's draw at a node of depth d uses the noise of the position it fills (position + d + 1)."""
 
@@ -98,12 +105,20 @@ def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Samp
     return walk(tree, draw_at)
 
 
-def verify_by_accept_reject(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
-    stream = uniforms(sequence.seed, sequence.position, len(tree) + 1, CHOICE)
-    return accept_reject(tree, lambda row: law(logits_NV[row], sampling), iter(stream.tolist()))
+def verify_by(rule: Callable[[Tree, Law, Chance], Accepted]) -> Verify:
+    """Verification by a rule of acceptance, with uniforms of the sequence's own. Of greedy text only the walk's can be right."""
+
+    def verify(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
+        if sampling.greedy:
+            return verify_by_walk(tree, logits_NV, sequence, sampling)
+        stream = uniforms(sequence.seed, sequence.position, len(tree) + 1, CHOICE)
+        return rule(tree, lambda row: law(logits_NV[row], sampling), Uniforms(iter(stream.tolist())))
+
+    return verify
 
 
-VERIFY = dict(zip(VERIFIERS, (verify_by_walk, verify_by_accept_reject)))
+VERIFY = dict(zip(VERIFIERS, (verify_by_walk, verify_by(accept_reject), verify_by(without_replacement))))
+DRAWS = ("without-replacement",)  # those whose trees the draft draws with noise of its own
 
 
 class Decoder:
@@ -113,9 +128,9 @@ class Decoder:
         self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], planner: Planner | None = None
     ) -> None:
         if verifier not in VERIFY:
-            raise EyasError(f"verifier {verifier!r} is unknown; choose {' or '.join(VERIFIERS)}")
+            raise EyasError(f"verifier {verifier!r} is unknown; choose {', '.join(VERIFIERS)}")
         self.target, self.drafter, self.planner = target, drafter or NoDrafter(), planner
-        self.verify, self.shares_noise = VERIFY[verifier], verifier == VERIFIERS[0]
+        self.verify, self.shares_noise, self.draws = VERIFY[verifier], verifier == VERIFIERS[0], verifier in DRAWS
         self.watch: Callable[[RoundRecord], None] | None = None
 
     # ---- the round ----
@@ -156,12 +171,10 @@ class Decoder:
     def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> TreeRequest:
         """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
         deepest = sequence.remaining - 1
-        if deepest <= 0 or shape.nodes == 1:
-            shape = PLAIN
-        elif shape.levels > deepest:
-            shape = TreeShape(shape.nodes, deepest - 1, shape.top_k)
         noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
-        return TreeRequest(sequence.slot, sequence.root, sequence.position, shape, sampling, noise, max(deepest, 0), self.planner)
+        draws = sequence.guesses if self.draws and not sampling.greedy else None
+        place, shape = (sequence.slot, sequence.root, sequence.position), shape.cut(deepest)
+        return TreeRequest(*place, shape, sampling, noise, max(deepest, 0), self.planner, draws=draws)
 
     def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""

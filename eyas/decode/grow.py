@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.tree import Growth, Tree
+from eyas.decode.score import children
+from eyas.decode.tree import Growth, StaticGrowth, Tree
+from eyas.model.vocab import DraftVocab
 
 
 class Level(NamedTuple):
@@ -28,15 +30,16 @@ class Level(NamedTuple):
 
 Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
 Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
-Followers = Callable[[TreeRequest, int, Tensor], tuple[list[list[int]], list[list[float]]]]  # children of rows: target ids, log scores
+Logits = Callable[[int, Tensor], Tensor]  # depth, outputs [R, ...] -> logits [R, D] of what lies one deeper
 
 
-def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, followers: Followers) -> list[Tree]:
-    """One tree a request. Where an empty tree is asked for the drafter is left alone: committed text waits until it is next needed."""
+def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logits, vocab: DraftVocab | None = None) -> list[Tree]:
+    """One tree a request; without `vocab` the draft's ids are the target's. Where an empty tree is asked for the drafter is left alone:
+    committed text waits until it is next needed."""
     wanted = paying([request for request in requests if request.shape.nodes > 1])
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
-        grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, followers)
+        grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, logits, vocab)
         trees |= {request.sequence: tree for request, tree in zip(wanted, grown)}
     return list(trees.values())
 
@@ -48,9 +51,11 @@ def paying(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
     return [request for request, pays in zip(requests, requests[0].planner.pays([each.covered for each in requests])) if pays]
 
 
-def grow_levels(requests: Sequence[TreeRequest], begin: Callable[[], Tensor], read: Read, followers: Followers) -> list[Tree]:
+def grow_levels(
+    requests: Sequence[TreeRequest], begin: Callable[[], Tensor], read: Read, logits: Logits, vocab: DraftVocab | None
+) -> list[Tree]:
     """Expand the best of each newest level, keep the best of all. `begin` gives [S, ...], the drafter's output at each root."""
-    growths = [Growth(request.root, request.shape.top_k) for request in requests]
+    growths = [growth_of(request) for request in requests]
     held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
     frontiers, planner = [[0] for _ in requests], requests[0].planner
     for level in range(1 + max(request.shape.depth for request in requests)):
@@ -61,16 +66,23 @@ def grow_levels(requests: Sequence[TreeRequest], begin: Callable[[], Tensor], re
                 break
         started = time.perf_counter()
         outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]]) if level else begin()
-        for request, growth, frontier, rows, kept in zip(requests, growths, frontiers, outputs.split([len(f) for f in frontiers]), held):
+        counts = [len(frontier) for frontier in frontiers]
+        parts = zip(requests, growths, frontiers, logits(level, outputs).split(counts), outputs.split(counts), held)
+        for request, growth, frontier, logits_RD, rows, kept in parts:
             if frontier:
                 before = len(growth.tokens)
-                growth.expand(frontier, *followers(request, level, rows))
+                growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab))
                 kept.update(zip(frontier, rows))
                 if planner:
                     planner.grew(growth, frontier, before)
         if planner:
             planner.stepped(len(outputs), time.perf_counter() - started)
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
+
+
+def growth_of(request: TreeRequest) -> Growth:
+    fixed = request.shape.fixed
+    return StaticGrowth(request.root, fixed) if fixed else Growth(request.root, request.shape.top_k)
 
 
 def level_of(request: TreeRequest, growth: Growth, frontier: list[int], held: dict[int, Tensor]) -> Level:

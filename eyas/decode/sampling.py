@@ -16,18 +16,25 @@ from torch import Tensor
 from eyas.config import Sampling
 
 NOISE_VERSION = 1  # results carry it: a seed means the same text only under the same version
-GUMBEL, CHOICE, DERIVE = 0, 1, 2  # purposes: streams of one (seed, position) that never meet
+GUMBEL, CHOICE, DERIVE, GUESS = 0, 1, 2, 3  # purposes: streams of one (seed, position) that never meet
 
 
-def philox_words(seed: int, position: int, count: int, purpose: int = GUMBEL) -> np.ndarray:
-    """uint64 [count]. Raw Philox-4x64 words are stable across numpy versions, which library distributions are not."""
+def philox_words(seed: int, position: int, count: int, purpose: int = GUMBEL, stream: int = 0) -> np.ndarray:
+    """uint64 [count]; a purpose may have several streams.
+
+    Raw Philox-4x64 words are stable across numpy versions, which library distributions are not."""
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)).random_raw(count)
+    return np.random.Philox(key=key, counter=np.array([0, 0, stream, purpose], dtype=np.uint64)).random_raw(count)
 
 
-def uniforms(seed: int, position: int, count: int, purpose: int = CHOICE) -> np.ndarray:
+def uniforms(seed: int, position: int, count: int, purpose: int = CHOICE, stream: int = 0) -> np.ndarray:
     """float64 [count] strictly between 0 and 1: 52 bits and a half, so that neither end can be reached by rounding."""
-    return ((philox_words(seed, position, count, purpose) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return ((philox_words(seed, position, count, purpose, stream) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def gumbel(seed: int, position: int, count: int, purpose: int = GUMBEL, stream: int = 0) -> Tensor:
+    """float64 [count] on the CPU."""
+    return torch.from_numpy(-np.log(-np.log(uniforms(seed, position, count, purpose, stream))))
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -50,7 +57,7 @@ class Noise:
     def at(self, position: int) -> Tensor:
         """float64 [V] on the CPU."""
         if position not in self._held:
-            self._held[position] = torch.from_numpy(-np.log(-np.log(uniforms(self.seed, position, self.vocab_size, GUMBEL))))
+            self._held[position] = gumbel(self.seed, position, self.vocab_size)
         return self._held[position]
 
     def forget_before(self, position: int) -> None:

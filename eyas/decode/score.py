@@ -1,18 +1,51 @@
 """A node's score: the log of the chance that the target draws this token here, given the noise it will draw with.
 
 The draft ranks its candidates with the target's own noise (Gumbel coupling, Daliri et al. 2024): it guesses what will be drawn, not
-what is likely. Knows a draft's logits and the filters; knows nothing of trees.
+what is likely. For verifiers that draw with other randomness it draws its candidates instead, with noise of its own. Knows a draft's
+logits, the filters and what was asked; knows nothing of trees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eyas.config import Sampling
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.sampling import allowed
+from eyas.model.vocab import DraftVocab
+
+
+class Children(NamedTuple):
+    """What follows each of R nodes, best (or first drawn) first."""
+
+    tokens: list[list[int]]  # the target's ids
+    log_scores: list[list[float]]
+    laws: list[Tensor] | None = None  # [V] each, where the tokens were drawn from them without replacement
+
+
+def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
+    """Of nodes at depth `level`. Without `vocab` the draft's ids are the target's."""
+    if request.draws is not None and request.shape.fixed:
+        return drawn_children(request, nodes, logits_RD, vocab)
+    noise = request.noise(request.position + level + 1) if request.noise else None
+    noise = noise if noise is None or vocab is None else noise[vocab.ids]
+    values, ids = best_children(log_scores(logits_RD, request.sampling, noise), request.shape.top_k)
+    return Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), values.tolist())
+
+
+def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
+    """Drawn without replacement from the draft's law: the largest of log q plus Gumbel noise, in order (Kool et al. 2019)."""
+    log_q_RD = log_scores(logits_RD, request.sampling, None).double().cpu()
+    noise_RD = torch.stack([request.draws(node, log_q_RD.shape[1]) for node in nodes])
+    ids = (log_q_RD + noise_RD).topk(min(request.shape.top_k, log_q_RD.shape[1]), -1).indices
+    q_RD = log_q_RD.softmax(-1)
+    laws_RV = q_RD.new_zeros(len(nodes), vocab.vocab_size).index_copy_(1, vocab.ids, q_RD) if vocab else q_RD
+    return Children((vocab.to_target(ids) if vocab else ids).tolist(), log_q_RD.gather(1, ids).tolist(), list(laws_RV))
 
 
 def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:

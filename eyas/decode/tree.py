@@ -20,6 +20,7 @@ class Tree:
     parents: list[int]  # -1 for the root
     depths: list[int]  # 0 for the root
     scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
+    laws: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # see `drawn`
     children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
 
     def __post_init__(self) -> None:
@@ -32,6 +33,12 @@ class Tree:
             assert self.tokens[row] not in children[parent], f"rows {row} and {children[parent][self.tokens[row]]} are equal siblings"
             children[parent][self.tokens[row]] = row
         object.__setattr__(self, "children", children)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether every row's children were drawn, without replacement and in their order, from the law [V] that `laws` holds for the row,
+        in a shape fixed beforehand. What is left of a tree after a choice is not: a guess was then kept for being likely."""
+        return self.laws is not None or len(self) == 1
 
     @classmethod
     def root(cls, token: int) -> Tree:
@@ -87,7 +94,13 @@ class Growth:
         columns = self.expanded + list(frontier)
         return torch.tensor([[column in self.lines[node] for column in columns] for node in frontier])
 
-    def expand(self, frontier: Sequence[int], tokens: Sequence[Sequence[int]], log_scores: Sequence[Sequence[float]]) -> None:
+    def expand(
+        self,
+        frontier: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        log_scores: Sequence[Sequence[float]],
+        laws: Sequence[Tensor] | None = None,
+    ) -> None:
         """Give each frontier node its children: tokens and log scores (at most 0), best first."""
         self.newest = []
         for node, its_tokens, its_scores in zip(frontier, tokens, log_scores):
@@ -104,6 +117,41 @@ class Growth:
 
     def tree(self, nodes: int) -> Tree:
         return Tree(self.tokens, self.parents, self.depths, self.scores).best(nodes)
+
+
+class StaticGrowth(Growth):
+    """Grow a tree whose shape was fixed beforehand (EAGLE, Medusa): scores say which tokens its places get, not which places there are."""
+
+    def __init__(self, root: int, counts: Sequence[int]) -> None:
+        super().__init__(root, max(counts))
+        self.counts = [*counts, *[0] * (1 + sum(counts) - len(counts))]
+        self.first = [1 + sum(self.counts[:place]) for place in range(len(self.counts))]  # the place of each place's first child
+        self.places = [0]  # of each node; a node that got fewer children than it has places for leaves some empty
+        self.laws: dict[int, Tensor] = {}
+
+    def frontier(self) -> list[int]:
+        return [node for node in self.newest if self.counts[self.places[node]]]
+
+    def expand(
+        self,
+        frontier: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        log_scores: Sequence[Sequence[float]],
+        laws: Sequence[Tensor] | None = None,
+    ) -> None:
+        """The same, each node's children as many as its place has; `laws` where the children were drawn from them."""
+        counts = [self.counts[self.places[node]] for node in frontier]
+        cut = [[row[:count] for row, count in zip(rows, counts)] for rows in (tokens, log_scores)]
+        super().expand(frontier, *cut)
+        for node in self.newest:
+            parent = self.parents[node]
+            rank = node - self.parents.index(parent)
+            self.places.append(self.first[self.places[parent]] + rank)
+        self.laws.update(zip(frontier, laws or ()))
+
+    def tree(self, nodes: int) -> Tree:
+        laws = [self.laws.get(node) for node in range(len(self.tokens))] if self.laws else None
+        return Tree(self.tokens, self.parents, self.depths, self.scores, laws)
 
 
 def merge(trees: Sequence[Tree]) -> Tree:

@@ -14,7 +14,6 @@ from torch import Tensor
 from eyas.config import EyasError
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
-from eyas.decode.score import best_children, log_scores
 from eyas.decode.tree import Tree
 from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target
@@ -43,15 +42,10 @@ class ModelDrafter:
         self.waiting[sequence] += tokens
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        trees = grow(requests, self.catch_up, self.read_level, self.followers)
+        trees = grow(requests, self.catch_up, self.read_level, lambda level, logits_RV: logits_RV)
         for request in requests:
             self.cache.cut(request.sequence, request.position + 1)  # the root's row stays, the tree's go
         return trees
-
-    def followers(self, request: TreeRequest, level: int, logits_RV: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-        noise = request.noise(request.position + level + 1) if request.noise else None
-        values, ids = best_children(log_scores(logits_RV, request.sampling, noise), request.shape.top_k)
-        return ids.tolist(), values.tolist()
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
         """Read what was committed since; returns logits [S, V] behind each sequence's last token."""

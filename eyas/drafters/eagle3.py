@@ -15,7 +15,6 @@ from torch import Tensor
 
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
-from eyas.decode.score import best_children, log_scores
 from eyas.decode.tree import Tree
 from eyas.model.attention import Segment, cached_attention
 from eyas.model.cache import KVCache
@@ -64,7 +63,7 @@ class Eagle3Drafter:
     # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        trees = grow(requests, self.catch_up, self.read_level, self.followers)
+        trees = grow(requests, self.catch_up, self.read_level, lambda level, a_RH: self.network.logits(a_RH), self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # slots 0 .. P-1 hold the text; the tree's rows go
         return trees
@@ -75,12 +74,6 @@ class Eagle3Drafter:
         positions = [level.request.position - 1 + depth for level in levels for depth in level.depths]
         stand_in = self.network.fed_back(torch.cat([level.parents for level in levels]))
         return self.read(tokens, stand_in, positions, [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels])
-
-    def followers(self, request: TreeRequest, level: int, a_RH: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-        """The best children of each row, as target ids with log scores under the noise the target will draw with."""
-        noise = request.noise(request.position + level + 1)[self.vocab.ids] if request.noise else None
-        values, ids = best_children(log_scores(self.network.logits(a_RH), request.sampling, noise), request.shape.top_k)
-        return self.vocab.to_target(ids.cpu()).tolist(), values.tolist()
 
     # ---- passes ----
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eyas.config import PLAIN, EyasError, Sampling, TreeShape
+from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.generate import Decoder, Result, result_of
 from eyas.decode.sampling import derived_seed, law
 from eyas.drafters.draft_model import ModelDrafter
@@ -54,6 +54,7 @@ DRAFTERS = {
     "draft-model": (lambda target: ModelDrafter(target.shallow(3), V), "8x2x3"),
     "merged": (merged, "12x2x3"),
     "itself": (itself, "9x3x2"),
+    "eagle3-static": (eagle3, "static:3.2.1.0.1.1"),
 }
 
 
@@ -78,7 +79,7 @@ def said(results: list[Result]) -> list[tuple]:
     return [(result.tokens, result.text, result.finish_reason) for result in results]
 
 
-# ---- tree output is plain output: 28 cases of 20 (prompt, seed) pairs each, 560 in all ----
+# ---- tree output is plain output: 32 cases of 20 (prompt, seed) pairs each, 640 in all ----
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -346,17 +347,23 @@ def exact_law(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize(
-    ("verifier", "sampling", "batches"),
-    [("walk", Sampling(1.0), 10), ("walk", Sampling(1.3, top_p=0.9), 5), ("accept-reject", Sampling(1.0), 5)],
+    ("verifier", "shape", "sampling", "batches"),
+    [
+        ("walk", "10x1x3", Sampling(1.0), 10),
+        ("walk", "10x1x3", Sampling(1.3, top_p=0.9), 5),
+        ("accept-reject", "10x1x3", Sampling(1.0), 5),
+        ("without-replacement", "static:3.2.1.0.1", Sampling(1.0), 10),
+        ("without-replacement", "static:3.2.1.0.1", Sampling(1.3, top_p=0.9), 5),
+    ],
     ids=str,
 )
-def test_three_tokens_of_tree_decoding_follow_the_exact_joint_law(verifier, sampling, batches):
+def test_three_tokens_of_tree_decoding_follow_the_exact_joint_law(verifier, shape, sampling, batches):
     target, drafter = small()
     seen: Counter[tuple[int, ...]] = Counter()
     lengths: Counter[int] = Counter()
     for batch in range(batches):
         seeds = [derived_seed(31 + batch, i) for i in range(400)]
-        for result in decode(target, drafter, [PREFIX] * 400, "10x1x3", sampling, seeds, 4, verifier=verifier):
+        for result in decode(target, drafter, [PREFIX] * 400, shape, sampling, seeds, 4, verifier=verifier):
             seen[tuple(result.tokens[:3])] += 1
             lengths.update(result.accepted_lengths)
     assert lengths[2] > 300 and lengths[3] > 60, "the tree must have been followed, to both levels"
@@ -384,12 +391,21 @@ def test_accept_reject_writes_what_the_target_may_write(name):
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
-    for verifier, drafter in itertools.product(["walk", "accept-reject"], [itself, eagle3]):
-        case = (prompts(1, 2), "8x2x3", Sampling(1.0))
+    for verifier, drafter in itertools.product(VERIFIERS, [itself, eagle3]):
+        case = (prompts(1, 2), "8x2x3" if verifier != "without-replacement" else "static:3.2.1.0.1", Sampling(1.0))
         one, again, other = (decode(TARGET, drafter(TARGET), *case, [seed], 20, verifier=verifier)[0].tokens for seed in (1, 1, 2))
         assert one == again != other
 
 
+@pytest.mark.parametrize(("name", "shape"), [("eagle3-tree", "8x2x3"), ("merged", "static:2.1"), ("lookup", "chain:2")])
+def test_guesses_that_are_not_drawn_are_refused_by_a_verifier_that_divides_by_their_law(name, shape):
+    make = DRAFTERS[name][0]
+    with pytest.raises(EyasError, match="needs a draft that draws its guesses"):
+        decode(TARGET, make(TARGET), prompts(4, 2), shape, Sampling(1.0), range(4), 20, verifier="without-replacement")
+    greedy = decode(TARGET, make(TARGET), prompts(4, 2), shape, Sampling(), range(4), verifier="without-replacement")
+    assert said(greedy) == said(plainly(TARGET, prompts(4, 2), Sampling(), range(4))), "greedy text has one right verifier"
+
+
 def test_an_unknown_verifier_is_refused():
-    with pytest.raises(EyasError, match="'coin' is unknown; choose walk or accept-reject"):
+    with pytest.raises(EyasError, match="'coin' is unknown; choose walk, accept-reject, without-replacement"):
         Decoder(TARGET, None, "coin")

@@ -12,7 +12,20 @@ import torch
 
 from eyas.config import Sampling
 from eyas.decode import sampling as S
-from eyas.decode.sampling import CHOICE, DERIVE, GUMBEL, NOISE_VERSION, Noise, derived_seed, draw, law, nucleus, philox_words, uniforms
+from eyas.decode.sampling import (
+    CHOICE,
+    DERIVE,
+    GUESS,
+    GUMBEL,
+    NOISE_VERSION,
+    Noise,
+    derived_seed,
+    draw,
+    law,
+    nucleus,
+    philox_words,
+    uniforms,
+)
 from tests.enumeration import surprise
 
 
@@ -51,16 +64,16 @@ def test_derived_seeds_are_known_and_differ():
 
 @pytest.mark.parametrize("word", [0, 2**64 - 1, 2**11, 2**12 - 1])
 def test_uniforms_never_reach_0_or_1(monkeypatch, word):
-    monkeypatch.setattr(S, "philox_words", lambda seed, position, count, purpose=GUMBEL: np.full(count, word, dtype=np.uint64))
+    monkeypatch.setattr(S, "philox_words", lambda seed, position, count, *stream: np.full(count, word, dtype=np.uint64))
     u = uniforms(0, 0, 3)
     assert (u > 0).all() and (u < 1).all()
     assert bool(Noise(0, 3).at(0).isfinite().all())
 
 
-def test_streams_of_other_seeds_positions_and_purposes_never_meet():
-    seeds, positions, purposes = [0, 1, 2, 2**32, 2**63], [0, 1, 2, 2**32], [GUMBEL, CHOICE, DERIVE]
-    keys = list(itertools.product(seeds, positions, purposes))
-    words = [word for seed, position, purpose in keys for word in philox_words(seed, position, 50, purpose).tolist()]
+def test_streams_of_other_seeds_positions_purposes_and_nodes_never_meet():
+    seeds, positions, purposes = [0, 1, 2, 2**32, 2**63], [0, 1, 2, 2**32], [GUMBEL, CHOICE, DERIVE, GUESS]
+    keys = list(itertools.product(seeds, positions, purposes, [0, 1, 60]))
+    words = [word for seed, position, purpose, node in keys for word in philox_words(seed, position, 50, purpose, node).tolist()]
     assert len(set(words)) == len(keys) * 50
 
 

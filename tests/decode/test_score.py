@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
-from eyas.config import Sampling
-from eyas.decode.score import best_children, log_scores
+from eyas.config import Sampling, TreeShape
+from eyas.decode.drafter import TreeRequest
+from eyas.decode.sampling import GUESS, gumbel
+from eyas.decode.score import best_children, children, log_scores
+from eyas.model.vocab import DraftVocab
+from tests.enumeration import surprise
 
 LOGITS = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+SAMPLED = Sampling(1.0)
 NOISE = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -39,3 +46,35 @@ def test_best_children_are_sorted_and_ties_go_to_the_lower_id():
     assert values[0].tolist() == [2.0, 2.0, 1.0, 1.0]
     assert ids[1].tolist() == [0, 1, 2, 3]
     assert best_children(scores, 1)[1].tolist() == [[1], [0]]
+
+
+def drawing(shape: str, sampling: Sampling = SAMPLED, seed: int = 3) -> TreeRequest:
+    return TreeRequest(0, 7, 20, TreeShape.parse(shape), sampling, None, draws=lambda node, count: gumbel(seed, 20, count, GUESS, node))
+
+
+def test_drawn_children_are_drawn_without_replacement_from_the_law_they_carry():
+    logits, vocab = LOGITS[0, :5] / 2, DraftVocab([1, 3, 4, 8, 9], 12)
+    q = logits.softmax(-1)
+    seen: Counter[tuple[int, ...]] = Counter()
+    for seed in range(20):
+        found = children(drawing("static:2", seed=seed), 0, range(200), logits.expand(200, 5), vocab)
+        seen.update(map(tuple, found.tokens))
+        torch.testing.assert_close(torch.stack(found.laws)[:, vocab.ids], q.expand(200, 5))
+        assert all(law.shape == (12,) and float(law.sum()) == pytest.approx(1) for law in found.laws)
+    ids = vocab.ids.tolist()
+    exact = {(ids[i], ids[j]): float(q[i] * q[j] / (1 - q[i])) for i in range(5) for j in range(5) if i != j}
+    assert surprise(seen, exact) < 1
+
+
+def test_children_are_drawn_only_where_the_shape_was_fixed_before_and_with_noise_of_the_node_s_own():
+    assert children(drawing("8x2x3"), 0, [0], LOGITS[:1], None).laws is None, "the best of a level would be kept: chosen, not drawn"
+    static = children(drawing("static:3"), 0, [4, 5], LOGITS[:1].expand(2, -1), None)
+    assert static.tokens[0] != static.tokens[1]
+    assert static.tokens[1] == children(drawing("static:3"), 0, [5], LOGITS[:1], None).tokens[0]
+
+
+def test_what_filters_rule_out_is_not_drawn():
+    found = children(drawing("static:9", Sampling(1.0, top_k=2)), 0, range(50), LOGITS[:1].expand(50, -1), None)
+    for tokens, scores, law in zip(*found):
+        assert sum(score > float("-inf") for score in scores) == int((law > 0).sum()) == 4, "twice top-k: the draft's law is only near"
+        assert all(law[token] > 0 for token, score in zip(tokens, scores) if score > float("-inf"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eyas import reference
-from eyas.config import TreeShape
-from eyas.decode.tree import Growth, Tree, merge
+from eyas.config import PLAIN, EyasError, TreeShape
+from eyas.decode.tree import Growth, StaticGrowth, Tree, merge
 from eyas.model import mask
 from tests.enumeration import depths_of, random_parents, random_tree
 
@@ -132,6 +132,48 @@ def test_best_keeps_parents_and_the_best_scores():
 def test_best_breaks_ties_by_order():
     tree = Tree([0, 5, 6, 7], [-1, 0, 0, 0], [0, 1, 1, 1], [0.0, -2.0, -1.0, -2.0])
     assert tree.best(3) == Tree([0, 5, 6], [-1, 0, 0], [0, 1, 1], [0.0, -2.0, -1.0])
+
+
+# ---- static trees ----
+
+
+def test_a_static_shape_names_each_nodes_children_breadth_first():
+    shape = TreeShape.parse("static:3.2.0.1.0.1.0.0")
+    assert (shape.nodes, shape.levels, shape.top_k, shape.fixed) == (8, 3, 3, (3, 2, 0, 1, 0, 1))
+    assert str(shape) == "static:3.2.0.1.0.1" and TreeShape.parse(str(shape)) == shape
+    assert [str(shape.cut(levels)) for levels in (9, 3, 2, 1)] == [str(shape), str(shape), "static:3.2.0.1", "static:3"]
+    assert shape.cut(0) == PLAIN == TreeShape.static([0, 0])
+    assert TreeShape.chain(3).fixed == (1, 1, 1) == TreeShape.parse("static:1.1.1").fixed
+    assert TreeShape.parse("60x7x10").fixed == () == PLAIN.fixed
+
+
+@pytest.mark.parametrize("text", ["static:", "static:0", "static:2.x", "static:2..1", "static:1.1.0.1"])
+def test_a_static_shape_that_is_none_is_refused(text):
+    with pytest.raises(EyasError, match=r"not understood|names more nodes than it has: 4 counts, 3 nodes"):
+        TreeShape.parse(text)
+
+
+def test_a_static_growth_fills_the_shape_whatever_the_scores():
+    growth = StaticGrowth(9, TreeShape.parse("static:3.2.0.1.0.1").fixed)
+    growth.expand([0], [[5, 6, 7]], [[-3.0, -2.0, -1.0]])
+    assert growth.frontier() == [1, 3], "the second child has none"
+    growth.expand([1, 3], [[1, 2, 3], [4, 5, 6]], [[-1.0] * 3] * 2)
+    assert growth.frontier() == [5]
+    growth.expand([5], [[8, 9, 1]], [[-1.0] * 3])
+    assert growth.frontier() == []
+    tree = growth.tree(60)
+    assert (tree.tokens, tree.parents) == ([9, 5, 6, 7, 1, 2, 4, 8], [-1, 0, 0, 0, 1, 1, 3, 5])
+    assert not tree.drawn
+
+
+def test_a_place_that_no_child_took_has_no_children():
+    growth = StaticGrowth(9, TreeShape.parse("static:2.1.1").fixed)
+    growth.expand([0], [[5, 6]], [[-1.0, float("-inf")]], [torch.tensor([1.0])])
+    assert growth.frontier() == [1]
+    growth.expand([1], [[7, 8]], [[-1.0, -1.0]], [torch.tensor([1.0])])
+    tree = growth.tree(60)
+    assert tree.tokens == [9, 5, 7] and tree.drawn
+    assert not tree.keep([0, 1]).drawn, "what is left of it was chosen"
 
 
 # ---- merge ----

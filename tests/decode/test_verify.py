@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from eyas import reference
-from eyas.decode.tree import Tree
-from eyas.decode.verify import Accepted, accept_reject, walk
-from tests.enumeration import depths_of, distance, law_of_accept_reject, law_of_walk, random_law, random_tree
+from eyas.config import EyasError, TreeShape
+from eyas.decode.tree import StaticGrowth, Tree
+from eyas.decode.verify import Accepted, Uniforms, accept_reject, walk, without_replacement
+from tests.enumeration import Script, depths_of, distance, every_way, law_of_accept_reject, law_of_walk, random_law, random_tree
 
 
 def tree_of(tokens, parents) -> Tree:
@@ -51,7 +53,7 @@ def test_accept_reject_is_the_references_given_the_same_uniforms():
         tokens, parents = random_tree(rng, rng.randint(1, 9), vocab)
         law = torch.tensor(random_law(rng, len(tokens), vocab), dtype=torch.float64)
         one, other = random.Random(seed), random.Random(seed)
-        ours = accept_reject(tree_of(tokens, parents), law.__getitem__, iter(one.random, None))
+        ours = accept_reject(tree_of(tokens, parents), law.__getitem__, Uniforms(iter(one.random, None)))
         assert ours == reference.accept_reject(tokens, parents, law, iter(other.random, None))
         assert one.random() == other.random(), "both took as many uniforms"
         lengths.add(len(ours.path))
@@ -71,5 +73,123 @@ def test_walk_has_exactly_the_law_of_accept_reject_on_a_hundred_fixed_trees():
 
 def test_accept_reject_changes_no_law_it_is_handed():
     law = torch.tensor([[0.2, 0.3, 0.5]] * 3, dtype=torch.float64)
-    accept_reject(tree_of([0, 1, 2], [-1, 0, 0]), law.__getitem__, iter([0.99, 0.99, 0.5]))
+    accept_reject(tree_of([0, 1, 2], [-1, 0, 0]), law.__getitem__, Uniforms(iter([0.99, 0.99, 0.5])))
     assert law.tolist() == [[0.2, 0.3, 0.5]] * 3
+
+
+# ---- whole texts, by every way that the draft's draws and the verifier's can turn out ----
+
+VOCAB = 3
+
+
+class World:
+    """A target and a draft of three tokens, with a law for every text; texts end at `length`."""
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.rng, self.length = random.Random(seed), length
+        self.target: dict[tuple[int, ...], torch.Tensor] = {}
+        self.draft: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def law(self, which: dict[tuple[int, ...], torch.Tensor], text: tuple[int, ...]) -> torch.Tensor:
+        if text not in which:
+            which[text] = torch.tensor(random_law(self.rng, 1, VOCAB)[0], dtype=torch.float64)
+        return which[text]
+
+    def grown(self, counts: tuple[int, ...], chance: Script) -> Tree:
+        """A tree of this shape whose children the draft draws without replacement."""
+        growth, texts = StaticGrowth(0, counts), [()]
+        frontier = [0]
+        while frontier:
+            laws = [self.law(self.draft, texts[node]) for node in frontier]
+            drawn = [draw_some(law, counts_at(growth, node), chance) for law, node in zip(laws, frontier)]
+            growth.expand(frontier, drawn, [[0.0] * len(each) for each in drawn], laws)
+            texts += [(*texts[growth.parents[node]], growth.tokens[node]) for node in growth.newest]
+            frontier = growth.frontier()
+        return growth.tree(len(growth.tokens))
+
+    def text(self, make_tree, verifier, chance: Script) -> tuple[int, ...]:
+        """A round, and the target alone from there on."""
+        tree = make_tree(chance)
+        texts = [()]
+        for row in range(1, len(tree)):
+            texts.append((*texts[tree.parents[row]], tree.tokens[row]))
+        path, bonus = verifier(tree, lambda row: self.law(self.target, texts[row]), chance)
+        text = (*texts[path[-1]], bonus)[: self.length]
+        while len(text) < self.length:
+            text = (*text, chance.draws(self.law(self.target, text)))
+        return text
+
+    def alone(self, chance: Script) -> tuple[int, ...]:
+        text = ()
+        while len(text) < self.length:
+            text = (*text, chance.draws(self.law(self.target, text)))
+        return text
+
+
+def counts_at(growth: StaticGrowth, node: int) -> int:
+    return growth.counts[growth.places[node]]
+
+
+def draw_some(law: torch.Tensor, count: int, chance: Script) -> list[int]:
+    left, drawn = law.clone(), []
+    while len(drawn) < count and left.sum() > 0:
+        drawn.append(chance.draws(left))
+        left[drawn[-1]] = 0
+    return drawn
+
+
+@pytest.mark.parametrize("shape", ["chain:1", "chain:3", "static:2", "static:3.1", "static:2.1.1.1", "static:2.2"])
+def test_rejection_without_replacement_leaves_the_law_of_the_text_alone(shape):
+    shape = TreeShape.parse(shape)
+    for seed in range(4):
+        world = World(seed, shape.levels + 1)
+        ours = every_way(lambda chance, world=world: world.text(lambda c: world.grown(shape.fixed, c), without_replacement, chance))
+        alone = every_way(world.alone)
+        assert abs(sum(ours.values()) - 1) < 1e-12
+        assert distance(ours, alone) < 1e-12
+
+
+def test_it_accepts_more_than_a_guess_that_ignores_q_and_all_where_the_draft_is_the_target():
+    rejected = 0.0
+    for seed in range(4):
+        world = World(seed, 3)
+        world.draft = world.target
+        lengths = every_way(lambda chance, world=world: (len(without_replacement(*parts(world, (1, 1), chance), chance).path),))
+        assert {length: p for length, p in lengths.items() if p > 1e-12} == {(3,): pytest.approx(1)}
+        lengths = every_way(lambda chance, world=world: (len(accept_reject(*parts(world, (1, 1), chance), chance).path),))
+        rejected += lengths.get((1,), 0.0)
+    assert rejected > 0.5, "of four times, as often as p(x) is less than one"
+
+
+def parts(world: World, counts: tuple[int, ...], chance: Script):
+    tree = world.grown(counts, chance)
+    texts = [()]
+    for row in range(1, len(tree)):
+        texts.append((*texts[tree.parents[row]], tree.tokens[row]))
+    return tree, lambda row: world.law(world.target, texts[row])
+
+
+def test_on_guesses_that_were_kept_for_being_likely_it_would_change_the_law():
+    """Why a reranked tree is refused: of two drawn children the likelier is kept, as if it had been the first draw."""
+
+    def reranked(world: World, chance: Script) -> Tree:
+        q = world.law(world.draft, ())
+        token = max(draw_some(q, 2, chance), key=lambda token: float(q[token]))
+        return Tree([0, token], [-1, 0], [0, 1], [0.0, 0.0], [q, None])
+
+    worst = 0.0
+    for seed in range(4):
+        world = World(seed, 2)
+        biased = every_way(lambda chance, world=world: world.text(lambda c: reranked(world, c), without_replacement, chance))
+        worst = max(worst, distance(biased, every_way(world.alone)))
+    assert worst > 0.01
+
+
+def test_guesses_that_were_chosen_are_refused_where_a_verifier_divides_by_q():
+    law = torch.tensor([[0.2, 0.3, 0.5]] * 3, dtype=torch.float64)
+    chosen, drawn = tree_of([0, 1, 2], [-1, 0, 0]), Tree([0, 1, 2], [-1, 0, 0], [0, 1, 1], [0.0] * 3, [law[0], None, None])
+    for tree in (chosen, drawn.keep([0, 1]), drawn.best(2)):
+        with pytest.raises(EyasError, match="needs a draft that draws its guesses"):
+            without_replacement(tree, law.__getitem__, Uniforms(iter([0.5] * 3)))
+    assert without_replacement(drawn, law.__getitem__, Uniforms(iter([0.5] * 3))).path == [0, 1]
+    assert without_replacement(Tree.root(0), law.__getitem__, Uniforms(iter([0.1]))) == Accepted([0], 0), "no guess, nothing to refuse"

@@ -1,0 +1,63 @@
+"""The best tree of a fixed shape, from how often children of each rank were taken (Medusa, arXiv 2401.10774, 3.3; Sequoia, 2402.12374).
+
+Knows ranks, depths and counts; knows no tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+
+from eyas.config import PLAIN, TreeShape
+from eyas.decode.tree import Tree
+
+BELIEF = 2  # nodes' worth of belief that a child is never taken: what was hardly tried promises nothing
+
+
+class RankChances:
+    """How often the child of each rank was taken where a walk came to its parent, by depth."""
+
+    def __init__(self) -> None:
+        self.taken: dict[tuple[int, int], int] = defaultdict(int)
+        self.tried: dict[tuple[int, int], int] = defaultdict(int)
+
+    def judge(self, tree: Tree, path: Sequence[int]) -> None:
+        """A walk along `path`, rows of a tree whose siblings lie in the order of their ranks."""
+        for place, row in enumerate(path):
+            for rank, child in enumerate(tree.children[row].values()):
+                self.tried[tree.depths[child], rank] += 1
+                self.taken[tree.depths[child], rank] += path[place + 1 : place + 2] == [child]
+
+    def table(self) -> list[list[float]]:
+        """[depth - 1][rank]"""
+        found: list[list[float]] = []
+        for depth, rank in sorted(self.tried):
+            if rank == 0:
+                found.append([])
+            found[depth - 1].append(self.taken[depth, rank] / (self.tried[depth, rank] + BELIEF))
+        return found
+
+
+def best_static(chances: Sequence[Sequence[float]], nodes: int) -> TreeShape:
+    """The tree of `nodes` nodes, root included, that a walk goes furthest along, if a child is taken with the chance of its depth and rank
+    whatever came before. A node's chance is then the product along its path, so the likeliest nodes are the best tree."""
+    counts: dict[tuple[int, ...], int] = {(): 0}
+    waiting: list[tuple[float, tuple[int, ...], float]] = []  # minus a node's chance, its ranks from the root, its parent's chance
+
+    def offer(ranks: tuple[int, ...], parent: float, most: float) -> None:
+        """A node may join, with no more than `most`: siblings join in the order of their ranks."""
+        if len(ranks) <= len(chances) and ranks[-1] < len(chances[len(ranks) - 1]):
+            heapq.heappush(waiting, (-min(most, parent * chances[len(ranks) - 1][ranks[-1]]), ranks, parent))
+
+    offer((0,), 1.0, 1.0)
+    while waiting and len(counts) < nodes:
+        minus, ranks, parent = heapq.heappop(waiting)
+        if minus == 0:
+            break
+        counts[ranks] = 0
+        counts[ranks[:-1]] += 1
+        offer((*ranks, 0), -minus, -minus)
+        offer((*ranks[:-1], ranks[-1] + 1), parent, -minus)
+    ordered = sorted(counts, key=lambda ranks: (len(ranks), ranks))
+    return TreeShape.static([counts[ranks] for ranks in ordered]) if len(counts) > 1 else PLAIN
