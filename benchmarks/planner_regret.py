@@ -6,7 +6,7 @@ The grid is nodes 1, 2, 4, 8, 16, 32, 60 by depth 1 to 7 by top-k 1, 2, 4, 10; s
 decoding). Every shape answers prompts of all kinds for a moment in a first heat; the best few of each batch answer prompts of one kind,
 interleaved with the planner and with plain decoding. A finished text's slot goes to the next prompt at once, and what counts is tokens a
 second of the rounds in which the batch was full; the prompts' own passes are the same for all and left out. What the planner learned
-before counts (it practises on the last prompts of each kind), what these prompts teach does not.
+before counts (it practises with that batch on the last prompts of each kind), what these prompts teach does not.
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ def main() -> None:
     engine = eyas.load(precision=given.precision)
     kinds = {kind: [engine.encode(item.prompt) for item in read_prompts(given.prompts / name)[0]] for kind, name in KINDS.items()}
     practice = [prompt for trio in zip(*(prompts[-PRACTICE:] for prompts in kinds.values())) for prompt in trio]
-    for size in (1, 2, 4, 8, 16):  # prices of every batch, and calibration
-        throughput(engine, practice * 2, size, "auto", 10.0)
-    engine.memory.frozen = True
+    throughput(engine, practice, 1, "auto", 1.0)  # times passes, where nobody did
     found: dict[str, Any] = {"precision": given.precision, "threads": torch.get_num_threads(), "method": METHOD, "rows": []}
     shapes = grid()
     print(f"{len(shapes)} shapes", file=sys.stderr)
     for batch in map(int, given.batches.split(",")):
+        engine.memory.frozen = False
+        throughput(engine, practice * 2, batch, "auto", 15.0)
+        engine.memory.frozen = True
         mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][: max(3, batch)]
         heat = race(engine, [mixed], batch, list(shapes), HEAT_SECONDS)
         best = sorted(shapes, key=lambda shape: -heat[str(shape)])[:BEST]

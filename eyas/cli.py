@@ -279,7 +279,12 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
     )
     command.add_argument("--max-new-tokens", type=int, default=new_tokens)
     command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
-    command.add_argument("--verifier", choices=VERIFIERS, default=Request.verifier, help="the others are for comparison: EAGLE's rule; rejection of drawn guesses")
+    command.add_argument(
+        "--verifier",
+        choices=VERIFIERS,
+        default=Request.verifier,
+        help="the others are for comparison: EAGLE's rule; rejection of drawn guesses",
+    )
 
 
 def terminated(number: int, frame: object) -> None:

@@ -229,7 +229,8 @@ def depths_of(counts: Sequence[int]) -> list[int]:
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
 METHODS = ("eagle3", "eagle3-lookup", "lookup", "draft-model", "plain")
-VERIFIERS = ("walk", "accept-reject", "without-replacement")  # the first is the default; the others are for comparison
+VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
+LOSSY = ("typical-lossy",)  # those that change the text's law
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 
 

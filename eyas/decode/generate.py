@@ -21,7 +21,7 @@ from eyas.decode.planner import FixedPlan, Planner
 from eyas.decode.sampling import CHOICE, GUESS, NOISE_VERSION, Noise, draw, gumbel, law, uniforms
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
-from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, walk, without_replacement
+from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
 from eyas.model.attention import Segment
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
@@ -117,8 +117,9 @@ def verify_by(rule: Callable[[Tree, Law, Chance], Accepted]) -> Verify:
     return verify
 
 
-VERIFY = dict(zip(VERIFIERS, (verify_by_walk, verify_by(accept_reject), verify_by(without_replacement))))
-DRAWS = ("without-replacement",)  # those whose trees the draft draws with noise of its own
+RULES = (accept_reject, without_replacement, traversal, block, typical)
+VERIFY = dict(zip(VERIFIERS, (verify_by_walk, *map(verify_by, RULES))))
+DRAWS = ("without-replacement", "traversal", "block")  # those whose trees the draft draws with noise of its own
 
 
 class Decoder:

@@ -6,6 +6,7 @@ at a node, or its law there, is a function it is handed, and so is chance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from eyas.config import EyasError
 from eyas.decode.tree import Tree
+
+TYPICAL, TYPICAL_SHARE = 0.09, 0.3  # Medusa's own: a guess is typical above the less of the first and this share of exp(-entropy)
 
 Law = Callable[[int], Tensor]  # a tree's row -> the target's law [V] there
 
@@ -84,11 +87,7 @@ def without_replacement(tree: Tree, law: Law, chance: Chance) -> Accepted:
 
     Divides by q, so it is lossless only where the children really were drawn from q, in a shape that did not depend on them.
     """
-    if not tree.drawn:
-        raise EyasError(
-            "verifier without-replacement needs a draft that draws its guesses (eagle3, draft-model) in a tree fixed beforehand: "
-            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's law"
-        )
+    check_drawn(tree, "without-replacement")
     path = [0]
     while True:
         p_V, children = law(path[-1]), tree.children[path[-1]]
@@ -102,6 +101,82 @@ def without_replacement(tree: Tree, law: Law, chance: Chance) -> Accepted:
             q_V /= q_V.sum()
         else:
             return Accepted(path, chance.draws(p_V))
+
+
+def block(tree: Tree, law: Law, chance: Chance) -> Accepted:
+    """Block verification (Sun et al. 2024, arXiv 2403.10444): of one drawn chain no lossless verifier accepts more. It is what traversal
+    comes to on a chain."""
+    if any(len(children) > 1 for children in tree.children):
+        raise EyasError("verifier block reads chains: --tree chain:K; for trees there is verifier traversal")
+    return traversal(tree, law, chance)
+
+
+def traversal(tree: Tree, law: Law, chance: Chance) -> Accepted:
+    """Traversal verification (Weng et al. 2025, arXiv 2505.12398): whole paths are accepted, from the first leaf towards the root, so a
+    token too likely under the draft may be made good by later ones.
+
+    A leaf is accepted with the chance that its path's joint ratio p / q reached; a rejected one is struck out, its parent's law becomes
+    what it had above the draft's, and the parent, or its next child's first leaf, is tried.
+    """
+    check_drawn(tree, "traversal")
+    p = {0: law(0)}
+    q = {row: tree.laws[row].clone() for row in range(len(tree)) if tree.children[row]}
+    left = {row: list(tree.children[row].values()) for row in range(len(tree))}
+    reached = {0: 1.0}
+    row = 0
+    while True:
+        while left[row]:  # down to the first leaf
+            child = left[row][0]
+            token = tree.tokens[child]
+            reached[child] = min(1.0, reached[row] * float(p[row][token] / q[row][token]))
+            p[child] = law(child)
+            row = child
+        if row == 0 or chance.accepts(reached[row]):
+            return Accepted(path_to(tree, row), chance.draws(p[row]))
+        parent, token = tree.parents[row], tree.tokens[row]
+        left[parent].pop(0)
+        surplus_V = (reached[parent] * p[parent] - q[parent]).clamp(min=0)
+        total = float(surplus_V.sum())
+        p[parent] = surplus_V / total if total > 0 else p[parent]
+        reached[parent] = ratio(total, total + 1 - reached[parent])
+        q[parent][token] = 0
+        q[parent] /= q[parent].sum() if left[parent] else 1
+        row = parent
+
+
+def path_to(tree: Tree, row: int) -> list[int]:
+    path = [row]
+    while path[-1]:
+        path.append(tree.parents[path[-1]])
+    return path[::-1]
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, of nothing nothing."""
+    return part / whole if whole > 0 else 0.0
+
+
+def typical(tree: Tree, law: Law, chance: Chance) -> Accepted:
+    """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: a guess is good where the target finds it likely enough for how
+    unsure it is; the longest path of such guesses is kept."""
+    good, laws_V = {0}, {0: law(0)}
+    for row in range(1, len(tree)):
+        parent = tree.parents[row]
+        if parent in good:
+            p_V = laws_V.setdefault(parent, law(parent))
+            entropy = float(torch.special.entr(p_V).sum())
+            if float(p_V[tree.tokens[row]]) > min(TYPICAL, TYPICAL_SHARE * math.exp(-entropy)):
+                good.add(row)
+    best = max(good, key=lambda row: (tree.depths[row], -row))
+    return Accepted(path_to(tree, best), chance.draws(law(best)))
+
+
+def check_drawn(tree: Tree, verifier: str) -> None:
+    if not tree.drawn:
+        raise EyasError(
+            f"verifier {verifier} needs a draft that draws its guesses (eagle3, draft-model) in a tree fixed beforehand: "
+            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's law"
+        )
 
 
 def above(p_V: Tensor, q_V: Tensor) -> Tensor:

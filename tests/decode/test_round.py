@@ -354,6 +354,8 @@ def exact_law(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
         ("accept-reject", "10x1x3", Sampling(1.0), 5),
         ("without-replacement", "static:3.2.1.0.1", Sampling(1.0), 10),
         ("without-replacement", "static:3.2.1.0.1", Sampling(1.3, top_p=0.9), 5),
+        ("traversal", "static:3.2.1.0.1", Sampling(1.0), 5),
+        ("block", "chain:2", Sampling(1.0), 5),
     ],
     ids=str,
 )
@@ -392,7 +394,7 @@ def test_accept_reject_writes_what_the_target_may_write(name):
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
     for verifier, drafter in itertools.product(VERIFIERS, [itself, eagle3]):
-        case = (prompts(1, 2), "8x2x3" if verifier != "without-replacement" else "static:3.2.1.0.1", Sampling(1.0))
+        case = (prompts(1, 2), {"block": "chain:3"}.get(verifier, "static:3.2.1.0.1"), Sampling(1.0))
         one, again, other = (decode(TARGET, drafter(TARGET), *case, [seed], 20, verifier=verifier)[0].tokens for seed in (1, 1, 2))
         assert one == again != other
 
@@ -407,5 +409,5 @@ def test_guesses_that_are_not_drawn_are_refused_by_a_verifier_that_divides_by_th
 
 
 def test_an_unknown_verifier_is_refused():
-    with pytest.raises(EyasError, match="'coin' is unknown; choose walk, accept-reject, without-replacement"):
+    with pytest.raises(EyasError, match="'coin' is unknown; choose walk, accept-reject"):
         Decoder(TARGET, None, "coin")

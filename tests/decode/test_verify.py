@@ -10,7 +10,7 @@ import torch
 from eyas import reference
 from eyas.config import EyasError, TreeShape
 from eyas.decode.tree import StaticGrowth, Tree
-from eyas.decode.verify import Accepted, Uniforms, accept_reject, walk, without_replacement
+from eyas.decode.verify import Accepted, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
 from tests.enumeration import Script, depths_of, distance, every_way, law_of_accept_reject, law_of_walk, random_law, random_tree
 
 
@@ -139,14 +139,57 @@ def draw_some(law: torch.Tensor, count: int, chance: Script) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", ["chain:1", "chain:3", "static:2", "static:3.1", "static:2.1.1.1", "static:2.2"])
-def test_rejection_without_replacement_leaves_the_law_of_the_text_alone(shape):
+@pytest.mark.parametrize("verifier", [without_replacement, traversal], ids=["without-replacement", "traversal"])
+def test_a_verifier_of_drawn_guesses_leaves_the_law_of_the_text_alone(verifier, shape):
     shape = TreeShape.parse(shape)
     for seed in range(4):
         world = World(seed, shape.levels + 1)
-        ours = every_way(lambda chance, world=world: world.text(lambda c: world.grown(shape.fixed, c), without_replacement, chance))
+        ours = every_way(lambda chance, world=world: world.text(lambda c: world.grown(shape.fixed, c), verifier, chance))
         alone = every_way(world.alone)
         assert abs(sum(ours.values()) - 1) < 1e-12
         assert distance(ours, alone) < 1e-12
+
+
+def expected_length(world: World, shape: str, verifier) -> float:
+    lengths = every_way(lambda chance: (len(verifier(*parts(world, TreeShape.parse(shape).fixed, chance), chance).path),))
+    return sum(length[0] * p for length, p in lengths.items())
+
+
+def test_traversal_accepts_at_least_as_much_and_on_some_trees_more():
+    gains = []
+    for seed in range(6):
+        world = World(seed, 4)  # one for both: its laws are drawn as they are asked for
+        for shape in ("chain:2", "chain:3", "static:2.1.1"):
+            ours, others = (expected_length(world, shape, verifier) for verifier in (traversal, without_replacement))
+            gains.append(ours - others)
+    assert min(gains) > -1e-12 and max(gains) > 0.01
+
+
+def test_block_verification_reads_chains_and_keeps_each_prefix_with_its_joint_ratio():
+    """Sun et al., lemma 3: a prefix is kept with the chance min(1, that of the prefix one shorter times p / q)."""
+    for seed in range(4):
+        world = World(seed, 3)
+        kept = every_way(lambda chance, world=world: (len(block(*parts(world, (1, 1), chance), chance).path) - 1,))
+        common = [0.0, 0.0]
+        for first in range(VOCAB):
+            p1, q1 = (float(world.law(which, ())[first]) for which in (world.target, world.draft))
+            common[0] += min(p1, q1)
+            for second in range(VOCAB):
+                p2, q2 = (float(world.law(which, (first,))[second]) if p1 * q1 else 0.0 for which in (world.target, world.draft))
+                common[1] += min(min(p1, q1) * p2, q1 * q2)
+        assert kept.get((2,), 0.0) == pytest.approx(common[1])
+        assert kept.get((1,), 0.0) + kept.get((2,), 0.0) == pytest.approx(common[0])
+    with pytest.raises(EyasError, match="block reads chains"):
+        block(Tree([0, 1, 2], [-1, 0, 0], [0, 1, 1], [0.0] * 3, [None] * 3), None, None)
+
+
+def test_typical_acceptance_keeps_the_longest_path_of_guesses_likely_enough_for_how_unsure_the_target_is():
+    sure, unsure = torch.tensor([0.02, 0.9, 0.08]).double(), torch.full((3,), 1 / 3).double()
+    tree = tree_of([9, 1, 0, 2, 2, 1], [-1, 0, 0, 1, 2, 3])
+    laws = {0: sure, 1: unsure, 2: sure, 3: sure, 5: unsure}
+    uniforms = Uniforms(iter([0.5]))
+    assert typical(tree, laws.__getitem__, uniforms) == Accepted([0, 1, 3, 5], 1), "2 after 1 is as likely as any"
+    assert typical(tree_of([9, 0], [-1, 0]), laws.__getitem__, Uniforms(iter([0.5]))) == Accepted([0], 1), "0.02 is too little"
 
 
 def test_it_accepts_more_than_a_guess_that_ignores_q_and_all_where_the_draft_is_the_target():
@@ -191,5 +234,7 @@ def test_guesses_that_were_chosen_are_refused_where_a_verifier_divides_by_q():
     for tree in (chosen, drawn.keep([0, 1]), drawn.best(2)):
         with pytest.raises(EyasError, match="needs a draft that draws its guesses"):
             without_replacement(tree, law.__getitem__, Uniforms(iter([0.5] * 3)))
+        with pytest.raises(EyasError, match="verifier traversal needs a draft that draws its guesses"):
+            traversal(tree, law.__getitem__, Uniforms(iter([0.5] * 3)))
     assert without_replacement(drawn, law.__getitem__, Uniforms(iter([0.5] * 3))).path == [0, 1]
     assert without_replacement(Tree.root(0), law.__getitem__, Uniforms(iter([0.1]))) == Accepted([0], 0), "no guess, nothing to refuse"
