@@ -60,7 +60,10 @@ def test_trace_tells_the_rounds_in_order(models, run):
     [
         (["", "--rounds", "2"], "the prompt is empty; give some text"),
         (["hi", "--rounds", "0"], "rounds must be at least 1, not 0"),
-        (["hi", "--tree", "7x"], "tree shape '7x' is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto"),
+        (
+            ["hi", "--tree", "7x"],
+            "tree shape '7x' is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
+        ),
     ],
 )
 def test_trace_refuses_in_one_line(models, refused, words, line):

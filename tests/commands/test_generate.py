@@ -32,7 +32,10 @@ from tests.commands.words import JSON_KEYS, generate, interrupt_round
         (["hi", "--device", "toaster"], "device 'toaster' is unknown; use cpu or cuda"),
         (["hi", "--raw", "--system", "be brief"], "--system needs a chat template, --raw does without one; drop one of the two"),
         *(
-            (["hi", "--tree", tree], f"tree shape {tree!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3) or auto")
+            (
+                ["hi", "--tree", tree],
+                f"tree shape {tree!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
+            )
             for tree in ("60x7", "0x1x1", "5x2x0", "chain:0", "chain:x", "axbxc", "")
         ),
     ],
