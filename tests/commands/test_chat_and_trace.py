@@ -62,7 +62,8 @@ def test_trace_tells_the_rounds_in_order(models, run):
         (["hi", "--rounds", "0"], "rounds must be at least 1, not 0"),
         (
             ["hi", "--tree", "7x"],
-            "tree shape '7x' is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
+            "tree shape '7x' is not understood; write NODESxDEPTHxTOPK (60x7x10), "
+            "chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
         ),
     ],
 )

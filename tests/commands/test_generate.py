@@ -34,7 +34,8 @@ from tests.commands.words import JSON_KEYS, generate, interrupt_round
         *(
             (
                 ["hi", "--tree", tree],
-                f"tree shape {tree!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
+                f"tree shape {tree!r} is not understood; write NODESxDEPTHxTOPK (60x7x10), "
+                "chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto",
             )
             for tree in ("60x7", "0x1x1", "5x2x0", "chain:0", "chain:x", "axbxc", "")
         ),
