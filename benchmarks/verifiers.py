@@ -20,7 +20,8 @@ import torch
 import eyas
 from eyas.bench.figures import estimate, ratio
 from eyas.bench.prompts import read_prompts
-from eyas.config import VERIFIERS, Sampling, TreeShape
+from eyas.config import LOSSY, VERIFIERS, Sampling, TreeShape
+from eyas.decode.generate import DRAWS
 from eyas.decode.sampling import derived_seed
 from eyas.decode.static import RankChances, best_static
 from eyas.engine import Engine
@@ -30,6 +31,7 @@ CHILDREN, LEVELS = 8, 7
 PROBE = TreeShape.static([CHILDREN] + ([CHILDREN] + [0] * (CHILDREN - 1)) * (LEVELS - 1))  # a spine of first children, each with siblings
 CHOSEN = {16: "16x4x4", 60: "60x7x10"}  # grown by score
 METHOD, TOKENS = "eagle3", 200
+OF_TREES = [verifier for verifier in VERIFIERS if verifier != "block" and verifier not in LOSSY]  # block reads chains
 
 
 def best_shape(engine: Engine, verifier: str, sampling: Sampling, nodes: int) -> TreeShape:
@@ -55,9 +57,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for temperature in map(float, given.temperatures.split(",")):
         sampling = Sampling(temperature)
-        for verifier in VERIFIERS:
+        for verifier in OF_TREES:
             static = best_shape(engine, verifier, sampling, given.nodes)
-            shapes = [static] if verifier == "without-replacement" else [TreeShape.parse(CHOSEN[given.nodes]), static]
+            shapes = [static] if verifier in DRAWS else [TreeShape.parse(CHOSEN[given.nodes]), static]
             for shape in shapes:
                 row = {"temperature": temperature, "verifier": verifier, "tree": str(shape), "nodes": shape.nodes}
                 row |= {"chosen": shape != static, **tau_of(engine, prompts, shape, verifier, sampling)}

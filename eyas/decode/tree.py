@@ -81,6 +81,8 @@ class Growth:
     def __init__(self, root: int, width: int) -> None:
         self.tokens, self.parents, self.depths, self.scores = [root], [-1], [0], [0.0]
         self.width = width
+        self.ranks = [0]  # of each node among its siblings
+        self.laws: dict[int, Tensor] = {}  # of nodes whose children were drawn from them
         self.newest = [0]
         self.expanded: list[int] = []  # nodes whose followers were computed, in that order: the rows of the drafter's cache
         self.lines: list[set[int]] = [{0}]  # each node's ancestors and itself
@@ -101,19 +103,25 @@ class Growth:
         log_scores: Sequence[Sequence[float]],
         laws: Sequence[Tensor] | None = None,
     ) -> None:
-        """Give each frontier node its children: tokens and log scores (at most 0), best first."""
+        """Give each frontier node its children: tokens and log scores (at most 0), best first; `laws` where they were drawn from them."""
         self.newest = []
         for node, its_tokens, its_scores in zip(frontier, tokens, log_scores):
-            for token, score in zip(its_tokens, its_scores):
+            for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores)):
                 if score == float("-inf"):
                     break
                 self.newest.append(len(self.tokens))
                 self.lines.append(self.lines[node] | {len(self.tokens)})
                 self.tokens.append(token)
                 self.parents.append(node)
+                self.ranks.append(rank)
                 self.depths.append(self.depths[node] + 1)
                 self.scores.append(self.scores[node] + score)
         self.expanded += frontier
+        self.laws.update(zip(frontier, laws or ()))
+
+    def room(self, node: int) -> int | None:
+        """How many children a node may have; None: all it is given."""
+        return None
 
     def tree(self, nodes: int) -> Tree:
         return Tree(self.tokens, self.parents, self.depths, self.scores).best(nodes)
@@ -126,28 +134,15 @@ class StaticGrowth(Growth):
         super().__init__(root, max(counts))
         self.counts = [*counts, *[0] * (1 + sum(counts) - len(counts))]
         self.first = [1 + sum(self.counts[:place]) for place in range(len(self.counts))]  # the place of each place's first child
-        self.places = [0]  # of each node; a node that got fewer children than it has places for leaves some empty
-        self.laws: dict[int, Tensor] = {}
 
     def frontier(self) -> list[int]:
-        return [node for node in self.newest if self.counts[self.places[node]]]
+        return [node for node in self.newest if self.room(node)]
 
-    def expand(
-        self,
-        frontier: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        log_scores: Sequence[Sequence[float]],
-        laws: Sequence[Tensor] | None = None,
-    ) -> None:
-        """The same, each node's children as many as its place has; `laws` where the children were drawn from them."""
-        counts = [self.counts[self.places[node]] for node in frontier]
-        cut = [[row[:count] for row, count in zip(rows, counts)] for rows in (tokens, log_scores)]
-        super().expand(frontier, *cut)
-        for node in self.newest:
-            parent = self.parents[node]
-            rank = node - self.parents.index(parent)
-            self.places.append(self.first[self.places[parent]] + rank)
-        self.laws.update(zip(frontier, laws or ()))
+    def place(self, node: int) -> int:
+        return self.first[self.place(self.parents[node])] + self.ranks[node] if node else 0
+
+    def room(self, node: int) -> int:
+        return self.counts[self.place(node)]
 
     def tree(self, nodes: int) -> Tree:
         laws = [self.laws.get(node) for node in range(len(self.tokens))] if self.laws else None

@@ -159,11 +159,13 @@ def ratio(part: float, whole: float) -> float:
 def typical(tree: Tree, law: Law, chance: Chance) -> Accepted:
     """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: a guess is good where the target finds it likely enough for how
     unsure it is; the longest path of such guesses is kept."""
-    good, laws_V = {0}, {0: law(0)}
+    good, laws = {0}, {0: law(0)}
     for row in range(1, len(tree)):
         parent = tree.parents[row]
         if parent in good:
-            p_V = laws_V.setdefault(parent, law(parent))
+            if parent not in laws:
+                laws[parent] = law(parent)
+            p_V = laws[parent]
             entropy = float(torch.special.entr(p_V).sum())
             if float(p_V[tree.tokens[row]]) > min(TYPICAL, TYPICAL_SHARE * math.exp(-entropy)):
                 good.add(row)

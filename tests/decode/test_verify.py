@@ -101,7 +101,7 @@ class World:
         frontier = [0]
         while frontier:
             laws = [self.law(self.draft, texts[node]) for node in frontier]
-            drawn = [draw_some(law, counts_at(growth, node), chance) for law, node in zip(laws, frontier)]
+            drawn = [draw_some(law, growth.room(node), chance) for law, node in zip(laws, frontier)]
             growth.expand(frontier, drawn, [[0.0] * len(each) for each in drawn], laws)
             texts += [(*texts[growth.parents[node]], growth.tokens[node]) for node in growth.newest]
             frontier = growth.frontier()
@@ -124,10 +124,6 @@ class World:
         while len(text) < self.length:
             text = (*text, chance.draws(self.law(self.target, text)))
         return text
-
-
-def counts_at(growth: StaticGrowth, node: int) -> int:
-    return growth.counts[growth.places[node]]
 
 
 def draw_some(law: torch.Tensor, count: int, chance: Script) -> list[int]:
