@@ -162,7 +162,7 @@ class Ours:
         """Mean KL(target | draft) of each step over our slots, those slots as marks [steps, M] of the token read last, slots a step, and
         the share of slots whose favourite is outside the draft vocabulary."""
         from eyas.train.batches import make_batch
-        from eyas.train.unroll import unrolled_loss
+        from eyas.train.unroll import Lesson, unrolled_loss
 
         trainer, steps = self.trainer, self.trainer.settings.unroll_steps
         batch, states = make_batch([example], trainer.source, trainer.network)
@@ -170,7 +170,7 @@ class Ours:
         law = trainer.teacher.law(states.hidden[taught])
         all_count = torch.ones(len(batch.tokens), dtype=torch.bool)
         with torch.no_grad():
-            _, means = unrolled_loss(trainer.network, batch, law, teacher_of, all_count, steps, 1.0)
+            _, means = unrolled_loss(trainer.network, batch, Lesson(law, teacher_of, all_count, steps, 1.0))
         slots, counted = batch.slots()
         entropy = torch.special.entr(law).sum(-1)
         found, marks = [], torch.zeros(steps, len(batch.tokens), dtype=torch.bool)

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from eyas.config import METHODS, PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, VERIFIERS, EyasError, Request, Sampling, TrainSettings
+from eyas.config import PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, VERIFIERS, EyasError, Request, Sampling, TrainSettings
+from eyas.methods import METHODS, trained
 
 LAYOUT_NAMES = "sglang, vllm, speculators, safeailab, safeailab-bin, llama_cpp or openvino"
 MODULES = {"import": "import_draft"}  # commands whose name no module may have
-KNOWN_METHODS = f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
+KNOWN_METHODS = f"{', '.join(list(METHODS)[:-1])} or {list(METHODS)[-1]}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,6 +118,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train.add_argument(
         "--minutes", type=float, help=f"stop after so many minutes of training (default {TRAIN_MINUTES:g} if nothing else is given)"
     )
+    train.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
     train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
@@ -124,7 +126,9 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
     )
     train.add_argument(
-        "--unroll", type=int, default=TrainSettings.unroll_steps, help="steps of the training-time test (default %(default)s)"
+        "--unroll",
+        type=int,
+        help="steps of the training-time test (default 7; eagle1 trains one), heads of medusa (5) or modules of mtp (4)",
     )
     train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
     train.add_argument("--seed", type=int, default=TrainSettings.seed)

@@ -24,6 +24,9 @@ def cache_dir() -> Path:
     return Path(root)
 
 
+LAST_HIDDEN = (-1,)  # what a drafter wants that reads the target's last hidden state, after the final norm, and no layer's input
+
+
 def default_taps(num_layers: int) -> tuple[int, int, int]:
     """Layers whose *input* is the low, middle and high feature (SafeAILab's choice; needs layers enough to tell them apart)."""
     return (2, num_layers // 2, num_layers - 3)
@@ -228,7 +231,6 @@ def depths_of(counts: Sequence[int]) -> list[int]:
 
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
-METHODS = ("eagle3", "eagle3-lookup", "lookup", "draft-model", "plain")
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
 LOSSY = ("typical-lossy",)  # those that change the text's law
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
@@ -276,6 +278,8 @@ class TrainSettings:
     checkpoint_minutes: float = 5.0
     autocast: bool = False  # products in bfloat16 over float32 weights: on CUDA, and on CPUs that multiply it fast
     top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and for good
+    random_head: bool = False  # for a control: the draft's head begins at random instead of with the target's
+    token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn
     fc_norm: bool = False
     norm_output: bool = False
 

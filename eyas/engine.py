@@ -6,24 +6,22 @@ Knows where models lie and how a prompt becomes tokens; knows nothing of how a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from eyas.config import METHODS, PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
-from eyas.decode.drafter import Drafter, NoDrafter
+from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
+from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder, Result, Text, result_of
 from eyas.decode.planner import MOST, Planner
 from eyas.decode.sampling import derived_seed, new_seed
-from eyas.drafters.draft_model import ModelDrafter
-from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.drafters.lookup import LookupDrafter
-from eyas.drafters.merged import MergedDrafter
 from eyas.jsonl import encodable
+from eyas.methods import METHODS, method_named
 from eyas.model.adapter import AdaptedTarget, load_adapted
-from eyas.model.draft import check_fits, config_from_file, load_draft
+from eyas.model.draft_files import kind_of
 from eyas.model.embedded import embedded_target
 from eyas.model.target import Target
 from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
@@ -31,6 +29,7 @@ from eyas.planning import Memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
 BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
+DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
 BUNDLED = Path(__file__).parent / "bundled"
 
 Messages = Sequence[dict[str, str]]
@@ -137,7 +136,8 @@ def load(
     directory = target_directory(target)
     drafted = draft_directory(draft, directory)
     if drafted:
-        check_fits(config_from_file(drafted), target_config(directory))  # before the target's weights: a misfit is said at once
+        kind = METHODS[kind_of(drafted)].decoding()
+        kind.check(drafted, target_config(directory))  # before the target's weights: a misfit is said at once
     model = load_target(directory, precision, device or "cpu")
     return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
@@ -151,15 +151,20 @@ class Engine:
     """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
 
     def __init__(self, target: Target | AdaptedTarget, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
-        embedding = target.embedding.detach()
         # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
-        self.makers: dict[str, Callable[[], Drafter]] = {"plain": NoDrafter, "lookup": LookupDrafter}
+        self.makers: dict[str, Callable[[], Drafter]] = {}
+        self.network = None  # the draft's, where there is one
         if draft:
-            network, vocab = load_draft(draft, embedding, embedding.dtype)
-            network.prepare(16 if precision == "fp32" else 8)  # of 4 bits it would guess worse
-            self.makers["eagle3"] = lambda: Eagle3Drafter(network, vocab)
-            self.makers["eagle3-lookup"] = lambda: MergedDrafter(Eagle3Drafter(network, vocab))
+            kind = kind_of(draft)
+            self.network, vocab = METHODS[kind].decoding().load(draft, target)
+            self.network.prepare(16 if precision == "fp32" else 8)  # of 4 bits it would guess worse
+            for name, method in METHODS.items():
+                if method.draft == kind:
+                    self.makers[name] = partial(method.decoding().drafter, self.network, vocab)
         self.target = prepared(target, precision)
+        for name, method in METHODS.items():
+            if method.draft is None:
+                self.makers[name] = partial(method.decoding().alone, self.target)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
         self.memory: Memory | None = None  # what planners learned, once one was wanted
@@ -196,26 +201,24 @@ class Engine:
 
     def drafter(self, method: str) -> Drafter:
         """A new drafter of this method."""
-        if method not in METHODS:
-            raise EyasError(f"method {method!r} is unknown; choose {', '.join(METHODS)}")
-        if method.startswith("eagle3") and method not in self.makers:
-            raise EyasError(
-                f"no draft for {self.directory.name}; name one with --draft, train one with `eyas train`, or use --method plain"
-            )
-        if method == "draft-model" and method not in self.makers:  # the cheapest one there is: the target's own first third
-            layers = max(1, self.target.config.num_hidden_layers // 3)
-            small = self.target.shallow(layers)
-            self.makers[method] = lambda: ModelDrafter(small, self.target.config.vocab_size)
+        wanted = method_named(method).draft
+        if method not in self.makers:
+            how = "" if wanted == DEFAULT else f" --method {wanted}"
+            other = f"{self.draft} is no {wanted} draft, which {method} needs"
+            what = other if self.draft else f"no draft for {self.directory.name}"
+            raise EyasError(f"{what}; name one with --draft, train one with `eyas train{how}`, or use --method plain")
         return self.makers[method]()
 
     def use_draft_model(self, model: Target | AdaptedTarget) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
         small = prepared(model, self.precision)
-        self.makers["draft-model"] = lambda: ModelDrafter(small, self.target.config.vocab_size)
+        self.makers["draft-model"] = lambda: METHODS["draft-model"].decoding().ModelDrafter(small, self.target.config.vocab_size)
 
     @property
     def default_method(self) -> str:
-        return "eagle3-lookup" if "eagle3-lookup" in self.makers else "plain"
+        """The first that the draft serves, EAGLE-3 with look-up in its tree before EAGLE-3 alone; plain where there is none."""
+        served = [name for name in METHODS if METHODS[name].draft and name in self.makers]
+        return "eagle3-lookup" if "eagle3-lookup" in served else served[0] if served else "plain"
 
     def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
         """The largest tree a round may draw up; under `auto` a planner sizes each."""
@@ -223,11 +226,13 @@ class Engine:
             return PLAIN
         if isinstance(tree, TreeShape):
             return tree
-        return MOST if tree == "auto" else TreeShape.parse(tree)
+        if tree == "auto":
+            return self.network.static_tree() if METHODS[method].static and self.network else MOST
+        return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
         """What sizes the trees of one call, where nobody named their shape. Prices are timed on first use."""
-        if tree != "auto" or method == "plain":
+        if tree != "auto" or method == "plain" or METHODS[method].static:
             return None
         if self.memory is None:
             self.memory = Memory(self)

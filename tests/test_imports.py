@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STATIONS = [  # each may import those before it and its own
     ("config",),
-    ("jsonl", "pictures"),
+    ("jsonl", "pictures", "methods"),
     ("model", "reference"),
     ("decode", "parallel"),
     ("drafters",),

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
-from eyas.config import METHODS, PLAIN, VERIFIERS, EyasError, Request, TreeShape
+from eyas.config import PLAIN, VERIFIERS, EyasError, Request, TreeShape
 from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.engine import Engine, Prompt
+from eyas.methods import method_named
 
 WARM_UP_TOKENS = 8
 
@@ -39,8 +40,7 @@ class Method(NamedTuple):
         if not found:
             raise EyasError(f"method {text!r} is not understood; write METHOD[@TREE][+VERIFIER], say eagle3@chain:3")
         method = cls(text, *found.groups())
-        if method.name not in METHODS:
-            raise EyasError(f"method {method.name!r} is unknown; choose {', '.join(METHODS)}")
+        method_named(method.name)
         if method.tree and method.name == "plain":
             raise EyasError(f"method {text!r}: plain decoding has no tree")
         if method.tree not in (None, "auto"):

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eyas.config import METHODS, EyasError, Request, Sampling, TreeShape
+from eyas.config import EyasError, Request, Sampling, TreeShape
 from eyas.engine import BUNDLED, Engine, from_hub, load, load_target, target_directory, without_draft
+from eyas.methods import method_named
 from eyas.model.embedded import LAYERS, VOCABULARY
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
     """Check all settings before anything heavy is loaded."""
     chosen = method or ("plain" if getattr(options, "plain", False) else getattr(options, "method", None))
-    if chosen is not None and chosen not in METHODS:
-        raise EyasError(f"method {chosen!r} is unknown; choose {', '.join(METHODS)}")
+    if chosen is not None:
+        method_named(chosen)
     if options.tree != "auto":
         TreeShape.parse(options.tree)
     if options.max_new_tokens < 1:
@@ -47,8 +48,8 @@ def engine_from(options: argparse.Namespace) -> Engine:
 
 def target_for(source: str | None, draft: Path) -> TargetFiles:
     """The target named, else the embedded one where the draft was trained for it."""
-    from eyas.formats.files import Fields
     from eyas.formats.portable import TargetFiles
+    from eyas.model.files import Fields
 
     if source is None:
         fields = Fields.of(draft)

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from eyas.bench.prompts import PRACTICE
 from eyas.commands.common import engine_from
-from eyas.config import METHODS, EyasError, Sampling
-from eyas.decode.calibration import EDGES, Calibration
+from eyas.config import EyasError, Sampling
+from eyas.decode.calibration import Calibration
+from eyas.methods import METHODS
 from eyas.pictures import can_draw
-from eyas.view.plan import save_picture, typical_rounds
+from eyas.view.plan import reliability, save_picture, typical_rounds
 
 BATCHES = (1, 2, 4, 8, 16)
 PRACTICE_TOKENS = 100
@@ -21,7 +22,7 @@ PRACTICE_TOKENS = 100
 
 def run(options: argparse.Namespace) -> int:
     if options.method is not None and (options.method not in METHODS or options.method == "plain"):
-        raise EyasError(f"method {options.method!r} has no trees to plan; choose {', '.join(METHODS[:-1])}")
+        raise EyasError(f"method {options.method!r} has no trees to plan; choose {', '.join(list(METHODS)[:-1])}")
     if options.picture and not can_draw():
         raise EyasError("--picture needs matplotlib (pip install 'eyas[bench]')")
     sampling = Sampling(options.temperature)
@@ -45,19 +46,16 @@ def run(options: argparse.Namespace) -> int:
         shape = (str(each.levels), str(each.nodes)) if each.levels else ("-", "no tree")
         plans.add_row(str(each.batch), *shape, f"{each.tokens:.2f}", f"{1e3 * each.seconds:.1f}", f"{each.gain:.2f}")
     console.print(plans)
-    console.print(reliability(planner.calibration))
+    console.print(reliability_table(planner.calibration))
     if options.picture:
         save_picture(planner, rounds, Path(options.picture))
     return 0
 
 
-def reliability(calibration: Calibration) -> Table:
+def reliability_table(calibration: Calibration) -> Table:
     """What the draft said against what came true, all depths together."""
     table = Table("guessed", "came true", "guesses", title="How often guesses come true")
-    for at, edge in enumerate((0.0, *EDGES)):
-        tried, guessed, right = (sum(row[at] for row in rows) for rows in (calibration.tried, calibration.guessed, calibration.right))
-        if tried:
-            table.add_row(f"{guessed / tried:.2f}", f"{right / tried:.2f}", str(round(tried)))
-        else:
-            table.add_row(f"from {edge:.2f}", "-", "0")
+    for each in reliability(calibration):
+        shares = (f"{each.guessed:.2f}", f"{each.right:.2f}") if each.tried else (f"from {each.least:.2f}", "-")
+        table.add_row(*shares, str(each.tried))
     return table

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 import eyas
 from eyas.commands.data import from_conversations, from_self_play, own_words, progress
 from eyas.config import PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, TreeShape, default_taps
-from eyas.engine import check_device, load_target, target_directory
+from eyas.engine import DEFAULT, check_device, load_target, target_directory
+from eyas.methods import METHODS, method_named, trained
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft import DraftNetwork, check_fits, config_from_file, draft_config, load_draft
+from eyas.model.draft import DraftNetwork, check_fits, config_from_file, load_draft
 from eyas.model.linear import capability
 from eyas.model.target import Target, check_taps
 from eyas.model.tokenizer import chat_template_hash
@@ -30,13 +32,13 @@ from eyas.model.weights import directory_hash, read_json, recover_directory, tar
 from eyas.train import trainer as training
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates
-from eyas.train.initialise import initialise
 from eyas.train.losses import LOSSES
 from eyas.train.measure import TreeTau
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
 
 TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # of the measurements with trees while training
+ONLY_OF = dict.fromkeys(("top_layer_only", "random_head", "fc_norm", "norm_output"), "eagle3") | {"token_left_out": "eagle1"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,9 +84,10 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
         if peers.first:
             peers.wait()
         source = ShardStates()
-    facts = {**facts, **facts_of_run(directory, hash_of_target, taps), **earlier_facts(options.start)}
+    method = method_of(options)
+    facts = {**facts, "method": method, **facts_of_run(directory, hash_of_target, taps), **earlier_facts(options.start)}
     target = load_target(directory, "fp32", device_of(options.device, peers))  # not before: while workers write, each holds its own
-    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers, options.start)
+    trainer = make_trainer(target, config, taps, examples, source, settings, out, facts, workers, console, peers, options.start, method)
     if settings.tree_every:
         with_trees(trainer, directory, device_of(options.device, peers))
     if before is not None:
@@ -105,20 +108,35 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
 
 
 def settings_from(options: argparse.Namespace) -> TrainSettings:
-    if options.unroll < 1:
-        raise EyasError(f"--unroll must be at least 1, not {options.unroll}")
+    method = method_of(options)
+    steps = METHODS[method].training().STEPS if options.unroll is None else options.unroll
+    if steps < 1:
+        raise EyasError(f"--unroll must be at least 1, not {steps}")
     if not options.learning_rate > 0:
         raise EyasError(f"--learning-rate must be above 0, not {options.learning_rate}")
     if options.draft_vocab < 1:
         raise EyasError(f"--draft-vocab must be at least 1, not {options.draft_vocab}")
     named = {
-        "unroll_steps": options.unroll,
+        "unroll_steps": steps,
         "draft_vocab_size": options.draft_vocab,
         "learning_rate": options.learning_rate,
         "seed": options.seed,
         "autocast": options.device.startswith("cuda"),
     }
-    return TrainSettings(**named | dict(map(setting, options.set)))
+    asked = dict(map(setting, options.set))
+    for name, value in asked.items():
+        if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(), name):
+            raise EyasError(f"--set {name} is for method {ONLY_OF[name]}, not for {method}")
+    return TrainSettings(**named | asked)
+
+
+def method_of(options: argparse.Namespace) -> str:
+    """The method whose draft is trained."""
+    name = getattr(options, "method", None) or DEFAULT
+    if name not in trained():
+        method_named(name)
+        raise EyasError(f"method {name} has no draft to train; choose {', '.join(trained())}")
+    return name
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -201,10 +219,13 @@ def make_trainer(
     console: Console,
     peers: Peers | None = None,
     start: str | None = None,
+    method: str = DEFAULT,
 ) -> training.Trainer:
     kept, held_out = hold_out(examples, settings)
+    if start is not None and method != DEFAULT:
+        raise EyasError(f"--from goes on with an {DEFAULT} draft; train {method} anew")
     network, vocab = (
-        new_draft(target, config, taps, kept, settings)
+        new_draft(target, config, taps, kept, settings, method)
         if start is None
         else earlier_draft(Path(start).expanduser(), target, taps, settings)
     )
@@ -221,21 +242,23 @@ def make_trainer(
     teacher = Teacher.of(target, vocab, torch.float32)
     source = source or TargetStates(target.prepare(), taps)
     layers = config.num_hidden_layers
-    return training.Trainer(network, vocab, teacher, kept, held_out, source, settings, out, facts, layers, workers, peers)
+    return training.Trainer(network, vocab, teacher, kept, held_out, source, settings, out, facts, layers, workers, peers, method=method)
 
 
 def new_draft(
-    target: Target | AdaptedTarget, config: TargetConfig, taps: tuple[int, int, int], kept: list[Example], settings: TrainSettings
-) -> tuple[DraftNetwork, DraftVocab]:
-    """A draft of the target's own shape that begins with what the target knows."""
+    target: Target | AdaptedTarget,
+    config: TargetConfig,
+    taps: tuple[int, int, int],
+    kept: list[Example],
+    settings: TrainSettings,
+    method: str,
+) -> tuple[nn.Module, DraftVocab]:
+    """A draft for these conversations' tokens that begins with what the target knows."""
     documents = [Document(example.tokens, example.answers) for example in kept]
     vocab = DraftVocab(
         draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids), config.vocab_size
     )
-    shape = draft_config(config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output)
-    network = DraftNetwork(shape, target.embedding.detach())
-    initialise(network, target, vocab, settings.seed, settings.top_layer_only)
-    return network, vocab
+    return METHODS[method].training().new_network(target, taps, vocab, settings), vocab
 
 
 def earlier_draft(
@@ -269,7 +292,7 @@ def with_trees(trainer: training.Trainer, directory: Path, device: str) -> train
     """Let a trainer measure, now and then, tau of real rounds with trees on its first held-out prompts."""
     prompts = [prompt for example in trainer.held_out[:TREE_PROMPTS] if (prompt := example.tokens[: max(example.answers.index(0), 8)])]
     target = load_target(directory, PRECISIONS[0], device).prepare()
-    trainer.tree_tau = TreeTau(target, trainer.vocab, prompts, TreeShape.parse(TREE), TREE_TOKENS)
+    trainer.tree_tau = TreeTau(target, trainer.vocab, prompts, TreeShape.parse(TREE), TREE_TOKENS, trainer.method)
     return trainer
 
 

@@ -35,7 +35,7 @@ class TreeRequest:
 
 
 class Drafter(Protocol):
-    wants: tuple[int, ...]  # target layers whose input it reads; () for none
+    wants: tuple[int, ...]  # target layers whose input it reads, or LAST_HIDDEN; () for none
 
     def reserve(self, sequences: int, capacity: int) -> None:
         """Make room: sequences 0 .. `sequences` - 1 of up to `capacity` tokens come. What was known of earlier ones is forgotten."""

@@ -26,6 +26,16 @@ class Level(NamedTuple):
     depths: list[int]
     parents: Tensor  # [F, ...] the drafter's own output at each node's parent
     sight: Tensor  # bool [F, k + F]: which of the k tree rows read before, and of these, each node sees (the root is not among them)
+    growth: Growth
+    nodes: list[int]  # of the growth
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from the root's child down to a node."""
+        tokens = []
+        while node:
+            tokens.append(self.growth.tokens[node])
+            node = self.growth.parents[node]
+        return tokens[::-1]
 
 
 Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
@@ -92,4 +102,6 @@ def level_of(request: TreeRequest, growth: Growth, frontier: list[int], held: di
         [growth.depths[node] for node in frontier],
         torch.stack([held[growth.parents[node]] for node in frontier]),
         growth.sight(frontier)[:, 1:],
+        growth,
+        frontier,
     )

@@ -26,7 +26,6 @@ MEMORY = 0.04  # weight of a round in what the last ones brought
 FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
 SPAN = 4  # rows over which the price of one more is taken: single ones are noise
 PROBE = 48  # rounds in which the draft was not asked, until it is tried again
-PAUSE = 4  # of which in one of so many it is considered
 LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
 
 
@@ -91,7 +90,7 @@ class Planner:
 
     def pays(self, covered: Sequence[float]) -> list[bool]:
         """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
-        asked = self.worth_asking(covered) if self.silent % PAUSE == 0 else [False] * len(covered)
+        asked = self.worth_asking(covered)
         self.silent = 0 if any(asked) else self.silent + 1
         if self.silent == PROBE:
             self.silent, asked[0] = 0, True

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from eyas.config import PLAIN, TreeShape
 from eyas.decode.tree import Tree
 
+USUAL_NODES = 16  # of a static tree where nobody says more
 BELIEF = 2  # nodes' worth of belief that a child is never taken: what was hardly tried promises nothing
 
 
@@ -61,3 +62,8 @@ def best_static(chances: Sequence[Sequence[float]], nodes: int) -> TreeShape:
         offer((*ranks[:-1], ranks[-1] + 1), parent, -minus)
     ordered = sorted(counts, key=lambda ranks: (len(ranks), ranks))
     return TreeShape.static([counts[ranks] for ranks in ordered]) if len(counts) > 1 else PLAIN
+
+
+def tree_for(accuracies: Sequence[Sequence[float]] | None, usual: str, nodes: int | None = None) -> TreeShape:
+    """The best tree of so many nodes for a draft whose guess of each rank is right so often at each depth; else `usual`."""
+    return best_static(accuracies, nodes or USUAL_NODES) if accuracies else TreeShape.parse(usual)

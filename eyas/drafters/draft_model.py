@@ -18,6 +18,7 @@ from eyas.decode.tree import Tree
 from eyas.model.attention import Segment
 from eyas.model.target import Rows, Target
 
+SHARE = 3  # of its layers the target's first one in so many draft, where no smaller model is named
 CATCH_UP = 256  # rows of committed text read at once
 
 
@@ -74,3 +75,8 @@ class ModelDrafter:
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return out.logits
+
+
+def alone(target: Target) -> ModelDrafter:
+    """The cheapest draft model there is: the target's own first layers."""
+    return ModelDrafter(target.shallow(max(1, target.config.num_hidden_layers // SHARE)), target.config.vocab_size)

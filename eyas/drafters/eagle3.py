@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eyas.config import TargetConfig
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.model.adapter import AdaptedTarget
 from eyas.model.attention import Segment, cached_attention
 from eyas.model.cache import KVCache
-from eyas.model.draft import DraftNetwork
+from eyas.model.draft import DraftNetwork, check_fits, config_from_file, load_draft, save_draft
+from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
 CATCH_UP = 256  # rows of committed text read at once
@@ -37,15 +42,13 @@ class Known:
 class Eagle3Drafter:
     def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
-        self.wants = network.config.taps
-        self.group = network.config.num_attention_heads // network.config.num_key_value_heads
+        self.wants, self.attention = network.wants, network.block.self_attn
+        self.group = self.attention.heads // self.attention.kv_heads
         self.known: dict[int, Known] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        config = self.network.config
-        device = self.network.norm.weight.device
-        heads, d = config.num_key_value_heads, config.head_dim
-        self.cache = KVCache(1, sequences, capacity, heads, d, self.network.dtype, device)
+        heads, d = self.attention.kv_heads, self.attention.head_dim
+        self.cache = KVCache(1, sequences, capacity, heads, d, self.network.dtype, self.network.device)
         self.known = {sequence: Known() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:
@@ -63,7 +66,7 @@ class Eagle3Drafter:
     # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        trees = grow(requests, self.catch_up, self.read_level, lambda level, a_RH: self.network.logits(a_RH), self.vocab)
+        trees = grow(requests, self.catch_up, self.read_level, self.network.logits_at, self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # slots 0 .. P-1 hold the text; the tree's rows go
         return trees
@@ -107,3 +110,24 @@ class Eagle3Drafter:
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return a
+
+
+# ---- what the engine and the trainer ask of a method's module ----
+
+drafter, save = Eagle3Drafter, save_draft
+
+
+def reads(config: dict[str, Any], directory: Path) -> bool:
+    """Whether a directory with this config.json holds such a draft."""
+    return "draft_vocab_size" in config and "eyas" in config
+
+
+def check(directory: Path, target: TargetConfig) -> None:
+    """Refuse a draft for another target before the target's weights are read."""
+    check_fits(config_from_file(directory), target)
+
+
+def load(directory: Path, target: Target | AdaptedTarget) -> tuple[DraftNetwork, DraftVocab]:
+    """A saved draft for a target that is not yet prepared."""
+    embedding = target.embedding.detach()
+    return load_draft(directory, embedding, embedding.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
+from eyas.model.target import Target
 
 PATTERNS = (4, 3, 2)  # tokens that are looked up; what matched before them is compared in the text
 USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # share of right guesses, by how many tokens matched at least
@@ -90,6 +91,10 @@ class LookupDrafter:
                 scores.append(score)
             trees.append(Tree.chain(request.root, known.text[end : end + len(scores)], scores))
         return merge(trees).best(request.shape.nodes) if trees else Tree.root(request.root)
+
+
+def alone(target: Target) -> LookupDrafter:
+    return LookupDrafter()
 
 
 def matches(text: list[int], ends: Sequence[int], length: int) -> list[tuple[int, int]]:

@@ -15,7 +15,10 @@ from torch import Tensor
 from eyas.config import PLAIN
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree, merge
+from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
+from eyas.model.draft import DraftNetwork
+from eyas.model.vocab import DraftVocab
 
 SURE = math.log(0.8)  # chance of look-up's first guess from which on the draft is left alone
 
@@ -62,3 +65,7 @@ def ask(request: TreeRequest, found: Tree) -> TreeRequest:
     if request.planner is None:
         return replace(request, shape=PLAIN) if best >= SURE else request
     return replace(request, covered=math.exp(best))
+
+
+def drafter(network: DraftNetwork, vocab: DraftVocab) -> MergedDrafter:
+    return MergedDrafter(Eagle3Drafter(network, vocab))

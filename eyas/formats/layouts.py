@@ -14,9 +14,9 @@ import torch
 
 from eyas.config import EyasError, TreeShape
 from eyas.formats import llama_cpp, openvino, safeailab, sglang, vllm
-from eyas.formats.files import Fields
 from eyas.formats.plain import read_plain
 from eyas.formats.portable import Draft, Found, TargetFiles, own_draft
+from eyas.model.files import Fields
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Write = Callable[[Path, Draft, TargetFiles, Any], None]

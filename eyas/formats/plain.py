@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, rope_kind, short
-from eyas.formats.files import Fields, tensors_of
 from eyas.formats.portable import Draft, Found
 from eyas.model.draft import checked_network, engine_keys
+from eyas.model.files import Fields, tensors_of
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import save_tensors
 

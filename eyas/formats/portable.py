@@ -17,9 +17,9 @@ from torch import Tensor
 from eyas.config import DraftConfig, TargetConfig, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import target_directory
-from eyas.formats.files import Fields, tensors_of
 from eyas.model.attention import Segment
 from eyas.model.draft import FACTS, DraftNetwork, checked_network, config_from_file, network_of, save_draft, vocab_of
+from eyas.model.files import Fields, tensors_of
 from eyas.model.target import check_taps
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import has_own_blocks, read_tensors, target_config

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from eyas.config import EyasError, TreeShape
-from eyas.formats.files import Fields, tensors_of
 from eyas.formats.plain import found_in, plain_config, write_plain
 from eyas.formats.portable import Draft, Found, TargetFiles
 from eyas.model.draft import layer_ids
+from eyas.model.files import Fields, tensors_of
 from eyas.model.weights import read_json, save_tensors
 
 TITLE = "vLLM 0.32"

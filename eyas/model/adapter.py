@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import EyasError, TargetConfig
+from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
 from eyas.model.adaptable import adapted_config, first_line
 from eyas.model.attention import Segment
 from eyas.model.cache import KVCache
@@ -264,7 +264,8 @@ class AdaptedTarget(nn.Module):
         return logits_NV if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits_NV / self.logit_softcap)
 
     def forward(self, rows: Rows, cache: LayeredCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
+        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
+        score (all)."""
         running = Pass(rows, cache, taps)
         outer = RUNNING.set(running)
         try:
@@ -279,7 +280,7 @@ class AdaptedTarget(nn.Module):
             RUNNING.reset(outer)
         hidden_NH = out.last_hidden_state[0]
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
-        features = torch.cat(running.features, -1) if running.features else None
+        features = torch.cat(running.features, -1) if running.features else hidden_NH if taps == LAST_HIDDEN else None
         return Output(logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)), features, hidden_NH)
 
     def shallow(self, layers: int) -> AdaptedTarget:

@@ -39,18 +39,21 @@ class DraftBlock(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.norm_before_residual = config.norm_before_residual
 
-    def residual(self, g_NH: Tensor) -> Tensor:
-        """What attention is added to: the feature as it came (EAGLE-3), or its norm (heads of others)."""
-        return self.hidden_norm(g_NH) if self.norm_before_residual else g_NH
+    def join(self, e_NH: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [N, 2H], and what it is added to [N, H]: the feature as it came (EAGLE-3), or its norm (heads of others)."""
+        normed_NH = self.hidden_norm(g_NH)
+        return torch.cat([self.input_layernorm(e_NH), normed_NH], -1), normed_NH if self.norm_before_residual else g_NH
 
     def forward(self, e_NH: Tensor, g_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        both_N2H = torch.cat([self.input_layernorm(e_NH), self.hidden_norm(g_NH)], -1)
-        a_NH = self.residual(g_NH) + self.self_attn(both_N2H, rotation, attend)
+        both_N2H, residual_NH = self.join(e_NH, g_NH)
+        a_NH = residual_NH + self.self_attn(both_N2H, rotation, attend)
         return a_NH + self.mlp(self.post_attention_layernorm(a_NH))
 
 
 class DraftNetwork(nn.Module):
     """Weights and arithmetic of one draft step. `embedding` [V, H] is the target's table."""
+
+    levels: int | None = None  # how deep it can guess: as deep as is asked for
 
     def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
         super().__init__()
@@ -75,6 +78,18 @@ class DraftNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
+
+    @property
+    def wants(self) -> tuple[int, ...]:
+        return self.config.taps
+
+    def join(self, tokens_N: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads of tokens and features, and what it is added to."""
+        return self.midlayer.join(self.embed(tokens_N), g_NH)
+
+    @property
+    def block(self) -> DraftBlock:
+        return self.midlayer
 
     def fuse(self, features_N3H: Tensor) -> Tensor:
         """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
@@ -105,6 +120,10 @@ class DraftNetwork(nn.Module):
     def logits(self, a_NH: Tensor) -> Tensor:
         """[N, D]"""
         return self.head(self.native.normed(a_NH) if self.native and a_NH.dtype == torch.float32 else self.norm(a_NH.to(self.dtype)))
+
+    def logits_at(self, level: int, a_NH: Tensor) -> Tensor:
+        """Of what lies one deeper than nodes at depth `level`: the same head at every depth."""
+        return self.logits(a_NH)
 
     def prepare(self, bits: int = 16) -> DraftNetwork:
         """Pack weights for inference, as 8-bit ones where asked for.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import EyasError, TargetConfig
+from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
 from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
 from eyas.model.layer import NativeLayer, NativeLayers
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 class Output(NamedTuple):
     logits: Tensor  # [M, V] float32 (float64 in a float64 model), for the M rows asked for
-    features: Tensor | None  # [N, taps * H]: the residual stream entering each tapped layer, in layer order
+    features: Tensor | None  # [N, taps * H]: the residual stream entering each tapped layer, in layer order; or `hidden`, for LAST_HIDDEN
     hidden: Tensor  # [N, H] last hidden state after the final norm
 
 
@@ -110,14 +110,17 @@ class Target(nn.Module):
         return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.device)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted. `logits_of`: rows to score (all)."""
+        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
+        score (all)."""
         x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
         attention = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
         fused = self.native and isinstance(attention, NativeAttention)
-        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, taps)
+        inner = () if taps == LAST_HIDDEN else taps
+        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, inner)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
-        return Output(logits_MV.to(wide), features, hidden_NH.to(x_NH.dtype))
+        hidden_NH = hidden_NH.to(x_NH.dtype)
+        return Output(logits_MV.to(wide), hidden_NH if taps == LAST_HIDDEN else features, hidden_NH)
 
     def plain_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention, taps: Sequence[int]

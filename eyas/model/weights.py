@@ -109,12 +109,17 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     for name in files:
         if not (directory / name).exists():
             raise EyasError(f"{directory} holds no {name}; give a directory with config.json and safetensors weights")
-        try:
-            with safe_open(directory / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise EyasError(f"{directory / name} is damaged or cut short ({error}); copy or download it again") from None
+        tensors |= read_file(directory / name)
     return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise EyasError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -21,7 +21,7 @@ def make_batch(examples: Sequence[Example], source: StateSource, network: DraftN
     features, hidden, favourites = (tensor.to(device) for tensor in source.states(examples))
     tokens = torch.tensor([token for example in examples for token in example.tokens], device=device)
     lengths = [len(example.tokens) for example in examples]
-    batch = Batch(tokens, features.to(network.dtype), numbered_answers(examples).to(device), lengths)
+    batch = Batch(tokens, features.to(network.dtype), numbered_answers(examples).to(device), lengths, hidden.to(network.dtype))
     return batch, States(features, hidden, favourites)
 
 

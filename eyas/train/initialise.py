@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft import DraftBlock, DraftNetwork
+from eyas.model.draft import DraftNetwork
 from eyas.model.target import Target
-from eyas.model.transformer import Block
+from eyas.model.transformer import Block, RMSNorm
 from eyas.model.vocab import DraftVocab
 
 FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
@@ -32,7 +33,7 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
                 parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
         network.lm_head.weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
         if target.blocks is not None:
-            copy_last_layer(network.midlayer, target.blocks[-1], width)
+            copy_last_layer(network.midlayer, target.blocks[-1], network.midlayer.hidden_norm, width)
             network.norm.weight.copy_(target.model.norm.weight)
         network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
         network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
@@ -40,11 +41,12 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
             network.fc.weight[:, : 2 * width] = 0
 
 
-def copy_last_layer(own: DraftBlock, last: Block, width: int) -> None:
-    """The feature's half of the attention's input is what the target's layer reads; the embedding's half stays as it is."""
+def copy_last_layer(own: nn.Module, last: Block, norm: RMSNorm, before: int = 0) -> None:
+    """A draft's attention and MLP begin as the target's last; `norm`: what stands before its attention. Of the attention's input the first
+    `before` columns (the embedding's, beside the feature) stay as they are."""
     own.mlp.load_state_dict(last.mlp.state_dict())
     own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
     for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
-    own.hidden_norm.weight.copy_(last.input_layernorm.weight)
+        getattr(own.self_attn, name).weight[:, before:].copy_(getattr(last.self_attn, name).weight)
+    norm.weight.copy_(last.input_layernorm.weight)
     own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)

@@ -88,7 +88,7 @@ class HeadLoss(torch.autograd.Function):
         rule: Rule,
         share_D: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        dx, dhead = torch.empty_like(x_NH), torch.empty_like(head_DH)
+        dx, dhead = torch.empty_like(x_NH), torch.empty_like(head_DH) if ctx.needs_input_grad[1] else None
         terms = torch.empty_like(weight_N)
         for start in range(0, x_NH.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
@@ -101,6 +101,8 @@ class HeadLoss(torch.autograd.Function):
             terms[rows] = weight[:, 0] * loss
             dlogits.mul_(weight)
             torch.mm(dlogits, head_DH, out=dx[rows])
+            if dhead is None:
+                continue
             if start == 0:
                 torch.mm(dlogits.t(), x, out=dhead)
             else:
@@ -113,7 +115,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx, dhead = ctx.saved_tensors
         if dloss != 1:  # the loss itself is what is derived, as a rule: then both are done
-            dx, dhead = dx * dloss, dhead * dloss
+            dx, dhead = dx * dloss, None if dhead is None else dhead * dloss
         return dx, dhead, None, None, None, None, None
 
 

@@ -6,22 +6,26 @@ Knows networks, examples, the unroll and the round; knows nothing of optimisers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eyas.config import GREEDY, TreeShape
 from eyas.decode.generate import Decoder
-from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.methods import METHODS
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft import DraftNetwork
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
 from eyas.train.features import Example, StateSource
-from eyas.train.unroll import unroll
+from eyas.train.unroll import Batch, Step, unroll
+
+RANKS = 8  # guesses of a step whose accuracies are told apart
+
+Unroll = Callable[[Any, Batch, int], Iterator[Step]]
 
 
 class Simulation(NamedTuple):
@@ -56,9 +60,15 @@ class Simulation(NamedTuple):
 
 @torch.no_grad()
 def simulate(
-    network: DraftNetwork, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, together: int = 8
+    network: nn.Module,
+    vocab: DraftVocab,
+    examples: Sequence[Example],
+    source: StateSource,
+    steps: int,
+    together: int = 8,
+    unroll: Unroll = unroll,
 ) -> Simulation:
-    """Draft at every slot of the examples' answers; `favourites` of the source are what the target would say."""
+    """Draft at every slot of the examples' answers, by the method's `unroll`; `favourites` of the source are what the target would say."""
     parts = []
     for first in range(0, len(examples), together):
         batch, states = make_batch(examples[first : first + together], source, network)
@@ -67,7 +77,7 @@ def simulate(
         counts = torch.zeros(4, len(lengths), steps, dtype=torch.float64, device=lengths.device)
         good = torch.ones_like(batch.tokens, dtype=torch.bool)
         for i, step in enumerate(unroll(network, batch, steps)):
-            guesses = vocab.to_target(network.logits(step.a).argmax(-1))
+            guesses = vocab.to_target(network.logits_at(i, step.a).argmax(-1))
             hit, before = guesses == states.favourites[step.teacher_rows], good[step.slots]
             for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit)):
                 row[:, i].index_add_(0, example_of[step.slots], marked.double())
@@ -77,21 +87,48 @@ def simulate(
     return Simulation(counted[:, 0], counted, alive, right, forced)
 
 
+@torch.no_grad()
+def rank_accuracies(
+    network: nn.Module, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, unroll: Unroll, together: int = 8
+) -> list[list[float]]:
+    """[step][rank]: how often the guess of this rank is what the target says, where the text before was what the target says; from it
+    decode/static.py makes the best tree of a fixed shape (Medusa, arXiv 2401.10774, 3.3)."""
+    taken, tried = torch.zeros(steps, RANKS, dtype=torch.float64), torch.zeros(steps, 1, dtype=torch.float64)
+    for first in range(0, len(examples), together):
+        batch, states = make_batch(examples[first : first + together], source, network)
+        good = torch.ones_like(batch.tokens, dtype=torch.bool)
+        following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps + 2)])
+        for i, step in enumerate(unroll(network, batch, steps)):
+            ranked = vocab.to_target(network.logits_at(i, step.a).topk(min(RANKS, len(vocab)), -1).indices)
+            said = states.favourites[step.teacher_rows]
+            along = good[step.slots]
+            taken[i, : ranked.shape[1]] += (ranked == said[:, None])[along].sum(0).cpu()
+            tried[i] += int(along.sum())
+            good[step.slots] = along & (following[step.slots + 2 + i] == said)
+    return [[round(share, 4) for share in row] for row in (taken / tried.clamp_min(1)).tolist()]
+
+
 class TreeTau:
     """Tau of real rounds: greedy text after some prompts, drafted by trees of one shape."""
 
     def __init__(
-        self, target: Target | AdaptedTarget, vocab: DraftVocab, prompts: Sequence[list[int]], shape: TreeShape, new_tokens: int
+        self,
+        target: Target | AdaptedTarget,
+        vocab: DraftVocab,
+        prompts: Sequence[list[int]],
+        shape: TreeShape,
+        new_tokens: int,
+        method: str = "eagle3",
     ) -> None:
         """`target`: prepared for inference."""
+        self.method = METHODS[method]
         self.target, self.vocab, self.prompts, self.shape, self.new_tokens = target, vocab, prompts, shape, new_tokens
 
     @torch.inference_mode()
-    def __call__(self, network: DraftNetwork) -> float:
-        own = DraftNetwork(network.config, self.target.embedding.detach())  # a copy: preparing packs the weights away
-        own.load_state_dict(network.state_dict())
-        own = own.to(self.target.device, self.target.dtype).prepare()
-        decoder = Decoder(self.target, Eagle3Drafter(own, self.vocab))
+    def __call__(self, network: nn.Module) -> float:
+        embedding = {id(network.embedding[0]): self.target.embedding.detach()}  # is the target's own, and in its number format
+        own = deepcopy(network, embedding).to(self.target.device, self.target.dtype).prepare()  # a copy: preparing packs weights away
+        decoder = Decoder(self.target, self.method.decoding().drafter(own, self.vocab))
         *_, texts = decoder.run(self.prompts, self.shape, GREEDY, [0] * len(self.prompts), self.new_tokens)
         rounds = sum((text.accepted_lengths for text in texts), Counter())
         return sum(tokens * count for tokens, count in rounds.items()) / max(rounds.total(), 1)

@@ -22,26 +22,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eyas.config import EyasError, TrainSettings
-from eyas.model.draft import DraftNetwork, save_draft
+from eyas.methods import METHODS
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import atomic_directory
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
-from eyas.train.measure import simulate
+from eyas.train.measure import rank_accuracies, simulate
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
-from eyas.train.unroll import loss_slots, unrolled_loss
+from eyas.train.unroll import Lesson, loss_slots
 
 CHECKPOINT = "checkpoint"
 EXPLODED = 10  # times the loss of a draft that knows nothing
 LIKELIEST = 8  # tokens of each law that are always among a batch's columns
 CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
-SAME_FACTS = {"target_sha256": "another target", "taps_are_inputs_of_layers": "other taps"}  # of a run and its resumption
+SAME_FACTS = {  # of a run and its resumption
+    "method": "another method",
+    "target_sha256": "another target",
+    "taps_are_inputs_of_layers": "other taps",
+}
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Trainer:
 
     def __init__(
         self,
-        network: DraftNetwork,
+        network: nn.Module,
         vocab: DraftVocab,
         teacher: Teacher,
         examples: Sequence[Example],
@@ -91,8 +95,10 @@ class Trainer:
         target_layers: int,
         workers: int = 1,
         peers: Peers | None = None,
-        tree_tau: Callable[[DraftNetwork], float] | None = None,
+        tree_tau: Callable[[nn.Module], float] | None = None,
+        method: str = "eagle3",
     ) -> None:
+        self.method, self.teaching = method, METHODS[method].training()
         self.network, self.vocab, self.teacher, self.source = network, vocab, teacher, source
         self.examples, self.held_out, self.settings, self.out, self.facts = examples, held_out, settings, out, facts
         self.target_layers, self.workers, self.peers = target_layers, workers, peers or Peers()
@@ -133,7 +139,9 @@ class Trainer:
         drops = torch.rand(len(counted), generator=generator).clamp_min(1e-30).log() / math.log(self.settings.step_keep or 1e-9)
         return torch.minimum(counted, 1 + drops.floor().long())
 
-    def gradients(self, examples: list[Example], depths: Tensor, counts: list[int], rule: str) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(
+        self, examples: list[Example], depths: Tensor, counts: list[int], rule: str, seed: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """A part's share of gradients and of losses by step; each worker computes its own and none writes to `.grad`."""
         device, settings = self.network.device, self.settings
         with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
@@ -142,20 +150,10 @@ class Trainer:
             law = self.teacher.law(states.hidden[taught])
             drawn = settings.sampled_columns
             columns = choose_columns(law, LIKELIEST, drawn, self.progress.steps) if drawn else None
-            loss, losses = unrolled_loss(
-                self.network,
-                batch,
-                law,
-                teacher_of,
-                self.teacher.within(states.favourites),
-                settings.unroll_steps,
-                settings.step_decay,
-                depths.to(device),
-                counts,
-                rule,
-                columns,
-            )
-        return list(torch.autograd.grad(loss, self.parameters)), losses
+            within = self.teacher.within(states.favourites)
+            steps = (settings.unroll_steps, settings.step_decay, depths.to(device), counts)
+            loss, losses = self.teaching.loss(self.network, batch, Lesson(law, teacher_of, within, *steps, rule, columns, seed))
+        return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True)), losses
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
         """One step of the optimiser; `spent`: share of the budget. Returns the mean loss of each unroll step and the gradients' norm."""
@@ -163,9 +161,11 @@ class Trainer:
         parts = [part for part in split_evenly(examples, self.workers * self.peers.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
         depths = [self.depths(part, seed) for part, seed in zip(parts, seeds)]
+        numbers = [random.Random(f"{seed}-chance").getrandbits(62) for seed in seeds]
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
         own = slice(self.peers.rank, None, self.peers.count)  # of the parts; the others are for the other processes
-        results = list((self.pool.map if self.pool else map)(self.gradients, parts[own], depths[own], repeat(counts), repeat(rule)))
+        each = (parts[own], depths[own], repeat(counts), repeat(rule), numbers[own])
+        results = list((self.pool.map if self.pool else map)(self.gradients, *each))
         zero = torch.zeros((), device=self.network.device)
         losses = [sum((found[step] for _, found in results), zero) for step in range(self.settings.unroll_steps)]
         for index, parameter in enumerate(self.parameters):
@@ -217,6 +217,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
             self.measure()
+            self.rank()
             self.save()
         except KeyboardInterrupt:
             self.save()
@@ -239,7 +240,8 @@ class Trainer:
         if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
             return
         with self.network.device:
-            found = simulate(self.network, self.vocab, self.held_out, self.source, self.settings.unroll_steps)
+            steps = self.network.levels or max(self.settings.unroll_steps, self.teaching.MEASURED)
+            found = simulate(self.network, self.vocab, self.held_out, self.source, steps, unroll=self.teaching.unroll)
         point = {
             "step": self.progress.steps,
             "slots": self.progress.slots,
@@ -256,6 +258,16 @@ class Trainer:
             if point["tau"] > highest:
                 self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
 
+    @torch.no_grad()
+    def rank(self) -> None:
+        """Where a draft's tree is of a shape fixed beforehand: how often each of its guesses is right, from which that shape is made."""
+        if METHODS[self.method].static:
+            now = {name: value.clone() for name, value in self.network.state_dict().items()}
+            self.network.load_state_dict(self.best)
+            steps = self.network.levels or self.teaching.MEASURED
+            self.facts["accuracies"] = rank_accuracies(self.network, self.vocab, self.held_out, self.source, steps, self.teaching.unroll)
+            self.network.load_state_dict(now)
+
     # ---- saving ----
 
     def save(self) -> None:
@@ -263,7 +275,7 @@ class Trainer:
         if not self.peers.first:
             return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
-            save_draft(work, self.network, self.vocab, self.target_layers, self.best, self.facts)
+            METHODS[self.method].decoding().save(work, self.network, self.vocab, self.target_layers, self.best, self.facts)
             told = {**self.facts, "hours": round(self.progress.minutes / 60, 3), **asdict(self.progress), "settings": asdict(self.settings)}
             (work / "training.json").write_text(json.dumps(told, indent=1))
             state = {
@@ -287,13 +299,13 @@ class Trainer:
         A run that spent its budget may go on to a larger one; its learning rate then rises again.
         """
         state = state or read_checkpoint(self.out)
-        ours, theirs = asdict(self.settings), state["settings"]
+        ours, theirs, usual = asdict(self.settings), state["settings"], asdict(TrainSettings())
         told = [
-            f"{key} {theirs.get(key)} there, {ours[key]} here"
+            f"{key} {theirs.get(key, usual[key])} there, {ours[key]} here"
             for key in ours
-            if theirs.get(key) != ours[key] and key != "checkpoint_minutes"
+            if theirs.get(key, usual[key]) != ours[key] and key != "checkpoint_minutes"
         ]
-        told += [what for key, what in SAME_FACTS.items() if state["facts"].get(key) != self.facts.get(key)]
+        told += [what for key, what in SAME_FACTS.items() if state["facts"].get(key, self.facts.get(key)) != self.facts.get(key)]
         if not told and not torch.equal(state["vocab"], self.vocab.ids):  # its head would say other tokens
             told = ["the data, and with it the draft vocabulary"]
         if told:

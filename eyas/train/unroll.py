@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eyas.config import LAST_HIDDEN
 from eyas.model.draft import DraftNetwork
 from eyas.train.losses import Columns, head_loss
 
@@ -30,9 +31,14 @@ class Batch:
     """Documents laid end to end."""
 
     tokens: Tensor  # [M] int64
-    features: Tensor  # [M, 3H]
+    features: Tensor  # [M, taps * H]
     answers: Tensor  # [M] int64: number of the answer a token belongs to (different for every answer of the batch), -1 outside
     lengths: list[int]  # of the documents; they sum to M
+    hidden: Tensor | None = None  # [M, H] the target's last, after its final norm
+
+    def wanted(self, wants: Sequence[int]) -> Tensor:
+        """What a draft reads of the target at each row."""
+        return self.hidden if wants == LAST_HIDDEN else self.features
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
@@ -66,45 +72,43 @@ class Step(NamedTuple):
 
 def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
     """Yield each step; gradients flow through all. `depths` [N]: steps after which a slot drops out (default: none does early)."""
-    attention = network.midlayer.self_attn
+    block = network.block
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
     slots, counted = batch.slots()
     counted = counted if depths is None else torch.minimum(counted, depths)
-    g = network.fuse(batch.features)
-    own: list[tuple[Tensor, Tensor]] = []
-    x = g[slots]
+    g = network.fuse(batch.wanted(network.wants))
+    x, own = g[slots], []
     for step in range(steps):
         if step == 0:
-            q, k0, v0 = heads(network, following[1 : len(g) + 1], g, place)
-            q = q[slots]
+            q, k0, v0, residual = heads(network, following[1 : len(g) + 1], g, place)
+            q, residual = q[slots], residual[slots]
         else:
             going = counted > step
             slots, counted, x = slots[going], counted[going], x[going]
             if len(slots) == 0:  # every answer is shorter than this step reaches
                 return
             own = [(k[going], v[going]) for k, v in own]
-            q, k, v = heads(network, following[slots + 1 + step], network.fed_back(x), place[slots] + step)
+            q, k, v, residual = heads(network, following[slots + 1 + step], network.fed_back(x), place[slots] + step)
             own.append((k, v))
-            x = network.fed_back(x)
         mixed = comb_attention(q, k0, v0, own, slots, batch.lengths)
-        x = network.midlayer.residual(x) + attention.out(mixed)
-        x = x + network.midlayer.mlp(network.midlayer.post_attention_layernorm(x))
+        x = residual + block.self_attn.out(mixed)
+        x = x + block.mlp(block.post_attention_layernorm(x))
         yield Step(slots, x, slots + 1 + step)
 
 
-def heads(network: DraftNetwork, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending."""
+def heads(network: DraftNetwork, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending. And what
+    attention's result is added to [N, H]."""
     caught: list[Tensor] = []
 
     def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         caught.extend((q, k, v))
         return q.new_zeros(0, q.shape[1] * q.shape[2])
 
-    block = network.midlayer
-    both = torch.cat([block.input_layernorm(network.embed(tokens)), block.hidden_norm(g)], -1)
-    block.self_attn(both, network.rotary(positions, network.dtype), catch)
-    return caught[0], caught[1], caught[2]
+    read, residual = network.join(tokens, g)
+    network.block.self_attn(read, network.rotary(positions, network.dtype), catch)
+    return caught[0], caught[1], caught[2], residual
 
 
 def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor, Tensor]], slots: Tensor, lengths: list[int]) -> Tensor:
@@ -140,33 +144,40 @@ def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: 
     return mixed.permute(2, 0, 1, 3), shares[..., m:].permute(2, 0, 1, 3)
 
 
-def unrolled_loss(
-    network: DraftNetwork,
-    batch: Batch,
-    teacher_RD: Tensor,
-    teacher_of_M: Tensor,
-    within_M: Tensor,
-    steps: int,
-    decay: float,
-    depths: Tensor | None = None,
-    counts: Sequence[int] | None = None,
-    loss: str = "soft",
-    columns: Columns | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Sum over steps i of decay**i times the mean loss of step i (a name in losses.py), and those means.
+class Lesson(NamedTuple):
+    """What the target teaches of a batch, and how much each step counts.
 
-    `counts`: slots of each step that its mean is over, where this is a part of a larger batch: parts add up to the whole.
-
-    `teacher_RD`: the target's law over the draft vocabulary at R rows, `teacher_of_M`: which of them is that of row m. `within_M`:
-    whether the target's favourite token there is in the draft vocabulary; slots where it is not add nothing to the sum but stay in the
-    mean (SafeAILab's mask). All steps pass the head together: it is the largest matrix, and few rows use it badly.
+    Slots where the target's favourite token is not in the draft vocabulary add nothing to the sum but stay in the mean (SafeAILab's mask).
     """
-    found = list(unroll(network, batch, steps, depths))
-    sizes = [len(step.slots) for step in found]
-    shares = [decay**i / max(over, 1) for i, over in enumerate(counts or sizes)]
-    rows = torch.cat([step.teacher_rows for step in found])
-    a = torch.cat([step.a for step in found])
-    weight = torch.cat([within_M[step.teacher_rows].to(a.dtype) * share for step, share in zip(found, shares)])
-    total, terms = head_loss(network.norm(a), network.lm_head.weight, teacher_RD, teacher_of_M[rows], weight, loss, columns)
-    means = [part.sum() / decay**i for i, part in enumerate(terms.split(sizes))]
-    return total, means + [torch.zeros(())] * (steps - len(means))
+
+    law_RD: Tensor  # the target's law over the draft vocabulary at R rows
+    law_of_M: Tensor  # which of them is that of row m
+    within_M: Tensor  # whether the target's favourite token there is in the draft vocabulary
+    steps: int
+    decay: float  # step i weighs decay ** i
+    depths: Tensor | None = None  # [N] steps after which a slot drops out
+    counts: Sequence[int] | None = None  # slots of each step that its mean is over, where this is a part of a larger batch
+    rule: str = "soft"  # a name in losses.py
+    columns: Columns | None = None
+    seed: int = 0  # of what a loss leaves to chance
+
+    def of(self, found: Sequence[Step], x_NH: Tensor, head_DH: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """Sum over steps i of decay ** i times the mean loss of step i, and those means. x: states of all steps' slots before the head,
+        which they pass together: it is the largest matrix, and few rows use it badly. Parts of a batch add up to the whole."""
+        sizes = [len(step.slots) for step in found]
+        shares = [self.decay**i / max(over, 1) for i, over in enumerate((self.counts or [0] * first + sizes)[first:], first)]
+        rows = torch.cat([step.teacher_rows for step in found])
+        weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares)])
+        total, terms = head_loss(x_NH, head_DH, self.law_RD, self.law_of_M[rows], weight, self.rule, self.columns)
+        return total, [part.sum() / self.decay**i for i, part in enumerate(terms.split(sizes), first)]
+
+    def padded(self, means: list[Tensor]) -> list[Tensor]:
+        """One for every step, 0 where no answer reached."""
+        return means + [torch.zeros(())] * (self.steps - len(means))
+
+
+def unrolled_loss(network: DraftNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+    """Sum over steps i of decay ** i times the mean loss of step i, and those means (EAGLE-3, draft model training)."""
+    found = list(unroll(network, batch, lesson.steps, lesson.depths))
+    total, means = lesson.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head.weight)
+    return total, lesson.padded(means)

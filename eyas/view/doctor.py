@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from eyas.config import EyasError, default_taps, short
-from eyas.formats.files import Fields, tensors_of
 from eyas.formats.layouts import find
 from eyas.formats.portable import Draft, Found, TargetFiles, changed
 from eyas.model.draft import check_fits, tensors_hash
+from eyas.model.files import Fields, tensors_of
 from eyas.model.tokenizer import chat_template_hash
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import directory_hash, read_json

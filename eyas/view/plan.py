@@ -5,13 +5,16 @@ Knows a planner's prices and calibration; runs no model. A plan here is for a ty
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from eyas import pictures
-from eyas.decode.calibration import DEPTHS, LATELY
+from eyas.decode.calibration import DEPTHS, EDGES, LATELY, Calibration
 from eyas.decode.planner import MOST, Planner
+
+SHOWN, FEWEST = (1, 2, 3), 20  # depths in the picture; guesses without which a share says nothing
 
 
 class Typical(NamedTuple):
@@ -52,10 +55,30 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
     return found
 
 
+class Reliability(NamedTuple):
+    """Guesses alike: what the draft said of them on average, the share that came true, and how many there were."""
+
+    least: float
+    guessed: float
+    right: float
+    tried: int
+
+
+def reliability(calibration: Calibration, depths: Sequence[int] = tuple(range(1, DEPTHS + 1))) -> list[Reliability]:
+    """What a draft said against what came true, for guesses at some depths together; of no guesses the shares are not numbers."""
+    found = []
+    for at, edge in enumerate((0.0, *EDGES)):
+        counts = (calibration.tried, calibration.guessed, calibration.right)
+        tried, guessed, right = (sum(count[depth - 1][at] for depth in depths) for count in counts)
+        nothing = float("nan")
+        found.append(Reliability(edge, guessed / tried if tried else nothing, right / tried if tried else nothing, round(tried)))
+    return found
+
+
 def save_picture(planner: Planner, rounds: Sequence[Typical], path: Path) -> None:
-    """Prices of passes, and gains by batch. Needs matplotlib."""
+    """Prices of passes, gains by batch, and how reliable the draft's scores are at each depth. Needs matplotlib."""
     pyplot = pictures.pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right, last) = pyplot.subplots(1, 3, figsize=(13, 3.4))
     prices = planner.passes.table()
     left.plot(list(prices), [1e3 * seconds for seconds in prices.values()], marker="o", markersize=3, color="#c8553d")
     left.set(xlabel="rows of a pass", ylabel="milliseconds", ylim=(0, None), title="what a pass costs")
@@ -64,6 +87,14 @@ def save_picture(planner: Planner, rounds: Sequence[Typical], path: Path) -> Non
         right.annotate(f"{each.nodes} nodes" if each.levels else "none", (place, each.gain), ha="center", va="bottom", fontsize=8)
     right.axhline(1, color="#555555", linewidth=0.8)
     right.set(xlabel="sequences in a pass", ylabel="times plain decoding", title="what trees would bring")
+    last.plot([0, 1], [0, 1], color="#555555", linewidth=0.8)
+    for depth, colour in zip(SHOWN, ("#c8553d", "#588b8b", "#8fa3ad")):
+        enough = [each for each in reliability(planner.calibration, (depth,)) if each.tried >= FEWEST]
+        sizes = [4 + 4 * math.log10(each.tried) for each in enough]
+        last.plot([each.guessed for each in enough], [each.right for each in enough], color=colour, linewidth=0.8, label=f"depth {depth}")
+        last.scatter([each.guessed for each in enough], [each.right for each in enough], s=sizes, color=colour)
+    last.set(xlabel="the draft's score", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1), title="what a score is worth")
+    last.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

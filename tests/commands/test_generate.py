@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from eyas.methods import METHODS
 from tests.commands.words import JSON_KEYS, generate, interrupt_round
 
 
@@ -27,7 +28,7 @@ from tests.commands.words import JSON_KEYS, generate, interrupt_round
         (["hi", "--min-p", "2"], "min-p must be between 0 (off) and 1, not 2.0"),
         (["hi", "--max-new-tokens", "0"], "max-new-tokens must be at least 1, not 0"),
         (["hi", "--max-new-tokens", "-3"], "max-new-tokens must be at least 1, not -3"),
-        (["hi", "--method", "magic"], "method 'magic' is unknown; choose eagle3, eagle3-lookup, lookup, draft-model, plain"),
+        (["hi", "--method", "magic"], f"method 'magic' is unknown; choose {', '.join(METHODS)}"),
         (["hi", "--device", "cuda"], "device cuda was asked for, but this PyTorch sees no CUDA device; use --device cpu"),
         (["hi", "--device", "toaster"], "device 'toaster' is unknown; use cpu or cuda"),
         (["hi", "--raw", "--system", "be brief"], "--system needs a chat template, --raw does without one; drop one of the two"),

@@ -11,10 +11,10 @@ import torch
 
 from eyas.config import EyasError
 from eyas.formats.export import export
-from eyas.formats.files import tensors_of, unpickled
 from eyas.formats.importing import settle
 from eyas.formats.layouts import find
 from eyas.formats.llama_cpp import FILE
+from eyas.model.files import tensors_of, unpickled
 from eyas.model.gguf_check import check_gguf
 from eyas.model.weights import read_tensors, save_tensors
 

@@ -10,12 +10,12 @@ import torch
 
 from eyas.config import EyasError, TreeShape
 from eyas.formats.export import EXACT, export
-from eyas.formats.files import Fields, tensors_of
 from eyas.formats.layouts import LAYOUTS, find
 from eyas.formats.llama_cpp import FILE, pairs_from_halves
 from eyas.formats.portable import changed, own_draft, probe
 from eyas.formats.vllm import is_speculators
 from eyas.model.draft import config_from_file
+from eyas.model.files import Fields, tensors_of
 from eyas.model.weights import halves_from_pairs, read_tensors
 
 READABLE = [name for name in LAYOUTS if name != "openvino"]  # that one needs an environment of its own: benchmarks/engines

@@ -74,7 +74,7 @@ def test_the_weights_that_accepted_most_are_the_draft(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "draft", replace(SETTINGS, measure_steps=2))
     taus, seen = iter([1.1, 1.5, 1.3]), {}
 
-    def told(network, *_):
+    def told(network, *_, **__):
         tau = next(taus)
         seen[tau] = {name: value.clone() for name, value in network.state_dict().items()}
         return simulation(tau)
@@ -116,7 +116,7 @@ def test_tau_with_trees_is_measured_now_and_then(tmp_path):
 def test_training_ends_where_acceptance_has_fallen_for_good(tmp_path, monkeypatch):
     """Three measurements in a row clearly under the best end it; near the best, or with patience 0, they do not."""
     taus = iter([1.2, 1.6, 1.58, 1.5, 1.4, 1.3, 1.2])
-    monkeypatch.setattr(training, "simulate", lambda *_: simulation(next(taus)))
+    monkeypatch.setattr(training, "simulate", lambda *_, **__: simulation(next(taus)))
     trainer = make_trainer(tmp_path, replace(SETTINGS, measure_steps=1, patience=3))
     trainer.run(Budget(steps=50), silent)
     assert [point["tau"] for point in trainer.progress.curve] == [1.2, 1.6, 1.58, 1.5, 1.4, 1.3]

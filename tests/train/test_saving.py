@@ -147,7 +147,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_the_end_is_measured_saves_too(tmp_path, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "simulate", interrupted)

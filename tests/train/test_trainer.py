@@ -15,7 +15,7 @@ from eyas.train import trainer as training
 from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example
 from eyas.train.trainer import Budget, Trainer
-from eyas.train.unroll import unrolled_loss
+from eyas.train.unroll import Lesson, unrolled_loss
 from tests.tiny import save_tiny_target, tiny_target
 from tests.train.training import (
     FACTS,
@@ -148,7 +148,7 @@ def test_one_step_is_the_gradient_of_the_unrolled_loss(tmp_path):
     documents = list(examples()[4:8])
     batch, states = make_batch(documents, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
-    loss, losses = unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)
+    loss, losses = unrolled_loss(trainer.network, batch, Lesson(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))
     expected = torch.autograd.grad(loss, trainer.parameters)
     *found, norm = trainer.step(documents)
     assert_close(torch.tensor(found), torch.stack(losses).float())
@@ -189,7 +189,7 @@ def held_out_loss(trainer: Trainer) -> float:
     batch, states = make_batch(trainer.held_out, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
     with torch.no_grad():
-        return float(unrolled_loss(trainer.network, batch, law, torch.arange(len(law)), within, 4, SETTINGS.step_decay)[0])
+        return float(unrolled_loss(trainer.network, batch, Lesson(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))[0])
 
 
 def test_sixty_steps_lower_the_held_out_loss(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas import reference
-from eyas.train.unroll import Batch, unroll, unrolled_loss
+from eyas.train.unroll import Batch, Lesson, unroll, unrolled_loss
 from tests.tiny import reference_weights, tiny_draft, tiny_target
 
 STEPS, DECAY = 5, 0.8
@@ -61,7 +61,7 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     batch = packed(docs, features)
     taught, place = batch.taught()
     assert len(taught) == sum(int((answers >= 0).sum()) for _, answers in docs)
-    loss, losses = unrolled_loss(network, batch, teacher[taught], place, within, STEPS, DECAY)
+    loss, losses = unrolled_loss(network, batch, Lesson(teacher[taught], place, within, STEPS, DECAY))
     torch.testing.assert_close(sum(DECAY**step * mean for step, mean in enumerate(losses)), loss.detach())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     parameters = list(network.parameters())

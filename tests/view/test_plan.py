@@ -8,7 +8,7 @@ from eyas.cli import main
 from eyas.decode.calibration import Calibration
 from eyas.decode.planner import Planner
 from eyas.decode.prices import Prices
-from eyas.view.plan import choices, typical_rounds
+from eyas.view.plan import choices, reliability, typical_rounds
 from tests.tiny import save_tiny_draft, save_tiny_target
 
 
@@ -40,3 +40,13 @@ def test_the_command_prints_prices_plans_and_reliability(tmp_path, monkeypatch, 
     assert picture.stat().st_size > 1000
     assert main(["plan", "--method", "plain"]) == 2
     assert "no trees to plan" in capsys.readouterr().err
+
+
+def test_reliability_is_the_mean_guess_against_the_share_that_came_true():
+    calibration = Calibration()
+    for drawn in (0, 0, 0, None):
+        calibration.judge(1, [0.6, 0.1], drawn)
+    calibration.judge(2, [0.6], None)
+    found = {round(each.guessed, 3): (each.right, each.tried) for each in reliability(calibration) if each.tried}
+    assert found == {0.6: (0.6, 5), 0.1: (0.0, 4)}
+    assert [each.tried for each in reliability(calibration, (2,)) if each.tried] == [1]

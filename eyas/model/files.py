@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import LARGEST_SIZE, EyasError, check_number, short
-from eyas.model.weights import INDEX, read_json, read_tensors
+from eyas.model.weights import INDEX, read_file, read_json, read_tensors
 
 LARGEST_CONFIG = 1 << 20  # bytes
 PICKLED = "pytorch_model.bin"
@@ -87,13 +87,16 @@ class Fields:
         return value
 
 
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin."""
+def tensors_of(directory: Path, *others: str) -> dict[str, Tensor]:
+    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin, else the first of other files that is there."""
     if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
         return checked_tensors(read_tensors(directory), directory)
     if (directory / PICKLED).exists():
         return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED)
-    raise EyasError(f"{directory} holds neither model.safetensors nor {PICKLED}")
+    for path in (directory / name for name in others):
+        if path.exists():
+            return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path)
+    raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
 
 
 def unpickled(path: Path) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""EAGLE-1 as a drafter (Li et al. 2024, arXiv 2401.15077): guess the target's next feature, and let the target's own head read it.
+
+A feature (the last hidden state, which the head reads) follows from the one before more evenly than token from token. But which feature
+comes next depends on the token that was drawn, which the feature before does not know: "I" may go on with "am" or "always". So the draft is
+given that token too, one place ahead: from f_j and t_{j+1} it guesses f_{j+1}, and goes on from its own guess. Trained on features it never
+sees its own errors (EAGLE-3 does, and drops the features); its tree has the same shape every round (EAGLE-2's has not).
+
+The network's tensors have the published names. Knows the network and its files; how a tree is read with it is eagle3.py's, whose rounds
+are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import LAST_HIDDEN, TargetConfig, TreeShape
+from eyas.decode.static import tree_for
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.model import draft_files
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.attention import NativeAttention, PlainAttention
+from eyas.model.linear import Dense
+from eyas.model.target import Target
+from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
+from eyas.model.vocab import DraftVocab
+
+PUBLISHED_TREE = "static:4.3.2.2.1.3.2.2.1.0.0.0.0.2"  # SafeAILab's 25 guesses: the root's four best children, and so on
+NOT_OURS = ("embed_tokens.weight", "lm_head.weight")  # of published files: the target's own
+
+
+class Eagle1Block(nn.Module):
+    """A decoder layer without a norm before attention, as published."""
+
+    def __init__(self, shape: TargetConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape.hidden_size, shape)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
+
+
+class Eagle1Network(nn.Module):
+    """`embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that never sees the drawn token."""
+
+    wants, levels = LAST_HIDDEN, None
+
+    def __init__(self, shape: TargetConfig, embedding: Tensor, head: nn.Linear, bias: bool = True, token_left_out: bool = False) -> None:
+        super().__init__()
+        self.shape, self.token_left_out = shape, token_left_out
+        self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
+        self.layers = nn.ModuleList([Eagle1Block(shape)])
+        self.fused, self.head = Dense(self.fc), Dense(head)
+        self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
+        self.embedding, self.frozen = [embedding], [head]  # in lists: the target's, so not in the state dict
+        self.accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, once measured
+
+    @property
+    def block(self) -> Eagle1Block:
+        return self.layers[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fc.bias.dtype if self.fc.bias is not None else self.block.post_attention_layernorm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.block.post_attention_layernorm.weight.device
+
+    def fuse(self, features_NH: Tensor) -> Tensor:
+        return features_NH
+
+    def join(self, tokens_N: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [N, H], which is also what it is added to."""
+        e_NH = F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
+        x_NH = self.fused(torch.cat([torch.zeros_like(e_NH) if self.token_left_out else e_NH, f_NH.to(self.dtype)], -1))
+        return x_NH, x_NH
+
+    def step(self, tokens_N: Tensor, f_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
+        """The feature [N, H] it guesses to come next, from features (or its own guesses) and the tokens that followed them."""
+        read_NH, x_NH = self.join(tokens_N, f_NH)
+        x_NH = x_NH + self.block.self_attn(read_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
+        return x_NH + self.block.mlp(self.block.post_attention_layernorm(x_NH))
+
+    def fed_back(self, f_NH: Tensor) -> Tensor:
+        return f_NH
+
+    def logits_at(self, level: int, f_NH: Tensor) -> Tensor:
+        """[N, D]: a guessed feature is read as a true one is, whatever its depth."""
+        return self.head(f_NH)
+
+    def static_tree(self, nodes: int | None = None) -> TreeShape:
+        return tree_for(self.accuracies, PUBLISHED_TREE, nodes)
+
+    def prepare(self, bits: int = 16) -> Eagle1Network:
+        """Pack weights for inference."""
+        pack(self.layers, bits)
+        self.fused.pack(bits=bits)
+        self.frozen[0].to(self.dtype)
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
+        self.fc.weight = None
+        return self.eval().requires_grad_(False)
+
+
+drafter = Eagle3Drafter  # the same rounds: read true features, then the draft's own
+
+
+# ---- files ----
+
+
+def reads(config: dict[str, Any], directory: Path) -> bool:
+    """Published drafts are a Llama's config of one layer that says nothing of a draft vocabulary."""
+    names = ("draft_vocab_size", "medusa_num_heads", "num_nextn_predict_layers")
+    return config.get("num_hidden_layers", 1) == 1 and "hidden_size" in config and not any(name in config for name in names)
+
+
+check = draft_files.check_sizes
+
+
+def save(
+    directory: Path,
+    network: Eagle1Network,
+    vocab: DraftVocab,
+    target_layers: int,
+    weights: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    own = dict(network.named_parameters())
+    shape = draft_files.shape_keys(network.shape)
+    config = {"architectures": ["LlamaForCausalLMEagle"], **shape, "num_hidden_layers": 1, "bias": network.fc.bias is not None}
+    config |= {"token_left_out": True} if network.token_left_out else {}
+    draft_files.write(directory, "eagle1", {name: (weights or own)[name] for name in own}, vocab, config, facts or {})
+
+
+def load(directory: Path, target: Target | AdaptedTarget) -> tuple[Eagle1Network, DraftVocab]:
+    fields, tensors, vocab = draft_files.read(directory, target.config)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_OURS}
+    shape, embedding = draft_files.shape_of(fields, target.config), target.embedding.detach()
+    with torch.device("meta"):
+        bias, left_out = "fc.bias" in tensors, fields.flag("token_left_out")
+        network = Eagle1Network(shape, embedding, draft_files.FrozenHead.of(target, vocab), bias, left_out)
+    return draft_files.filled(network, tensors, embedding, directory, fields), vocab

@@ -1,0 +1,157 @@
+"""Medusa-1 as a drafter (Cai et al. 2024, arXiv 2401.10774): a few heads beside the target's own, each guessing one token further ahead.
+
+All heads read the same last hidden state, so drafting is one product a head and costs next to nothing. But no head knows what the others
+said, nor which token the target really drew: the guesses of a level are the same whatever stands before them, and the tree that combines
+them is of a shape fixed beforehand, by how often each head's best, second best, ... guess is right. Feeding back what was drawn is what
+EAGLE added. The published rule of acceptance ("typical") changes the text's law; here the walk checks Medusa's trees like any others, and
+`--verifier typical-lossy` is there to compare.
+
+The network's tensors have the published names. Knows heads and hidden states; keeps no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import LAST_HIDDEN, EyasError, TreeShape
+from eyas.decode.drafter import TreeRequest
+from eyas.decode.grow import Level, grow
+from eyas.decode.static import tree_for
+from eyas.decode.tree import Tree
+from eyas.model import draft_files
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.linear import Dense
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+
+PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # files of weights
+USUAL_TREE = "static:4.2.1.1.0.2.1.0.0.0.1"  # where the heads' accuracies are not known
+
+
+class ResBlock(nn.Module):
+    """x + silu(W x + b)"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.product = Dense(self.linear)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        return x_NH + F.silu(self.product(x_NH))
+
+
+class MedusaNetwork(nn.ModuleList):
+    """Head k: residual blocks, then logits of the token k + 2 places behind the last one read; the target's own head says the next."""
+
+    wants = LAST_HIDDEN
+
+    def __init__(self, width: int, draft_vocab_size: int, heads: int, blocks: int, embedding: Tensor) -> None:
+        parts = [[ResBlock(width) for _ in range(blocks)] + [nn.Linear(width, draft_vocab_size, bias=False)] for _ in range(heads)]
+        super().__init__(nn.Sequential(*each) for each in parts)
+        self.embedding = [embedding]  # the target's; heads do not read it
+        self.outputs = [Dense(head[-1]) for head in self]
+        self.accuracies: list[list[float]] | None = None
+
+    @property
+    def levels(self) -> int:
+        return len(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self[0][0].linear.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self[0][0].linear.bias.device
+
+    def before_head(self, level: int, x_NH: Tensor) -> Tensor:
+        """What head `level` makes of last hidden states before its last product."""
+        return self[level][:-1](x_NH.to(self.dtype))
+
+    def logits_at(self, level: int, x_NH: Tensor) -> Tensor:
+        """[N, D] of what lies one deeper than nodes at depth `level`, from the last hidden state before the root."""
+        return self.outputs[level](self.before_head(level, x_NH))
+
+    def static_tree(self, nodes: int | None = None) -> TreeShape:
+        return tree_for(self.accuracies, USUAL_TREE, nodes).cut(self.levels)
+
+    def prepare(self, bits: int = 16) -> MedusaNetwork:
+        """Pack weights for inference."""
+        for head, output in zip(self, self.outputs):
+            for block in head[:-1]:
+                block.product.pack(bits=bits)
+                block.linear.weight = None
+            output.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
+            head[-1].weight = None
+        return self.eval().requires_grad_(False)
+
+
+class MedusaDrafter:
+    def __init__(self, network: MedusaNetwork, vocab: DraftVocab) -> None:
+        self.network, self.vocab, self.wants = network, vocab, network.wants
+        self.last: dict[int, Tensor] = {}  # hidden state [H] before each sequence's last token
+
+    def reserve(self, sequences: int, capacity: int) -> None:
+        self.last = {}
+
+    def forget(self, sequence: int) -> None:
+        self.last.pop(sequence, None)
+
+    def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        self.last[sequence] = features[-1]
+
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
+        requests = [replace(request, shape=request.shape.cut(self.network.levels)) for request in requests]
+        return grow(requests, self.roots, self.read_level, self.network.logits_at, self.vocab)
+
+    def roots(self, sequences: Sequence[int]) -> Tensor:
+        return torch.stack([self.last[sequence] for sequence in sequences])
+
+    def read_level(self, levels: list[Level]) -> Tensor:
+        """Nothing is read: the next head sees what the first one saw."""
+        return torch.cat([level.parents for level in levels])
+
+
+drafter = MedusaDrafter
+
+
+# ---- files ----
+
+
+def reads(config: dict[str, Any], directory: Path) -> bool:
+    return "medusa_num_heads" in config
+
+
+check = draft_files.check_sizes
+
+
+def save(
+    directory: Path,
+    network: MedusaNetwork,
+    vocab: DraftVocab,
+    target_layers: int,
+    weights: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    own, width = dict(network.named_parameters()), network.embedding[0].shape[1]
+    shape = {"hidden_size": width, "vocab_size": vocab.vocab_size}
+    config = {"medusa_num_heads": len(network), "medusa_num_layers": len(network[0]) - 1, **shape}
+    draft_files.write(directory, "medusa", {name: (weights or own)[name] for name in own}, vocab, config, facts or {})
+
+
+def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MedusaNetwork, DraftVocab]:
+    fields, tensors, vocab = draft_files.read(directory, target.config, *PUBLISHED)
+    heads, blocks = fields.size("medusa_num_heads"), fields.size("medusa_num_layers", 1)
+    if not 1 <= heads <= 16 or not 1 <= blocks <= 16:
+        raise EyasError(f"{fields.where}: {heads} heads of {blocks} blocks are not what a Medusa draft has (1 to 16 of each)")
+    embedding = target.embedding.detach()
+    with torch.device("meta"):
+        network = MedusaNetwork(target.config.hidden_size, len(vocab), heads, blocks, embedding)
+    return draft_files.filled(network, tensors, embedding, directory, fields), vocab

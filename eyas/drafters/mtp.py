@@ -1,0 +1,239 @@
+"""Multi-token prediction as a drafter (DeepSeek-V3, arXiv 2412.19437, 2.2): one more decoder layer for each token further ahead.
+
+Module k norms and joins the state that module k - 1 made of a place (module 1: the target's last hidden state) with the embedding of the
+token k places behind it, and says the token k + 1 places behind through the target's own head. Like EAGLE it feeds back what was drawn and
+its own states, and each module sees in training what it will see in use; but there is a module for every depth, so parameters grow with
+depth and none can guess deeper than there are modules.
+
+A node at depth d is read by module d + 1, whose rows for the d last places of the text depend on the node's path: they are read anew
+with each node, behind the rows that the text alone decides. The network's tensors have DeepSeek's names. Knows the network, its caches
+and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
+from eyas.decode.drafter import TreeRequest
+from eyas.decode.grow import Level, grow
+from eyas.decode.tree import Tree
+from eyas.model import draft_files
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.attention import Attend, Segment, cached_attention
+from eyas.model.cache import KVCache
+from eyas.model.linear import Dense
+from eyas.model.target import Target
+from eyas.model.transformer import Block, RMSNorm, Rotary, pack
+from eyas.model.vocab import DraftVocab
+
+SPARE = 128  # rows of a cache for a level's nodes with their paths
+NOT_OURS = ("embed_tokens.weight", "shared_head.head.weight")  # of published files: the target's own
+HELD = 512  # rows at most that wait to be read
+
+
+class MtpModule(Block):
+    """DeepSeek-V3's equations 21 to 23; its block is a Llama's."""
+
+    def __init__(self, shape: TargetConfig) -> None:
+        super().__init__(shape)
+        self.enorm, self.hnorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps), RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(shape.hidden_size, shape.rms_norm_eps)})
+        self.joined = Dense(self.eh_proj)
+
+    def join(self, e_NH: Tensor, h_NH: Tensor) -> Tensor:
+        return self.joined(torch.cat([self.enorm(e_NH), self.hnorm(h_NH)], -1))
+
+
+class MtpNetwork(nn.Module):
+    """`embedding` [V, H] and `head` are the target's."""
+
+    wants = LAST_HIDDEN
+
+    def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
+        super().__init__()
+        self.shape, self.embedding, self.frozen = shape, [embedding], [head]
+        self.layers = nn.ModuleList(MtpModule(shape) for _ in range(modules))
+        self.head = Dense(head)
+        self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
+        self.accuracies: list[list[float]] | None = None
+
+    @property
+    def levels(self) -> int:
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].enorm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].enorm.weight.device
+
+    def step(self, level: int, tokens_N: Tensor, h_NH: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """What module `level` (counted from 0) makes [N, H] of states and of the tokens that followed them."""
+        module = self.layers[level]
+        x_NH = module.join(F.embedding(tokens_N, self.embedding[0]).to(self.dtype), h_NH.to(self.dtype))
+        return module(x_NH, self.rotary(positions_N, self.dtype), attend)
+
+    def normed(self, level: int, h_NH: Tensor) -> Tensor:
+        return self.layers[level].shared_head["norm"](h_NH)
+
+    def logits_at(self, level: int, h_NH: Tensor) -> Tensor:
+        """[N, D]; of [N, .., H] the last state of each."""
+        return self.head(self.normed(level, h_NH if h_NH.dim() == 2 else h_NH[:, -1]))
+
+    def prepare(self, bits: int = 16) -> MtpNetwork:
+        """Pack weights for inference."""
+        pack(self.layers, bits)
+        self.frozen[0].to(self.dtype)
+        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
+        return self.eval().requires_grad_(False)
+
+
+@dataclass
+class Known:
+    """A sequence's text, and of each module's input the states that it has not read yet: the target's, then each module's own."""
+
+    tokens: list[int] = field(default_factory=list)
+    states: list[list[Tensor]] = field(default_factory=list)
+
+
+class MtpDrafter:
+    def __init__(self, network: MtpNetwork, vocab: DraftVocab) -> None:
+        self.network, self.vocab, self.wants = network, vocab, network.wants
+        self.known: dict[int, Known] = {}
+
+    def reserve(self, sequences: int, capacity: int) -> None:
+        network, attention = self.network, self.network.layers[0].self_attn
+        self.group = attention.heads // attention.kv_heads
+        shape = (attention.kv_heads, attention.head_dim, network.dtype, network.device)
+        self.caches = [KVCache(1, sequences, capacity + SPARE, *shape) for _ in network.layers]
+        for sequence in range(sequences):
+            self.forget(sequence)
+
+    def forget(self, sequence: int) -> None:
+        self.known[sequence] = Known(states=[[] for _ in range(self.network.levels + 1)])
+        for cache in self.caches:
+            cache.clear(sequence)
+
+    def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        known = self.known[sequence]
+        known.tokens += tokens
+        known.states[0].append(features)
+        if sum(map(len, known.states[0])) > HELD:
+            self.catch_up([sequence])
+
+    def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
+        deepest = [min(self.network.levels, request.position) for request in requests]  # module k reads nothing before k tokens are there
+        requests = [replace(request, shape=request.shape.cut(levels)) for request, levels in zip(requests, deepest)]
+        return grow(requests, self.roots, self.read_level, self.network.logits_at, self.vocab)
+
+    def roots(self, sequences: Sequence[int]) -> Tensor:
+        """[S, 1, H]: what module 1 made of the last place."""
+        self.catch_up(sequences)
+        return torch.stack([self.known[sequence].states[1][-1][-1:] for sequence in sequences])
+
+    def catch_up(self, sequences: Sequence[int]) -> None:
+        """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
+        for level in range(self.network.levels):
+            parts = [self.waiting(sequence, level) for sequence in sequences]
+            parts = [part for part in parts if len(part[1])]
+            if parts:
+                tokens, states, segments, positions = zip(*parts)
+                made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
+                for segment, rows in zip(segments, made.split([segment.count for segment in segments])):
+                    self.caches[level].keep(segment.slot, range(segment.count))
+                    following = self.known[segment.slot].states[level + 1]
+                    following.append(rows)
+                    if level + 1 == self.network.levels:  # nobody reads on
+                        following[:] = [rows[-1:]]
+
+    def waiting(self, sequence: int, level: int) -> tuple[list[int], Tensor, Segment, list[int]]:
+        """What a module has still to read of a sequence: place m goes with token m + 1 + level. States that are read stay only for the last
+        place, which the tree begins from."""
+        known, start = self.known[sequence], self.caches[level].lengths[sequence]
+        tokens = known.tokens[start + 1 + level :]
+        held = torch.cat(known.states[level]) if known.states[level] else self.network.embedding[0][:0]
+        if level:  # of the module before, the last state that was read is still there
+            held = held[len(held) - (self.caches[level - 1].lengths[sequence] - start) :]
+        known.states[level] = [held[-1:]] if level else []
+        rows = held[: len(tokens)]
+        return tokens[: len(rows)], rows, Segment(sequence, len(rows)), list(range(start, start + len(rows)))
+
+    def read_level(self, levels: list[Level]) -> Tensor:
+        """[F, d + 1, H]: what module d + 1 made of each node's path, the text's last place that it could read first."""
+        depth = levels[0].depths[0]
+        tokens, states, positions, segments, first = [], [], [], [], []
+        for level in levels:
+            count, start = len(level.nodes), level.request.position - depth
+            tokens += [token for node in level.nodes for token in level.path(node)]
+            states.append(level.parents.flatten(0, 1))
+            positions += list(range(start, start + depth)) * count
+            alone = torch.block_diag(*[torch.ones(depth, depth)] * count).tril().bool()
+            segments.append(Segment(level.request.sequence, depth * count, alone))
+            first.append(self.known[level.request.sequence].states[depth + 1][-1][-1].expand(count, 1, -1))
+        made = self.read(depth, tokens, torch.cat(states), positions, segments)
+        return torch.cat([torch.cat(first).to(made.dtype), made.view(-1, depth, made.shape[-1])], 1)
+
+    def read(self, level: int, tokens: list[int], states: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
+        device = self.network.device
+        attend = cached_attention(self.caches[level], segments, self.group).layer(0)
+        return self.network.step(level, torch.tensor(tokens, device=device), states, torch.tensor(positions, device=device), attend)
+
+
+drafter = MtpDrafter
+
+
+# ---- files: modules are the layers behind the target's own ----
+
+
+def reads(config: dict[str, Any], directory: Path) -> bool:
+    return bool(config.get("num_nextn_predict_layers"))
+
+
+check = draft_files.check_sizes
+
+
+def save(
+    directory: Path,
+    network: MtpNetwork,
+    vocab: DraftVocab,
+    target_layers: int,
+    weights: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    own = dict(network.named_parameters())
+    layers = {"num_hidden_layers": target_layers, "num_nextn_predict_layers": network.levels}
+    tensors = {}
+    for name in own:
+        _, number, rest = name.split(".", 2)
+        tensors[f"model.layers.{target_layers + int(number)}.{rest}"] = (weights or own)[name]
+    draft_files.write(directory, "mtp", tensors, vocab, {**draft_files.shape_keys(network.shape), **layers}, facts or {})
+
+
+def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MtpNetwork, DraftVocab]:
+    fields, found, vocab = draft_files.read(directory, target.config)
+    layers, modules = fields.size("num_hidden_layers"), fields.size("num_nextn_predict_layers")
+    if not 1 <= modules <= 16:
+        raise EyasError(f"{fields.where}: {modules} modules are not what a multi-token draft has (1 to 16)")
+    tensors = {}
+    for number in range(modules):
+        before = f"model.layers.{layers + number}."
+        names = [name for name in found if name.startswith(before) and not name.endswith(NOT_OURS)]
+        tensors |= {f"layers.{number}.{name[len(before) :]}": found[name] for name in names}
+    if any("kv_a_proj" in name or "experts" in name for name in tensors):
+        raise EyasError(f"{directory}: its modules have latent attention or experts; only those with a Llama's layer are computed here")
+    embedding = target.embedding.detach()
+    with torch.device("meta"):
+        network = MtpNetwork(draft_files.shape_of(fields, target.config), modules, embedding, draft_files.FrozenHead.of(target, vocab))
+    return draft_files.filled(network, tensors, embedding, directory, fields), vocab

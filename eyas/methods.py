@@ -1,0 +1,50 @@
+"""The methods there are: for each the module that decodes with it and the one that teaches its draft. To add one is to add a line here.
+
+Knows names alone and imports nothing, so that `eyas --help` is quick. What the modules hold is told in docs/add-a-method.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from eyas.config import EyasError
+
+
+@dataclass(frozen=True)
+class Method:
+    drafter: str  # module in drafters/
+    teaching: str | None = None  # module in train/, where the method has a draft to train
+    draft: str | None = None  # the method whose drafts it decodes with; None: it needs none
+    static: bool = False  # its tree's shape is the draft's own, unless another is asked for
+
+    def decoding(self) -> ModuleType:
+        return import_module(f"eyas.drafters.{self.drafter}")
+
+    def training(self) -> ModuleType:
+        return import_module(f"eyas.train.{self.teaching}")
+
+
+METHODS: dict[str, Method] = {
+    "eagle3": Method("eagle3", "eagle3", draft="eagle3"),
+    "eagle3-lookup": Method("merged", draft="eagle3"),
+    "eagle2": Method("eagle2", draft="eagle1"),
+    "eagle1": Method("eagle1", "eagle1", draft="eagle1", static=True),
+    "medusa": Method("medusa", "medusa", draft="medusa", static=True),
+    "mtp": Method("mtp", "mtp", draft="mtp"),
+    "draft-model": Method("draft_model"),
+    "lookup": Method("lookup"),
+    "plain": Method("plain"),
+}
+
+
+def method_named(name: str) -> Method:
+    if name not in METHODS:
+        raise EyasError(f"method {name!r} is unknown; choose {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def trained() -> list[str]:
+    """The methods that have a draft to train."""
+    return [name for name, each in METHODS.items() if each.teaching]

@@ -1,0 +1,134 @@
+"""Drafts of every method on disk: weights in bfloat16, the draft vocabulary beside them, and config.json in the form its authors gave it,
+with eyas's own facts in words under `eyas`.
+
+Knows files and what makes a draft fit a target; knows no network. What EAGLE-3's files say besides is model/draft.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eyas.config import EyasError, TargetConfig, short
+from eyas.methods import METHODS, trained
+from eyas.model.draft import FACTS, tensors_hash
+from eyas.model.files import Fields, tensors_of
+from eyas.model.vocab import DraftVocab
+from eyas.model.weights import check_tensors, load_strictly, save_tensors
+
+
+def kind_of(directory: Path) -> str:
+    """The method whose draft a directory holds."""
+    config = Fields.of(directory).raw
+    said = config.get("eyas", {}).get("method") if isinstance(config.get("eyas"), dict) else None
+    if said is not None and said not in trained():
+        raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
+    for name in trained():
+        if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
+            return name
+    return trained()[0]  # whose loader says what is missing
+
+
+def write(
+    directory: Path, method: str, tensors: Mapping[str, Tensor], vocab: DraftVocab, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Into an existing directory; of `facts` those that FACTS names, and `own` ones of the method, are kept in config.json."""
+    half = {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()} | vocab.as_tensors()
+    save_tensors(directory, half)
+    known = {name: facts[name] for name in (*FACTS, "accuracies") if name in facts} | {"weights_sha256": tensors_hash(half)}
+    (directory / "config.json").write_text(json.dumps({**config, "eyas": {"method": method, **known}}, indent=1))
+
+
+def read(directory: Path, target: TargetConfig, *others: str) -> tuple[Fields, dict[str, Tensor], DraftVocab]:
+    """Config, weights and vocabulary; a file without `d2t` says the target's whole vocabulary. `others`: names its weights may have
+    besides the usual ones."""
+    fields, tensors = Fields.of(directory), tensors_of(directory, *others)
+    if "d2t" in tensors:
+        vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}, target.vocab_size)
+    else:
+        vocab = DraftVocab(range(target.vocab_size), target.vocab_size)
+    return fields, tensors, vocab
+
+
+def check_sizes(directory: Path, target: TargetConfig) -> None:
+    """Refuse a draft for a target of another width or vocabulary, as far as its config says them."""
+    fields = Fields.of(directory)
+    sizes = {"hidden size": ("hidden_size", target.hidden_size), "vocabulary": ("vocab_size", target.vocab_size)}
+    found = {name: (fields.size(key, own), own) for name, (key, own) in sizes.items()}
+    wrong = [f"{name} {said} against the target's {own}" for name, (said, own) in found.items() if said != own]
+    if wrong:
+        raise EyasError(f"this draft was trained for another target: {'; '.join(wrong)}; use the matching draft")
+
+
+def shape_keys(shape: TargetConfig) -> dict[str, Any]:
+    """A decoder layer's shape as Hugging Face configs say it."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling")
+    return {"model_type": "llama", "hidden_act": "silu", **{name: getattr(shape, name) for name in names}, "dtype": "bfloat16"}
+
+
+def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
+    """The shape that a draft's config says, the target's where it is silent: one layer without biases or norms of queries and keys."""
+    rope = fields.object("rope_parameters")
+    theta = rope.number("rope_theta") or fields.number("rope_theta") or target.rope_theta
+    heads = fields.size("num_attention_heads", target.num_attention_heads)
+    return TargetConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=fields.size("intermediate_size", target.intermediate_size),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=fields.size("num_key_value_heads", heads),
+        head_dim=fields.size("head_dim", target.hidden_size // heads),
+        max_position_embeddings=fields.size("max_position_embeddings", target.max_position_embeddings),
+        rms_norm_eps=fields.number("rms_norm_eps", target.rms_norm_eps),
+        rope_theta=theta,
+        rope_scaling=fields.raw.get("rope_scaling"),
+    )
+
+
+class FrozenHead(nn.Linear):
+    """The target's own head, cut to a draft vocabulary: read by a draft, never trained, never saved."""
+
+    @classmethod
+    def of(cls, target: Any, vocab: DraftVocab) -> FrozenHead:
+        """Of a target that is not yet prepared. A softcap would not change the order of tokens, and is left out."""
+        weight_VH, bias_V = target.head_weight.detach(), target.head_bias
+        with torch.device("meta"):
+            head = cls(weight_VH.shape[1], len(vocab), bias=bias_V is not None, dtype=weight_VH.dtype)
+        head.weight = nn.Parameter(weight_VH[vocab.ids.to(weight_VH.device)] * target.logit_scale, requires_grad=False)
+        if bias_V is not None:
+            head.bias = nn.Parameter(bias_V.detach()[vocab.ids] * target.logit_scale, requires_grad=False)
+        return head
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Any:
+    """A network made without memory, with these weights; in the target's number format and where its embedding lies."""
+    check_tensors(network, tensors, f"draft {directory}")
+    network = network.to(embedding.dtype).to_empty(device=embedding.device)
+    load_strictly(network, tensors, f"draft {directory}")
+    network.accuracies = accuracies_of(fields)
+    return network
+
+
+def accuracies_of(fields: Fields) -> list[list[float]] | None:
+    """Shares of right guesses [depth][rank], where they were measured."""
+    table = fields.object("eyas").raw.get("accuracies")
+    if table is None:
+        return None
+    rows = table if isinstance(table, list) else [table]
+    if not all(isinstance(row, list) and all(isinstance(share, float | int) and 0 <= share <= 1 for share in row) for row in rows):
+        raise EyasError(f"{fields.where}: accuracies must be lists of shares from 0 to 1, not {short(table)}")
+    return rows
+
+
+def one_layer(target: TargetConfig) -> TargetConfig:
+    """The shape of a draft's layer beside this target: one of its own, without biases or norms of queries and keys."""
+    plain = {"attention_bias": False, "attention_out_bias": False, "qk_norm": False, "tie_word_embeddings": False}
+    return replace(target, num_hidden_layers=1, eos_token_ids=(), **plain)

@@ -1,0 +1,65 @@
+"""How an EAGLE-1 draft learns (arXiv 2401.15077, 3.2): guess the next feature, from true ones, and what the target's head makes of it.
+
+One step, fed with true features: smooth L1 between the guessed feature and the true one, and a tenth of the cross-entropy between what the
+target's head says of both. Noise on the features it is given makes it bear the errors of its own guesses, which it never sees here. EAGLE-3
+drops the first term, since a draft that need not hit features has more to learn from data, and replaces the noise by the errors themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eyas.config import TrainSettings
+from eyas.drafters.eagle1 import Eagle1Network
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft_files import FrozenHead, one_layer
+from eyas.model.target import Target
+from eyas.model.transformer import RMSNorm
+from eyas.model.vocab import DraftVocab
+from eyas.train.initialise import copy_last_layer
+from eyas.train.unroll import Batch, Lesson, unroll
+
+MEASURED = 7  # steps of a chain, each fed with the guess before it, that are measured; one is trained
+STEPS = 1
+OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
+NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
+
+
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
+    """It begins as the feature it is given (so with the token after the next as its guess), and with the target's last layer."""
+    shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
+    network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
+    generator = torch.Generator().manual_seed(settings.seed)
+    H = target.config.hidden_size
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.2 / parameter.shape[1] ** 0.5, generator=generator)
+        network.fc.bias.zero_()
+        network.fc.weight[:, H:].mul_(0.1).diagonal().add_(1.0)
+        if target.blocks is not None:
+            norm = RMSNorm(H, target.config.rms_norm_eps)  # none stands before its attention, so its scale goes into the weights
+            copy_last_layer(network.block, target.blocks[-1], norm)
+            for product in (network.block.self_attn.q_proj, network.block.self_attn.k_proj, network.block.self_attn.v_proj):
+                product.weight.mul_(norm.weight)
+    return network
+
+
+def loss(network: Eagle1Network, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+    """Mean over slots of both terms; the second's mean is what is shown."""
+    generator = torch.Generator().manual_seed(lesson.seed)
+    true_MH = batch.hidden
+    noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()
+    found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), lesson.steps, lesson.depths))
+    guessed = torch.cat([step.a for step in found])
+    total, means = lesson.of(found, guessed, network.frozen[0].weight)
+    counts = lesson.counts or [len(step.slots) for step in found]
+    total = OF_HEAD * total
+    for i, step in enumerate(found):
+        distance = F.smooth_l1_loss(step.a, true_MH[step.teacher_rows], reduction="none").mean(-1).sum() / max(counts[i], 1)
+        total = total + lesson.decay**i * distance
+    return total, lesson.padded(means)

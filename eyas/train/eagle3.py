@@ -1,0 +1,31 @@
+"""How an EAGLE-3 draft begins and what it learns from: unroll.py's loss, on initialise.py's weights.
+
+Knows which parts make the method; how each works is theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from eyas.config import TrainSettings
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft import DraftNetwork, draft_config
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.train import unroll as steps
+from eyas.train.initialise import initialise
+
+MEASURED = 1  # steps that are measured at least: as many as are trained
+STEPS = 7  # trained where no number is given
+
+unroll, loss = steps.unroll, steps.unrolled_loss
+
+
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
+    """A draft of the target's own shape that begins with what the target knows."""
+    shape = draft_config(target.config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output)
+    network = DraftNetwork(shape, target.embedding.detach())
+    initialise(network, target, vocab, settings.seed, settings.top_layer_only)
+    if settings.random_head:
+        torch.nn.init.normal_(network.lm_head.weight, 0.0, 0.02, torch.Generator().manual_seed(settings.seed))
+    return network

@@ -1,0 +1,51 @@
+"""How Medusa's heads learn (arXiv 2401.10774, 2.2.1): each the law of one token further ahead, all from the same hidden state.
+
+Head k at row j learns what the target says at row j + 1 + k: of the token two places behind j, three places, and so on. Deeper heads weigh
+less (`step_decay`), for they see less. Knows heads and batches; knows nothing of optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from eyas.config import TrainSettings
+from eyas.drafters.medusa import MedusaNetwork
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.train.unroll import Batch, Lesson, Step
+
+MEASURED = 1
+STEPS = 5  # heads, as published
+
+
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
+    """Heads that begin as the target's own: their residual blocks add nothing yet."""
+    network = MedusaNetwork(target.config.hidden_size, len(vocab), settings.unroll_steps, 1, target.embedding.detach())
+    with torch.no_grad():
+        for head in network:
+            head[0].linear.weight.zero_()
+            head[0].linear.bias.zero_()
+            head[1].weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
+    return network
+
+
+def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
+    """Each head's hidden states at the slots whose answer reaches so far."""
+    slots, counted = batch.slots()
+    counted = counted if depths is None else torch.minimum(counted, depths)
+    for step in range(min(steps, network.levels)):
+        slots, counted = slots[counted > step], counted[counted > step]
+        if len(slots):
+            yield Step(slots, batch.hidden[slots], slots + 1 + step)
+
+
+def loss(network: MedusaNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+    total, means = torch.zeros(()), []
+    for number, step in enumerate(unroll(network, batch, lesson.steps, lesson.depths)):
+        part, mean = lesson.of([step], network.before_head(number, step.a), network[number][-1].weight, first=number)
+        total, means = total + part, means + mean
+    return total, lesson.padded(means)

@@ -1,0 +1,69 @@
+"""How multi-token prediction's modules learn (DeepSeek-V3, arXiv 2412.19437, 2.2), here after the fact, on a frozen target.
+
+Module k reads what module k - 1 made of every place of a document, so nothing is unrolled: what it sees in training is what it will see in
+use. Its loss is the cross-entropy of the token k + 1 places behind; the modules' losses are added, deeper ones weighing less. Knows modules
+and batches; knows nothing of optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from eyas.config import TrainSettings
+from eyas.drafters.mtp import MtpNetwork
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft_files import FrozenHead, one_layer
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.train.initialise import copy_last_layer
+from eyas.train.unroll import Batch, Lesson, Step, comb_attention
+
+MEASURED = 1
+STEPS = 4  # modules
+
+
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
+    """Modules that begin as the state they are given, with the target's last layer and final norm."""
+    head = FrozenHead.of(target, vocab)
+    network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), head)
+    generator = torch.Generator().manual_seed(settings.seed)
+    H = target.config.hidden_size
+    with torch.no_grad():
+        for module in network.layers:
+            for parameter in module.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, 0.2 / parameter.shape[1] ** 0.5, generator=generator)
+            module.eh_proj.weight[:, H:].mul_(0.1).diagonal().add_(1.0)
+            if target.blocks is not None:
+                copy_last_layer(module, target.blocks[-1], module.input_layernorm)
+                module.shared_head["norm"].weight.copy_(target.model.norm.weight)
+    return network
+
+
+def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
+    """Each module's states at the slots whose answer reaches so far; all places of a document are read, as in use."""
+    slots, counted = batch.slots()
+    counted = counted if depths is None else torch.minimum(counted, depths)
+    place = torch.cat([torch.arange(length) for length in batch.lengths])
+    following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
+    everywhere = torch.arange(len(batch.tokens))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return comb_attention(q, k, v, (), everywhere, batch.lengths)
+
+    h_MH = batch.hidden
+    for step in range(min(steps, network.levels)):
+        h_MH = network.step(step, following[1 + step : len(h_MH) + 1 + step], h_MH, place, attend)
+        slots, counted = slots[counted > step], counted[counted > step]
+        if len(slots):
+            yield Step(slots, h_MH[slots], slots + 1 + step)
+
+
+def loss(network: MtpNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+    found = list(unroll(network, batch, lesson.steps, lesson.depths))
+    normed = torch.cat([network.normed(number, step.a) for number, step in enumerate(found)])
+    total, means = lesson.of(found, normed, network.frozen[0].weight)
+    return total, lesson.padded(means)
