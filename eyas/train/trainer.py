@@ -66,6 +66,7 @@ class Budget:
 class Progress:
     steps: int = 0
     slots: int = 0
+    unrolled: int = 0  # slots of all steps together
     minutes: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -185,6 +186,7 @@ class Trainer:
             self.optimiser.step()
             self.progress.steps += 1
             self.progress.slots += counts[0]
+            self.progress.unrolled += sum(counts)
         return [*map(float, losses), norm]
 
     def learning_rate(self, spent: float) -> float:

@@ -1,0 +1,287 @@
+"""`eyas compare`: every method of the line that leads to EAGLE-3, trained on the same self-written text, decoding in the same rounds.
+
+Each row's draft and each row's measurements are kept as they are done, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from eyas.bench.family import BUDGETS, COLUMNS, ROWS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
+from eyas.bench.prompts import PromptItem, fitting, read_prompts
+from eyas.bench.report import conditions_line, machine
+from eyas.bench.speed import parse_methods, run_bench
+from eyas.commands import train
+from eyas.commands.bench import PIPED_WIDTH, complain, writable, write
+from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_facts
+from eyas.commands.new_draft import questions_of
+from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
+from eyas.decode.drafter import Drafter
+from eyas.engine import Engine, load, load_target, target_directory
+from eyas.methods import METHODS
+from eyas.model.weights import directory_hash, read_tensors, replace_text, target_config
+from eyas.pictures import can_draw
+from eyas.train import trainer as training
+from eyas.train.features import ShardStates
+from eyas.train.writers import Limit
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    written: int  # answer tokens that the target writes
+    trained: int  # answer tokens that each draft is trained on, over and over
+    prompts: int
+    new_tokens: int
+    same_time: bool  # whether drafts are trained for the same time too
+
+
+QUICK, FULL = Scale(40_000, 60_000, 6, 64, False), Scale(400_000, 600_000, 20, 100, True)
+
+
+class Timed:
+    """A drafter and the seconds that its proposing took."""
+
+    def __init__(self, drafter: Drafter, seconds: list[float]) -> None:
+        self.drafter, self.seconds = drafter, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.drafter, name)
+
+    def propose(self, requests: Sequence[Any]) -> list[Any]:
+        started = time.perf_counter()
+        trees = self.drafter.propose(requests)
+        self.seconds.append(time.perf_counter() - started)
+        return trees
+
+
+@dataclass(frozen=True)
+class Family:
+    """One comparison: its target, its text, and where its parts are kept."""
+
+    directory: Path
+    words: OwnWords
+    folder: Path
+    scale: Scale
+    prompts: str | None
+    console: Console
+
+    @property
+    def workers(self) -> int:
+        return os.cpu_count() or 1
+
+
+def run(options: argparse.Namespace) -> int:
+    rows, out = chosen_rows(options.rows, options.quick), writable(options.out)
+    scale = QUICK if options.quick else FULL
+    directory = target_directory(options.target)
+    config, hash_of_target = target_config(directory), directory_hash(directory)
+    console = Console(stderr=True, highlight=False)
+    taps = train.taps_from(None, config.num_hidden_layers)
+    words = own_words(directory, config, taps, hash_of_target, None, None, console)
+    key = hashlib.sha256(json.dumps([hash_of_target, asdict(scale), str(options.prompts)]).encode()).hexdigest()[:12]
+    family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, console)
+    family.folder.mkdir(parents=True, exist_ok=True)
+    items = written_and_asked(family, options)
+    drafts = {row.name: trained_draft(family, row, row.name) for row in rows if row.trains}
+    methods = {row.name: measured(family, row, drafts.get(row.like or row.name), items, row.name) for row in rows}
+    result = {"conditions": conditions(family, items), "methods": methods}
+    if scale.same_time:
+        result["same_time"] = same_time(family, rows, drafts, methods, items)
+    show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    if out:
+        write(out, result)
+        if can_draw():
+            save_picture(methods, out.with_suffix(".png"))
+    return 0
+
+
+def conditions(family: Family, items: Sequence[PromptItem]) -> dict[str, Any]:
+    told = {"target": family.directory.name, "precision": PRECISIONS[0], "prompt_count": len(items), **asdict(family.scale)}
+    return {**told, "prompt_file": Path(family.prompts).name if family.prompts else "held-out questions"}
+
+
+# ---- text ----
+
+
+def written_and_asked(family: Family, options: argparse.Namespace) -> list[PromptItem]:
+    """Let the target write what is missing; then the prompts to measure with: a file's, or questions of held-out conversations."""
+    scale, limit = family.scale, Limit(tokens=family.scale.written, bytes=disk_limit(options.disk, family.words.folder))
+    with progress(family.console) as bar:
+        task = bar.add_task("the target writes", total=scale.written)
+        family.words.write(limit, family.workers, lambda count: bar.update(task, completed=count))
+    if family.prompts:
+        items, complaints = read_prompts(family.prompts, scale.prompts)
+        complain(family.prompts, complaints)
+        return items
+    kept, held_out = train.hold_out(examples_of(family, TrainSettings())[0], TrainSettings())
+    questions = questions_of(held_out, kept, family.words.template)
+    return [PromptItem(number, question) for number, question in enumerate(questions[: scale.prompts], start=1)]
+
+
+def examples_of(family: Family, settings: TrainSettings) -> tuple[list[Any], dict[str, Any]]:
+    shards = family.words.write(Limit(tokens=family.scale.written), family.workers, lambda count: None)  # they are there by now
+    return shard_facts(shards, [family.words.folder], settings, None, family.words.template)
+
+
+# ---- training ----
+
+
+def trained_draft(family: Family, row: Row, name: str, minutes: float | None = None) -> Path:
+    """The directory of a row's draft, trained on so many tokens (or for so many minutes) where it is not there yet."""
+    out, scale = family.folder / slug(name), family.scale
+    if (out / "done").exists():
+        return out
+    config = target_config(family.directory)
+    vocab = min(TrainSettings.draft_vocab_size, config.vocab_size)
+    steps = METHODS[row.trains].training().STEPS
+    settings = TrainSettings(**{"unroll_steps": steps, "draft_vocab_size": vocab, "tree_every": 0, "patience": 0} | dict(row.settings))
+    before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
+    examples, data = examples_of(family, settings)
+    facts = {**data, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
+    family.console.print(f"training {name}", markup=False)
+    target, quiet = load_target(family.directory, "fp32"), Console(quiet=True)
+    taps = family.words.play.taps
+    trainer = train.make_trainer(
+        target, config, taps, examples, ShardStates(), settings, out, facts, family.workers, quiet, method=row.trains
+    )
+    if before is not None:
+        trainer.resume(before)
+    budget = training.Budget(minutes=minutes) if minutes else training.Budget(tokens=scale.trained)
+    train.run_with_progress(trainer, budget, family.console)
+    (out / "done").touch()
+    return out
+
+
+def training_of(draft: Path) -> dict[str, Any]:
+    told = json.loads((draft / "training.json").read_text())
+    best = max(point["tau"] for point in told["curve"])
+    return {
+        "tokens": told["slots"],
+        "unrolled_slots": told["unrolled"],
+        "minutes": round(told["minutes"], 2),
+        "simulated_tau": best,
+        "settings": told["settings"],
+    }
+
+
+# ---- measuring ----
+
+
+def measured(family: Family, row: Row, draft: Path | None, items: list[PromptItem], name: str) -> dict[str, Any]:
+    """A row's figures at both budgets, greedy and at temperature 1; read back where they were measured before."""
+    kept = family.folder / f"{slug(name)}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    family.console.print(f"measuring {name}", markup=False)
+    engine = load(family.directory, draft)
+    items, unfit = fitting(engine, items)
+    complain(family.prompts or "held-out questions", unfit)
+    trees, at, seconds = trees_of(row, engine.network), {}, []
+    watched(engine, row.method, seconds)
+    for temperature in (0.0, 1.0):
+        found = bench(engine, row, items, trees, Sampling(temperature), family)
+        if not found.get("complete", True):
+            raise KeyboardInterrupt
+        for nodes, written in zip(BUDGETS, names_of(row, trees)):
+            at[f"{nodes}, T={temperature:g}"] = {key: value for key, value in found["methods"][written].items() if key != "prompts"}
+    main = at["16, T=0"]
+    told = {"tau": main["tau"], "tau_interval": main["tau_interval"], "speedup": main["speedup"], "method": row.method, "at": at}
+    told |= {"draft_ms": draft_ms(engine, row, items, trees, family, seconds), "teaches": row.teaches, "machine": machine(engine)}
+    if draft is not None:
+        told |= {"parameters": parameters(draft), "training": training_of(draft), "draft_of": row.like or row.name}
+    replace_text(kept, json.dumps(told, indent=1))
+    return told
+
+
+def names_of(row: Row, trees: dict[int, str]) -> list[str]:
+    return ["plain"] * len(BUDGETS) if row.method == "plain" else [f"{row.method}@{trees[nodes]}" for nodes in BUDGETS]
+
+
+def bench(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], sampling: Sampling, family: Family) -> dict[str, Any]:
+    text = ",".join(dict.fromkeys(["plain", *names_of(row, trees)]))
+    raw = not family.words.template.chat
+    request = Request(sampling=sampling, seed=0, max_new_tokens=family.scale.new_tokens, raw=raw)
+    return run_bench(engine, items, parse_methods(text), request)
+
+
+def watched(engine: Engine, method: str, seconds: list[float]) -> None:
+    """Let every drafter of this method note what its proposing takes."""
+    make: Callable[[], Drafter] = engine.makers[method]
+    engine.makers[method] = lambda: Timed(make(), seconds)
+
+
+def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], family: Family, seconds: list[float]) -> float:
+    """Milliseconds of drafting in a round of the smaller budget: the median over rounds of a few prompts, greedy."""
+    seconds.clear()
+    raw = not family.words.template.chat
+    for item in items[:4]:
+        request = Request(method=row.method, tree=trees[BUDGETS[0]], max_new_tokens=family.scale.new_tokens, raw=raw, seed=0)
+        engine.generate(item.prompt, request)
+    return round(1e3 * sorted(seconds)[len(seconds) // 2], 3) if seconds else 0.0
+
+
+def parameters(draft: Path) -> int:
+    return sum(tensor.numel() for name, tensor in read_tensors(draft).items() if name not in ("d2t", "t2d"))
+
+
+def same_time(
+    family: Family, rows: Sequence[Row], drafts: dict[str, Path], methods: dict[str, Any], items: list[PromptItem]
+) -> dict[str, Any]:
+    """The methods themselves once more, each draft trained as long as EAGLE-3's took."""
+    if "eagle3" not in drafts:
+        return {}
+    minutes = methods["eagle3"]["training"]["minutes"]
+    own = [row for row in rows if row.trains and not row.also]
+    retrained = {row.name: drafts["eagle3"] if row.name == "eagle3" else trained_draft(family, row, f"{row.name} in time", minutes) for row in own}
+    found = {}
+    for row in rows:
+        source = row.like or row.name
+        if source in retrained and not row.also and source != "eagle3":
+            found[row.name] = measured(family, replace(row), retrained[source], items, f"{row.name} in time")
+        elif source == "eagle3" and not row.also:
+            found[row.name] = methods[row.name]
+    return found
+
+
+# ---- telling ----
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    for title, methods in (("Equal training tokens", result["methods"]), ("Equal training time", result.get("same_time"))):
+        if not methods:
+            continue
+        table = Table(*COLUMNS, title=title)
+        for name, told in methods.items():
+            table.add_row(*cells(name, told))
+        console.print(table)
+        trained = Table("draft", "tokens", "slots of all steps", "minutes", "held-out simulated tau")
+        for name, told in methods.items():
+            if told.get("draft_of") == name:
+                trained.add_row(*training_cells(name, told))
+        console.print(trained)
+    told = result["conditions"]
+    console.print(
+        f"target {told['target']} · {told['prompt_count']} prompts of {told['prompt_file']} · up to {told['new_tokens']} tokens · "
+        f"{told['written']:,} answer tokens written, {told['trained']:,} trained on",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-").replace("'", "").replace(".", "")
