@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         new_draft_options,
         train_options,
         bench_options,
+        compare_options,
         plan_options,
         trace_options,
         export_options,
@@ -156,6 +157,16 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--out", metavar="r.json", help="write the result there; with --peers and matplotlib also a picture")
     generation(bench, method=False, new_tokens=200)
+
+
+def compare_options(commands: argparse._SubParsersAction) -> None:
+    compare = add(commands, "compare", "train every method of the line that leads to EAGLE-3 on the same text, and compare them")
+    compare.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    compare.add_argument("--quick", action="store_true", help="twenty minutes: little text, short training, the methods alone")
+    compare.add_argument("--rows", metavar="NAME,..", help="only these rows, and plain (default: all)")
+    compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
+    compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
+    disk(compare)
 
 
 def plan_options(commands: argparse._SubParsersAction) -> None:

@@ -14,28 +14,28 @@ from eyas.config import EyasError
 
 @dataclass(frozen=True)
 class Method:
-    drafter: str  # module in drafters/
-    teaching: str | None = None  # module in train/, where the method has a draft to train
+    drafter: str  # module that decodes with it
+    teaching: str | None = None  # module that teaches its draft, where it has one to train
     draft: str | None = None  # the method whose drafts it decodes with; None: it needs none
     static: bool = False  # its tree's shape is the draft's own, unless another is asked for
 
     def decoding(self) -> ModuleType:
-        return import_module(f"eyas.drafters.{self.drafter}")
+        return import_module(self.drafter)
 
     def training(self) -> ModuleType:
-        return import_module(f"eyas.train.{self.teaching}")
+        return import_module(self.teaching)
 
 
 METHODS: dict[str, Method] = {
-    "eagle3": Method("eagle3", "eagle3", draft="eagle3"),
-    "eagle3-lookup": Method("merged", draft="eagle3"),
-    "eagle2": Method("eagle2", draft="eagle1"),
-    "eagle1": Method("eagle1", "eagle1", draft="eagle1", static=True),
-    "medusa": Method("medusa", "medusa", draft="medusa", static=True),
-    "mtp": Method("mtp", "mtp", draft="mtp"),
-    "draft-model": Method("draft_model"),
-    "lookup": Method("lookup"),
-    "plain": Method("plain"),
+    "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
+    "eagle3-lookup": Method("eyas.drafters.merged", draft="eagle3"),
+    "eagle2": Method("eyas.drafters.eagle2", draft="eagle1"),
+    "eagle1": Method("eyas.drafters.eagle1", "eyas.train.eagle1", draft="eagle1", static=True),
+    "medusa": Method("eyas.drafters.medusa", "eyas.train.medusa", draft="medusa", static=True),
+    "mtp": Method("eyas.drafters.mtp", "eyas.train.mtp", draft="mtp"),
+    "draft-model": Method("eyas.drafters.draft_model"),
+    "lookup": Method("eyas.drafters.lookup"),
+    "plain": Method("eyas.drafters.plain"),
 }
 
 

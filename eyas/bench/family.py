@@ -37,7 +37,12 @@ ROWS = (
     Row("draft-model", "draft-model", teaches="a smaller model as draft; here the target's own first third, which nobody trained for it"),
     Row("medusa", "medusa", "medusa", teaches="independent heads: cheap, but no head knows what was drawn or what the others said"),
     Row("mtp", "mtp", "mtp", teaches="a layer for each token ahead, fed with what was drawn and with the layer before"),
-    Row("eagle1", "eagle1", "eagle1", teaches="one layer for all, fed with what was drawn and with its own guess of the feature; a fixed tree"),
+    Row(
+        "eagle1",
+        "eagle1",
+        "eagle1",
+        teaches="one layer for all, fed with what was drawn and with its own guess of the feature; a fixed tree",
+    ),
     Row("eagle2", "eagle2", like="eagle1", teaches="the same draft; its confidence shapes the tree"),
     Row("eagle3", "eagle3", "eagle3", teaches="no feature loss, three layers' features, trained on its own output"),
     Row("eagle3-lookup", "eagle3-lookup", like="eagle3", teaches="look-up's guesses in the same tree"),
@@ -79,7 +84,16 @@ def trees_of(row: Row, network: Any) -> dict[int, str]:
 
 # ---- the table ----
 
-COLUMNS = ("method", "tau, 16 rows", "tau, 60 rows", "tau, T = 1", "right at step 1, 2, ..", "draft, ms a round", "x plain", "parameters, M")
+COLUMNS = (
+    "method",
+    "tau, 16 rows",
+    "tau, 60 rows",
+    "tau, T = 1",
+    "right at step 1, 2, ..",
+    "draft, ms a round",
+    "x plain",
+    "parameters, M",
+)
 
 
 def cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,19 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from eyas.bench.family import BUDGETS, COLUMNS, ROWS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
+from eyas.bench.family import BUDGETS, COLUMNS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
-from eyas.bench.report import conditions_line, machine
+from eyas.bench.report import machine
 from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
 from eyas.commands.bench import PIPED_WIDTH, complain, writable, write
 from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_facts
 from eyas.commands.new_draft import questions_of
-from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
+from eyas.config import PRECISIONS, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.engine import Engine, load, load_target, target_directory
 from eyas.methods import METHODS
@@ -50,6 +49,7 @@ class Scale:
     same_time: bool  # whether drafts are trained for the same time too
 
 
+HELD_OUT = 0.05  # of the conversations: enough to ask and to measure with
 QUICK, FULL = Scale(40_000, 60_000, 6, 64, False), Scale(400_000, 600_000, 20, 100, True)
 
 
@@ -128,7 +128,8 @@ def written_and_asked(family: Family, options: argparse.Namespace) -> list[Promp
         items, complaints = read_prompts(family.prompts, scale.prompts)
         complain(family.prompts, complaints)
         return items
-    kept, held_out = train.hold_out(examples_of(family, TrainSettings())[0], TrainSettings())
+    settings = TrainSettings(held_out=HELD_OUT)
+    kept, held_out = train.hold_out(examples_of(family, settings)[0], settings)
     questions = questions_of(held_out, kept, family.words.template)
     return [PromptItem(number, question) for number, question in enumerate(questions[: scale.prompts], start=1)]
 
@@ -149,7 +150,8 @@ def trained_draft(family: Family, row: Row, name: str, minutes: float | None = N
     config = target_config(family.directory)
     vocab = min(TrainSettings.draft_vocab_size, config.vocab_size)
     steps = METHODS[row.trains].training().STEPS
-    settings = TrainSettings(**{"unroll_steps": steps, "draft_vocab_size": vocab, "tree_every": 0, "patience": 0} | dict(row.settings))
+    usual = {"unroll_steps": steps, "draft_vocab_size": vocab, "held_out": HELD_OUT, "tree_every": 0, "patience": 0}
+    settings = TrainSettings(**usual | dict(row.settings))
     before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
     examples, data = examples_of(family, settings)
     facts = {**data, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
@@ -247,7 +249,9 @@ def same_time(
         return {}
     minutes = methods["eagle3"]["training"]["minutes"]
     own = [row for row in rows if row.trains and not row.also]
-    retrained = {row.name: drafts["eagle3"] if row.name == "eagle3" else trained_draft(family, row, f"{row.name} in time", minutes) for row in own}
+    retrained = {
+        row.name: drafts["eagle3"] if row.name == "eagle3" else trained_draft(family, row, f"{row.name} in time", minutes) for row in own
+    }
     found = {}
     for row in rows:
         source = row.like or row.name

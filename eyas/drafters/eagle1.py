@@ -11,20 +11,19 @@ are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import LAST_HIDDEN, TargetConfig, TreeShape
+from eyas.config import TargetConfig, TreeShape
 from eyas.decode.static import tree_for
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.model import draft_files
 from eyas.model.adapter import AdaptedTarget
 from eyas.model.attention import NativeAttention, PlainAttention
+from eyas.model.borrowed import Borrowing, FrozenHead
 from eyas.model.linear import Dense
 from eyas.model.target import Target
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
@@ -44,39 +43,28 @@ class Eagle1Block(nn.Module):
         self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
 
 
-class Eagle1Network(nn.Module):
+class Eagle1Network(Borrowing, nn.Module):
     """`embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that never sees the drawn token."""
-
-    wants, levels = LAST_HIDDEN, None
 
     def __init__(self, shape: TargetConfig, embedding: Tensor, head: nn.Linear, bias: bool = True, token_left_out: bool = False) -> None:
         super().__init__()
         self.shape, self.token_left_out = shape, token_left_out
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layers = nn.ModuleList([Eagle1Block(shape)])
-        self.fused, self.head = Dense(self.fc), Dense(head)
+        self.fused = Dense(self.fc)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
-        self.embedding, self.frozen = [embedding], [head]  # in lists: the target's, so not in the state dict
-        self.accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, once measured
+        self.borrow(embedding, head)
 
     @property
     def block(self) -> Eagle1Block:
         return self.layers[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.fc.bias.dtype if self.fc.bias is not None else self.block.post_attention_layernorm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.block.post_attention_layernorm.weight.device
 
     def fuse(self, features_NH: Tensor) -> Tensor:
         return features_NH
 
     def join(self, tokens_N: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
         """What attention reads [N, H], which is also what it is added to."""
-        e_NH = F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
+        e_NH = self.embed(tokens_N)
         x_NH = self.fused(torch.cat([torch.zeros_like(e_NH) if self.token_left_out else e_NH, f_NH.to(self.dtype)], -1))
         return x_NH, x_NH
 
@@ -99,11 +87,7 @@ class Eagle1Network(nn.Module):
     def prepare(self, bits: int = 16) -> Eagle1Network:
         """Pack weights for inference."""
         pack(self.layers, bits)
-        self.fused.pack(bits=bits)
-        self.frozen[0].to(self.dtype)
-        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
-        self.fc.weight = None
-        return self.eval().requires_grad_(False)
+        return self.packed([self.fused], bits)
 
 
 drafter = Eagle3Drafter  # the same rounds: read true features, then the draft's own
@@ -121,19 +105,13 @@ def reads(config: dict[str, Any], directory: Path) -> bool:
 check = draft_files.check_sizes
 
 
-def save(
-    directory: Path,
-    network: Eagle1Network,
-    vocab: DraftVocab,
-    target_layers: int,
-    weights: Mapping[str, Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    own = dict(network.named_parameters())
-    shape = draft_files.shape_keys(network.shape)
-    config = {"architectures": ["LlamaForCausalLMEagle"], **shape, "num_hidden_layers": 1, "bias": network.fc.bias is not None}
-    config |= {"token_left_out": True} if network.token_left_out else {}
-    draft_files.write(directory, "eagle1", {name: (weights or own)[name] for name in own}, vocab, config, facts or {})
+def config_of(network: Eagle1Network, target_layers: int) -> dict[str, Any]:
+    left_out = {"token_left_out": True} if network.token_left_out else {}
+    told = {"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1, "bias": network.fc.bias is not None}
+    return {**draft_files.shape_keys(network.shape), **told, **left_out}
+
+
+save = draft_files.saver("eagle1", config_of)
 
 
 def load(directory: Path, target: Target | AdaptedTarget) -> tuple[Eagle1Network, DraftVocab]:
@@ -142,5 +120,5 @@ def load(directory: Path, target: Target | AdaptedTarget) -> tuple[Eagle1Network
     shape, embedding = draft_files.shape_of(fields, target.config), target.embedding.detach()
     with torch.device("meta"):
         bias, left_out = "fc.bias" in tensors, fields.flag("token_left_out")
-        network = Eagle1Network(shape, embedding, draft_files.FrozenHead.of(target, vocab), bias, left_out)
+        network = Eagle1Network(shape, embedding, FrozenHead.of(target, vocab), bias, left_out)
     return draft_files.filled(network, tensors, embedding, directory, fields), vocab

@@ -11,7 +11,7 @@ The network's tensors have the published names. Knows heads and hidden states; k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import LAST_HIDDEN, EyasError, TreeShape
+from eyas.config import EyasError, TreeShape
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.static import tree_for
 from eyas.decode.tree import Tree
 from eyas.model import draft_files
 from eyas.model.adapter import AdaptedTarget
+from eyas.model.borrowed import Borrowing
 from eyas.model.linear import Dense
 from eyas.model.target import Target
+from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab
 
 PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # files of weights
@@ -47,29 +49,18 @@ class ResBlock(nn.Module):
         return x_NH + F.silu(self.product(x_NH))
 
 
-class MedusaNetwork(nn.ModuleList):
+class MedusaNetwork(Borrowing, nn.ModuleList):
     """Head k: residual blocks, then logits of the token k + 2 places behind the last one read; the target's own head says the next."""
-
-    wants = LAST_HIDDEN
 
     def __init__(self, width: int, draft_vocab_size: int, heads: int, blocks: int, embedding: Tensor) -> None:
         parts = [[ResBlock(width) for _ in range(blocks)] + [nn.Linear(width, draft_vocab_size, bias=False)] for _ in range(heads)]
         super().__init__(nn.Sequential(*each) for each in parts)
-        self.embedding = [embedding]  # the target's; heads do not read it
+        self.borrow(embedding)  # which heads do not read
         self.outputs = [Dense(head[-1]) for head in self]
-        self.accuracies: list[list[float]] | None = None
 
     @property
     def levels(self) -> int:
         return len(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self[0][0].linear.bias.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self[0][0].linear.bias.device
 
     def before_head(self, level: int, x_NH: Tensor) -> Tensor:
         """What head `level` makes of last hidden states before its last product."""
@@ -85,12 +76,10 @@ class MedusaNetwork(nn.ModuleList):
     def prepare(self, bits: int = 16) -> MedusaNetwork:
         """Pack weights for inference."""
         for head, output in zip(self, self.outputs):
-            for block in head[:-1]:
-                block.product.pack(bits=bits)
-                block.linear.weight = None
-            output.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
+            pack(head, bits)
+            self.pack_wide(output, bits)
             head[-1].weight = None
-        return self.eval().requires_grad_(False)
+        return self.packed([], bits)
 
 
 class MedusaDrafter:
@@ -132,18 +121,12 @@ def reads(config: dict[str, Any], directory: Path) -> bool:
 check = draft_files.check_sizes
 
 
-def save(
-    directory: Path,
-    network: MedusaNetwork,
-    vocab: DraftVocab,
-    target_layers: int,
-    weights: Mapping[str, Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    own, width = dict(network.named_parameters()), network.embedding[0].shape[1]
-    shape = {"hidden_size": width, "vocab_size": vocab.vocab_size}
-    config = {"medusa_num_heads": len(network), "medusa_num_layers": len(network[0]) - 1, **shape}
-    draft_files.write(directory, "medusa", {name: (weights or own)[name] for name in own}, vocab, config, facts or {})
+def config_of(network: MedusaNetwork, target_layers: int) -> dict[str, Any]:
+    width = network.embedding[0].shape[1]
+    return {"medusa_num_heads": len(network), "medusa_num_layers": len(network[0]) - 1, "hidden_size": width}
+
+
+save = draft_files.saver("medusa", config_of)
 
 
 def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MedusaNetwork, DraftVocab]:

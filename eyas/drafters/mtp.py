@@ -12,23 +12,23 @@ and files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
+from eyas.config import EyasError, TargetConfig
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
 from eyas.model import draft_files
 from eyas.model.adapter import AdaptedTarget
 from eyas.model.attention import Attend, Segment, cached_attention
+from eyas.model.borrowed import Borrowing, FrozenHead
 from eyas.model.cache import KVCache
 from eyas.model.linear import Dense
 from eyas.model.target import Target
@@ -37,7 +37,6 @@ from eyas.model.vocab import DraftVocab
 
 SPARE = 128  # rows of a cache for a level's nodes with their paths
 NOT_OURS = ("embed_tokens.weight", "shared_head.head.weight")  # of published files: the target's own
-HELD = 512  # rows at most that wait to be read
 
 
 class MtpModule(Block):
@@ -50,39 +49,25 @@ class MtpModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(shape.hidden_size, shape.rms_norm_eps)})
         self.joined = Dense(self.eh_proj)
 
-    def join(self, e_NH: Tensor, h_NH: Tensor) -> Tensor:
-        return self.joined(torch.cat([self.enorm(e_NH), self.hnorm(h_NH)], -1))
 
-
-class MtpNetwork(nn.Module):
+class MtpNetwork(Borrowing, nn.Module):
     """`embedding` [V, H] and `head` are the target's."""
-
-    wants = LAST_HIDDEN
 
     def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
         super().__init__()
-        self.shape, self.embedding, self.frozen = shape, [embedding], [head]
+        self.shape = shape
         self.layers = nn.ModuleList(MtpModule(shape) for _ in range(modules))
-        self.head = Dense(head)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
-        self.accuracies: list[list[float]] | None = None
+        self.borrow(embedding, head)
 
     @property
     def levels(self) -> int:
         return len(self.layers)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layers[0].enorm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].enorm.weight.device
-
     def step(self, level: int, tokens_N: Tensor, h_NH: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """What module `level` (counted from 0) makes [N, H] of states and of the tokens that followed them."""
         module = self.layers[level]
-        x_NH = module.join(F.embedding(tokens_N, self.embedding[0]).to(self.dtype), h_NH.to(self.dtype))
+        x_NH = module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
         return module(x_NH, self.rotary(positions_N, self.dtype), attend)
 
     def normed(self, level: int, h_NH: Tensor) -> Tensor:
@@ -95,9 +80,7 @@ class MtpNetwork(nn.Module):
     def prepare(self, bits: int = 16) -> MtpNetwork:
         """Pack weights for inference."""
         pack(self.layers, bits)
-        self.frozen[0].to(self.dtype)
-        self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
-        return self.eval().requires_grad_(False)
+        return self.packed([], bits)
 
 
 @dataclass
@@ -130,12 +113,10 @@ class MtpDrafter:
         known = self.known[sequence]
         known.tokens += tokens
         known.states[0].append(features)
-        if sum(map(len, known.states[0])) > HELD:
-            self.catch_up([sequence])
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        deepest = [min(self.network.levels, request.position) for request in requests]  # module k reads nothing before k tokens are there
-        requests = [replace(request, shape=request.shape.cut(levels)) for request, levels in zip(requests, deepest)]
+        most = self.network.levels  # and module k reads nothing before k tokens are there
+        requests = [replace(request, shape=request.shape.cut(min(most, request.position))) for request in requests]
         return grow(requests, self.roots, self.read_level, self.network.logits_at, self.vocab)
 
     def roots(self, sequences: Sequence[int]) -> Tensor:
@@ -146,9 +127,7 @@ class MtpDrafter:
     def catch_up(self, sequences: Sequence[int]) -> None:
         """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
         for level in range(self.network.levels):
-            parts = [self.waiting(sequence, level) for sequence in sequences]
-            parts = [part for part in parts if len(part[1])]
-            if parts:
+            if parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
                 tokens, states, segments, positions = zip(*parts)
                 made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
                 for segment, rows in zip(segments, made.split([segment.count for segment in segments])):
@@ -204,21 +183,16 @@ def reads(config: dict[str, Any], directory: Path) -> bool:
 check = draft_files.check_sizes
 
 
-def save(
-    directory: Path,
-    network: MtpNetwork,
-    vocab: DraftVocab,
-    target_layers: int,
-    weights: Mapping[str, Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    own = dict(network.named_parameters())
-    layers = {"num_hidden_layers": target_layers, "num_nextn_predict_layers": network.levels}
-    tensors = {}
-    for name in own:
-        _, number, rest = name.split(".", 2)
-        tensors[f"model.layers.{target_layers + int(number)}.{rest}"] = (weights or own)[name]
-    draft_files.write(directory, "mtp", tensors, vocab, {**draft_files.shape_keys(network.shape), **layers}, facts or {})
+def config_of(network: MtpNetwork, target_layers: int) -> dict[str, Any]:
+    return {**draft_files.shape_keys(network.shape), "num_hidden_layers": target_layers, "num_nextn_predict_layers": network.levels}
+
+
+def named(name: str, target_layers: int) -> str:
+    _, number, rest = name.split(".", 2)
+    return f"model.layers.{target_layers + int(number)}.{rest}"
+
+
+save = draft_files.saver("mtp", config_of, named)
 
 
 def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MtpNetwork, DraftVocab]:
@@ -226,14 +200,12 @@ def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MtpNetwork, D
     layers, modules = fields.size("num_hidden_layers"), fields.size("num_nextn_predict_layers")
     if not 1 <= modules <= 16:
         raise EyasError(f"{fields.where}: {modules} modules are not what a multi-token draft has (1 to 16)")
-    tensors = {}
-    for number in range(modules):
-        before = f"model.layers.{layers + number}."
-        names = [name for name in found if name.startswith(before) and not name.endswith(NOT_OURS)]
-        tensors |= {f"layers.{number}.{name[len(before) :]}": found[name] for name in names}
+    names = {f"model.layers.{layers + number}.": f"layers.{number}." for number in range(modules)}
+    ours = [(name, before) for name in found for before in names if name.startswith(before) and not name.endswith(NOT_OURS)]
+    tensors = {names[before] + name[len(before) :]: found[name] for name, before in ours}
     if any("kv_a_proj" in name or "experts" in name for name in tensors):
         raise EyasError(f"{directory}: its modules have latent attention or experts; only those with a Llama's layer are computed here")
     embedding = target.embedding.detach()
     with torch.device("meta"):
-        network = MtpNetwork(draft_files.shape_of(fields, target.config), modules, embedding, draft_files.FrozenHead.of(target, vocab))
+        network = MtpNetwork(draft_files.shape_of(fields, target.config), modules, embedding, FrozenHead.of(target, vocab))
     return draft_files.filled(network, tensors, embedding, directory, fields), vocab

@@ -7,7 +7,7 @@ Knows files and what makes a draft fit a target; knows no network. What EAGLE-3'
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from eyas.model.files import Fields, tensors_of
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import check_tensors, load_strictly, save_tensors
 
+ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers -> config.json without eyas's facts
+
 
 def kind_of(directory: Path) -> str:
     """The method whose draft a directory holds."""
@@ -35,14 +37,26 @@ def kind_of(directory: Path) -> str:
     return trained()[0]  # whose loader says what is missing
 
 
-def write(
-    directory: Path, method: str, tensors: Mapping[str, Tensor], vocab: DraftVocab, config: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    """Into an existing directory; of `facts` those that FACTS names, and `own` ones of the method, are kept in config.json."""
-    half = {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()} | vocab.as_tensors()
-    save_tensors(directory, half)
-    known = {name: facts[name] for name in (*FACTS, "accuracies") if name in facts} | {"weights_sha256": tensors_hash(half)}
-    (directory / "config.json").write_text(json.dumps({**config, "eyas": {"method": method, **known}}, indent=1))
+def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = lambda name, layers: name) -> Callable[..., None]:
+    """A method's `save`: weights (the network's own, or others of its) in bfloat16 under the names that `named` gives them, the draft
+    vocabulary, and config.json, into an existing directory. Of the facts those that FACTS names are kept there, and accuracies."""
+
+    def save(
+        directory: Path,
+        network: nn.Module,
+        vocab: DraftVocab,
+        target_layers: int,
+        weights: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        own, facts = dict(network.named_parameters()), facts or {}
+        half = {named(name, target_layers): (weights or own)[name].detach().to(torch.bfloat16) for name in own} | vocab.as_tensors()
+        save_tensors(directory, half)
+        known = {name: facts[name] for name in (*FACTS, "accuracies") if name in facts} | {"weights_sha256": tensors_hash(half)}
+        config = {**config_of(network, target_layers), "vocab_size": vocab.vocab_size, "eyas": {"method": method, **known}}
+        (directory / "config.json").write_text(json.dumps(config, indent=1))
+
+    return save
 
 
 def read(directory: Path, target: TargetConfig, *others: str) -> tuple[Fields, dict[str, Tensor], DraftVocab]:
@@ -91,21 +105,6 @@ def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
         rope_theta=theta,
         rope_scaling=fields.raw.get("rope_scaling"),
     )
-
-
-class FrozenHead(nn.Linear):
-    """The target's own head, cut to a draft vocabulary: read by a draft, never trained, never saved."""
-
-    @classmethod
-    def of(cls, target: Any, vocab: DraftVocab) -> FrozenHead:
-        """Of a target that is not yet prepared. A softcap would not change the order of tokens, and is left out."""
-        weight_VH, bias_V = target.head_weight.detach(), target.head_bias
-        with torch.device("meta"):
-            head = cls(weight_VH.shape[1], len(vocab), bias=bias_V is not None, dtype=weight_VH.dtype)
-        head.weight = nn.Parameter(weight_VH[vocab.ids.to(weight_VH.device)] * target.logit_scale, requires_grad=False)
-        if bias_V is not None:
-            head.bias = nn.Parameter(bias_V.detach()[vocab.ids] * target.logit_scale, requires_grad=False)
-        return head
 
 
 def filled(network: Any, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Any:

@@ -16,11 +16,12 @@ from torch import Tensor
 from eyas.config import TrainSettings
 from eyas.drafters.eagle1 import Eagle1Network
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft_files import FrozenHead, one_layer
+from eyas.model.borrowed import FrozenHead
+from eyas.model.draft_files import one_layer
 from eyas.model.target import Target
 from eyas.model.transformer import RMSNorm
 from eyas.model.vocab import DraftVocab
-from eyas.train.initialise import copy_last_layer
+from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Lesson, unroll
 
 MEASURED = 7  # steps of a chain, each fed with the guess before it, that are measured; one is trained
@@ -33,19 +34,12 @@ def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], voca
     """It begins as the feature it is given (so with the token after the next as its guess), and with the target's last layer."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
-    generator = torch.Generator().manual_seed(settings.seed)
-    H = target.config.hidden_size
+    norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)  # none stands before its attention, so its scale goes into the weights
+    begin_as_feature(network.block, network.fc, target, norm, settings.seed)
     with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.2 / parameter.shape[1] ** 0.5, generator=generator)
         network.fc.bias.zero_()
-        network.fc.weight[:, H:].mul_(0.1).diagonal().add_(1.0)
-        if target.blocks is not None:
-            norm = RMSNorm(H, target.config.rms_norm_eps)  # none stands before its attention, so its scale goes into the weights
-            copy_last_layer(network.block, target.blocks[-1], norm)
-            for product in (network.block.self_attn.q_proj, network.block.self_attn.k_proj, network.block.self_attn.v_proj):
-                product.weight.mul_(norm.weight)
+        for product in (network.block.self_attn.q_proj, network.block.self_attn.k_proj, network.block.self_attn.v_proj):
+            product.weight.mul_(norm.weight)
     return network
 
 

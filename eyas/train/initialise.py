@@ -41,6 +41,20 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
             network.fc.weight[:, : 2 * width] = 0
 
 
+@torch.no_grad()
+def begin_as_feature(own: nn.Module, joined: nn.Linear, target: Target | AdaptedTarget, norm: RMSNorm, seed: int) -> None:
+    """A layer beside a product of [embedding ; feature]: that begins as the feature, the layer as the target's last where layers are our
+    own blocks; the rest is small and random. `norm`: what stands before the layer's attention."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in [*own.parameters(), joined.weight]:
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
+    width = joined.weight.shape[0]
+    joined.weight[:, width:].mul_(FC_SPREAD).diagonal().add_(1.0)
+    if target.blocks is not None:
+        copy_last_layer(own, target.blocks[-1], norm)
+
+
 def copy_last_layer(own: nn.Module, last: Block, norm: RMSNorm, before: int = 0) -> None:
     """A draft's attention and MLP begin as the target's last; `norm`: what stands before its attention. Of the attention's input the first
     `before` columns (the embedding's, beside the feature) stay as they are."""

@@ -15,10 +15,11 @@ from torch import Tensor
 from eyas.config import TrainSettings
 from eyas.drafters.mtp import MtpNetwork
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft_files import FrozenHead, one_layer
+from eyas.model.borrowed import FrozenHead
+from eyas.model.draft_files import one_layer
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.train.initialise import copy_last_layer
+from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Lesson, Step, comb_attention
 
 MEASURED = 1
@@ -27,19 +28,12 @@ STEPS = 4  # modules
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin as the state they are given, with the target's last layer and final norm."""
-    head = FrozenHead.of(target, vocab)
-    network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), head)
-    generator = torch.Generator().manual_seed(settings.seed)
-    H = target.config.hidden_size
-    with torch.no_grad():
-        for module in network.layers:
-            for parameter in module.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0.0, 0.2 / parameter.shape[1] ** 0.5, generator=generator)
-            module.eh_proj.weight[:, H:].mul_(0.1).diagonal().add_(1.0)
-            if target.blocks is not None:
-                copy_last_layer(module, target.blocks[-1], module.input_layernorm)
-                module.shared_head["norm"].weight.copy_(target.model.norm.weight)
+    own, head = one_layer(target.config), FrozenHead.of(target, vocab)
+    network = MtpNetwork(own, settings.unroll_steps, target.embedding.detach(), head)
+    for number, module in enumerate(network.layers):
+        begin_as_feature(module, module.eh_proj, target, module.input_layernorm, settings.seed + number)
+        if target.blocks is not None:
+            module.shared_head["norm"].load_state_dict(target.model.norm.state_dict())
     return network
 
 

@@ -8,11 +8,10 @@ import torch
 
 from eyas.config import PLAIN, Sampling, TrainSettings
 from eyas.decode.generate import Decoder
-from eyas.model.draft import DraftNetwork, draft_config
+from eyas.methods import METHODS
 from eyas.model.vocab import DraftVocab
 from eyas.train import trainer as training
 from eyas.train.features import Example, TargetStates
-from eyas.train.initialise import initialise
 from eyas.train.measure import Simulation
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Trainer
@@ -62,10 +61,10 @@ def written(prompt: list[int], length: int, sampling: Sampling, seed: int) -> li
 def make_trainer(out, settings=SETTINGS, workers=1, dtype=torch.float64, **changes) -> Trainer:
     loose = tiny_target(prepare=False)
     vocab = DraftVocab(changes.pop("ids", range(settings.draft_vocab_size)), 53)
-    network = DraftNetwork(draft_config(loose.config, len(vocab), TAPS), loose.model.embed_tokens.weight.detach()).to(dtype)
-    initialise(network, loose, vocab, settings.seed)
+    method = changes.get("method", "eagle3")
+    network = METHODS[method].training().new_network(loose, TAPS, vocab, settings).to(dtype)
     teacher = Teacher.of(loose, vocab, dtype)
-    source, facts = TargetStates(target(), TAPS), changes.pop("facts", FACTS)
+    source, facts = TargetStates(target(), TAPS), dict(changes.pop("facts", FACTS))
     return Trainer(network, vocab, teacher, examples()[4:], examples()[:4], source, settings, out, facts, 5, workers, **changes)
 
 

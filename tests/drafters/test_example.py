@@ -1,0 +1,81 @@
+"""The tutorial's method (docs/add-a-method.md): it decodes plain's text, learns, has the whole command line, and is what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eyas.config import PLAIN, Sampling, TreeShape
+from eyas.decode.generate import Decoder
+from eyas.methods import METHODS
+from eyas.train.trainer import Budget
+from tests.commands.words import environment
+from tests.tiny import save_tiny_target, tiny_target
+from tests.tiny_family import tiny_network
+from tests.train.training import SETTINGS, make_trainer, silent
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "hydra.py"
+TUTORIAL = Path(__file__).parents[2] / "docs" / "add-a-method.md"
+
+
+@pytest.fixture
+def hydra(monkeypatch):
+    """The example's module, its method known for the length of a test."""
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    monkeypatch.setitem(METHODS, "hydra", METHODS["plain"])  # so that the line the module adds goes again
+    import hydra
+
+    METHODS["hydra"] = hydra.Method("hydra", "hydra", draft="hydra")
+    return hydra
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("tree", ["chain:6", "9x3x3"])
+def test_its_text_is_plain_decodings(hydra, tree, temperature):
+    network, vocab = tiny_network("hydra", tiny_target(prepare=False))
+    network.prepare()
+    prompts, sampling = [[3, 14, 15], [9, 2, 6, 5]], Sampling(temperature)
+
+    def texts(drafter, shape):
+        *_, found = Decoder(tiny_target(), drafter).run(prompts, shape, sampling, [0, 1], 20)
+        return [text.tokens for text in found]
+
+    assert texts(hydra.drafter(network, vocab), TreeShape.parse(tree)) == texts(None, PLAIN)
+
+
+def test_it_learns(hydra, tmp_path):
+    trainer = make_trainer(tmp_path / "draft", SETTINGS, method="hydra")
+    trainer.run(Budget(steps=60), silent)
+    assert trainer.progress.best() > 1.2
+
+
+def test_the_whole_command_line_knows_it(tmp_path):
+    target, data = save_tiny_target(tmp_path / "target", num_hidden_layers=7), tmp_path / "data.jsonl"
+    ask, say = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello, how are you today? number {}")))
+    talks = [[ask, {**say, "content": say["content"].format(number)}] for number in range(6)]
+    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+
+    def run(*words) -> str:
+        words = [sys.executable, str(EXAMPLE), *map(str, words)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    own = ["--target", target, "--method", "hydra"]
+    run("train", *own, "--data", data, "--steps", "3", "--draft-vocab", "200", "--workers", "1", "--out", tmp_path / "draft")
+    told = json.loads(run("generate", "hi", *own, "--draft", tmp_path / "draft", "--seed", "1", "--max-new-tokens", "8", "--json"))
+    plain = json.loads(run("generate", "hi", "--target", target, "--plain", "--seed", "1", "--max-new-tokens", "8", "--json"))
+    assert told["tokens"] == plain["tokens"]
+
+
+def test_every_piece_of_code_in_the_tutorial_is_the_examples():
+    """Code told twice goes stale: each block of the page stands in the example, line for line."""
+    source = {line.strip() for line in EXAMPLE.read_text().splitlines()}
+    blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip() not in ("", "...")]
+    assert len(lines) > 25 and not [line for line in lines if line not in source]
