@@ -1,7 +1,7 @@
 """Verifiers at equal budget in whole trees: how many tokens a round commits by shared noise, by EAGLE's rule, and by rejection of children
 that were drawn without replacement, with the same draft, target, prompts and number of rows.
 
-    python benchmarks/verifiers.py PROMPTS.jsonl [--nodes 16] [--temperatures 0.5,1,1.5] [--limit 20] [--out F.json]
+    python benchmarks/verifiers.py PROMPTS.jsonl [--method eagle3] [--nodes 16] [--temperatures 0.5,1,1.5] [--limit 20] [--out F.json]
 
 A verifier that divides by q needs a shape fixed beforehand, so each gets the static tree that is best for how often it takes children of
 each rank (measured on `dev_prompts.jsonl`); those that may have chosen trees get them too, grown by score as ever. Intervals are
@@ -30,15 +30,15 @@ DEV = Path(__file__).parent / "dev_prompts.jsonl"
 CHILDREN, LEVELS = 8, 7
 PROBE = TreeShape.static([CHILDREN] + ([CHILDREN] + [0] * (CHILDREN - 1)) * (LEVELS - 1))  # a spine of first children, each with siblings
 CHOSEN = {16: "16x4x4", 60: "60x7x10"}  # grown by score
-METHOD, TOKENS = "eagle3", 200
+TOKENS = 200
 OF_TREES = [verifier for verifier in VERIFIERS if verifier != "block" and verifier not in LOSSY]  # block reads chains
 
 
-def best_shape(engine: Engine, verifier: str, sampling: Sampling, nodes: int) -> TreeShape:
+def best_shape(engine: Engine, method: str, verifier: str, sampling: Sampling, nodes: int) -> TreeShape:
     chances = RankChances()
     engine.watch = lambda record: chances.judge(record.tree, record.accepted.path)
     for number, item in enumerate(read_prompts(DEV)[0]):
-        settings = {"method": METHOD, "tree": PROBE, "verifier": verifier, "sampling": sampling}
+        settings = {"method": method, "tree": PROBE, "verifier": verifier, "sampling": sampling}
         engine.generate(item.prompt, max_new_tokens=100, seed=number, **settings)
     engine.watch = None
     return best_static(chances.table(), nodes)
@@ -47,6 +47,7 @@ def best_shape(engine: Engine, verifier: str, sampling: Sampling, nodes: int) ->
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("prompts", type=Path)
+    options.add_argument("--method", default="eagle3", help="or draft-model: the target's own first third")
     options.add_argument("--nodes", type=int, choices=sorted(CHOSEN), default=16)
     options.add_argument("--temperatures", default="0.5,1,1.5")
     options.add_argument("--limit", type=int, default=20)
@@ -58,19 +59,19 @@ def main() -> None:
     for temperature in map(float, given.temperatures.split(",")):
         sampling = Sampling(temperature)
         for verifier in OF_TREES:
-            static = best_shape(engine, verifier, sampling, given.nodes)
+            static = best_shape(engine, given.method, verifier, sampling, given.nodes)
             shapes = [static] if verifier in DRAWS else [TreeShape.parse(CHOSEN[given.nodes]), static]
             for shape in shapes:
                 row = {"temperature": temperature, "verifier": verifier, "tree": str(shape), "nodes": shape.nodes}
-                row |= {"chosen": shape != static, **tau_of(engine, prompts, shape, verifier, sampling)}
+                row |= {"chosen": shape != static, **tau_of(engine, given.method, prompts, shape, verifier, sampling)}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 if given.out:
-                    given.out.write_text(json.dumps({"method": METHOD, "prompts": len(prompts), "rows": rows}, indent=1) + "\n")
+                    given.out.write_text(json.dumps({"method": given.method, "prompts": len(prompts), "rows": rows}, indent=1) + "\n")
 
 
-def tau_of(engine: Engine, prompts: list[str], shape: TreeShape, verifier: str, sampling: Sampling) -> dict[str, Any]:
-    settings = {"method": METHOD, "tree": shape, "verifier": verifier, "sampling": sampling, "max_new_tokens": TOKENS}
+def tau_of(engine: Engine, method: str, prompts: list[str], shape: TreeShape, verifier: str, sampling: Sampling) -> dict[str, Any]:
+    settings = {"method": method, "tree": shape, "verifier": verifier, "sampling": sampling, "max_new_tokens": TOKENS}
     results = [engine.generate(prompt, seed=derived_seed(0, number), **settings) for number, prompt in enumerate(prompts)]
     committed = [sum(length * times for length, times in result.accepted_lengths.items()) for result in results]
     value, interval = estimate(ratio(committed, [result.rounds for result in results]), len(results))

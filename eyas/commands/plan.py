@@ -21,8 +21,13 @@ PRACTICE_TOKENS = 100
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.method is not None and (options.method not in METHODS or options.method == "plain"):
-        raise EyasError(f"method {options.method!r} has no trees to plan; choose {', '.join(list(METHODS)[:-1])}")
+    planned = [name for name, method in METHODS.items() if name != "plain" and not method.static]
+
+    def check(method: str) -> None:
+        if method not in planned:
+            raise EyasError(f"method {method!r} has no trees to plan; choose {', '.join(planned)}")
+
+    check(options.method or planned[0])
     if options.picture and not can_draw():
         raise EyasError("--picture needs matplotlib (pip install 'eyas[bench]')")
     sampling = Sampling(options.temperature)
@@ -30,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     method = options.method or engine.default_method
     if method == "plain":
         engine.drafter("eagle3")  # says that there is no draft
+    check(method)
     raw = not getattr(engine.tokenizer, "chat_template", None)
     for prompt in PRACTICE:  # so that prices and chances are of rounds that were served here
         engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw)

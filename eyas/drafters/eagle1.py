@@ -22,8 +22,9 @@ from eyas.decode.static import tree_for
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.model import draft_files
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import NativeAttention, PlainAttention
+from eyas.model.attention import Attend, NativeAttention, PlainAttention
 from eyas.model.borrowed import Borrowing, FrozenHead
+from eyas.model.layer import OneLayer
 from eyas.model.linear import Dense
 from eyas.model.target import Target
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
@@ -42,6 +43,10 @@ class Eagle1Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
 
+    def forward(self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x_NH = x_NH + self.self_attn(x_NH, rotation, attend)
+        return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+
 
 class Eagle1Network(Borrowing, nn.Module):
     """`embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that never sees the drawn token."""
@@ -51,7 +56,7 @@ class Eagle1Network(Borrowing, nn.Module):
         self.shape, self.token_left_out = shape, token_left_out
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layers = nn.ModuleList([Eagle1Block(shape)])
-        self.fused = Dense(self.fc)
+        self.fused, self.run = Dense(self.fc), OneLayer(self.block, None)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
         self.borrow(embedding, head)
 
@@ -70,9 +75,7 @@ class Eagle1Network(Borrowing, nn.Module):
 
     def step(self, tokens_N: Tensor, f_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
         """The feature [N, H] it guesses to come next, from features (or its own guesses) and the tokens that followed them."""
-        read_NH, x_NH = self.join(tokens_N, f_NH)
-        x_NH = x_NH + self.block.self_attn(read_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
-        return x_NH + self.block.mlp(self.block.post_attention_layernorm(x_NH))
+        return self.run(self.join(tokens_N, f_NH)[0], self.rotary, positions_N, attention)
 
     def fed_back(self, f_NH: Tensor) -> Tensor:
         return f_NH
@@ -87,6 +90,7 @@ class Eagle1Network(Borrowing, nn.Module):
     def prepare(self, bits: int = 16) -> Eagle1Network:
         """Pack weights for inference."""
         pack(self.layers, bits)
+        self.run.prepare()
         return self.packed([self.fused], bits)
 
 

@@ -13,7 +13,7 @@ and files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
 from eyas.model import draft_files
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import Attend, Segment, cached_attention
+from eyas.model.attention import Segment, cached_attention
 from eyas.model.borrowed import Borrowing, FrozenHead
 from eyas.model.cache import KVCache
+from eyas.model.layer import OneLayer
 from eyas.model.linear import Dense
 from eyas.model.target import Target
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
@@ -58,20 +59,20 @@ class MtpNetwork(Borrowing, nn.Module):
         self.shape = shape
         self.layers = nn.ModuleList(MtpModule(shape) for _ in range(modules))
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
+        self.runs = [OneLayer(module, module.input_layernorm) for module in self.layers]
         self.borrow(embedding, head)
 
     @property
     def levels(self) -> int:
         return len(self.layers)
 
-    def step(self, level: int, tokens_N: Tensor, h_NH: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
-        """What module `level` (counted from 0) makes [N, H] of states and of the tokens that followed them."""
+    def join(self, level: int, tokens_N: Tensor, h_NH: Tensor) -> Tensor:
+        """What module `level` (counted from 0) reads [N, H]: states, and the tokens that followed them."""
         module = self.layers[level]
-        x_NH = module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
-        return module(x_NH, self.rotary(positions_N, self.dtype), attend)
+        return module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
 
     def normed(self, level: int, h_NH: Tensor) -> Tensor:
-        return self.layers[level].shared_head["norm"](h_NH)
+        return self.layers[level].shared_head["norm"](h_NH.to(self.dtype))
 
     def logits_at(self, level: int, h_NH: Tensor) -> Tensor:
         """[N, D]; of [N, .., H] the last state of each."""
@@ -80,21 +81,16 @@ class MtpNetwork(Borrowing, nn.Module):
     def prepare(self, bits: int = 16) -> MtpNetwork:
         """Pack weights for inference."""
         pack(self.layers, bits)
+        for run in self.runs:
+            run.prepare()
         return self.packed([], bits)
-
-
-@dataclass
-class Known:
-    """A sequence's text, and of each module's input the states that it has not read yet: the target's, then each module's own."""
-
-    tokens: list[int] = field(default_factory=list)
-    states: list[list[Tensor]] = field(default_factory=list)
 
 
 class MtpDrafter:
     def __init__(self, network: MtpNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.wants = network, vocab, network.wants
-        self.known: dict[int, Known] = {}
+        self.tokens: dict[int, list[int]] = {}  # each sequence's text
+        self.states: dict[int, list[list[Tensor]]] = {}  # of each module's input what it has not read: the target's, then each module's own
 
     def reserve(self, sequences: int, capacity: int) -> None:
         network, attention = self.network, self.network.layers[0].self_attn
@@ -105,14 +101,13 @@ class MtpDrafter:
             self.forget(sequence)
 
     def forget(self, sequence: int) -> None:
-        self.known[sequence] = Known(states=[[] for _ in range(self.network.levels + 1)])
+        self.tokens[sequence], self.states[sequence] = [], [[] for _ in range(self.network.levels + 1)]
         for cache in self.caches:
             cache.clear(sequence)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        known = self.known[sequence]
-        known.tokens += tokens
-        known.states[0].append(features)
+        self.tokens[sequence] += tokens
+        self.states[sequence][0].append(features)
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         most = self.network.levels  # and module k reads nothing before k tokens are there
@@ -122,7 +117,7 @@ class MtpDrafter:
     def roots(self, sequences: Sequence[int]) -> Tensor:
         """[S, 1, H]: what module 1 made of the last place."""
         self.catch_up(sequences)
-        return torch.stack([self.known[sequence].states[1][-1][-1:] for sequence in sequences])
+        return torch.stack([self.states[sequence][1][-1][-1:] for sequence in sequences])
 
     def catch_up(self, sequences: Sequence[int]) -> None:
         """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
@@ -132,7 +127,7 @@ class MtpDrafter:
                 made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
                 for segment, rows in zip(segments, made.split([segment.count for segment in segments])):
                     self.caches[level].keep(segment.slot, range(segment.count))
-                    following = self.known[segment.slot].states[level + 1]
+                    following = self.states[segment.slot][level + 1]
                     following.append(rows)
                     if level + 1 == self.network.levels:  # nobody reads on
                         following[:] = [rows[-1:]]
@@ -140,12 +135,12 @@ class MtpDrafter:
     def waiting(self, sequence: int, level: int) -> tuple[list[int], Tensor, Segment, list[int]]:
         """What a module has still to read of a sequence: place m goes with token m + 1 + level. States that are read stay only for the last
         place, which the tree begins from."""
-        known, start = self.known[sequence], self.caches[level].lengths[sequence]
-        tokens = known.tokens[start + 1 + level :]
-        held = torch.cat(known.states[level]) if known.states[level] else self.network.embedding[0][:0]
+        states, start = self.states[sequence], self.caches[level].lengths[sequence]
+        tokens = self.tokens[sequence][start + 1 + level :]
+        held = torch.cat(states[level]) if states[level] else self.network.embedding[0][:0]
         if level:  # of the module before, the last state that was read is still there
             held = held[len(held) - (self.caches[level - 1].lengths[sequence] - start) :]
-        known.states[level] = [held[-1:]] if level else []
+        states[level] = [held[-1:]] if level else []
         rows = held[: len(tokens)]
         return tokens[: len(rows)], rows, Segment(sequence, len(rows)), list(range(start, start + len(rows)))
 
@@ -160,14 +155,15 @@ class MtpDrafter:
             positions += list(range(start, start + depth)) * count
             alone = torch.block_diag(*[torch.ones(depth, depth)] * count).tril().bool()
             segments.append(Segment(level.request.sequence, depth * count, alone))
-            first.append(self.known[level.request.sequence].states[depth + 1][-1][-1].expand(count, 1, -1))
+            first.append(self.states[level.request.sequence][depth + 1][-1][-1].expand(count, 1, -1))
         made = self.read(depth, tokens, torch.cat(states), positions, segments)
         return torch.cat([torch.cat(first).to(made.dtype), made.view(-1, depth, made.shape[-1])], 1)
 
     def read(self, level: int, tokens: list[int], states: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
-        device = self.network.device
-        attend = cached_attention(self.caches[level], segments, self.group).layer(0)
-        return self.network.step(level, torch.tensor(tokens, device=device), states, torch.tensor(positions, device=device), attend)
+        network, device = self.network, self.network.device
+        x_NH = network.join(level, torch.tensor(tokens, device=device), states)
+        places, attention = torch.tensor(positions, device=device), cached_attention(self.caches[level], segments, self.group)
+        return network.runs[level](x_NH, network.rotary, places, attention)
 
 
 drafter = MtpDrafter

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eyas.model import native
-from eyas.model.attention import NativeAttention
-from eyas.model.transformer import MLP, Attention, RMSNorm
+from eyas.model.attention import NativeAttention, PlainAttention
+from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary
 
 
 class NativeLayer:
-    """Packed weights of one layer as the kernel reads them. With `beside_norm`, q, k and v read something beside x (a draft's layer)."""
+    """Packed weights of one layer as the kernel reads them. Without `norm` q, k and v read x itself (EAGLE-1's layer); with `beside_norm`
+    they read something beside x (EAGLE-3's)."""
 
-    def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
+    def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm | None, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
         qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
         packed = [dense.weight for dense in (qkv, o, gate_up, down)]
         self.kept = (norms, packed, qkv.bias, o.bias)  # what the structure points to
-        width, inner, matrices = norm.weight.shape[0], down.weight.inputs, [weights.matrix for weights in packed]
+        width, inner, matrices = mlp_norm.weight.shape[0], down.weight.inputs, [weights.matrix for weights in packed]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, qkv.bias, o.bias)]
-        self.layer = native.Layer(width, inner, norm.eps, *pointers, *matrices)
+        self.layer = native.Layer(width, inner, mlp_norm.eps, *pointers, *matrices)
         outs = sum(matrix.outputs for matrix in matrices[:3])
         self.scratch_width = 2 * width + outs + self.heads * attention.head_dim + inner + max(weights.scratch for weights in packed)
 
@@ -41,10 +43,11 @@ class NativeLayer:
 
 
 class NativeLayers:
-    """Layers of one shape, run one after another by one call, and the norm behind the last."""
+    """Layers of one shape, run one after another by one call, and the norm behind the last, if there is one."""
 
-    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm) -> None:
-        self.layers, self.norm, self.norm_weight = layers, norm, norm.weight.detach().float()
+    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm | None = None) -> None:
+        self.layers, self.norm = layers, norm
+        self.norm_weight = None if norm is None else norm.weight.detach().float()
         self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
         self.scratch_width = max(each.scratch_width for each in layers)
 
@@ -73,3 +76,26 @@ class NativeLayers:
     def normed(self, x_NH: Tensor) -> Tensor:
         """The final norm of float32 rows, in float32."""
         return native.normed(x_NH, self.norm_weight, self.norm.eps)
+
+
+class OneLayer:
+    """A layer on its own: one call of the kernel once it is prepared and where that can run it, else what the block computes."""
+
+    def __init__(self, block: Any, norm: RMSNorm | None) -> None:
+        """`block`: has `self_attn`, `mlp` and the norm between them, and computes x, rotation, attend -> x; `norm`: its first, if any."""
+        self.block, self.norm = block, norm
+        self.native: NativeLayers | None = None
+
+    def prepare(self) -> None:
+        """Call once the block's products are packed."""
+        attention, mlp = self.block.self_attn, self.block.mlp
+        if NativeLayer.fits(attention, mlp):
+            self.native = NativeLayers([NativeLayer(attention, mlp, self.norm, self.block.post_attention_layernorm)])
+
+    def __call__(self, x_NH: Tensor, rotary: Rotary, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
+        """[N, H], float32 where the kernel runs it."""
+        if self.native and isinstance(attention, NativeAttention):
+            wide_NH = x_NH.to(torch.float32, copy=True).contiguous()
+            self.native(wide_NH, rotary(positions_N, torch.float32), attention)
+            return wide_NH
+        return self.block(x_NH, rotary(positions_N, x_NH.dtype), attention.layer(0))

@@ -303,13 +303,17 @@ ATTEND(uint16_t, bfloat16)
 typedef struct {
     long width, inner; /* of the residual stream, of the MLP */
     float epsilon;
-    const float *norm, *mlp_norm, *beside_norm; /* [width] each; the last is NULL where nothing comes beside x */
+    const float *norm, *mlp_norm, *beside_norm; /* [width] each; norm NULL: q, k, v read x itself; beside_norm NULL: nothing comes beside x */
     const float *qkv_bias, *o_bias;             /* NULL: none */
     matrix qkv, o, gate_up, down;
 } layer;
 
-/* y = x / sqrt(mean x^2 + epsilon) * weight, one row */
+/* y = x / sqrt(mean x^2 + epsilon) * weight, one row; x itself where weight is NULL */
 static void norm_row(const float *x, const float *weight, float *y, long width, float epsilon) {
+    if (!weight) {
+        memcpy(y, x, width * sizeof(float));
+        return;
+    }
     __m256 squares = _mm256_setzero_ps();
     for (long c = 0; c < width; c += 8) {
         __m256 v = _mm256_loadu_ps(x + c);

@@ -50,7 +50,8 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
 
     h_MH = batch.hidden
     for step in range(min(steps, network.levels)):
-        h_MH = network.step(step, following[1 + step : len(h_MH) + 1 + step], h_MH, place, attend)
+        x_MH = network.join(step, following[1 + step : len(h_MH) + 1 + step], h_MH)
+        h_MH = network.layers[step](x_MH, network.rotary(place, network.dtype), attend)
         slots, counted = slots[counted > step], counted[counted > step]
         if len(slots):
             yield Step(slots, h_MH[slots], slots + 1 + step)

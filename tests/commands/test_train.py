@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from eyas.config import TrainSettings
+from eyas.methods import METHODS, trained
 from eyas.model import weights
 from eyas.train import trainer as training
 from tests.commands.words import GOOD, contents, generate, train
@@ -262,3 +263,30 @@ def test_a_draft_vocabulary_larger_than_what_was_said_is_filled_up_and_said_so(m
         r"the answers use \d+ different tokens; the draft vocabulary of 200 is filled up with unused ones", err
     )
     assert len(load_file(tmp_path / "draft" / "model.safetensors")["d2t"]) == 200
+
+
+@pytest.mark.parametrize("method", [name for name in trained() if name != "eagle3"])
+def test_train_makes_a_draft_of_any_method_that_generate_uses(models, run, data, tmp_path, method):
+    out = tmp_path / "draft"
+    status, said, _ = run(*train(models, out, data, "--method", method, "--steps", "2"))
+    assert status == 0 and said.startswith(f"draft written to {out}; try: eyas generate")
+    assert json.loads((out / "config.json").read_text())["eyas"]["method"] == method
+    assert json.loads((out / "training.json").read_text())["method"] == method
+    words = ["--target", models / "target", "--draft", out, "--max-new-tokens", "8", "--seed", "1", "--json"]
+    told, plain = (json.loads(run("generate", "hi", *words, "--method", name)[1]) for name in (method, "plain"))
+    assert told["tokens"] == plain["tokens"]
+    status, _, err = run(*train(models, out, data, "--steps", "3", "--resume"))
+    assert status == 2 and "was trained otherwise (another method" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--method", "lookup"], f"method lookup has no draft to train; choose {', '.join(trained())}"),
+        (["--method", "eagle9"], f"method 'eagle9' is unknown; choose {', '.join(METHODS)}"),
+        (["--set", "token_left_out=true"], "--set token_left_out is for method eagle1, not for eagle3"),
+        (["--method", "mtp", "--set", "top_layer_only=true"], "--set top_layer_only is for method eagle3, not for mtp"),
+    ],
+)
+def test_a_method_that_cannot_be_trained_so_is_one_line(models, refused, data, tmp_path, words, line):
+    assert refused(*train(models, tmp_path / "draft", data, *words)) == line
