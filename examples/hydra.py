@@ -95,7 +95,7 @@ drafter = HydraDrafter
 
 # ---- teaching ----
 
-STEPS, MEASURED = 4, 1  # heads where --unroll does not say; steps measured at least
+SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all slots, how much deeper heads weigh
 
 
 def new_network(target: Any, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
@@ -124,7 +124,7 @@ def unroll(network: HydraNetwork, batch: Batch, steps: int, depths: Tensor | Non
 def loss(network: HydraNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
     found = list(unroll(network, batch, lesson.steps, lesson.depths))
     states = torch.cat([network.before_head(number, step.a) for number, step in enumerate(found)])
-    total, means = lesson.of(found, states, network.frozen[0].weight)
+    total, means = lesson.of(found, states, network.frozen[0])
     return total, lesson.padded(means)
 
 

@@ -163,7 +163,11 @@ def compare_options(commands: argparse._SubParsersAction) -> None:
     compare = add(commands, "compare", "train every method of the line that leads to EAGLE-3 on the same text, and compare them")
     compare.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
     compare.add_argument("--quick", action="store_true", help="twenty minutes: little text, short training, the methods alone")
-    compare.add_argument("--rows", metavar="NAME,..", help="only these rows, and plain (default: all)")
+    compare.add_argument(
+        "--rows",
+        metavar="NAME,..",
+        help="only these, and plain: medusa, 'eagle3 without fusion', .. (default: all)",
+    )
     compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
     compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
     disk(compare)
@@ -172,7 +176,7 @@ def compare_options(commands: argparse._SubParsersAction) -> None:
 def plan_options(commands: argparse._SubParsersAction) -> None:
     plan = add(commands, "plan", "what a pass costs here, and which trees pay for how many sequences")
     models(plan, tree=False)
-    plan.add_argument("--method", default=None, help="any with trees (default: eagle3-lookup)")
+    plan.add_argument("--method", default=None, help="any with planned trees (default: the draft's own)")
     plan.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     plan.add_argument("--picture", metavar="F.png", help="draw prices and gains there (needs matplotlib)")
 
@@ -282,7 +286,7 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
 def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:
     models(command)
     if method:
-        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: eagle3-lookup where there is a draft)")
+        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: the first of these that the draft serves)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")

@@ -240,7 +240,7 @@ PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 class Request:
     """What to generate with; one object so that command line, Python and benchmarks cannot drift apart."""
 
-    method: str | None = None  # None: eagle3-lookup where there is a draft, else plain
+    method: str | None = None  # None: the first that the draft serves (of EAGLE-3 with look-up in its tree), else plain
     tree: str | TreeShape = "auto"
     sampling: Sampling = GREEDY
     seed: int | None = None

@@ -19,10 +19,10 @@ from eyas.decode.generate import Decoder, Result, Text, result_of
 from eyas.decode.planner import MOST, Planner
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.jsonl import encodable
-from eyas.methods import METHODS, method_named
+from eyas.methods import METHODS, method_named, trained
 from eyas.model.adapter import AdaptedTarget, load_adapted
-from eyas.model.draft_files import kind_of
 from eyas.model.embedded import embedded_target
+from eyas.model.files import Fields
 from eyas.model.target import Target
 from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
 from eyas.planning import Memory
@@ -112,6 +112,19 @@ def draft_directory(source: str | Path | None, target: Path) -> Path | None:
     if not (path / "config.json").exists():
         raise EyasError(f"draft {source} is not a directory with a config.json; give one that `eyas train` wrote, or `bundled`")
     return path
+
+
+def kind_of(directory: Path) -> str:
+    """The method whose draft a directory holds."""
+    config = Fields.of(directory).raw
+    own = config.get("eyas")
+    said = own.get("method") if isinstance(own, dict) else None
+    if said is not None and said not in trained():
+        raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
+    for name in trained():
+        if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
+            return name
+    return DEFAULT  # whose loader says what is missing
 
 
 def check_device(device: str) -> None:
@@ -216,9 +229,8 @@ class Engine:
 
     @property
     def default_method(self) -> str:
-        """The first that the draft serves, EAGLE-3 with look-up in its tree before EAGLE-3 alone; plain where there is none."""
-        served = [name for name in METHODS if METHODS[name].draft and name in self.makers]
-        return "eagle3-lookup" if "eagle3-lookup" in served else served[0] if served else "plain"
+        """The first that the draft serves; plain where there is none."""
+        return next((name for name in METHODS if METHODS[name].draft and name in self.makers), "plain")
 
     def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
         """The largest tree a round may draw up; under `auto` a planner sizes each."""

@@ -26,9 +26,10 @@ class Method:
         return import_module(self.teaching)
 
 
+# of those that one draft serves the first is the default
 METHODS: dict[str, Method] = {
-    "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
     "eagle3-lookup": Method("eyas.drafters.merged", draft="eagle3"),
+    "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
     "eagle2": Method("eyas.drafters.eagle2", draft="eagle1"),
     "eagle1": Method("eyas.drafters.eagle1", "eyas.train.eagle1", draft="eagle1", static=True),
     "medusa": Method("eyas.drafters.medusa", "eyas.train.medusa", draft="medusa", static=True),

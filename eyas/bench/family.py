@@ -88,31 +88,35 @@ COLUMNS = (
     "method",
     "tau, 16 rows",
     "tau, 60 rows",
-    "tau, T = 1",
+    "tau, 16 rows, T = 1",
     "right at step 1, 2, ..",
     "draft, ms a round",
     "x plain",
     "parameters, M",
+    "MB",
 )
 
 
 def cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:
     """One row of the table, from `methods.<name>` of a result."""
-    at, training = told["at"], told.get("parameters", 0) / 1e6
-    steps = " ".join(f"{share:.2f}" for share in at["16, T=0"]["acceptance_by_step"][:SHOWN_STEPS])
+    at, own = told["at"], told["parameters"] / 1e6
+    steps = " ".join(f"{share:.2f}" for share in told["acceptance_by_step"][:SHOWN_STEPS])
     return (
         name,
         *(with_interval(at[place]) for place in ("16, T=0", "60, T=0", "16, T=1")),
         steps or "-",
         f"{told['draft_ms']:.1f}",
-        f"{at['16, T=0']['speedup']:.2f}" if at["16, T=0"]["speedup"] else "-",
-        f"{training:.1f}" if training else "-",
+        f"{told['speedup']:.2f}" if told["speedup"] else "-",
+        f"{own:.1f}" if own else "-",
+        f"{told['memory_mb']:.1f}",
     )
 
 
 def with_interval(figures: Mapping[str, Any]) -> str:
-    low, high = figures["tau_interval"] or (None, None)
-    return f"{figures['tau']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and low != high else "")
+    if figures["tau"] is None:  # every text ended with its first token
+        return "-"
+    low, high = figures["tau_interval"]
+    return f"{figures['tau']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low != high else "")
 
 
 def training_cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:
@@ -123,13 +127,14 @@ def training_cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:
 
 def save_picture(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Tau at both budgets with intervals, and acceptance by step. Needs matplotlib."""
+    methods = {name: told for name, told in methods.items() if all(each["tau"] for each in told["at"].values())}
     pyplot = pictures.pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.8 + 0.34 * len(methods)))
     names = list(methods)[::-1]
     for shift, place, colour in ((0.16, "16, T=0", "#c8553d"), (-0.16, "60, T=0", "#8fa3ad")):
         figures = [methods[name]["at"][place] for name in names]
         taus = [each["tau"] for each in figures]
-        spans = [each["tau_interval"] or [each["tau"]] * 2 for each in figures]
+        spans = [each["tau_interval"] for each in figures]
         errors = [[tau - low for tau, (low, _) in zip(taus, spans)], [high - tau for tau, (_, high) in zip(taus, spans)]]
         heights = [number + shift for number in range(len(names))]
         left.barh(heights, [tau - 1 for tau in taus], 0.3, left=1, xerr=errors, color=colour, label=f"{place.split(',')[0]} rows")
@@ -148,12 +153,13 @@ def save_picture(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def chosen_rows(names: str | None, quick: bool) -> Sequence[Row]:
     """The rows named (with those whose draft they need), or all; quick: the methods themselves, without what is left out of them."""
+    rows = [row for row in ROWS if row.method in METHODS]
     if names is None:
-        return [row for row in ROWS if not (quick and row.also)]
+        return [row for row in rows if not (quick and row.also)]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = {row.name: row for row in ROWS}
+    known = {row.name: row for row in rows}
     if unknown := [name for name in wanted if name not in known]:
         raise EyasError(f"row {unknown[0]!r} is unknown; choose {', '.join(known)}")
     wanted = ["plain", *wanted]
     wanted += [known[name].like for name in wanted if known[name].like]
-    return [row for row in ROWS if row.name in wanted]
+    return [row for row in rows if row.name in wanted]

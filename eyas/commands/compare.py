@@ -19,18 +19,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eyas.bench.family import BUDGETS, COLUMNS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
-from eyas.bench.prompts import PromptItem, fitting, read_prompts
+import eyas
+from eyas import planning
+from eyas.bench.family import BUDGETS, COLUMNS, ROWS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
+from eyas.bench.prompts import PromptItem, read_prompts
 from eyas.bench.report import machine
 from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
 from eyas.commands.bench import PIPED_WIDTH, complain, writable, write
 from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_facts
-from eyas.commands.new_draft import questions_of
-from eyas.config import PRECISIONS, Request, Sampling, TrainSettings, cache_dir
+from eyas.commands.new_draft import fits, questions_of
+from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.engine import Engine, load, load_target, target_directory
 from eyas.methods import METHODS
+from eyas.model.cache import KVCache
 from eyas.model.weights import directory_hash, read_tensors, replace_text, target_config
 from eyas.pictures import can_draw
 from eyas.train import trainer as training
@@ -93,25 +96,39 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     taps = train.taps_from(None, config.num_hidden_layers)
     words = own_words(directory, config, taps, hash_of_target, None, None, console)
-    key = hashlib.sha256(json.dumps([hash_of_target, asdict(scale), str(options.prompts)]).encode()).hexdigest()[:12]
+    asked = read_prompts(options.prompts, scale.prompts)[0] if options.prompts else []
+    trained = [(row.name, row.method, row.trains, dict(row.settings)) for row in ROWS]
+    made_by = [asdict(scale), asked, asdict(words.play), asdict(TrainSettings()), trained, eyas.__version__, planning.machine()]
+    key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, console)
     family.folder.mkdir(parents=True, exist_ok=True)
-    items = written_and_asked(family, options)
-    drafts = {row.name: trained_draft(family, row, row.name) for row in rows if row.trains}
-    methods = {row.name: measured(family, row, drafts.get(row.like or row.name), items, row.name) for row in rows}
-    result = {"conditions": conditions(family, items), "methods": methods}
-    if scale.same_time:
-        result["same_time"] = same_time(family, rows, drafts, methods, items)
+    console.print(f"drafts and measurements are kept in {family.folder}; without it all begins anew", markup=False, soft_wrap=True)
+    try:
+        result = compared(family, rows, options)
+    except KeyboardInterrupt:
+        print("\nstopped; what was done is kept, and the same command goes on", file=sys.stderr)
+        raise
     show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
     if out:
         write(out, result)
         if can_draw():
-            save_picture(methods, out.with_suffix(".png"))
+            save_picture(result["methods"], out.with_suffix(".png"))
     return 0
 
 
-def conditions(family: Family, items: Sequence[PromptItem]) -> dict[str, Any]:
-    told = {"target": family.directory.name, "precision": PRECISIONS[0], "prompt_count": len(items), **asdict(family.scale)}
+def compared(family: Family, rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+    items = written_and_asked(family, options)
+    drafts = {row.name: trained_draft(family, row, row.name) for row in rows if row.trains}
+    methods = {row.name: measured(family, row, drafts.get(row.like or row.name), items, row.name) for row in rows}
+    result = {"conditions": conditions(family, methods), "methods": methods}
+    if family.scale.same_time:
+        result["same_time"] = same_time(family, rows, drafts, methods, items)
+    return result
+
+
+def conditions(family: Family, methods: dict[str, Any]) -> dict[str, Any]:
+    asked = min(each["prompt_count"] for each in methods.values())
+    told = {"target": family.directory.name, "precision": PRECISIONS[0], "prompt_count": asked, **asdict(family.scale)}
     return {**told, "prompt_file": Path(family.prompts).name if family.prompts else "held-out questions"}
 
 
@@ -149,9 +166,8 @@ def trained_draft(family: Family, row: Row, name: str, minutes: float | None = N
         return out
     config = target_config(family.directory)
     vocab = min(TrainSettings.draft_vocab_size, config.vocab_size)
-    steps = METHODS[row.trains].training().STEPS
-    usual = {"unroll_steps": steps, "draft_vocab_size": vocab, "held_out": HELD_OUT, "tree_every": 0, "patience": 0}
-    settings = TrainSettings(**usual | dict(row.settings))
+    usual = {"draft_vocab_size": vocab, "held_out": HELD_OUT, "tree_every": 0, "patience": 0}
+    settings = TrainSettings(**METHODS[row.trains].training().SETTINGS | usual | dict(row.settings))
     before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
     examples, data = examples_of(family, settings)
     facts = {**data, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
@@ -163,7 +179,7 @@ def trained_draft(family: Family, row: Row, name: str, minutes: float | None = N
     )
     if before is not None:
         trainer.resume(before)
-    budget = training.Budget(minutes=minutes) if minutes else training.Budget(tokens=scale.trained)
+    budget = training.Budget(minutes=minutes) if minutes is not None else training.Budget(tokens=scale.trained)
     train.run_with_progress(trainer, budget, family.console)
     (out / "done").touch()
     return out
@@ -191,21 +207,20 @@ def measured(family: Family, row: Row, draft: Path | None, items: list[PromptIte
         return json.loads(kept.read_text())
     family.console.print(f"measuring {name}", markup=False)
     engine = load(family.directory, draft)
-    items, unfit = fitting(engine, items)
-    complain(family.prompts or "held-out questions", unfit)
-    trees, at, seconds = trees_of(row, engine.network), {}, []
-    watched(engine, row.method, seconds)
+    items = [item for item in items if fits(engine, item.prompt, request_of(family))]
+    if not items:
+        raise EyasError("no prompt leaves room for an answer in the target's context; give shorter ones with --prompts")
+    trees, at = trees_of(row, engine.network), {}
     for temperature in (0.0, 1.0):
         found = bench(engine, row, items, trees, Sampling(temperature), family)
         if not found.get("complete", True):
             raise KeyboardInterrupt
         for nodes, written in zip(BUDGETS, names_of(row, trees)):
             at[f"{nodes}, T={temperature:g}"] = {key: value for key, value in found["methods"][written].items() if key != "prompts"}
-    main = at["16, T=0"]
-    told = {"tau": main["tau"], "tau_interval": main["tau_interval"], "speedup": main["speedup"], "method": row.method, "at": at}
-    told |= {"draft_ms": draft_ms(engine, row, items, trees, family, seconds), "teaches": row.teaches, "machine": machine(engine)}
-    if draft is not None:
-        told |= {"parameters": parameters(draft), "training": training_of(draft), "draft_of": row.like or row.name}
+    told = {**at[f"{BUDGETS[0]}, T=0"], "method": row.method, "at": at, "teaches": row.teaches, "prompt_count": len(items)}
+    own = parameters(draft) if draft else 0
+    told |= {"draft_ms": draft_ms(engine, row, items, trees, family), "parameters": own, "memory_mb": memory_mb(engine, row, own)}
+    told |= {"machine": machine(engine)} | ({"training": training_of(draft), "draft_of": row.like or row.name} if draft else {})
     replace_text(kept, json.dumps(told, indent=1))
     return told
 
@@ -216,25 +231,30 @@ def names_of(row: Row, trees: dict[int, str]) -> list[str]:
 
 def bench(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], sampling: Sampling, family: Family) -> dict[str, Any]:
     text = ",".join(dict.fromkeys(["plain", *names_of(row, trees)]))
-    raw = not family.words.template.chat
-    request = Request(sampling=sampling, seed=0, max_new_tokens=family.scale.new_tokens, raw=raw)
-    return run_bench(engine, items, parse_methods(text), request)
+    return run_bench(engine, items, parse_methods(text), replace(request_of(family), sampling=sampling))
 
 
-def watched(engine: Engine, method: str, seconds: list[float]) -> None:
-    """Let every drafter of this method note what its proposing takes."""
-    make: Callable[[], Drafter] = engine.makers[method]
-    engine.makers[method] = lambda: Timed(make(), seconds)
+def request_of(family: Family) -> Request:
+    return Request(seed=0, max_new_tokens=family.scale.new_tokens, raw=not family.words.template.chat)
 
 
-def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], family: Family, seconds: list[float]) -> float:
+def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], family: Family) -> float:
     """Milliseconds of drafting in a round of the smaller budget: the median over rounds of a few prompts, greedy."""
-    seconds.clear()
-    raw = not family.words.template.chat
+    seconds: list[float] = []
+    make: Callable[[], Drafter] = engine.makers[row.method]
+    engine.makers[row.method] = lambda: Timed(make(), seconds)
     for item in items[:4]:
-        request = Request(method=row.method, tree=trees[BUDGETS[0]], max_new_tokens=family.scale.new_tokens, raw=raw, seed=0)
-        engine.generate(item.prompt, request)
+        engine.generate(item.prompt, replace(request_of(family), method=row.method, tree=trees[BUDGETS[0]]))
     return round(1e3 * sorted(seconds)[len(seconds) // 2], 3) if seconds else 0.0
+
+
+def memory_mb(engine: Engine, row: Row, own: int) -> float:
+    """Of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
+    drafter = engine.drafter(row.method)
+    drafter.reserve(1, 1000)
+    drafter = getattr(drafter, "draft", drafter)  # of look-up and a draft, the latter
+    caches: list[KVCache] = getattr(drafter, "caches", [drafter.cache] if hasattr(drafter, "cache") else [])
+    return round((2 * own + sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)) / 1e6, 2)
 
 
 def parameters(draft: Path) -> int:
@@ -256,7 +276,7 @@ def same_time(
     for row in rows:
         source = row.like or row.name
         if source in retrained and not row.also and source != "eagle3":
-            found[row.name] = measured(family, replace(row), retrained[source], items, f"{row.name} in time")
+            found[row.name] = measured(family, row, retrained[source], items, f"{row.name} in time")
         elif source == "eagle3" and not row.also:
             found[row.name] = methods[row.name]
     return found

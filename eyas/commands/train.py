@@ -66,6 +66,8 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
     workers = options.workers or os.cpu_count() or 1
     hash_of_target = directory_hash(directory)
     console = Console(stderr=True, highlight=False, quiet=not peers.first)
+    if options.start is not None and method_of(options) != DEFAULT:
+        raise EyasError(f"--from goes on with an {DEFAULT} draft; train {method_of(options)} anew")
     if options.regenerate and not options.data:
         raise EyasError("--regenerate answers anew what a file asks; name it with --data F.jsonl")
     before = training.read_checkpoint(out) if options.resume else None
@@ -109,7 +111,8 @@ def run_with(options: argparse.Namespace, settings: TrainSettings, budget: train
 
 def settings_from(options: argparse.Namespace) -> TrainSettings:
     method = method_of(options)
-    steps = METHODS[method].training().STEPS if options.unroll is None else options.unroll
+    usual = METHODS[method].training().SETTINGS
+    steps = usual["unroll_steps"] if options.unroll is None else options.unroll
     if steps < 1:
         raise EyasError(f"--unroll must be at least 1, not {steps}")
     if not options.learning_rate > 0:
@@ -127,7 +130,7 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
     for name, value in asked.items():
         if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(), name):
             raise EyasError(f"--set {name} is for method {ONLY_OF[name]}, not for {method}")
-    return TrainSettings(**named | asked)
+    return TrainSettings(**usual | named | asked)
 
 
 def method_of(options: argparse.Namespace) -> str:
@@ -222,8 +225,6 @@ def make_trainer(
     method: str = DEFAULT,
 ) -> training.Trainer:
     kept, held_out = hold_out(examples, settings)
-    if start is not None and method != DEFAULT:
-        raise EyasError(f"--from goes on with an {DEFAULT} draft; train {method} anew")
     network, vocab = (
         new_draft(target, config, taps, kept, settings, method)
         if start is None

@@ -176,7 +176,7 @@ def typical(tree: Tree, law: Law, chance: Chance) -> Accepted:
 def check_drawn(tree: Tree, verifier: str) -> None:
     if not tree.drawn:
         raise EyasError(
-            f"verifier {verifier} needs a draft that draws its guesses (eagle3, draft-model) in a tree fixed beforehand: "
+            f"verifier {verifier} needs a draft that draws its guesses (not look-up) in a tree fixed beforehand: "
             "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's law"
         )
 

@@ -30,7 +30,7 @@ from eyas.model.target import Target
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
-PUBLISHED_TREE = "static:4.3.2.2.1.3.2.2.1.0.0.0.0.2"  # SafeAILab's 25 guesses: the root's four best children, and so on
+PUBLISHED_TREE = "static:4.3.2.2.1.3.2.2.1.0.0.0.0.3.0.0.0.0.0.0.0.2"  # SafeAILab's 25 guesses: the root's four best children, and so on
 NOT_OURS = ("embed_tokens.weight", "lm_head.weight")  # of published files: the target's own
 
 

@@ -34,7 +34,7 @@ from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab
 
 PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # files of weights
-USUAL_TREE = "static:4.2.1.1.0.2.1.0.0.0.1"  # where the heads' accuracies are not known
+USUAL_TREE = "static:4.2.1.1.0.2.1.0.0.1"  # where the heads' accuracies are not known
 
 
 class ResBlock(nn.Module):
@@ -131,7 +131,8 @@ save = draft_files.saver("medusa", config_of)
 
 def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MedusaNetwork, DraftVocab]:
     fields, tensors, vocab = draft_files.read(directory, target.config, *PUBLISHED)
-    heads, blocks = fields.size("medusa_num_heads"), fields.size("medusa_num_layers", 1)
+    heads = len({name.split(".")[0] for name in tensors})  # published configs say fewer than there are
+    blocks = fields.size("medusa_num_layers", 1)
     if not 1 <= heads <= 16 or not 1 <= blocks <= 16:
         raise EyasError(f"{fields.where}: {heads} heads of {blocks} blocks are not what a Medusa draft has (1 to 16 of each)")
     embedding = target.embedding.detach()

@@ -36,7 +36,8 @@ from eyas.model.target import Target
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
-SPARE = 128  # rows of a cache for a level's nodes with their paths
+SPARE = 64  # nodes of a level at most, each with its path in a module's cache
+CATCH_UP = 256  # rows of committed text read at once
 NOT_OURS = ("embed_tokens.weight", "shared_head.head.weight")  # of published files: the target's own
 
 
@@ -96,7 +97,7 @@ class MtpDrafter:
         network, attention = self.network, self.network.layers[0].self_attn
         self.group = attention.heads // attention.kv_heads
         shape = (attention.kv_heads, attention.head_dim, network.dtype, network.device)
-        self.caches = [KVCache(1, sequences, capacity + SPARE, *shape) for _ in network.layers]
+        self.caches = [KVCache(1, sequences, capacity + SPARE * network.levels, *shape) for _ in network.layers]
         for sequence in range(sequences):
             self.forget(sequence)
 
@@ -122,7 +123,7 @@ class MtpDrafter:
     def catch_up(self, sequences: Sequence[int]) -> None:
         """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
         for level in range(self.network.levels):
-            if parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
+            while parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
                 tokens, states, segments, positions = zip(*parts)
                 made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
                 for segment, rows in zip(segments, made.split([segment.count for segment in segments])):
@@ -140,8 +141,8 @@ class MtpDrafter:
         held = torch.cat(states[level]) if states[level] else self.network.embedding[0][:0]
         if level:  # of the module before, the last state that was read is still there
             held = held[len(held) - (self.caches[level - 1].lengths[sequence] - start) :]
-        states[level] = [held[-1:]] if level else []
-        rows = held[: len(tokens)]
+        rows = held[: min(len(tokens), CATCH_UP)]
+        states[level] = [held[min(len(rows), len(held) - 1) if level else len(rows) :]]
         return tokens[: len(rows)], rows, Segment(sequence, len(rows)), list(range(start, start + len(rows)))
 
     def read_level(self, levels: list[Level]) -> Tensor:

@@ -21,7 +21,7 @@ class FrozenHead(nn.Linear):
 
     @classmethod
     def of(cls, target: Any, vocab: DraftVocab) -> FrozenHead:
-        """Of a target that is not yet prepared. A softcap would not change the order of tokens, and is left out."""
+        """Of a target that is not yet prepared. A softcap is left out: it changes how sure a draft is, not what it prefers."""
         weight_VH, bias_V = target.head_weight.detach(), target.head_bias
         with torch.device("meta"):
             head = cls(weight_VH.shape[1], len(vocab), bias=bias_V is not None, dtype=weight_VH.dtype)
@@ -67,6 +67,7 @@ class Borrowing:
         if self.head:
             self.frozen[0].to(self.dtype)
             self.pack_wide(self.head, bits)
+            self.frozen[0].weight = None
         return self.eval().requires_grad_(False)
 
     def pack_wide(self, head: Dense, bits: int) -> None:

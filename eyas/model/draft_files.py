@@ -15,26 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eyas.config import EyasError, TargetConfig, short
-from eyas.methods import METHODS, trained
+from eyas.config import EyasError, TargetConfig, rope_kind, short
 from eyas.model.draft import FACTS, tensors_hash
 from eyas.model.files import Fields, tensors_of
 from eyas.model.vocab import DraftVocab
 from eyas.model.weights import check_tensors, load_strictly, save_tensors
 
 ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers -> config.json without eyas's facts
-
-
-def kind_of(directory: Path) -> str:
-    """The method whose draft a directory holds."""
-    config = Fields.of(directory).raw
-    said = config.get("eyas", {}).get("method") if isinstance(config.get("eyas"), dict) else None
-    if said is not None and said not in trained():
-        raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
-    for name in trained():
-        if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
-            return name
-    return trained()[0]  # whose loader says what is missing
 
 
 def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = lambda name, layers: name) -> Callable[..., None]:
@@ -92,18 +79,23 @@ def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
     rope = fields.object("rope_parameters")
     theta = rope.number("rope_theta") or fields.number("rope_theta") or target.rope_theta
     heads = fields.size("num_attention_heads", target.num_attention_heads)
+    groups, width = fields.size("num_key_value_heads", heads), fields.size("head_dim", target.hidden_size // max(heads, 1))
+    if not heads or not groups or heads % groups or width % 2 or not width:
+        wrong = f"{heads} heads over {groups} key-value heads of width {width}"
+        raise EyasError(f"{fields.where}: {wrong} do not go together: heads come in equal groups, and a head's width is even")
+    scaling = fields.object("rope_scaling").raw or rope.raw
     return TargetConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
         intermediate_size=fields.size("intermediate_size", target.intermediate_size),
         num_hidden_layers=1,
         num_attention_heads=heads,
-        num_key_value_heads=fields.size("num_key_value_heads", heads),
-        head_dim=fields.size("head_dim", target.hidden_size // heads),
+        num_key_value_heads=groups,
+        head_dim=width,
         max_position_embeddings=fields.size("max_position_embeddings", target.max_position_embeddings),
         rms_norm_eps=fields.number("rms_norm_eps", target.rms_norm_eps),
         rope_theta=theta,
-        rope_scaling=fields.raw.get("rope_scaling"),
+        rope_scaling=scaling if scaling and rope_kind(scaling) is not None else None,
     )
 
 

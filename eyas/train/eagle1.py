@@ -24,14 +24,13 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Lesson, unroll
 
-MEASURED = 7  # steps of a chain, each fed with the guess before it, that are measured; one is trained
-STEPS = 1
+SETTINGS = {"unroll_steps": 1, "step_keep": 1.0}  # of its training, where nobody says otherwise
 OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
 NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
 
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
-    """It begins as the feature it is given (so with the token after the next as its guess), and with the target's last layer."""
+    """It begins as the feature it is given, which says the token already drawn, and with the target's last layer."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
     norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)  # none stands before its attention, so its scale goes into the weights
@@ -50,7 +49,7 @@ def loss(network: Eagle1Network, batch: Batch, lesson: Lesson) -> tuple[Tensor, 
     noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()
     found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), lesson.steps, lesson.depths))
     guessed = torch.cat([step.a for step in found])
-    total, means = lesson.of(found, guessed, network.frozen[0].weight)
+    total, means = lesson.of(found, guessed, network.frozen[0])
     counts = lesson.counts or [len(step.slots) for step in found]
     total = OF_HEAD * total
     for i, step in enumerate(found):

@@ -15,8 +15,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.train import unroll as steps
 from eyas.train.initialise import initialise
 
-MEASURED = 1  # steps that are measured at least: as many as are trained
-STEPS = 7  # trained where no number is given
+SETTINGS = {"unroll_steps": 7}  # its steps; the rest as TrainSettings has it
 
 unroll, loss = steps.unroll, steps.unrolled_loss
 

@@ -93,7 +93,7 @@ def rank_accuracies(
 ) -> list[list[float]]:
     """[step][rank]: how often the guess of this rank is what the target says, where the text before was what the target says; from it
     decode/static.py makes the best tree of a fixed shape (Medusa, arXiv 2401.10774, 3.3)."""
-    taken, tried = torch.zeros(steps, RANKS, dtype=torch.float64), torch.zeros(steps, 1, dtype=torch.float64)
+    taken, tried = (torch.zeros(steps, width, dtype=torch.float64, device="cpu") for width in (RANKS, 1))
     for first in range(0, len(examples), together):
         batch, states = make_batch(examples[first : first + together], source, network)
         good = torch.ones_like(batch.tokens, dtype=torch.bool)

@@ -18,8 +18,7 @@ from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Lesson, Step
 
-MEASURED = 1
-STEPS = 5  # heads, as published
+SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # heads, and how much deeper ones weigh, as published
 
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
@@ -46,6 +45,6 @@ def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | No
 def loss(network: MedusaNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
     total, means = torch.zeros(()), []
     for number, step in enumerate(unroll(network, batch, lesson.steps, lesson.depths)):
-        part, mean = lesson.of([step], network.before_head(number, step.a), network[number][-1].weight, first=number)
+        part, mean = lesson.of([step], network.before_head(number, step.a), network[number][-1], first=number)
         total, means = total + part, means + mean
     return total, lesson.padded(means)

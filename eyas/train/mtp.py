@@ -1,7 +1,7 @@
 """How multi-token prediction's modules learn (DeepSeek-V3, arXiv 2412.19437, 2.2), here after the fact, on a frozen target.
 
 Module k reads what module k - 1 made of every place of a document, so nothing is unrolled: what it sees in training is what it will see in
-use. Its loss is the cross-entropy of the token k + 1 places behind; the modules' losses are added, deeper ones weighing less. Knows modules
+use. Its loss is the cross-entropy against the target's law of the token k + 1 places behind; the modules' losses are added. Knows modules
 and batches; knows nothing of optimisers.
 """
 
@@ -22,18 +22,18 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Lesson, Step, comb_attention
 
-MEASURED = 1
-STEPS = 4  # modules
+SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
 
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
-    """Modules that begin as the state they are given, with the target's last layer and final norm."""
+    """Modules that begin as the state they are given, with the target's last layer."""
     own, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = MtpNetwork(own, settings.unroll_steps, target.embedding.detach(), head)
     for number, module in enumerate(network.layers):
         begin_as_feature(module, module.eh_proj, target, module.input_layernorm, settings.seed + number)
         if target.blocks is not None:
-            module.shared_head["norm"].load_state_dict(target.model.norm.state_dict())
+            gain = target.model.norm.weight  # which the state it is given has already
+            torch.nn.init.constant_(module.shared_head["norm"].weight, float(gain.square().mean().sqrt()))
     return network
 
 
@@ -60,5 +60,5 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
 def loss(network: MtpNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
     found = list(unroll(network, batch, lesson.steps, lesson.depths))
     normed = torch.cat([network.normed(number, step.a) for number, step in enumerate(found)])
-    total, means = lesson.of(found, normed, network.frozen[0].weight)
+    total, means = lesson.of(found, normed, network.frozen[0])
     return total, lesson.padded(means)

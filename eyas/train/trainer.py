@@ -37,6 +37,7 @@ from eyas.train.teacher import Teacher
 from eyas.train.unroll import Lesson, loss_slots
 
 CHECKPOINT = "checkpoint"
+MEASURED = 7  # steps of a chain
 EXPLODED = 10  # times the loss of a draft that knows nothing
 LIKELIEST = 8  # tokens of each law that are always among a batch's columns
 CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
@@ -242,8 +243,8 @@ class Trainer:
         if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
             return
         with self.network.device:
-            steps = self.network.levels or max(self.settings.unroll_steps, self.teaching.MEASURED)
-            found = simulate(self.network, self.vocab, self.held_out, self.source, steps, unroll=self.teaching.unroll)
+            told = (self.network, self.vocab, self.held_out, self.source, self.measured_steps)
+            found = simulate(*told, unroll=self.teaching.unroll)
         point = {
             "step": self.progress.steps,
             "slots": self.progress.slots,
@@ -265,10 +266,19 @@ class Trainer:
         """Where a draft's tree is of a shape fixed beforehand: how often each of its guesses is right, from which that shape is made."""
         if METHODS[self.method].static:
             now = {name: value.clone() for name, value in self.network.state_dict().items()}
-            self.network.load_state_dict(self.best)
-            steps = self.network.levels or self.teaching.MEASURED
-            self.facts["accuracies"] = rank_accuracies(self.network, self.vocab, self.held_out, self.source, steps, self.teaching.unroll)
-            self.network.load_state_dict(now)
+            try:
+                self.network.load_state_dict(self.best)
+                with self.network.device:
+                    told = (self.network, self.vocab, self.held_out, self.source, self.measured_steps, self.teaching.unroll)
+                    self.facts["accuracies"] = rank_accuracies(*told)
+            finally:
+                self.network.load_state_dict(now)
+
+    @property
+    def measured_steps(self) -> int:
+        """Of the chain whose acceptance is simulated: as many as are trained; one that learns from true features alone guesses on too."""
+        trained = self.settings.unroll_steps
+        return self.network.levels or (trained if trained > 1 else MEASURED)
 
     # ---- saving ----
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN
 from eyas.model.draft import DraftNetwork
@@ -161,13 +161,16 @@ class Lesson(NamedTuple):
     columns: Columns | None = None
     seed: int = 0  # of what a loss leaves to chance
 
-    def of(self, found: Sequence[Step], x_NH: Tensor, head_DH: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+    def of(self, found: Sequence[Step], x_NH: Tensor, head: nn.Linear, first: int = 0) -> tuple[Tensor, list[Tensor]]:
         """Sum over steps i of decay ** i times the mean loss of step i, and those means. x: states of all steps' slots before the head,
         which they pass together: it is the largest matrix, and few rows use it badly. Parts of a batch add up to the whole."""
         sizes = [len(step.slots) for step in found]
         shares = [self.decay**i / max(over, 1) for i, over in enumerate((self.counts or [0] * first + sizes)[first:], first)]
         rows = torch.cat([step.teacher_rows for step in found])
         weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares)])
+        head_DH = head.weight
+        if head.bias is not None:  # as one input more, which is always 1
+            x_NH, head_DH = torch.cat([x_NH, torch.ones_like(x_NH[:, :1])], -1), torch.cat([head_DH, head.bias[:, None]], -1)
         total, terms = head_loss(x_NH, head_DH, self.law_RD, self.law_of_M[rows], weight, self.rule, self.columns)
         return total, [part.sum() / self.decay**i for i, part in enumerate(terms.split(sizes), first)]
 
@@ -179,5 +182,5 @@ class Lesson(NamedTuple):
 def unrolled_loss(network: DraftNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
     """Sum over steps i of decay ** i times the mean loss of step i, and those means (EAGLE-3, draft model training)."""
     found = list(unroll(network, batch, lesson.steps, lesson.depths))
-    total, means = lesson.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head.weight)
+    total, means = lesson.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head)
     return total, lesson.padded(means)

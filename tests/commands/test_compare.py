@@ -9,6 +9,7 @@ import pytest
 from eyas.bench.family import ROWS, chosen_rows
 from eyas.commands import compare
 from eyas.methods import METHODS, trained
+from eyas.train.trainer import Budget
 from tests.tiny import save_tiny_target
 
 TINY = compare.Scale(1500, 1200, 2, 12, False)
@@ -51,7 +52,7 @@ def test_one_command_trains_measures_tells_and_goes_on(target, quick, run, tmp_p
         assert each["at"]["16, T=0"]["tau"] == each["tau"] and f" {name} " in said
     drafted = {name: each for name, each in told["methods"].items() if "training" in each}
     assert set(drafted) == {"medusa", "mtp", "eagle1", "eagle2", "eagle3"}
-    assert len({each["training"]["tokens"] >= TINY.trained for each in drafted.values()}) == 1
+    assert all(each["training"]["tokens"] >= TINY.trained for each in drafted.values())
     assert drafted["eagle1"]["training"]["unrolled_slots"] == drafted["eagle1"]["training"]["tokens"]
     assert drafted["eagle3"]["training"]["unrolled_slots"] > drafted["eagle3"]["training"]["tokens"]
     assert drafted["mtp"]["parameters"] > drafted["eagle1"]["parameters"] > 0
@@ -78,11 +79,15 @@ def test_an_interrupted_comparison_goes_on_with_what_was_done(target, quick, run
 
 
 def test_the_full_comparison_has_a_table_at_equal_time(target, quick, run, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(compare.training, "Budget", lambda **given: budgets.append(given) or Budget(**given))
     status, said, _ = run("compare", "--target", target, "--rows", "medusa,eagle3", "--out", tmp_path / "r.json")
     assert status == 0 and "Equal training time" in said
     told = json.loads((tmp_path / "r.json").read_text())
     assert set(told["same_time"]) == {"medusa", "eagle3"}
-    assert told["same_time"]["medusa"]["training"]["minutes"] == pytest.approx(told["methods"]["eagle3"]["training"]["minutes"], abs=0.1)
+    minutes = told["methods"]["eagle3"]["training"]["minutes"]
+    assert budgets == [{"tokens": TINY.trained}] * 2 + [{"minutes": minutes}]
+    assert told["same_time"]["eagle3"] == told["methods"]["eagle3"]
 
 
 def test_wishes_that_cannot_be_met_are_one_line(refused, target):

@@ -22,9 +22,9 @@ PROMPTS = [[3, 14, 15, 9, 26, 5], [7, 7, 8, 7, 7, 8, 7], [11], [40, 2, 40, 2]]
 TREES = ("chain:1", "chain:6", "9x3x3", "static:3.2.0.1.1.1", "60x7x10")
 
 
-def texts(drafter, shape: str | TreeShape, sampling: Sampling, seed: int = 0, tokens: int = 24, prompts=PROMPTS):
+def texts(drafter, shape: str | TreeShape, sampling: Sampling, seed: int = 0, prompts=PROMPTS, batch: int | None = None):
     shape = TreeShape.parse(shape) if isinstance(shape, str) else shape
-    *_, found = Decoder(TARGET, drafter).run(prompts, shape, sampling, range(seed, seed + len(prompts)), tokens)
+    *_, found = Decoder(TARGET, drafter).run(prompts, shape, sampling, range(seed, seed + len(prompts)), 24, batch=batch)
     return found
 
 
@@ -39,8 +39,9 @@ def test_the_text_is_plain_decodings(method, temperature, tree):
 
 @pytest.mark.parametrize("method", [name for name in GUESSING if name not in ("lookup", "eagle3-lookup")])
 def test_drafting_alone_and_in_a_batch_makes_the_same_guesses(method):
-    """Round by round, whichever slots a text and its neighbours have: a cache that mixed sequences up would guess otherwise."""
+    """Round by round, whichever slots a text and its neighbours have and had: a cache that mixed sequences up would guess otherwise."""
     together = [text.accepted_lengths for text in texts(MAKERS[method](), "9x3x3", Sampling(1.0))]
+    assert together == [text.accepted_lengths for text in texts(MAKERS[method](), "9x3x3", Sampling(1.0), batch=2)]
     alone = [texts(MAKERS[method](), "9x3x3", Sampling(1.0), number, prompts=[prompt])[0] for number, prompt in enumerate(PROMPTS)]
     assert together == [text.accepted_lengths for text in alone]
     assert sum(together, Counter())[1] < sum(sum(each.values()) for each in together), "something was accepted"

@@ -9,9 +9,8 @@ import torch
 
 import eyas
 from eyas.config import EyasError
-from eyas.engine import load_target
+from eyas.engine import kind_of, load_target
 from eyas.methods import METHODS, trained
-from eyas.model.draft_files import kind_of
 from eyas.model.weights import read_tensors, save_tensors
 from tests.tiny import save_tiny_target
 from tests.tiny_family import tiny_network
@@ -101,6 +100,15 @@ def whole_vocabulary(method: str, target):
     return tiny_network(method, loose, size=loose.config.vocab_size)
 
 
+def assert_holds(method: str, directory, target, network) -> None:
+    """Over the whole vocabulary, the weights that were published."""
+    again, vocab = METHODS[method].decoding().load(directory, load_target(target, "fp32"))
+    own, found = dict(network.named_parameters()), dict(again.named_parameters())
+    assert len(vocab) == vocab.vocab_size and own.keys() == found.keys()
+    for name in own:
+        assert torch.equal(found[name], own[name].half().float()), name
+
+
 def llama(target) -> dict:
     config = json.loads((target / "config.json").read_text())
     return {key: config[key] for key in config if key not in ("eos_token_id", "num_hidden_layers")}
@@ -117,11 +125,8 @@ def test_eagle_1_and_2_load_as_published(file, target, tmp_path):
     assert kind_of(directory) == "eagle1"
     engine = eyas.load(target, directory, precision="fp32")
     assert said(engine, "eagle2", tree="9x3x3") == said(engine, "eagle1") == said(engine, "plain")
-    assert str(engine.shape("auto", "eagle1")) == "static:4.3.2.2.1.3.2.2.1.0.0.0.0.2"
-    again, vocab = METHODS["eagle1"].decoding().load(directory, load_target(target, "fp32"))
-    assert len(vocab) == vocab.vocab_size
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, tensors[name].float()), name
+    assert str(engine.shape("auto", "eagle1")) == "static:4.3.2.2.1.3.2.2.1.0.0.0.0.3.0.0.0.0.0.0.0.2"
+    assert_holds("eagle1", directory, target, network)
 
 
 def test_eagle_1_without_a_bias_loads_too(target, tmp_path):
@@ -136,18 +141,19 @@ def test_eagle_1_without_a_bias_loads_too(target, tmp_path):
 
 @pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors"])
 def test_medusa_loads_as_published(file, target, tmp_path):
-    """Its config says heads and blocks and the base model's name; its weights are `{head}.{place}`, over the whole vocabulary."""
+    """Its config says blocks, the base model's name, and fewer heads than there are; its weights are `{head}.{place}`."""
     network, _ = whole_vocabulary("medusa", target)
     tensors = {name: value.detach().half() for name, value in network.named_parameters()}
     assert {"0.0.linear.weight", "0.0.linear.bias", "0.1.weight", "3.1.weight"} < tensors.keys()
-    config = {"medusa_num_heads": 4, "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
+    config = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
     directory = published(target, tmp_path / "draft", config, tensors, file)
     assert kind_of(directory) == "medusa"
     engine = eyas.load(target, directory, precision="fp32")
     assert said(engine, "medusa") == said(engine, "plain") and engine.shape("auto", "medusa").levels == 4
+    assert_holds("medusa", directory, target, network)
 
 
-def deepseek(target) -> tuple[dict, dict[str, torch.Tensor]]:
+def deepseek(target):
     """A config with DeepSeek-V3's keys, and its one module as the layer behind the target's own, with embedding and head once more."""
     network, _ = tiny_network("mtp", load_target(target, "fp32"), size=load_target(target, "fp32").config.vocab_size, unroll_steps=1)
     layers = json.loads((target / "config.json").read_text())["num_hidden_layers"]
@@ -159,15 +165,18 @@ def deepseek(target) -> tuple[dict, dict[str, torch.Tensor]]:
         before + "shared_head.head.weight": network.embedding[0].half(),
     }
     tensors["model.layers.0.input_layernorm.weight"] = torch.ones(32).half()  # a whole checkpoint has the target's layers too
-    return {**llama(target), "num_hidden_layers": layers, "num_nextn_predict_layers": 1, "model_type": "deepseek_v3"}, tensors
+    config = {**llama(target), "num_hidden_layers": layers, "num_nextn_predict_layers": 1, "model_type": "deepseek_v3"}
+    return config, tensors, network
 
 
 def test_multi_token_prediction_loads_as_deepseek_names_it(target, tmp_path):
-    directory = published(target, tmp_path / "draft", *deepseek(target), "model.safetensors")
+    config, tensors, network = deepseek(target)
+    directory = published(target, tmp_path / "draft", config, tensors, "model.safetensors")
     assert kind_of(directory) == "mtp"
     engine = eyas.load(target, directory, precision="fp32")
     assert engine.network.levels == 1
     assert said(engine, "mtp", tree="chain:3") == said(engine, "plain")
+    assert_holds("mtp", directory, target, network)
 
 
 def test_what_is_not_computed_or_does_not_fit_is_one_line(target, drafts, tmp_path):
@@ -177,7 +186,7 @@ def test_what_is_not_computed_or_does_not_fit_is_one_line(target, drafts, tmp_pa
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    config, tensors = deepseek(target)
+    config, tensors, _ = deepseek(target)
     latent = tensors | {"model.layers.5.self_attn.kv_a_proj_with_mqa.weight": torch.ones(2, 2)}
     assert "latent attention or experts" in refused(published(target, tmp_path / "latent", config, latent, "model.safetensors"))
     for method, (directory, *_) in drafts.items():
@@ -191,6 +200,9 @@ def test_what_is_not_computed_or_does_not_fit_is_one_line(target, drafts, tmp_pa
         assert "method 'eagle9', which is not known here" in refused(
             published(target, tmp_path / f"{method}-unknown", unknown, own, "model.safetensors")
         )
+        heads = {**told, "num_attention_heads": 0}
+        if method != "medusa":
+            assert "0 heads over" in refused(published(target, tmp_path / f"{method}-heads", heads, own, "model.safetensors"))
         shares = {**told, "eyas": {**told["eyas"], "accuracies": [[7]]}}
         assert "accuracies must be lists of shares" in refused(
             published(target, tmp_path / f"{method}-shares", shares, own, "model.safetensors")

@@ -35,6 +35,10 @@ def said(drafter, shape):
     return texts[0].tokens
 for name, make in makers().items():
     assert said(make(), TreeShape.parse("chain:3")) == said(None, PLAIN), name
+from eyas.bench.family import chosen_rows
+from eyas.cli import parser
+parser()
+assert {{row.method for row in chosen_rows(None, False)}} == set(METHODS)
 print(*METHODS)
 """
 
