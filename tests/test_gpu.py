@@ -54,11 +54,10 @@ def test_every_method_with_a_draft_decodes_plain_text_on_cuda(method):
 def test_every_method_trains_on_cuda(method, tmp_path):
     trainer = make_trainer(tmp_path / "draft", dtype=torch.float32, method=method)
     trainer.network.to("cuda")
-    for name in ("head_DH", "member_V"):
-        setattr(trainer.teacher, name, getattr(trainer.teacher, name).to("cuda"))
-    for borrowed in (getattr(trainer.network, "frozen", [None])[0],):
-        if borrowed is not None:
-            borrowed.to("cuda")
+    teacher, borrowed = trainer.teacher, getattr(trainer.network, "frozen", [None])[0]
+    teacher.head_DH, teacher.member_V = teacher.head_DH.to("cuda"), teacher.member_V.to("cuda")
+    if borrowed is not None:
+        borrowed.to("cuda")
     trainer.network.embedding[0] = trainer.network.embedding[0].to("cuda")
     trainer.run(Budget(steps=3), silent)
     assert trainer.progress.steps == 3 and trainer.progress.curve
