@@ -123,6 +123,6 @@ def load(directory: Path, target: Target | AdaptedTarget) -> tuple[Eagle1Network
     tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_OURS}
     shape, embedding = draft_files.shape_of(fields, target.config), target.embedding.detach()
     with torch.device("meta"):
-        bias, left_out = "fc.bias" in tensors, fields.flag("token_left_out")
+        bias, left_out = fields.flag("bias", "fc.bias" in tensors), fields.flag("token_left_out")
         network = Eagle1Network(shape, embedding, FrozenHead.of(target, vocab), bias, left_out)
     return draft_files.filled(network, tensors, embedding, directory, fields), vocab

@@ -74,7 +74,7 @@ def test_the_whole_command_line_knows_it(tmp_path):
 
 
 def test_every_piece_of_code_in_the_tutorial_is_the_examples():
-    """Code told twice goes stale: each block of the page stands in the example, its lines in a row (blank ones and docstrings aside)."""
+    """Code told twice goes stale: each block of the page stands in the example, its lines in a row (indentation, blank lines and docstrings aside)."""
     source = bare(EXAMPLE.read_text())
     blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.S)
     assert len(blocks) > 6
@@ -83,6 +83,6 @@ def test_every_piece_of_code_in_the_tutorial_is_the_examples():
 
 
 def bare(code: str) -> str:
-    """Lines without blank ones and docstrings."""
+    """Lines without indentation, blank ones and docstrings."""
     code = re.sub(r'"""(.|\n)*?"""', "", code)
-    return "\n".join(line.rstrip() for line in code.splitlines() if line.strip()) + "\n"
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip()) + "\n"
