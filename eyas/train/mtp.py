@@ -31,7 +31,7 @@ def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], voca
     for number, module in enumerate(network.layers):
         begin_as_feature(module, module.eh_proj, target, module.input_layernorm, settings.seed + number)
         if target.blocks is not None:
-            gain = target.model.norm.weight  # which the state it is given has already
+            gain = target.model.norm.weight.detach()  # which the state it is given has already
             torch.nn.init.constant_(module.shared_head["norm"].weight, float(gain.square().mean().sqrt()))
     return network
 

@@ -74,7 +74,7 @@ def test_the_whole_command_line_knows_it(tmp_path):
 
 
 def test_every_piece_of_code_in_the_tutorial_is_the_examples():
-    """Code told twice goes stale: each block of the page stands in the example, its lines in a row (indentation, blank lines and docstrings aside)."""
+    """Code told twice goes stale: each block of the page stands in the example, its lines in a row, docstrings aside."""
     source = bare(EXAMPLE.read_text())
     blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.S)
     assert len(blocks) > 6
