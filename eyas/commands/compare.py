@@ -53,7 +53,7 @@ class Scale:
 
 
 HELD_OUT = 0.05  # of the conversations: enough to ask and to measure with
-QUICK, FULL = Scale(40_000, 60_000, 6, 64, False), Scale(400_000, 600_000, 20, 100, True)
+QUICK, FULL = Scale(40_000, 140_000, 6, 64, False), Scale(400_000, 600_000, 20, 100, True)
 
 
 class Timed:

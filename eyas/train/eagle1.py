@@ -19,7 +19,6 @@ from eyas.model.adapter import AdaptedTarget
 from eyas.model.borrowed import FrozenHead
 from eyas.model.draft_files import one_layer
 from eyas.model.target import Target
-from eyas.model.transformer import RMSNorm
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Lesson, unroll
@@ -30,15 +29,11 @@ NOISE = 0.1  # of the features' mean size: the published uniform noise has the s
 
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
-    """It begins as the feature it is given, which says the token already drawn, and with the target's last layer."""
+    """It begins as the feature it is given, which says the token already drawn."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
-    norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)  # none stands before its attention, so its scale goes into the weights
-    begin_as_feature(network.block, network.fc, target, norm, settings.seed)
-    with torch.no_grad():
-        network.fc.bias.zero_()
-        for product in (network.block.self_attn.q_proj, network.block.self_attn.k_proj, network.block.self_attn.v_proj):
-            product.weight.mul_(norm.weight)
+    begin_as_feature(network.block, network.fc, settings.seed)
+    torch.nn.init.zeros_(network.fc.bias)
     return network
 
 

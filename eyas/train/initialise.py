@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft import DraftNetwork
+from eyas.model.draft import DraftBlock, DraftNetwork
 from eyas.model.target import Target
-from eyas.model.transformer import Block, RMSNorm
+from eyas.model.transformer import Block
 from eyas.model.vocab import DraftVocab
 
 FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
@@ -33,7 +33,7 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
                 parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
         network.lm_head.weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
         if target.blocks is not None:
-            copy_last_layer(network.midlayer, target.blocks[-1], network.midlayer.hidden_norm, width)
+            copy_last_layer(network.midlayer, target.blocks[-1], width)
             network.norm.weight.copy_(target.model.norm.weight)
         network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
         network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
@@ -42,25 +42,22 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
 
 
 @torch.no_grad()
-def begin_as_feature(own: nn.Module, joined: nn.Linear, target: Target | AdaptedTarget, norm: RMSNorm, seed: int) -> None:
-    """A layer beside a product of [embedding ; feature]: that begins as the feature, the layer as the target's last where layers are our
-    own blocks; the rest is small and random. `norm`: what stands before the layer's attention."""
+def begin_as_feature(layer: nn.Module, joined: nn.Linear, seed: int) -> None:
+    """A layer behind a product of [embedding ; feature], of a draft that reads the target's last hidden state: the product begins as the
+    feature, the layer small and random, so that what comes out is what the target's head reads. (The target's last layer is no beginning
+    here: what it adds is of the size of the states before the final norm.)"""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in [*own.parameters(), joined.weight]:
+    for parameter in [*layer.parameters(), joined.weight]:
         if parameter.dim() == 2:
             parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
-    width = joined.weight.shape[0]
-    joined.weight[:, width:].mul_(FC_SPREAD).diagonal().add_(1.0)
-    if target.blocks is not None:
-        copy_last_layer(own, target.blocks[-1], norm)
+    joined.weight[:, joined.weight.shape[0] :].mul_(FC_SPREAD).diagonal().add_(1.0)
 
 
-def copy_last_layer(own: nn.Module, last: Block, norm: RMSNorm, before: int = 0) -> None:
-    """A draft's attention and MLP begin as the target's last; `norm`: what stands before its attention. Of the attention's input the first
-    `before` columns (the embedding's, beside the feature) stay as they are."""
+def copy_last_layer(own: DraftBlock, last: Block, width: int) -> None:
+    """The feature's half of the attention's input is what the target's layer reads; the embedding's half stays as it is."""
     own.mlp.load_state_dict(last.mlp.state_dict())
     own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
     for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(own.self_attn, name).weight[:, before:].copy_(getattr(last.self_attn, name).weight)
-    norm.weight.copy_(last.input_layernorm.weight)
+        getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
+    own.hidden_norm.weight.copy_(last.input_layernorm.weight)
     own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)

@@ -26,10 +26,10 @@ SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, 
 
 
 def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
-    """Modules that begin as the state they are given, with the target's last layer."""
+    """Modules that begin as the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     for number, module in enumerate(network.layers):
-        begin_as_feature(module, module.eh_proj, target, module.input_layernorm, settings.seed + number)
+        begin_as_feature(module, module.eh_proj, settings.seed + number)
         if target.blocks is not None:
             gain = target.model.norm.weight.detach()  # which the state it is given has already
             torch.nn.init.constant_(module.shared_head["norm"].weight, float(gain.square().mean().sqrt()))
