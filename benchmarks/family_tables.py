@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eyas.bench.family import COLUMNS, cells, training_cells
-
-TRAINED = ("draft", "tokens", "slots of all steps", "minutes", "held-out simulated tau")
+from eyas.bench.family import COLUMNS, TRAINED_COLUMNS, cells, titled, training_rows
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -21,13 +19,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def tables(methods: Mapping[str, Any]) -> str:
-    own = [(name, told) for name, told in methods.items() if told.get("draft_of") == name]
     figures = table(COLUMNS, (cells(name, told) for name, told in methods.items()))
-    return f"{figures}\n\n{table(TRAINED, (training_cells(name, told) for name, told in own))}"
+    return f"{figures}\n\n{table(TRAINED_COLUMNS, training_rows(methods))}"
 
 
 if __name__ == "__main__":
     result = json.loads(Path(sys.argv[1]).read_text())
-    for title, methods in (("Equal training tokens", result["methods"]), ("Equal training time", result.get("same_time"))):
-        if methods:
-            print(f"### {title}\n\n{tables(methods)}\n")
+    for title, methods in titled(result):
+        print(f"### {title}\n\n{tables(methods)}\n")

@@ -119,6 +119,20 @@ def with_interval(figures: Mapping[str, Any]) -> str:
     return f"{figures['tau']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low != high else "")
 
 
+TRAINED_COLUMNS = ("draft", "tokens", "slots of all steps", "minutes", "held-out simulated tau")
+
+
+def training_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table of drafts: each once, under the row that trained it."""
+    return [training_cells(name, told) for name, told in methods.items() if told.get("draft_of") == name]
+
+
+def titled(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The tables a result holds, each with its title."""
+    both = (("Equal training tokens", result["methods"]), ("Equal training time", result.get("same_time")))
+    return [(title, methods) for title, methods in both if methods]
+
+
 def training_cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:
     """What a row's draft was trained on: tokens, slots over all steps, minutes, simulated tau on held-out text."""
     each = told["training"]

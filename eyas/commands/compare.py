@@ -14,14 +14,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 import eyas
 from eyas import planning
-from eyas.bench.family import BUDGETS, COLUMNS, ROWS, Row, cells, chosen_rows, save_picture, training_cells, trees_of
+from eyas.bench.family import (
+    BUDGETS,
+    COLUMNS,
+    ROWS,
+    TRAINED_COLUMNS,
+    Row,
+    cells,
+    chosen_rows,
+    save_picture,
+    titled,
+    training_rows,
+    trees_of,
+)
 from eyas.bench.prompts import PromptItem, read_prompts
 from eyas.bench.report import machine
 from eyas.bench.speed import parse_methods, run_bench
@@ -37,7 +49,7 @@ from eyas.model.cache import KVCache
 from eyas.model.weights import directory_hash, read_tensors, replace_text, target_config
 from eyas.pictures import can_draw
 from eyas.train import trainer as training
-from eyas.train.features import ShardStates
+from eyas.train.features import Example, ShardStates
 from eyas.train.writers import Limit
 
 
@@ -80,7 +92,8 @@ class Family:
     words: OwnWords
     folder: Path
     scale: Scale
-    prompts: str | None
+    prompts: str | None  # the file that brings them
+    asked: list[PromptItem]  # its prompts
     console: Console
 
     @property
@@ -96,11 +109,12 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     taps = train.taps_from(None, config.num_hidden_layers)
     words = own_words(directory, config, taps, hash_of_target, None, None, console)
-    asked = read_prompts(options.prompts, scale.prompts)[0] if options.prompts else []
+    asked, complaints = read_prompts(options.prompts, scale.prompts) if options.prompts else ([], [])
+    complain(options.prompts, complaints)
     trained = [(row.name, row.method, row.trains, dict(row.settings)) for row in ROWS]
     made_by = [asdict(scale), asked, asdict(words.play), asdict(TrainSettings()), trained, eyas.__version__, planning.machine()]
     key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, console)
+    family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, asked, console)
     family.folder.mkdir(parents=True, exist_ok=True)
     console.print(f"drafts and measurements are kept in {family.folder}; without it all begins anew", markup=False, soft_wrap=True)
     try:
@@ -117,12 +131,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compared(family: Family, rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
-    items = written_and_asked(family, options)
-    drafts = {row.name: trained_draft(family, row, row.name) for row in rows if row.trains}
+    text = written(family, disk_limit(options.disk, family.words.folder))
+    items = family.asked or held_out_questions(family, text)
+    drafts = {row.name: trained_draft(family, text, row, row.name) for row in rows if row.trains}
     methods = {row.name: measured(family, row, drafts.get(row.like or row.name), items, row.name) for row in rows}
     result = {"conditions": conditions(family, methods), "methods": methods}
     if family.scale.same_time:
-        result["same_time"] = same_time(family, rows, drafts, methods, items)
+        result["same_time"] = same_time(family, text, rows, drafts, methods, items)
     return result
 
 
@@ -135,31 +150,33 @@ def conditions(family: Family, methods: dict[str, Any]) -> dict[str, Any]:
 # ---- text ----
 
 
-def written_and_asked(family: Family, options: argparse.Namespace) -> list[PromptItem]:
-    """Let the target write what is missing; then the prompts to measure with: a file's, or questions of held-out conversations."""
-    scale, limit = family.scale, Limit(tokens=family.scale.written, bytes=disk_limit(options.disk, family.words.folder))
+class Text(NamedTuple):
+    """What the target wrote, for all drafts the same."""
+
+    examples: list[Example]
+    facts: dict[str, Any]
+
+
+def written(family: Family, most_bytes: float) -> Text:
+    """Let the target write what is missing."""
     with progress(family.console) as bar:
-        task = bar.add_task("the target writes", total=scale.written)
-        family.words.write(limit, family.workers, lambda count: bar.update(task, completed=count))
-    if family.prompts:
-        items, complaints = read_prompts(family.prompts, scale.prompts)
-        complain(family.prompts, complaints)
-        return items
-    settings = TrainSettings(held_out=HELD_OUT)
-    kept, held_out = train.hold_out(examples_of(family, settings)[0], settings)
+        task = bar.add_task("the target writes", total=family.scale.written)
+        limit = Limit(tokens=family.scale.written, bytes=most_bytes)
+        shards = family.words.write(limit, family.workers, lambda count: bar.update(task, completed=count))
+    return Text(*shard_facts(shards, [family.words.folder], TrainSettings(), None, family.words.template))
+
+
+def held_out_questions(family: Family, text: Text) -> list[PromptItem]:
+    """To measure with, where no file brings prompts."""
+    kept, held_out = train.hold_out(text.examples, TrainSettings(held_out=HELD_OUT))
     questions = questions_of(held_out, kept, family.words.template)
-    return [PromptItem(number, question) for number, question in enumerate(questions[: scale.prompts], start=1)]
-
-
-def examples_of(family: Family, settings: TrainSettings) -> tuple[list[Any], dict[str, Any]]:
-    shards = family.words.write(Limit(tokens=family.scale.written), family.workers, lambda count: None)  # they are there by now
-    return shard_facts(shards, [family.words.folder], settings, None, family.words.template)
+    return [PromptItem(number, question) for number, question in enumerate(questions[: family.scale.prompts], start=1)]
 
 
 # ---- training ----
 
 
-def trained_draft(family: Family, row: Row, name: str, minutes: float | None = None) -> Path:
+def trained_draft(family: Family, text: Text, row: Row, name: str, minutes: float | None = None) -> Path:
     """The directory of a row's draft, trained on so many tokens (or for so many minutes) where it is not there yet."""
     out, scale = family.folder / slug(name), family.scale
     if (out / "done").exists():
@@ -169,13 +186,12 @@ def trained_draft(family: Family, row: Row, name: str, minutes: float | None = N
     usual = {"draft_vocab_size": vocab, "held_out": HELD_OUT, "tree_every": 0, "patience": 0}
     settings = TrainSettings(**METHODS[row.trains].training().SETTINGS | usual | dict(row.settings))
     before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
-    examples, data = examples_of(family, settings)
-    facts = {**data, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
+    facts = {**text.facts, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
     family.console.print(f"training {name}", markup=False)
     target, quiet = load_target(family.directory, "fp32"), Console(quiet=True)
     taps = family.words.play.taps
     trainer = train.make_trainer(
-        target, config, taps, examples, ShardStates(), settings, out, facts, family.workers, quiet, method=row.trains
+        target, config, taps, text.examples, ShardStates(), settings, out, facts, family.workers, quiet, method=row.trains
     )
     if before is not None:
         trainer.resume(before)
@@ -262,7 +278,7 @@ def parameters(draft: Path) -> int:
 
 
 def same_time(
-    family: Family, rows: Sequence[Row], drafts: dict[str, Path], methods: dict[str, Any], items: list[PromptItem]
+    family: Family, text: Text, rows: Sequence[Row], drafts: dict[str, Path], methods: dict[str, Any], items: list[PromptItem]
 ) -> dict[str, Any]:
     """The methods themselves once more, each draft trained as long as EAGLE-3's took."""
     if "eagle3" not in drafts:
@@ -270,7 +286,8 @@ def same_time(
     minutes = methods["eagle3"]["training"]["minutes"]
     own = [row for row in rows if row.trains and not row.also]
     retrained = {
-        row.name: drafts["eagle3"] if row.name == "eagle3" else trained_draft(family, row, f"{row.name} in time", minutes) for row in own
+        row.name: drafts["eagle3"] if row.name == "eagle3" else trained_draft(family, text, row, f"{row.name} in time", minutes)
+        for row in own
     }
     found = {}
     for row in rows:
@@ -286,17 +303,14 @@ def same_time(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    for title, methods in (("Equal training tokens", result["methods"]), ("Equal training time", result.get("same_time"))):
-        if not methods:
-            continue
+    for title, methods in titled(result):
         table = Table(*COLUMNS, title=title)
         for name, told in methods.items():
             table.add_row(*cells(name, told))
         console.print(table)
-        trained = Table("draft", "tokens", "slots of all steps", "minutes", "held-out simulated tau")
-        for name, told in methods.items():
-            if told.get("draft_of") == name:
-                trained.add_row(*training_cells(name, told))
+        trained = Table(*TRAINED_COLUMNS)
+        for row in training_rows(methods):
+            trained.add_row(*row)
         console.print(trained)
     told = result["conditions"]
     console.print(
