@@ -6,6 +6,7 @@ the gradient of one process on that batch; DistributedDataParallel would average
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class Peers:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not distributed.is_initialized():
+            # Its functions' defaults hold the group that there is when they are first imported, as optimisers do on the way: imported
+            # later, they keep the group and its threads past `leave`, and such a thread can abort the process at its end.
+            importlib.import_module("torch.distributed.nn.functional")
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=WAIT)
         return cls(distributed.get_rank(), distributed.get_world_size())
 

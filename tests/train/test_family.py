@@ -55,7 +55,7 @@ def document(method: str):
 
 def cross_entropy(logits, law, within):
     """Mean over slots, those whose favourite the draft cannot say counting nothing."""
-    return float((-(law * logits.log_softmax(-1)).sum(-1) * within).mean())
+    return float((-(law * logits.detach().log_softmax(-1)).sum(-1) * within).mean())
 
 
 def means_of(method: str) -> tuple[list[float], list[float], float]:

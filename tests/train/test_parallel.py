@@ -1,0 +1,36 @@
+"""Processes that train together part cleanly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, torch
+from pathlib import Path
+from eyas.train.parallel import Peers
+
+peers = Peers.join()
+torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports much of torch
+import torch._dynamo
+value = torch.ones(3)
+peers.sum([value])
+peers.wait()
+peers.leave()
+threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print(value.tolist(), [name for name in threads if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux tells them")
+def test_no_thread_of_the_group_outlives_it():
+    """One that does may abort the process at its end: it asks for the interpreter when there is none any more."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
+    words = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[2.0, 2.0, 2.0] []"] * 2
