@@ -55,9 +55,10 @@ def document(method: str):
 
 def cross_entropy(logits, law, within):
     """Mean over slots, those whose favourite the draft cannot say counting nothing."""
-    return float((-(law * logits.detach().log_softmax(-1)).sum(-1) * within).mean())
+    return float((-(law * logits.log_softmax(-1)).sum(-1) * within).mean())
 
 
+@torch.no_grad()
 def means_of(method: str) -> tuple[list[float], list[float], float]:
     """Each step's cross-entropy by the method's formula, and as its loss says; and the loss."""
     network, t, hidden, law, within, batch, lesson = document(method)
@@ -90,6 +91,7 @@ def test_each_depths_loss_is_the_papers(method):
     assert total == pytest.approx(sum(DECAY**k * each for k, each in enumerate(wanted)), rel=1e-9)
 
 
+@torch.no_grad()
 def test_eagle1_learns_features_and_a_tenth_of_what_the_head_makes_of_them():
     """The features it is given are noisy, those it is to guess are not."""
     network, t, hidden, law, within, batch, lesson = document("eagle1")
