@@ -103,11 +103,12 @@ def main() -> None:
         for kind, prompts in kinds.items():
             size, count = (1, 16) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
             groups = [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
+            groups *= 2 if batch >= 8 else 1  # few rounds: once more, in another order
             rates = race(engine, groups, batch, ["auto", PLAIN, *best], float("inf"))
             plan, plain = rates.pop("auto"), rates[str(PLAIN)]
             winner = max(rates, key=rates.__getitem__)
             best_fixed = "plain" if winner == str(PLAIN) else winner
-            row = {"batch": batch, "kind": kind, "prompts": sum(map(len, groups)), "best_fixed": best_fixed}
+            row = {"batch": batch, "kind": kind, "prompts": sum(map(len, groups[:count])), "best_fixed": best_fixed}
             row |= {"planner_over_best": round(plan / rates[winner], 3), "planner_over_plain": round(plan / plain, 3)}
             row |= {"best_over_plain": round(rates[winner] / plain, 3), "plain_tokens_per_second": round(plain, 1)}
             found["rows"].append(row)

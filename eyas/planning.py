@@ -5,6 +5,7 @@ Knows an engine, a clock and a file; how a round is planned is decode/planner.py
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from eyas.config import EyasError, Sampling, cache_dir
 from eyas.decode.calibration import Calibration
+from eyas.decode.pauses import Pauses
 from eyas.decode.planner import Planner
 from eyas.decode.prices import Prices
 from eyas.model.attention import Segment
@@ -40,7 +42,7 @@ class Memory:
         where = (machine(), engine.target.device, torch.get_num_threads())
         self.key = "|".join(map(str, (*where, engine.directory.resolve(), draft_key(engine), engine.precision)))
         self.known: dict[str, Any] = self.read().get(self.key, {})
-        self.planned: dict[str, tuple[Prices, Calibration]] = {}
+        self.planned: dict[str, tuple[Prices, Calibration, Pauses]] = {}
         self.passes: Prices | None = None
         self.frozen = False  # a measurement: nothing is learned
 
@@ -53,10 +55,11 @@ class Memory:
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
             counts = known.get("calibration")
-            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None)
-        steps, calibration = self.planned[name]
+            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), Pauses()
+        steps, calibration, pauses = self.planned[name]
         calibration.frozen = self.frozen
-        return Planner(self.passes, steps, calibration)
+        pauses.anew()
+        return Planner(self.passes, steps, calibration, pauses=copy.deepcopy(pauses) if self.frozen else pauses)
 
     def time(self) -> Prices:
         print("timing passes (once on this machine) ...", file=sys.stderr, flush=True)
@@ -73,7 +76,7 @@ class Memory:
         """Replace the file whole; a cache that cannot be written only means timing again next time."""
         if self.passes is None or self.frozen:
             return
-        learned = {name: {"steps": steps.table(), "calibration": counts.as_dict()} for name, (steps, counts) in self.planned.items()}
+        learned = {name: {"steps": steps.table(), "calibration": counts.as_dict()} for name, (steps, counts, _) in self.planned.items()}
         self.known |= {"passes": self.passes.table()} | learned
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,26 @@ def test_a_measurement_learns_nothing(timed):
     assert memory.planner("eagle3", Sampling()).calibration.chance(1, 0.9) == pytest.approx(0.9) and not path.exists()
 
 
+def test_calls_share_what_pauses_learned_but_not_a_pause(timed):
+    """A measurement begins with it and leaves it as it was."""
+    memory = Memory(engine())
+
+    def pauses_after(rounds: int, gain: float) -> list[bool]:
+        plan, paused = memory.planner("eagle3", Sampling()), []
+        for _ in range(rounds):
+            plan.begin(range(4))
+            paused.append(not plan.guesses)
+            plan.served(4, 1.0, 4, 1.0 if paused[-1] else 1.0 / gain)
+        return paused
+
+    assert pauses_after(60, 0.8).index(True) == 50
+    memory.frozen = True
+    for _ in range(2):
+        assert pauses_after(60, 0.8).index(True) == 12
+    memory.frozen = False
+    assert pauses_after(60, 0.8).index(True) == 12
+
+
 @pytest.mark.parametrize("damage", ["", "[1", "[]", '{"x": 3}'])
 def test_a_damaged_memory_is_timed_anew(timed, damage):
     calls, path = timed
