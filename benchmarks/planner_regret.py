@@ -4,9 +4,10 @@
 
 The grid is nodes 1, 2, 4, 8, 16, 32, 60 by depth 1 to 7 by top-k 1, 2, 4, 10; shapes that grow the same trees count once (nodes 1 is plain
 decoding). Every shape answers prompts of all kinds for a moment in a first heat; the best few of each batch answer prompts of one kind,
-interleaved with the planner and with plain decoding. A finished text's slot goes to the next prompt at once, and what counts is tokens a
-second of the rounds in which the batch was full; the prompts' own passes are the same for all and left out. What the planner learned
-before counts (it practises with that batch on the last prompts of each kind), what these prompts teach does not.
+interleaved with the planner and with plain decoding, the best two of them once more or oftener; intervals are 95% by bootstrap over races.
+A finished text's slot goes to the next prompt at once, and what counts is tokens a second of the rounds in which the batch was full; the
+prompts' own passes are the same for all and left out. What the planner learned before counts (it practises with that batch on the last
+prompts of each kind), what these prompts teach does not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 import eyas
+from eyas.bench.figures import estimate, ratio
 from eyas.bench.prompts import read_prompts
 from eyas.config import GREEDY, PLAIN, TreeShape
 from eyas.decode.generate import Decoder, Text
@@ -30,7 +32,9 @@ from eyas.engine import Engine
 KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
 METHOD = "eagle3-lookup"
-HEAT_SECONDS, TOKENS, BEST, PRACTICE = 0.7, 100, 5, 5
+HEAT_SECONDS, TOKENS, PRACTICE = 0.7, 100, 5
+BEST, BEST_LATER = 5, 2  # fixed trees in the first turn of a race, and in the later ones
+TURNS = {1: 1, 2: 2, 4: 4, 8: 3, 16: 3}  # of a batch: how often all its groups of prompts are raced
 
 
 def grid() -> list[TreeShape]:
@@ -68,15 +72,48 @@ def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeS
     return decoder.tokens, decoder.taken
 
 
-def race(engine: Engine, groups: list[list[list[int]]], batch: int, trees: list[TreeShape | str], seconds: float) -> dict[str, float]:
-    """Tokens a second of each tree over all groups, the trees in a rotating order."""
-    found = {str(tree): [0, 0.0] for tree in trees}
-    for number, group in enumerate(groups):
-        first = number % len(trees)
+Races = dict[str, list[tuple[int, float]]]  # tree: tokens and seconds of each race
+
+
+def race(engine: Engine, groups: list[list[list[int]]], batch: int, trees: list[TreeShape | str], seconds: float, found: Races) -> None:
+    """Every group once by each tree, the trees in a rotating order."""
+    for group in groups:
+        first = len(found[str(trees[0])]) % len(trees)
         for tree in trees[first:] + trees[:first]:
-            made, taken = throughput(engine, group, batch, tree, seconds)
-            found[str(tree)] = [found[str(tree)][0] + made, found[str(tree)][1] + taken]
-    return {tree: made / taken for tree, (made, taken) in found.items()}
+            found[str(tree)].append(throughput(engine, group, batch, tree, seconds))
+
+
+def rate(races: list[tuple[int, float]]) -> float:
+    """Tokens a second."""
+    made, taken = map(sum, zip(*races))
+    return made / taken
+
+
+def over(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> list[float]:
+    """How many times as fast, and its 95% interval by bootstrap over races, in each of which both had the same texts."""
+    mine, theirs = (ratio(*zip(*races)) for races in (one, other))
+    value, interval = estimate(lambda picked: mine(picked) / theirs(picked), len(one))
+    return [round(each, 3) for each in (value, *interval)]
+
+
+def judged(engine: Engine, groups: list[list[list[int]]], batch: int, best: list[TreeShape]) -> dict[str, Any]:
+    """The planner, plain decoding and the best shapes on one kind of prompts."""
+    rivals, races = list(best), {str(tree): [] for tree in ("auto", PLAIN, *best)}
+    for _ in range(TURNS.get(batch, 3)):
+        race(engine, groups, batch, ["auto", PLAIN, *rivals], float("inf"), races)
+        rivals = sorted(rivals, key=lambda shape: -rate(races[str(shape)]))[:BEST_LATER]
+    plan, plain = races["auto"], races[str(PLAIN)]
+    winner = max((PLAIN, *rivals), key=lambda tree: rate(races[str(tree)]))
+    fixed = races[str(winner)]
+    return {
+        "prompts": sum(map(len, groups)),
+        "races": len(plan),
+        "best_fixed": "plain" if winner == PLAIN else str(winner),
+        "planner_over_best": over(plan, fixed),
+        "planner_over_plain": over(plan, plain),
+        "best_over_plain": over(fixed, plain),
+        "plain_tokens_per_second": round(rate(plain), 1),
+    }
 
 
 def main() -> None:
@@ -98,19 +135,13 @@ def main() -> None:
         throughput(engine, practice * 2, batch, "auto", 15.0)
         engine.memory.frozen = True
         mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][: max(3, batch)]
-        heat = race(engine, [mixed], batch, list(shapes), HEAT_SECONDS)
-        best = sorted(shapes, key=lambda shape: -heat[str(shape)])[:BEST]
+        heat: Races = {str(shape): [] for shape in shapes}
+        race(engine, [mixed], batch, list(shapes), HEAT_SECONDS, heat)
+        best = sorted(shapes, key=lambda shape: -rate(heat[str(shape)]))[:BEST]
         for kind, prompts in kinds.items():
             size, count = (1, 16) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
             groups = [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
-            groups *= 2 if batch >= 8 else 1  # few rounds: once more, in another order
-            rates = race(engine, groups, batch, ["auto", PLAIN, *best], float("inf"))
-            plan, plain = rates.pop("auto"), rates[str(PLAIN)]
-            winner = max(rates, key=rates.__getitem__)
-            best_fixed = "plain" if winner == str(PLAIN) else winner
-            row = {"batch": batch, "kind": kind, "prompts": sum(map(len, groups[:count])), "best_fixed": best_fixed}
-            row |= {"planner_over_best": round(plan / rates[winner], 3), "planner_over_plain": round(plan / plain, 3)}
-            row |= {"best_over_plain": round(rates[winner] / plain, 3), "plain_tokens_per_second": round(plain, 1)}
+            row = {"batch": batch, "kind": kind, **judged(engine, groups, batch, best)}
             found["rows"].append(row)
             print(json.dumps(row), flush=True)
             if given.out:

@@ -244,6 +244,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def config_from_file(directory: Path) -> DraftConfig:
     path = directory / "config.json"
     raw = read_json(path)
+    method = raw["eyas"].get("method", "eagle3") if isinstance(raw.get("eyas"), dict) else "eagle3"
+    if method != "eagle3":
+        raise EyasError(f"{directory} is a draft for method {method}; what was asked for is made for eagle3's drafts only")
     if "draft_vocab_size" not in raw or not isinstance(raw.get("eyas"), dict):
         raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas); see `eyas import`")
     fields = {"target_hidden_size": raw.get("hidden_size")} | {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,22 @@ def test_a_draft_that_is_none_is_one_line(models, refused, tmp_path):
     assert refused(*generate(models, "hi", "--method", "eagle3", draft=None)) == (
         "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"
     )
+
+
+@pytest.mark.parametrize("command", ["export", "publish", "train", "serve-command"])
+def test_what_is_made_for_eagle3_alone_names_the_method_of_another_draft(models, refused, data, tmp_path, command):
+    draft, out, target = tmp_path / "medusa", tmp_path / "out", ("--target", models / "target")
+    draft.mkdir()
+    (draft / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "eyas": {"method": "medusa"}}))
+    words = {
+        "export": (draft, out, "--to", "vllm", *target),
+        "publish": (draft, out, "--target-name", "owner/model", *target),
+        "train": ("--from", draft, "--data", data, "--out", out, "--steps", "1", "--taps", "1,2,4", *target),
+        "serve-command": (draft, "--engine", "vllm", *target),
+    }
+    line = refused(command, *words[command])
+    assert line == f"{draft} is a draft for method medusa; what was asked for is made for eagle3's drafts only"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
