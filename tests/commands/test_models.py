@@ -39,7 +39,7 @@ def test_what_is_made_for_eagle3_alone_names_the_method_of_another_draft(models,
     words = {
         "export": (draft, out, "--to", "vllm", *target),
         "publish": (draft, out, "--target-name", "owner/model", *target),
-        "train": ("--from", draft, "--data", data, "--out", out, "--steps", "1", "--taps", "1,2,4", *target),
+        "train": ("--from", draft, "--data", data, "--out", out, "--steps", "1", "--taps", "1,2,4", "--draft-vocab", "99", *target),
         "serve-command": (draft, "--engine", "vllm", *target),
     }
     line = refused(command, *words[command])
