@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_round.py [--device cuda] [--layers 32] [--context 256] [--out F.json]
 
-Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's pass as it is called in
-a round and, on CUDA, as a captured graph (static shapes: what launching the kernels one by one costs is the difference); then whole
-rounds, draft steps included, through the same `Decoder` as anywhere. `--tiny` runs the same in seconds on a CPU, to see that it works.
+Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's dense products alone,
+its pass kernel after kernel, and its pass in fixed shapes as a captured graph; then whole rounds, draft steps included, through the same
+`Decoder` as anywhere, without and with captured passes. `--tiny` runs the same in seconds on a CPU, to see that it works.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from eyas.config import GREEDY, PLAIN, TargetConfig, TreeShape
+from eyas.config import GREEDY, PLAIN, Sampling, TargetConfig, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.model.attention import Segment
+from eyas.model.captured import Graph, Pool
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
@@ -55,7 +56,7 @@ def models(config: TargetConfig, device: torch.device) -> tuple[Target, Eagle3Dr
         network = DraftNetwork(drafted, target.embedding.detach())
     network = random_weights(network.to(torch.bfloat16).to_empty(device=device))
     network.embedding = [target.embedding.detach()]
-    vocab = DraftVocab(torch.arange(size, device=device), config.vocab_size)
+    vocab = DraftVocab(torch.arange(size), config.vocab_size)
     return target.prepare(), Eagle3Drafter(network.prepare(), vocab)
 
 
@@ -73,38 +74,52 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 @torch.inference_mode()
 def passes(target: Target, taps: tuple[int, ...], context: int) -> dict[int, dict[str, float]]:
-    """Milliseconds of a pass by its rows, as called and as a captured graph."""
+    """Milliseconds of a pass by its rows: kernel after kernel, captured, and its dense products alone."""
     device, found = target.device, {}
-    cache = target.new_cache(1, context + max(SHAPES))
-    target(chain_rows(0, [1] * context, 0, device), cache, taps, slice(-1, None))
-    cache.keep(0, range(context))
     for count in (1, *SHAPES):
         parents = [-1, *((row - 1) // 2 for row in range(1, count))]
-        positions = torch.full((count,), context, device=device)
-        rows = Rows(torch.arange(count, device=device), positions, [Segment(0, count, ancestor_mask(parents) if count > 1 else None)])
-        found[count] = {"called": milliseconds(lambda rows=rows: target(rows, cache, taps), device)}
-        if device.type == "cuda":
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    target(rows, cache, taps)
-                found[count]["graph"] = milliseconds(graph.replay, device)
-            except RuntimeError as error:  # something in the pass waits for the device
-                found[count]["graph"] = str(error).splitlines()[0]
-                torch.cuda.synchronize()
+        rows = Rows(torch.arange(count), torch.full((count,), context), [Segment(0, count, ancestor_mask(parents) if count > 1 else None)])
+        found[count] = {"products": products(target, count)}
+        for name, pool in (("launched", None), ("captured", Pool())):
+            target.pool = pool
+            cache = target.new_cache(1, context + max(SHAPES))
+            target(chain_rows(0, [1] * context, 0), cache, taps, slice(-1, None))
+            cache.keep(0, range(context))
+            found[count][name] = milliseconds(lambda rows=rows, cache=cache: target(rows, cache, taps), device)
     return found
 
 
-def rounds(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, context: int) -> float:
-    """Milliseconds of one round, drafting included; from the second on, since the first ones of a process are slow."""
+def products(target: Target, count: int) -> float:
+    """Milliseconds of all dense products of a pass, launched together."""
+    width, inner = target.config.hidden_size, target.config.intermediate_size
+    x_NH, x_NI = (torch.randn(count, size, dtype=target.dtype, device=target.device) for size in (width, inner))
+    x_NA = torch.randn(count, target.config.num_attention_heads * target.config.head_dim, dtype=target.dtype, device=target.device)
+
+    def run(x_NH: torch.Tensor, x_NI: torch.Tensor, x_NA: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for block in target.model.layers:
+            block.self_attn.qkv(x_NH)
+            block.self_attn.out(x_NA)
+            block.mlp.gate_up(x_NH)
+            block.mlp.down(x_NI)
+        return (target.head(x_NH),)
+
+    return milliseconds(Graph(run, [x_NH, x_NI, x_NA]), target.device)
+
+
+def rounds(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, context: int, captured: bool, sampling: Sampling) -> float:
+    """Milliseconds of one round, drafting included, once what is made on first use is there."""
+    target.pool = Pool() if captured else None
+    if drafter:
+        drafter.network.pool = Pool() if captured else None
     decoder, taken = Decoder(target, drafter), []
-    last = time.perf_counter()
-    for _ in decoder.run([[1] * context], shape, GREEDY, [0], ROUNDS):
-        if target.device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(1e3 * (time.perf_counter() - last))
+    for _ in range(2):
         last = time.perf_counter()
-    return statistics.median(taken[3:])
+        for _ in decoder.run([[1] * context], shape, sampling, [0], ROUNDS):
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(1e3 * (time.perf_counter() - last))
+            last = time.perf_counter()
+    return statistics.median(taken[len(taken) // 2 + 3 :])
 
 
 def main() -> None:
@@ -117,13 +132,16 @@ def main() -> None:
     given = options.parse_args()
     device = torch.device(given.device)
     target, drafter = models(config_of(given.layers, given.tiny), device)
-    plain = rounds(target, None, PLAIN, given.context)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "layers": given.layers, "context": given.context}
-    found |= {"passes_ms": passes(target, drafter.wants, given.context), "plain_ms": plain, "rounds": {}}
-    for nodes, shape in SHAPES.items():
-        taken = rounds(target, drafter, TreeShape.parse(shape), given.context)
-        found["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
+    found["passes_ms"] = passes(target, drafter.wants, given.context)
+    forms = {"launched": (False, GREEDY), "captured": (True, GREEDY), "captured, temperature 1": (True, Sampling(1.0))}
+    for name, form in forms.items():
+        plain = rounds(target, None, PLAIN, given.context, *form)
+        found[name] = {"plain_ms": round(plain, 2), "rounds": {}}
+        for nodes, shape in SHAPES.items():
+            taken = rounds(target, drafter, TreeShape.parse(shape), given.context, *form)
+            found[name]["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
     print(json.dumps(found, indent=1))
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -105,13 +105,13 @@ def time_passes(target: Target) -> dict[int, float]:
             f"the target reads {config.max_position_embeddings} tokens at most; its trees cannot be planned, name one with --tree"
         )
     cache = target.new_cache(1, context + max(rows_fit))
-    target(chain_rows(0, [7 % config.vocab_size] * context, 0, target.device), cache, (), slice(-1, None))
+    target(chain_rows(0, [7 % config.vocab_size] * context, 0), cache, (), slice(-1, None))
     cache.keep(0, range(context))
     taken: dict[int, list[float]] = {rows: [] for rows in rows_fit}
     for _ in range(REPEATS + 1):
         for rows in rows_fit:
-            tokens, mask = torch.arange(rows, device=target.device) % config.vocab_size, torch.eye(rows, dtype=torch.bool)
-            positions = torch.full((rows,), context, device=target.device)
+            tokens, mask = torch.arange(rows) % config.vocab_size, torch.eye(rows, dtype=torch.bool)
+            positions = torch.full((rows,), context)
             started = time.perf_counter()
             target(Rows(tokens, positions, [Segment(0, rows, mask)]), cache, ())
             if target.device.type == "cuda":

@@ -80,9 +80,7 @@ def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result,
     place = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
     text = engine.encode(prompt) + plain.tokens[:place]
     with torch.inference_mode():
-        logits = engine.target(
-            chain_rows(0, text, 0, engine.target.device), engine.target.new_cache(1, len(text)), (), slice(-1, None)
-        ).logits[0]
+        logits = engine.target(chain_rows(0, text, 0), engine.target.new_cache(1, len(text)), (), slice(-1, None)).logits[0]
     one, other = plain.tokens[place], fast.tokens[place]
     words = [repr(engine.tokenizer.decode([token])) for token in (one, other)]
     gap = abs(float(logits[one] - logits[other]))

@@ -185,8 +185,7 @@ class Decoder:
             Segment(sequence.slot, len(tree), ancestor_mask(tree.parents) if len(tree) > 1 else None)
             for sequence, tree in zip(sequences, trees)
         ]
-        device = self.target.device
-        return Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
+        return Rows(torch.tensor(tokens), torch.tensor(positions), segments)
 
     # ---- before and around it ----
 
@@ -196,7 +195,7 @@ class Decoder:
         features = []
         for start in range(0, sequence.prompt_length, PREFILL):
             part = sequence.tokens[start : start + PREFILL]
-            rows = chain_rows(sequence.slot, part, start, self.target.device)
+            rows = chain_rows(sequence.slot, part, start)
             out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
             self.cache.keep(sequence.slot, range(len(part)))
             features.append(out.features)
@@ -221,6 +220,7 @@ class Decoder:
         context = self.target.config.max_position_embeddings
         limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
         room, free = max(limits) + shape.nodes, list(range(min(batch or len(prompts), len(prompts))))
+        self.cache = None  # what it held may serve this call
         self.cache = self.target.new_cache(len(free), room)
         self.drafter.reserve(len(free), room + (shape.depth + 1) * shape.top_k)
         everyone = []

@@ -77,8 +77,8 @@ def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
 
 
 def best(scores: Tensor) -> int:
-    """argmax; numpy's takes a third of the time that PyTorch's does."""
-    return int(scores.cpu().numpy().argmax())
+    """argmax; of PyTorch's on a CPU numpy's takes a third of the time, and from a GPU one number travels instead of all."""
+    return int(scores.argmax() if scores.is_cuda else scores.numpy().argmax())
 
 
 def law(logits_V: Tensor, sampling: Sampling) -> Tensor:

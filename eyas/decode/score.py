@@ -19,6 +19,8 @@ from eyas.decode.drafter import TreeRequest
 from eyas.decode.sampling import allowed
 from eyas.model.vocab import DraftVocab
 
+PARTS = 8  # of a row whose best are looked for on CUDA
+
 
 class Children(NamedTuple):
     """What follows each of R nodes, best (or first drawn) first."""
@@ -80,7 +82,18 @@ def best_children(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if count == 1:
         ids = scores_RD.argmax(-1, keepdim=True)
         return scores_RD.gather(1, ids), ids
-    values, ids = scores_RD.topk(min(count + 1, scores_RD.shape[1]), -1)
+    values, ids = (part.cpu() for part in top(scores_RD, min(count + 1, scores_RD.shape[1])))
     if bool((values[:, 1:] == values[:, :-1]).any()):  # topk leaves equals in any order, and may leave out the lower id
         values, ids = scores_RD.sort(dim=-1, descending=True, stable=True)
     return values[:, :count], ids[:, :count]
+
+
+def top(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk of each row. On CUDA by parts of the row first: for few long rows PyTorch launches many kernels more."""
+    rows, width = scores_RD.shape
+    if not scores_RD.is_cuda or width % PARTS or width < PARTS * count:
+        return scores_RD.topk(count, -1)
+    values, ids = scores_RD.view(rows, PARTS, -1).topk(count, -1)
+    ids += torch.arange(0, width, width // PARTS, device=ids.device)[:, None]
+    values, chosen = values.flatten(1).topk(count, -1)
+    return values, ids.flatten(1).gather(1, chosen)

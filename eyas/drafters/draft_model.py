@@ -69,9 +69,7 @@ class ModelDrafter:
         return self.read(tokens, positions, [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels])
 
     def read(self, tokens: list[int], positions: list[int], segments: list[Segment], logits_of: Tensor | None = None) -> Tensor:
-        device = self.model.device
-        rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
-        out = self.model(rows, self.cache, (), logits_of)
+        out = self.model(Rows(torch.tensor(tokens), torch.tensor(positions), segments), self.cache, (), logits_of)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return out.logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import Segment, cached_attention
+from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
+from eyas.model.captured import StaticAttention, fits, fixed_pass
 from eyas.model.draft import DraftNetwork, check_fits, config_from_file, load_draft, save_draft
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
@@ -47,8 +49,9 @@ class Eagle3Drafter:
         self.known: dict[int, Known] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        heads, d = self.attention.kv_heads, self.attention.head_dim
-        self.cache = KVCache(1, sequences, capacity, heads, d, self.network.dtype, self.network.device)
+        shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
+        pool, self.cache = self.network.pool, None
+        self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
         self.known = {sequence: Known() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:
@@ -104,12 +107,20 @@ class Eagle3Drafter:
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft; its rows stay in the cache until they are cut."""
-        attention = cached_attention(self.cache, segments, self.group)
-        device = g.device
-        a = self.network.step(torch.tensor(tokens, device=device), g, torch.tensor(positions, device=device), attention)
+        rows = torch.tensor(tokens), torch.tensor(positions)
+        if fits(self.cache, segments):
+            (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
+        else:
+            (a,) = step(self.network, *(part.to(g.device) for part in rows), cached_attention(self.cache, segments, self.group), g)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return a
+
+
+def step(
+    network: DraftNetwork, tokens: Tensor, positions: Tensor, attention: NativeAttention | PlainAttention | StaticAttention, g: Tensor
+) -> tuple[Tensor]:
+    return (network.step(tokens, g, positions, attention),)
 
 
 # ---- what the engine and the trainer ask of a method's module ----

@@ -266,6 +266,7 @@ class AdaptedTarget(nn.Module):
     def forward(self, rows: Rows, cache: LayeredCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
         score (all)."""
+        rows = rows.on(self.device)
         running = Pass(rows, cache, taps)
         outer = RUNNING.set(running)
         try:
@@ -365,11 +366,11 @@ def compare(target: AdaptedTarget) -> None:
     tokens = [(11 + 7919 * i) % vocab for i in range(11)]
     chains = [[0, 1, 2, 3, 4, child, child + 1] for child in (5, 7, 9)]
     cache, every = target.new_cache(1, len(tokens)), range(layers)
-    read = [target(chain_rows(0, tokens[:4], 0, target.device), cache, every)]
+    read = [target(chain_rows(0, tokens[:4], 0), cache, every)]
     cache.keep(0, range(4))
     tree = [Segment(0, 7, ancestor_mask([-1, 0, 1, 0, 3, 0, 5]))]
-    positions = torch.tensor([4, 5, 6, 5, 6, 5, 6], device=target.device)
-    read.append(target(Rows(torch.tensor(tokens[4:], device=target.device), positions, tree), cache, every))
+    positions = torch.tensor([4, 5, 6, 5, 6, 5, 6])
+    read.append(target(Rows(torch.tensor(tokens[4:]), positions, tree), cache, every))
     ids = torch.tensor([[tokens[i] for i in chain] for chain in chains], device=target.device)
     network.set_attn_implementation("eager")
     try:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN
+from eyas.model.captured import Pool, pool_on
 from eyas.model.linear import Dense
 from eyas.model.vocab import DraftVocab
 
@@ -37,6 +38,7 @@ class Borrowing:
     wants: tuple[int, ...] = LAST_HIDDEN  # what it reads of the target
     levels: int | None = None  # how deep it can guess; None: as deep as is asked for
     accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, where they were measured
+    pool: Pool | None = None  # once prepared on CUDA, where steps are captured
 
     def borrow(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
         self.embedding, self.frozen = [embedding_VH], [head]
@@ -68,6 +70,7 @@ class Borrowing:
             self.frozen[0].to(self.dtype)
             self.pack_wide(self.head, bits)
             self.frozen[0].weight = None
+        self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 
     def pack_wide(self, head: Dense, bits: int) -> None:

@@ -11,17 +11,33 @@ import torch
 from torch import Tensor
 
 
+class Slabs:
+    """Keys and values [layers, slots, kv heads, rows, head_dim], and what was captured over them (captured.py) where they are pooled."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pooled: bool = False) -> None:
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.pooled, self.graphs = pooled, {}
+
+
 class KVCache:
-    """Slabs [layers][slots, kv heads, capacity, head_dim] and a committed length for each slot."""
+    """Slabs and a committed length for each slot."""
 
     def __init__(
         self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * slots
-        self.capacity = capacity
+        self.hold(Slabs((layers, slots, kv_heads, capacity, head_dim), dtype, device), capacity)
+
+    @classmethod
+    def over(cls, slabs: Slabs, capacity: int) -> KVCache:
+        """An empty cache in slabs that may hold something of another's."""
+        cache = cls.__new__(cls)
+        cache.hold(slabs, capacity)
+        return cache
+
+    def hold(self, slabs: Slabs, capacity: int) -> None:
+        self.slabs, self.keys, self.values = slabs, slabs.keys, slabs.values
+        self.lengths, self.capacity = [0] * slabs.keys.shape[1], capacity
 
     @property
     def slots(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
 from eyas.model.attention import Attend, NativeAttention, PlainAttention
+from eyas.model.captured import Pool, StaticAttention, pool_on
 from eyas.model.layer import NativeLayer, NativeLayers
 from eyas.model.linear import Dense
 from eyas.model.target import check_taps
@@ -69,6 +70,7 @@ class DraftNetwork(nn.Module):
         self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.native: NativeLayers | None = None  # once prepared, where the kernel can run the layer
+        self.pool: Pool | None = None  # once prepared on CUDA, where steps are captured
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
     @property
@@ -103,7 +105,9 @@ class DraftNetwork(nn.Module):
     def embed(self, tokens_N: Tensor) -> Tensor:
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
-    def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
+    def step(
+        self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention | StaticAttention
+    ) -> Tensor:
         """a [N, H], float32 where the kernel runs the layer: what it makes of features (or its own earlier output) and the tokens that
         followed."""
         e_NH = self.embed(tokens_N)
@@ -138,6 +142,7 @@ class DraftNetwork(nn.Module):
         self.fuse_product.pack(bits=bits)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         self.fc.weight = self.lm_head.weight = None
+        self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 
 

@@ -4,12 +4,16 @@ Knows devices and number formats; knows nothing of attention or of models. On a 
 
 - bfloat16 result, and the CPU multiplies bfloat16: oneDNN with weights packed for few rows;
 - else, where weights are bfloat16 values: the native kernel (native.py), which reads them as such and sums in float32;
-- else oneDNN with float32 weights packed; elsewhere PyTorch's own product.
+- else oneDNN with float32 weights packed.
+
+Elsewhere it is PyTorch's own product; on CUDA, bfloat16 weights of a wide result stay as they are where the product can sum them wide.
 
 Weights of 8 or 4 bits (grouped.py), where they are asked for, are multiplied as such by the native kernel; elsewhere their values are.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,18 @@ def cpu_multiplies_bfloat16() -> bool:
 def capability() -> str:
     """The CPU's instruction set as PyTorch names it, say AVX2."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies such matrices to a float32 result without rounding it first (torch 2.8 and CUDA)."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        torch.mm(*torch.ones(2, 16, 16, dtype=dtype, device=device), out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 class Dense:
@@ -63,11 +79,15 @@ class Dense:
             weight, bias = (weight.float(), None if bias is None else bias.float()) if exact else (weight, bias)
             self.compute = weight.dtype
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        elif self.kind == "wide":
+            weight = weight.T
         elif self.kind == "torch":  # a wider result, logits say, is computed wide: rounding first would make many of them equal
             weight, bias = weight.to(self.result), None if bias is None else bias.to(self.result)
         self.weight, self.bias = weight, bias
 
     def choose(self, weight: Tensor, bits: int) -> str:
+        if self.result == torch.float32 and sums_wide(weight.device, weight.dtype):
+            return "wide"
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             return "torch"
         if bits < 16 and native.kernel():
@@ -85,4 +105,7 @@ class Dense:
             return (y if self.bias is None else y + self.bias).to(self.result)
         if self.kind == "onednn":
             return torch.ops.mkldnn._linear_pointwise(x.to(self.compute), self.weight, self.bias, "none", [], "").to(self.result)
+        if self.kind == "wide":
+            y = torch.mm(x.to(self.weight.dtype), self.weight, out_dtype=self.result)
+            return y if self.bias is None else y + self.bias
         return F.linear(x.to(self.result), self.weight, self.bias)

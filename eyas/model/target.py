@@ -7,6 +7,7 @@ self-written data are the same call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,17 +17,21 @@ from torch import Tensor, nn
 from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
 from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
+from eyas.model.captured import Pool, StaticAttention, fits, fixed_pass, pool_on
 from eyas.model.layer import NativeLayer, NativeLayers
 from eyas.model.linear import Dense
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 
 
 class Rows(NamedTuple):
-    """N rows of a pass, grouped by sequence in the order of `segments`."""
+    """N rows of a pass, grouped by sequence in the order of `segments`. They are laid out on the CPU; the pass takes them to its device."""
 
     tokens: Tensor  # [N] int64
     positions: Tensor  # [N] int64
     segments: list[Segment]
+
+    def on(self, device: torch.device) -> Rows:
+        return Rows(self.tokens.to(device), self.positions.to(device), self.segments)
 
 
 class Output(NamedTuple):
@@ -63,6 +68,7 @@ class Target(nn.Module):
         self.head = Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.native: NativeLayers | None = None  # once prepared, where the kernel can run whole layers
+        self.pool: Pool | None = None  # once prepared on CUDA, where passes are captured
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,21 +108,39 @@ class Target(nn.Module):
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
+        self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Room for `slots` sequences of `capacity` rows each."""
-        config = self.config
-        return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.device)
+        config, kind = self.config, (self.dtype, self.device)
+        if self.pool and slots == 1:
+            return self.pool.cache(config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, *kind)
+        return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
         score (all)."""
-        x_NH = F.embedding(rows.tokens, self.model.embed_tokens.weight)
-        attention = cached_attention(cache, rows.segments, self.config.num_attention_heads // self.config.num_key_value_heads)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        if logits_of is None and fits(cache, rows.segments):
+            run = partial(self.read, taps=taps, logits_of=None)
+            return Output(*fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0]))
+        rows = rows.on(self.device)
+        return self.read(rows.tokens, rows.positions, cached_attention(cache, rows.segments, group), taps, logits_of)
+
+    def read(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attention: NativeAttention | PlainAttention | StaticAttention,
+        taps: Sequence[int],
+        logits_of: Tensor | slice | None,
+    ) -> Output:
+        """The same once it is known who sees whom."""
+        x_NH = F.embedding(tokens_N, self.model.embed_tokens.weight)
         fused = self.native and isinstance(attention, NativeAttention)
         inner = () if taps == LAST_HIDDEN else taps
-        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, rows.positions, attention, inner)
+        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, positions_N, attention, inner)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
         hidden_NH = hidden_NH.to(x_NH.dtype)
@@ -154,6 +178,7 @@ class Target(nn.Module):
         cut.model.layers = self.model.layers[:layers]
         cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
         cut.native = NativeLayers(self.native.layers[:layers], self.model.norm) if self.native else None
+        cut.pool = Pool() if self.pool else None
         return cut
 
 
@@ -164,7 +189,6 @@ def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
     return tuple(taps)
 
 
-def chain_rows(slot: int, tokens: Sequence[int], start: int, device: torch.device | None = None) -> Rows:
+def chain_rows(slot: int, tokens: Sequence[int], start: int) -> Rows:
     """Rows of one sequence that follow each other, the first at position `start`: prefill, or one more token."""
-    positions = torch.arange(start, start + len(tokens), device=device)
-    return Rows(torch.tensor(tokens, device=device), positions, [Segment(slot, len(tokens))])
+    return Rows(torch.tensor(tokens), torch.arange(start, start + len(tokens)), [Segment(slot, len(tokens))])

@@ -90,6 +90,10 @@ class TargetStates:
 
     @torch.no_grad()
     def states(self, examples: Sequence[Example]) -> States:
+        with self.target.device:  # wherever the draft may train
+            return self.read(examples)
+
+    def read(self, examples: Sequence[Example]) -> States:
         lengths = [len(example.tokens) for example in examples]
         cache = self.target.new_cache(len(examples), max(lengths))
         tokens = torch.tensor([token for example in examples for token in example.tokens])

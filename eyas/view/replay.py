@@ -31,7 +31,7 @@ def features_of(target: Target, tokens: Sequence[int], taps: Sequence[int], part
     """[N, 3H]: what the prepared target knows at each token of a text, in passes of `part` rows."""
     cache, features = target.new_cache(1, len(tokens)), []
     for start in range(0, len(tokens), part):
-        rows = chain_rows(0, tokens[start : start + part], start, target.device)
+        rows = chain_rows(0, tokens[start : start + part], start)
         features.append(target(rows, cache, taps, slice(0, 0)).features)
         cache.keep(0, range(len(rows.tokens)))
     return torch.cat(features)

@@ -1,0 +1,147 @@
+"""One sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
+
+Rows are padded to one of a few counts and keys are read as whole windows, so a handful of graphs serve every tree and every length of
+text. Knows rows, caches and shapes; what a pass computes is handed in. On a CPU the same fixed shapes run as they are: slower there, and
+used by tests alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from eyas.model.attention import Attend, Segment, grouped_attention
+from eyas.model.cache import KVCache, Slabs
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # a pass of more rows spends its time in products, not in launches
+WINDOW = 512  # keys are read in multiples of it
+KEPT = 2  # slabs without a cache that wait for the next call
+
+# tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
+Run = Callable[..., tuple[Tensor | None, ...]]
+
+
+class Pool:
+    """Slabs that outlive their caches, together with what was captured over them: each call's cache is new, its slabs need not be."""
+
+    def __init__(self) -> None:
+        self.idle: list[Slabs] = []
+
+    def cache(self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """For one sequence. The last row of its slabs is spare: rows that pad a pass are written there."""
+        rows = -(-(capacity + 1) // WINDOW) * WINDOW
+        shape = (layers, 1, kv_heads, rows, head_dim)
+        fitting = [slabs for slabs in self.idle if slabs.keys.shape == shape]
+        slabs = fitting[0] if fitting else Slabs(shape, dtype, device, pooled=True)
+        self.idle = [each for each in self.idle if each is not slabs]
+        cache = KVCache.over(slabs, rows - 1)
+        weakref.finalize(cache, self.take_back, slabs).atexit = False
+        return cache
+
+    def take_back(self, slabs: Slabs) -> None:
+        self.idle = [*self.idle, slabs][-KEPT:]
+
+
+def pool_on(device: torch.device) -> Pool | None:
+    """On CUDA alone: elsewhere a launch costs nothing that a graph would save."""
+    return Pool() if device.type == "cuda" else None
+
+
+class StaticAttention:
+    """Attention of R rows over the first keys of a cache of one sequence: `places` [R] says where each row's key goes, `seen` [R, window]
+    whose keys it sees."""
+
+    def __init__(self, slabs: Slabs, group: int, places_R: Tensor, seen_RW: Tensor) -> None:
+        self.slabs, self.places, self.window = slabs, places_R, seen_RW.shape[1]
+        bias_RW = torch.zeros(seen_RW.shape, dtype=slabs.keys.dtype, device=seen_RW.device).masked_fill_(~seen_RW, float("-inf"))
+        self.bias = bias_RW.repeat(group, 1)
+
+    def layer(self, layer: int) -> Attend:
+        keys, values = self.slabs.keys[layer, 0], self.slabs.values[layer, 0]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.index_copy_(1, self.places, k.transpose(0, 1))
+            values.index_copy_(1, self.places, v.transpose(0, 1))
+            return grouped_attention(q, keys[:, : self.window], values[:, : self.window], self.bias)
+
+        return attend
+
+
+class Graph:
+    """A function of tensors of fixed shapes; on CUDA captured once and replayed."""
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
+        self.run, self.inputs, self.graph = run, inputs, None
+        if inputs[0].device.type == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is made on first use must be there before the capture
+                for _ in range(2):
+                    run(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = run(*inputs)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Of what the inputs hold now; the next call overwrites the outputs."""
+        if self.graph is None:
+            return self.run(*self.inputs)
+        self.graph.replay()
+        return self.outputs
+
+
+def fits(cache: KVCache, segments: Sequence[Segment]) -> bool:
+    """Whether a pass may run in fixed shapes: one sequence, in a cache from a pool, and few rows."""
+    return cache.slabs.pooled and len(segments) == 1 and segments[0].count <= ROWS[-1]
+
+
+def fixed_pass(
+    run: Run, key: tuple, group: int, cache: KVCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What `run` makes of these rows (tokens and positions [N] on the CPU, others [N, ...] on the device), in fixed shapes.
+
+    `key`: whatever else its graph depends on.
+    """
+    count, length = segment.count, cache.lengths[segment.slot]
+    assert length + count <= cache.capacity, f"the cache holds {cache.capacity} rows, {length + count} wanted"
+    rows = next(size for size in ROWS if size >= count)
+    window = -(-(length + count) // WINDOW) * WINDOW
+    laid, seen = torch.zeros(3, rows, dtype=torch.int64), layout_seen(segment, length, rows, window)
+    laid[0] = cache.capacity  # padding goes to the spare row
+    laid[:, :count] = torch.stack([torch.arange(length, length + count), tokens, positions])
+    graphs, key = cache.slabs.graphs, (*key, rows, window)
+    if key not in graphs:
+        graphs[key] = graph_of(run, group, cache.slabs, laid, seen, others)
+    graph = graphs[key]
+    graph.inputs[0].copy_(laid, non_blocking=True)
+    graph.inputs[1].copy_(seen, non_blocking=True)
+    for held, given in zip(graph.inputs[2:], others):
+        held[:count].copy_(given)
+    return tuple(part if part is None else part[:count].clone() for part in graph())
+
+
+def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
+    """`run` over inputs of its own, formed like those of one pass; it must hold no cache, or its slabs would never be idle."""
+    device, rows = slabs.keys.device, laid.shape[1]
+
+    def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        places, tokens, positions = laid
+        return run(tokens, positions, StaticAttention(slabs, group, places, seen), *others)
+
+    padded = [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, device=device) for each in others]
+    return Graph(whole, [laid.to(device, copy=True), seen.to(device, copy=True), *padded])
+
+
+def layout_seen(segment: Segment, length: int, rows: int, window: int) -> Tensor:
+    """bool [R, window]; padding sees the first key, since a row that saw none would have no softmax."""
+    count, seen = segment.count, torch.zeros(rows, window, dtype=torch.bool)
+    among = torch.ones(count, count, dtype=torch.bool).tril() if segment.mask is None else segment.mask
+    free = length + count - among.shape[1]
+    seen[:count, :free] = True
+    seen[:count, free : length + count] = among
+    seen[count:, 0] = True
+    return seen
