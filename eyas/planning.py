@@ -21,6 +21,7 @@ from eyas.decode.pauses import Pauses
 from eyas.decode.planner import Planner
 from eyas.decode.prices import Prices
 from eyas.model.attention import Segment
+from eyas.model.captured import settle
 from eyas.model.linear import capability
 from eyas.model.target import Rows, Target, chain_rows
 from eyas.model.weights import replace_text
@@ -114,8 +115,7 @@ def time_passes(target: Target) -> dict[int, float]:
             positions = torch.full((rows,), context)
             started = time.perf_counter()
             target(Rows(tokens, positions, [Segment(0, rows, mask)]), cache, ())
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
+            settle(target.device)
             taken[rows].append(time.perf_counter() - started)
     return {rows: sorted(seconds[1:])[REPEATS // 4] for rows, seconds in taken.items()}
 

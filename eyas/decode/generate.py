@@ -23,6 +23,7 @@ from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
 from eyas.model.attention import Segment
+from eyas.model.captured import settle
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
 
@@ -147,6 +148,7 @@ class Decoder:
             trees = [Tree.root(sequence.root) for sequence in sequences]
         rows, read = self.rows(sequences, trees), time.perf_counter()
         out = self.target(rows, self.cache, self.drafter.wants)
+        settle(self.target.device)  # its seconds are a price; what comes next waits for it anyway
         first, read = 0, time.perf_counter() - read
         for sequence, tree in zip(sequences, trees):
             logits = out.logits[first : first + len(tree)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from eyas.model.attention import Attend, Segment, grouped_attention
 from eyas.model.cache import KVCache, Slabs
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # a pass of more rows spends its time in products, not in launches
+ROWS = (1, 8, 16, 32, 64)  # a pass costs hardly more for rows that pad it; one of more rows spends its time in products, not in launches
 WINDOW = 512  # keys are read in multiples of it
 KEPT = 2  # slabs without a cache that wait for the next call
 
@@ -48,6 +48,12 @@ class Pool:
 def pool_on(device: torch.device) -> Pool | None:
     """On CUDA alone: elsewhere a launch costs nothing that a graph would save."""
     return Pool() if device.type == "cuda" else None
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done what was launched, where that is not done by the time the launching is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class StaticAttention:
