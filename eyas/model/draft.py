@@ -249,14 +249,14 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def config_from_file(directory: Path) -> DraftConfig:
     path = directory / "config.json"
     raw = read_json(path)
-    method = raw["eyas"].get("method", "eagle3") if isinstance(raw.get("eyas"), dict) else "eagle3"
-    if method != "eagle3":
+    own = raw["eyas"] if isinstance(raw.get("eyas"), dict) else {}
+    if (method := own.get("method", "eagle3")) != "eagle3":
         raise EyasError(f"{directory} is a draft for method {method}; what was asked for is made for eagle3's drafts only")
-    if "draft_vocab_size" not in raw or not isinstance(raw.get("eyas"), dict):
+    if "draft_vocab_size" not in raw or not own:
         raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas); see `eyas import`")
     fields = {"target_hidden_size": raw.get("hidden_size")} | {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
     try:
-        return DraftConfig(**{**fields, "taps": tuple(raw["eyas"]["taps_are_inputs_of_layers"])})
+        return DraftConfig(**{**fields, "taps": tuple(own["taps_are_inputs_of_layers"])})
     except (TypeError, KeyError) as error:
         raise EyasError(f"{path} lacks what a draft's config must say ({error}); take it from the original") from None
     except EyasError as error:
