@@ -23,7 +23,7 @@ from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
 from eyas.model.attention import Segment
-from eyas.model.captured import settle
+from eyas.model.captured import Graph, settle
 from eyas.model.mask import ancestor_mask
 from eyas.model.target import Rows, Target, chain_rows
 
@@ -140,7 +140,7 @@ class Decoder:
     @torch.inference_mode()
     def round(self, sequences: Sequence[Text], shape: TreeShape, sampling: Sampling) -> None:
         """One round of all sequences: at least one token each."""
-        plan, began, brought = self.planner or FixedPlan(), time.perf_counter(), 0
+        plan, began, brought, graphs = self.planner or FixedPlan(), time.perf_counter(), 0, Graph.made
         plan.begin([sequence.slot for sequence in sequences])
         if plan.guesses:
             trees = plan.cut(self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences]))
@@ -169,7 +169,8 @@ class Decoder:
                 self.drafter.observe(sequence.slot, tokens, features)
                 sequence.noise.forget_before(sequence.position)
             first += len(tree)
-        plan.served(first, read, brought, time.perf_counter() - began)
+        if Graph.made == graphs:
+            plan.served(first, read, brought, time.perf_counter() - began)
 
     def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> TreeRequest:
         """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""

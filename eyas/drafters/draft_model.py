@@ -32,6 +32,7 @@ class ModelDrafter:
         self.waiting: dict[int, list[int]] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
+        self.cache = None  # what it held may serve this call
         self.cache = self.model.new_cache(sequences, capacity)
         self.waiting = {sequence: [] for sequence in range(sequences)}
 

@@ -50,7 +50,7 @@ class Eagle3Drafter:
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
-        pool, self.cache = self.network.pool, None
+        pool, self.cache = self.network.pool, None  # what it held may serve this call
         self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
         self.known = {sequence: Known() for sequence in range(sequences)}
 

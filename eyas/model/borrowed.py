@@ -38,7 +38,7 @@ class Borrowing:
     wants: tuple[int, ...] = LAST_HIDDEN  # what it reads of the target
     levels: int | None = None  # how deep it can guess; None: as deep as is asked for
     accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, where they were measured
-    pool: Pool | None = None  # once prepared on CUDA, where steps are captured
+    pool: Pool | None = None  # once prepared on CUDA, where steps may be captured
 
     def borrow(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
         self.embedding, self.frozen = [embedding_VH], [head]

@@ -15,8 +15,9 @@ class Slabs:
     """Keys and values [layers, slots, kv heads, rows, head_dim], and what was captured over them (captured.py) where they are pooled."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pooled: bool = False) -> None:
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled ones outlive the call that made them
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.pooled, self.graphs = pooled, {}
 
 

@@ -1,14 +1,16 @@
 """One sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
 
-Rows are padded to one of a few counts and keys are read as whole windows, so a handful of graphs serve every tree and every length of
-text. Knows rows, caches and shapes; what a pass computes is handed in. On a CPU the same fixed shapes run as they are: slower there, and
+Rows are padded to one of a few counts and keys are read in windows that double, so a handful of graphs serve every tree and text.
+Knows rows, caches and shapes; what a pass computes is handed in. On a CPU the same fixed shapes run as they are: slower there, and
 used by tests alone.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache as remembered
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from eyas.model.attention import Attend, Segment, grouped_attention
 from eyas.model.cache import KVCache, Slabs
 
 ROWS = (1, 8, 16, 32, 64)  # a pass costs hardly more for rows that pad it; one of more rows spends its time in products, not in launches
-WINDOW = 512  # keys are read in multiples of it
+WINDOW = 512  # keys of the smallest window; slabs have multiples of it
 KEPT = 2  # slabs without a cache that wait for the next call
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
@@ -29,20 +31,23 @@ class Pool:
 
     def __init__(self) -> None:
         self.idle: list[Slabs] = []
+        self.lock = threading.RLock()  # a collection inside `cache` may take slabs back
 
     def cache(self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """For one sequence. The last row of its slabs is spare: rows that pad a pass are written there."""
-        rows = -(-(capacity + 1) // WINDOW) * WINDOW
-        shape = (layers, 1, kv_heads, rows, head_dim)
-        fitting = [slabs for slabs in self.idle if slabs.keys.shape == shape]
-        slabs = fitting[0] if fitting else Slabs(shape, dtype, device, pooled=True)
-        self.idle = [each for each in self.idle if each is not slabs]
-        cache = KVCache.over(slabs, rows - 1)
+        with self.lock:
+            fitting = [slabs for slabs in self.idle if slabs.keys.shape[3] > capacity]
+            slabs = min(fitting, key=lambda slabs: slabs.keys.shape[3], default=None)
+            self.idle = [each for each in self.idle if each is not slabs] if slabs else []  # what is too small now would only be in the way
+        if slabs is None:
+            slabs = Slabs((layers, 1, kv_heads, -(-(capacity + 1) // WINDOW) * WINDOW, head_dim), dtype, device, pooled=True)
+        cache = KVCache.over(slabs, slabs.keys.shape[3] - 1)
         weakref.finalize(cache, self.take_back, slabs).atexit = False
         return cache
 
     def take_back(self, slabs: Slabs) -> None:
-        self.idle = [*self.idle, slabs][-KEPT:]
+        with self.lock:
+            self.idle = [*self.idle, slabs][-KEPT:]
 
 
 def pool_on(device: torch.device) -> Pool | None:
@@ -76,27 +81,42 @@ class StaticAttention:
         return attend
 
 
+@remembered
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are captured: one stream, since each brings a workspace."""
+    return torch.cuda.Stream(device)
+
+
 class Graph:
     """A function of tensors of fixed shapes; on CUDA captured once and replayed."""
 
+    made = 0  # in this process: a round that makes one says nothing about rounds
+
     def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
         self.run, self.inputs, self.graph = run, inputs, None
-        if inputs[0].device.type == "cuda":
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is made on first use must be there before the capture
-                for _ in range(2):
-                    run(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = run(*inputs)
+        self.device = inputs[0].device
+        Graph.made += 1
+        if self.device.type != "cuda":
+            run(*inputs)  # as below, so that tests see what that leaves behind
+        else:
+            with torch.cuda.device(self.device):
+                stream = side_stream(self.device)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):  # what is made on first use must be there before the capture
+                    for _ in range(2):
+                        run(*inputs)
+                torch.cuda.current_stream().wait_stream(stream)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.outputs = run(*inputs)
+            self.run = None  # it holds the slabs that hold this
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Of what the inputs hold now; the next call overwrites the outputs."""
         if self.graph is None:
             return self.run(*self.inputs)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return self.outputs
 
 
@@ -115,7 +135,7 @@ def fixed_pass(
     count, length = segment.count, cache.lengths[segment.slot]
     assert length + count <= cache.capacity, f"the cache holds {cache.capacity} rows, {length + count} wanted"
     rows = next(size for size in ROWS if size >= count)
-    window = -(-(length + count) // WINDOW) * WINDOW
+    window = window_of(length + count, cache.capacity + 1)
     laid, seen = torch.zeros(3, rows, dtype=torch.int64), layout_seen(segment, length, rows, window)
     laid[0] = cache.capacity  # padding goes to the spare row
     laid[:, :count] = torch.stack([torch.arange(length, length + count), tokens, positions])
@@ -132,14 +152,24 @@ def fixed_pass(
 
 def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
     """`run` over inputs of its own, formed like those of one pass; it must hold no cache, or its slabs would never be idle."""
-    device, rows = slabs.keys.device, laid.shape[1]
+    rows, kind = laid.shape[1], {"device": slabs.keys.device}
 
     def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         places, tokens, positions = laid
         return run(tokens, positions, StaticAttention(slabs, group, places, seen), *others)
 
-    padded = [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, device=device) for each in others]
-    return Graph(whole, [laid.to(device, copy=True), seen.to(device, copy=True), *padded])
+    with torch.inference_mode(False):  # made inside a round, they may be written to outside one
+        inputs = [laid.to(**kind, copy=True), seen.to(**kind, copy=True)]  # a first run writes where this pass will
+        inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, **kind) for each in others]
+    return Graph(whole, inputs)
+
+
+def window_of(keys: int, most: int) -> int:
+    """How many keys are read where so many are wanted, of `most` that there are."""
+    window = WINDOW
+    while window < keys:
+        window *= 2
+    return min(window, most)
 
 
 def layout_seen(segment: Segment, length: int, rows: int, window: int) -> Tensor:

@@ -68,6 +68,7 @@ class Target(nn.Module):
         self.head = Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.native: NativeLayers | None = None  # once prepared, where the kernel can run whole layers
+        self.cuts: dict[int, Target] = {}  # made by `shallow`
         self.pool: Pool | None = None  # once prepared on CUDA, where passes are captured
 
     @property
@@ -108,7 +109,7 @@ class Target(nn.Module):
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
-        self.pool = pool_on(self.device)
+        self.pool, self.cuts = pool_on(self.device), {}
         return self.eval().requires_grad_(False)
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
@@ -167,6 +168,8 @@ class Target(nn.Module):
 
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
+        if layers in self.cuts:
+            return self.cuts[layers]
         if not 0 < layers < self.config.num_hidden_layers:
             most = self.config.num_hidden_layers - 1
             raise EyasError(f"the target has {most + 1} layers; a shallow draft needs 1 to {most}, not {layers}")
@@ -178,7 +181,8 @@ class Target(nn.Module):
         cut.model.layers = self.model.layers[:layers]
         cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary
         cut.native = NativeLayers(self.native.layers[:layers], self.model.norm) if self.native else None
-        cut.pool = Pool() if self.pool else None
+        cut.pool, cut.cuts = Pool() if self.pool else None, {}
+        self.cuts[layers] = cut
         return cut
 
 

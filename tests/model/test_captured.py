@@ -9,6 +9,7 @@ import torch
 
 from eyas.config import PLAIN, Sampling, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.decode.planner import FixedPlan
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.model import captured
@@ -112,6 +113,46 @@ def test_two_calls_at_once_have_slabs_of_their_own():
     assert len({id(cache.slabs) for cache in caches}) == KEPT + 2
     caches.clear()
     assert len(pool.idle) == KEPT
+
+
+def test_a_call_takes_the_smallest_slabs_that_hold_its_text():
+    pool = Pool()
+
+    def slabs(capacity):
+        return pool.cache(2, capacity, 1, 8, torch.float32, torch.device("cpu")).slabs
+
+    held = pool.cache(2, 20, 1, 8, torch.float32, torch.device("cpu"))
+    large, small = slabs(90), held.slabs
+    del held
+    assert [slabs(capacity) for capacity in (10, 31, 32, 95)] == [small, small, large, large]
+    assert slabs(200) not in (small, large) and len(pool.idle) == 1  # the others were given up
+
+
+def test_windows_double_and_end_where_the_slabs_do():
+    assert [captured.window_of(keys, 80) for keys in (1, 16, 17, 33, 64, 65, 80)] == [16, 16, 32, 64, 64, 80, 80]
+
+
+def test_a_round_that_makes_a_graph_is_not_taken_for_a_usual_one():
+    class Counting(FixedPlan):
+        served_rounds = 0
+
+        def served(self, *figures):
+            self.served_rounds += 1
+
+    target = pooled_target()
+    decoder = Decoder(target, planner=Counting())
+    *_, texts = decoder.run([[1, 2, 3]], PLAIN, Sampling(), [5], 40)
+    assert 0 < texts[0].rounds - decoder.planner.served_rounds <= len(decoder.cache.slabs.graphs)
+
+
+def test_slabs_made_in_inference_mode_may_be_written_to_outside_it():
+    target = pooled_target()
+    with torch.inference_mode():
+        target.new_cache(1, 20)
+    cache = target.new_cache(1, 20)
+    with torch.no_grad():
+        target(chain_rows(0, [1, 2, 3], 0), cache)
+        target(chain_rows(0, [1, 2, 3], 0), cache)
 
 
 def test_a_full_cache_is_noticed():
