@@ -154,10 +154,11 @@ def save_picture(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         left.barh(heights, [tau - 1 for tau in taus], 0.3, left=1, xerr=errors, color=colour, label=f"{place.split(',')[0]} rows")
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="tokens a round (tau), greedy", xlim=(1, None))
     left.legend(frameon=False, fontsize=8)
-    for name in methods:
+    for number, name in enumerate(methods):
         steps = methods[name]["at"]["16, T=0"]["acceptance_by_step"][:SHOWN_STEPS]
-        if steps:
-            right.plot(range(1, len(steps) + 1), steps, marker="o", markersize=3, label=name)
+        if steps:  # ten colours, so the rows that follow are dashed
+            style = "-" if number < 10 else "--"
+            right.plot(range(1, len(steps) + 1), steps, style, color=f"C{number % 10}", marker="o", markersize=3, label=name)
     right.set(xlabel="step", ylabel="right, where those before were", ylim=(0, 1), xticks=range(1, SHOWN_STEPS + 1))
     right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
