@@ -302,7 +302,7 @@ def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens
         "--verifier",
         choices=VERIFIERS,
         default=Request.verifier,
-        help="the others are for comparison (EAGLE's rule; rejection of drawn guesses); traversal, with a static tree, for temperatures above 1",
+        help="the others are for comparison (EAGLE's rule; rejection of drawn guesses); traversal, with a static tree, suits hot sampling",
     )
 
 
