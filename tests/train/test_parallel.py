@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import os, torch
+import os, sys, torch
 from pathlib import Path
 from eyas.train.parallel import Peers
 
@@ -22,15 +22,16 @@ peers.sum([value])
 peers.wait()
 peers.leave()
 threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-print(value.tolist(), [name for name in threads if "gloo" in name])
+said = f"{value.tolist()} {[name for name in threads if 'gloo' in name]}"
+Path(sys.argv[1], os.environ["RANK"]).write_text(said)  # a file each: what two processes print may mix
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux tells them")
-def test_no_thread_of_the_group_outlives_it():
+def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that does may abort the process at its end: it asks for the interpreter when there is none any more."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
-    words = [sys.executable, "-c", SCRIPT]
+    words = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[2.0, 2.0, 2.0] []"] * 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[2.0, 2.0, 2.0] []"] * 2
