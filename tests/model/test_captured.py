@@ -148,11 +148,13 @@ def test_a_round_that_makes_a_graph_is_not_taken_for_a_usual_one():
 def test_slabs_made_in_inference_mode_may_be_written_to_outside_it():
     target = pooled_target()
     with torch.inference_mode():
-        target.new_cache(1, 20)
-    cache = target.new_cache(1, 20)
+        made = target.new_cache(1, 20).slabs
+    cache, plain = target.new_cache(1, 20), tiny_target()
     with torch.no_grad():
-        target(chain_rows(0, [1, 2, 3], 0), cache)
-        target(chain_rows(0, [1, 2, 3], 0), cache)
+        passes = [target(chain_rows(0, [1, 2, 3], 0), cache).logits for _ in range(2)]
+        wanted = plain(chain_rows(0, [1, 2, 3], 0), plain.new_cache(1, 20)).logits
+    assert cache.slabs is made
+    assert all(torch.allclose(logits, wanted, rtol=0, atol=1e-9) for logits in passes)
 
 
 def test_a_full_cache_is_noticed():
