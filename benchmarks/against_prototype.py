@@ -31,10 +31,9 @@ from claims import answer_tokens, from_scratch, hold_out_greedy, measured
 from safetensors.torch import save_file
 
 from eyas.config import DraftConfig, TrainSettings
-from eyas.engine import load_target, target_directory
+from eyas.files.target import load_target, target_config, target_directory
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import target_config
 from eyas.train.features import Example, ShardStates, shard_examples
 from eyas.train.shards import PATTERN
 from eyas.train.trainer import Budget

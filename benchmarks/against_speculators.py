@@ -123,8 +123,7 @@ class Ours:
     def __init__(self, directory: Path, examples: list[Example], vocabulary_from: list[Example], settings: TrainSettings) -> None:
         from eyas.commands.train import new_draft
         from eyas.config import default_taps
-        from eyas.engine import load_target
-        from eyas.model.weights import target_config
+        from eyas.files.target import load_target, target_config
         from eyas.train.features import ShardStates
         from eyas.train.teacher import Teacher
         from eyas.train.trainer import Trainer
@@ -521,7 +520,7 @@ def main() -> None:
     options = parser.parse_args()
     from eyas import __version__
     from eyas.config import TrainSettings
-    from eyas.engine import target_directory
+    from eyas.files.target import target_directory
     from eyas.train.features import shard_examples
     from eyas.train.shards import PATTERN
 

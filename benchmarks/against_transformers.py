@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import eyas
 from eyas.bench.prompts import read_prompts
-from eyas.engine import DTYPES
+from eyas.files.target import DTYPES
 
 
 def main() -> None:

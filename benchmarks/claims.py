@@ -27,14 +27,14 @@ from eyas.bench.prompts import read_prompts
 from eyas.commands import train
 from eyas.config import PLAIN, Sampling, TargetConfig, TrainSettings, default_taps
 from eyas.decode.generate import Decoder
-from eyas.engine import load, load_target, target_directory
+from eyas.engine import load
+from eyas.files.target import load_target, target_config, target_directory
 from eyas.model.draft import DraftNetwork
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import target_config
+from eyas.train.acceptance import Simulation, simulate
 from eyas.train.conversations import Document
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
-from eyas.train.measure import Simulation, simulate
 from eyas.train.shards import PATTERN
 from eyas.train.trainer import Budget, Trainer
 

@@ -13,9 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
-from eyas.engine import load_tokenizer, target_directory
-from eyas.model.weights import target_config
-from eyas.train.apart import GRAM, grams, questions
+from eyas.files.target import target_config, target_directory
+from eyas.files.tokenizer import load_tokenizer
+from eyas.train.decontaminate import GRAM, grams, questions
 from eyas.train.features import shard_examples
 from eyas.train.shards import PATTERN
 from eyas.train.template import Template

@@ -29,8 +29,8 @@ from eyas.config import GREEDY
 from eyas.decode.score import best_children, log_scores
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import BUNDLED, Engine
-from eyas.model.draft import load_draft
-from eyas.model.linear import Dense
+from eyas.files.eagle3_files import load_draft
+from eyas.kernels.linear import Dense
 from eyas.model.vocab import DraftVocab
 
 ROWS, TURNS, TREES = (1, 4, 10), 400, ("chain:3", "60x7x10")

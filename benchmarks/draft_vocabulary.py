@@ -25,9 +25,9 @@ from eyas.commands.train import coverage, new_draft
 from eyas.config import PRECISIONS, Sampling, TargetConfig, TrainSettings, TreeShape, default_taps
 from eyas.decode.drafter import TreeRequest
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.engine import load_target, target_directory
-from eyas.model.target import Target, chain_rows
-from eyas.model.weights import target_config
+from eyas.files.target import load_target, target_config, target_directory
+from eyas.model.rows import chain_rows
+from eyas.model.target import Target
 from eyas.train.features import Example, shard_examples
 from eyas.train.shards import PATTERN
 

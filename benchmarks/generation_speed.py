@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eyas.config import default_taps
-from eyas.engine import load_target, load_tokenizer, target_directory
-from eyas.model.weights import target_config
+from eyas.files.target import load_target, target_config, target_directory
+from eyas.files.tokenizer import load_tokenizer
 from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.template import Template
 from eyas.train.writers import writing_precision

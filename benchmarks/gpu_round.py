@@ -22,11 +22,12 @@ import torch
 from eyas.config import GREEDY, PLAIN, Sampling, TargetConfig, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.model.attention import Segment
-from eyas.model.captured import Graph, Pool
+from eyas.kernels.captured import Graph
+from eyas.model.cache import Pool
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.mask import ancestor_mask
-from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
 SHAPES = {8: "8x3x2", 16: "16x4x3", 32: "32x5x4", 64: "64x6x8"}

@@ -131,9 +131,9 @@ def main() -> None:
     shapes = grid()
     print(f"{len(shapes)} shapes", file=sys.stderr)
     for batch in map(int, given.batches.split(",")):
-        engine.memory.frozen = False
+        engine.plans.frozen = False
         throughput(engine, practice * 2, batch, "auto", 15.0)
-        engine.memory.frozen = True
+        engine.plans.frozen = True
         mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][: max(3, batch)]
         heat: Races = {str(shape): [] for shape in shapes}
         race(engine, [mixed], batch, list(shapes), HEAT_SECONDS, heat)

@@ -23,9 +23,9 @@ import eyas
 from eyas.bench.prompts import read_prompts
 from eyas.config import PRECISIONS, EyasError, TreeShape
 from eyas.engine import Engine
-from eyas.model import native
-from eyas.model.linear import Dense
-from eyas.model.target import chain_rows
+from eyas.kernels import native
+from eyas.kernels.linear import Dense
+from eyas.model.rows import chain_rows
 
 METHOD = "eagle3-lookup"
 

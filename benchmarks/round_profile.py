@@ -24,11 +24,11 @@ import eyas
 from eyas.bench.prompts import PRACTICE, read_prompts
 from eyas.decode import generate
 from eyas.decode.generate import Decoder
-from eyas.decode.planner import Planner
+from eyas.decode.plan.planner import Planner
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import Engine
-from eyas.model import native
-from eyas.model.layer import NativeLayers
+from eyas.kernels import native
+from eyas.kernels.layer import NativeLayers
 
 REPEATS = 5
 

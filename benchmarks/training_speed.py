@@ -24,8 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eyas.commands import train
 from eyas.config import TrainSettings, default_taps
-from eyas.engine import load_target, target_directory
-from eyas.model.weights import target_config
+from eyas.files.target import load_target, target_config, target_directory
 from eyas.train.features import ShardStates, shard_examples
 from eyas.train.shards import PATTERN
 

@@ -22,8 +22,8 @@ from eyas.bench.figures import estimate, ratio
 from eyas.bench.prompts import read_prompts
 from eyas.config import LOSSY, VERIFIERS, Sampling, TreeShape
 from eyas.decode.generate import DRAWS
+from eyas.decode.plan.static_tree import RankChances, best_static
 from eyas.decode.sampling import derived_seed
-from eyas.decode.static import RankChances, best_static
 from eyas.engine import Engine
 
 DEV = Path(__file__).parent / "dev_prompts.jsonl"

@@ -24,10 +24,10 @@ from eyas.config import TrainSettings
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.files import draft_files
+from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, Method
-from eyas.model import draft_files
-from eyas.model.borrowed import Borrowing, FrozenHead
-from eyas.model.linear import Dense
+from eyas.model.shared_weights import Borrowing, FrozenHead
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Lesson, Step
 

@@ -287,3 +287,10 @@ class TrainSettings:
 DISK_SHARE = 0.5  # of the free disk that self-written data may take where no --disk is given
 SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is given
 TRAIN_MINUTES = 60.0  # of training where no budget is given
+
+
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
+    """Three different layers of the target in ascending order, or one line that says what is wrong."""
+    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
+        raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
+    return tuple(taps)

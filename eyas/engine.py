@@ -10,93 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 
 from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder, Result, Text, result_of
-from eyas.decode.planner import MOST, Planner
+from eyas.decode.plan.planner import MOST, Planner
+from eyas.decode.plan.store import PlanStore
 from eyas.decode.sampling import derived_seed, new_seed
-from eyas.jsonl import encodable
+from eyas.files.chat_data import encodable
+from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
+from eyas.files.tokenizer import load_tokenizer
+from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
-from eyas.model.adapter import AdaptedTarget, load_adapted
-from eyas.model.embedded import embedded_target
-from eyas.model.files import Fields
+from eyas.model.adapter import AdaptedTarget
 from eyas.model.target import Target
-from eyas.model.weights import convert_gguf, file_hash, has_own_blocks, load_strictly, read_tensors, target_config
-from eyas.planning import Memory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
-BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
 DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
 BUNDLED = Path(__file__).parent / "bundled"
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
-
-
-def target_directory(source: str | Path | None) -> Path:
-    """A Hugging Face directory for: nothing (the embedded target), a directory, a GGUF file, or a hub name."""
-    if source is None or str(source) == "embedded":
-        return embedded_target()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.suffix == ".gguf":
-        if not path.exists():
-            raise EyasError(f"{path} does not exist")
-        final = cache_dir() / "targets" / f"gguf-{file_hash(path)[:16]}"
-        if not (final / "config.json").exists():
-            convert_gguf(path, final)
-        return final
-    if path.exists() or str(source).count("/") != 1:
-        raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
-    return from_hub(str(source), ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
-
-
-def from_hub(name: str, patterns: Sequence[str]) -> Path:
-    """The directory of a hub repository's files, fetched once."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; each means the same to the user
-        raise EyasError(f"could not fetch {name} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
-
-
-def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target | AdaptedTarget:
-    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read).
-
-    Families that our own blocks do not compute run through transformers.
-    """
-    if precision not in PRECISIONS:
-        raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
-    config = target_config(directory)
-    if not has_own_blocks(directory):
-        if precision in BITS:
-            raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name} runs through transformers: use bf16 or fp32")
-        return load_adapted(directory, DTYPES[precision], device)
-    with torch.device("meta"):
-        target = Target(config)
-    target = target.to(DTYPES[precision]).to_empty(device=device)
-    if config.tie_word_embeddings:
-        target.lm_head.weight = target.model.embed_tokens.weight
-    load_strictly(target, read_tensors(directory), f"target {directory}")
-    return target
-
-
-def prepared(model: Target | AdaptedTarget, precision: str) -> Target | AdaptedTarget:
-    return model.prepare(BITS[precision]) if precision in BITS else model.prepare()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise EyasError(f"{directory} holds no tokenizer that transformers can read ({str(error).splitlines()[0]})") from None
 
 
 def draft_directory(source: str | Path | None, target: Path) -> Path | None:
@@ -125,17 +59,6 @@ def kind_of(directory: Path) -> str:
         if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
             return name
     return DEFAULT  # whose loader says what is missing
-
-
-def check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise EyasError(f"device {device!r} is unknown; use cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise EyasError(f"device {device} was asked for, but this PyTorch sees no CUDA device; use --device cpu")
 
 
 def load(
@@ -180,7 +103,7 @@ class Engine:
                 self.makers[name] = partial(method.decoding().alone, self.target)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
         self.watch: Callable[..., None] | None = None
-        self.memory: Memory | None = None  # what planners learned, once one was wanted
+        self.plans: PlanStore | None = None  # what planners learned, once one was wanted
 
     # ---- prompts ----
 
@@ -246,9 +169,9 @@ class Engine:
         """What sizes the trees of one call, where nobody named their shape. Prices are timed on first use."""
         if tree != "auto" or method == "plain" or METHODS[method].static:
             return None
-        if self.memory is None:
-            self.memory = Memory(self)
-        return self.memory.planner(method, sampling)
+        if self.plans is None:
+            self.plans = PlanStore(self.target, self.directory, self.draft, self.precision)
+        return self.plans.planner(method, sampling)
 
     # ---- generation ----
 
@@ -296,7 +219,7 @@ class Engine:
         settings = (shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop, request.batch)
         yield from decoder.run(encoded, *settings)
         if planner:
-            self.memory.save()
+            self.plans.save()
 
 
 def is_many(prompt: Any) -> bool:

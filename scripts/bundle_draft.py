@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from eyas.engine import BUNDLED
-from eyas.model.weights import atomic_directory, read_tensors, save_tensors
+from eyas.files.disk import atomic_directory
+from eyas.files.tensors import read_tensors, save_tensors
 
 LARGEST_FILE = 15_000_000  # bytes; history keeps every copy, and some hosts refuse more
 

@@ -13,15 +13,15 @@ from eyas.config import EyasError
 @pytest.fixture(autouse=True)
 def plans_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What planners learn from tiny models stays out of the user's cache."""
-    from eyas import planning
+    from eyas.decode.plan import store
 
-    monkeypatch.setattr(planning, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
 
 
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """The embedded target's directory; mark tests that use it `real`. With EYAS_REQUIRE_REAL set, its absence is a failure."""
-    from eyas.model.embedded import embedded_target
+    from eyas.files.embedded import embedded_target
 
     try:
         return embedded_target()

@@ -10,8 +10,8 @@ from eyas.decode.generate import Decoder
 from eyas.decode.score import top
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
+from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, trained
-from eyas.model.linear import Dense
 from eyas.train.trainer import Budget
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_draft, tiny_target
 from tests.tiny_family import tiny_network

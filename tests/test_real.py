@@ -16,9 +16,10 @@ from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
-from eyas.engine import Engine, load_target
-from eyas.model import native
-from eyas.model.target import chain_rows
+from eyas.engine import Engine
+from eyas.files.target import load_target
+from eyas.kernels import native
+from eyas.model.rows import chain_rows
 
 pytestmark = pytest.mark.real
 EXACT = native.kernel() is not None  # a row's result does not depend on its pass

@@ -13,11 +13,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from eyas.config import TargetConfig
-from eyas.engine import load_target
-from eyas.model.draft import DraftNetwork, draft_config, save_draft
+from eyas.files.eagle3_files import save_draft
+from eyas.files.target import load_target
+from eyas.files.tensors import save_tensors
+from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import save_tensors
 
 CHATML = (
     "{% for m in messages %}"

@@ -9,7 +9,7 @@ and `tree` (nodes, depth, top_k; a chain has top_k 1). A result says `engine` (n
     steps    how many tokens each round committed, in order: sum(steps) == len(tokens) - 1; the last may be cut
     chains   the tokens drafted in each round, where the engine lets one see them; else null
 
-Then our own draft walks the text that the engine wrote (eyas/view/replay.py) and the two are compared round by round, since totals hide a
+Then our own draft walks the text that the engine wrote (eyas/measure/replay.py) and the two are compared round by round, since totals hide
 layer that is one off. Knows no engine.
 """
 
@@ -63,8 +63,8 @@ def make_job(chosen: argparse.Namespace, draft: Path) -> Job:
     """`draft`: what `exported` wrote for the engine."""
     from eyas.bench.prompts import read_prompts
     from eyas.config import TreeShape
-    from eyas.engine import load_tokenizer, target_directory
-    from eyas.model.weights import target_config
+    from eyas.files.target import target_config, target_directory
+    from eyas.files.tokenizer import load_tokenizer
 
     directory = target_directory(chosen.target)
     tokenizer = load_tokenizer(directory)
@@ -107,8 +107,9 @@ def exported(draft: str | None, target: str | None, layout: str, place: Path, *m
 
 def loaded(job: Job, draft: str | None, precision: str) -> tuple[Any, DraftNetwork, DraftVocab]:
     """Our target, prepared, with our draft as it was before any export."""
-    from eyas.engine import DTYPES, draft_directory, load_target
-    from eyas.model.draft import load_draft
+    from eyas.engine import draft_directory
+    from eyas.files.eagle3_files import load_draft
+    from eyas.files.target import DTYPES, load_target
 
     target = load_target(Path(job.target), precision)
     directory = draft_directory(draft or "bundled", Path(job.target))
@@ -136,8 +137,8 @@ def draft_on_texts(job: Job, draft: str | None, places: int) -> tuple[dict[str, 
     from eyas.decode.drafter import TreeRequest
     from eyas.decode.generate import Decoder
     from eyas.drafters.eagle3 import Eagle3Drafter
-    from eyas.model.attention import Segment
-    from eyas.view.replay import features_of
+    from eyas.measure.replay import features_of
+    from eyas.model.rows import Segment
 
     target, network, vocab = loaded(job, draft, "fp32")
     drafter, shape = Eagle3Drafter(network, vocab), TreeShape(*job.tree)
@@ -170,7 +171,7 @@ def compare(job: Job, result: dict[str, Any], draft: str | None) -> dict[str, An
     """The engine beside ours on the engine's own text: texts, rounds one by one, acceptance by position, chains."""
     from eyas.config import TreeShape
     from eyas.drafters.eagle3 import Eagle3Drafter
-    from eyas.view.replay import features_of, replay
+    from eyas.measure.replay import features_of, replay
 
     target, network, vocab = loaded(job, draft, job.precision)
     drafter, shape = Eagle3Drafter(network.prepare(), vocab), TreeShape(*job.tree)

@@ -42,7 +42,7 @@ def main() -> None:
 
 def in_shards(job: Job, place: Path) -> Path:
     """The target, as a checkout reads its embedding: by the index of a sharded one."""
-    from eyas.model.weights import read_tensors, save_tensors
+    from eyas.files.tensors import read_tensors, save_tensors
 
     sharded = place / "target"
     sharded.mkdir(exist_ok=True)

@@ -22,9 +22,9 @@ from eyas.config import TreeShape
 from eyas.decode.grow import Level
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import draft_directory
-from eyas.model.attention import Segment
-from eyas.model.draft import load_draft
-from eyas.view.replay import features_of, replay
+from eyas.files.eagle3_files import load_draft
+from eyas.measure.replay import features_of, replay
+from eyas.model.rows import Segment
 
 FOLDER = HERE / "sglang"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"

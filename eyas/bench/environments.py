@@ -102,7 +102,7 @@ def llama_cpp_target(directory: str | Path, outtype: str) -> Path:
 
 def published_target() -> Path:
     """The embedded target's GGUF as it was published (Q4_1)."""
-    from eyas.model.embedded import GGUF, fetch_gguf
+    from eyas.files.embedded import GGUF, fetch_gguf
 
     place = workplace("llama_cpp")
     return place / GGUF if (place / GGUF).exists() else fetch_gguf(place)

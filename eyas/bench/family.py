@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eyas import pictures
 from eyas.config import EyasError
 from eyas.methods import METHODS
+from eyas.view import pictures
 
 BUDGETS = (16, 60)  # target rows a round
 GROWN = {16: "16x4x4", 60: "60x7x10"}  # trees grown by score

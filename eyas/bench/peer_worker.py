@@ -38,8 +38,8 @@ def eyas(job: dict[str, Any]) -> tuple[str, Answer]:
 
     for question in job["practice"]:  # prices and calibration, as any use before would have left them
         answer(question, 100)
-    if engine.memory:
-        engine.memory.frozen = True
+    if engine.plans:
+        engine.plans.frozen = True
     return eyas.__version__, answer
 
 

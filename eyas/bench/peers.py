@@ -21,14 +21,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from eyas import pictures
 from eyas.bench import environments
 from eyas.bench.prompts import PRACTICE, PromptItem
 from eyas.config import EyasError
-from eyas.engine import load_tokenizer, target_directory
+from eyas.files.target import target_config, target_directory
+from eyas.files.tokenizer import load_tokenizer
 from eyas.formats import openvino_target
-from eyas.model.linear import capability
-from eyas.model.weights import target_config
+from eyas.kernels.linear import capability
+from eyas.view import pictures
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 ROOM = 64  # positions behind the longest text

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from eyas.config import EyasError
 from eyas.engine import Engine, Prompt
-from eyas.jsonl import CHAT_KEYS, encodable, messages_of, read_lines
+from eyas.files.chat_data import CHAT_KEYS, encodable, messages_of, read_lines
 
 TEXT_KEYS = ("prompt", "question")
 # answered before anything is timed, so that planners have seen rounds of their own

@@ -18,8 +18,8 @@ import eyas
 from eyas.config import PLAIN, Request, TreeShape
 from eyas.decode.sampling import NOISE_VERSION
 from eyas.engine import Engine
-from eyas.model.linear import capability
-from eyas.model.weights import directory_hash
+from eyas.files.disk import directory_hash
+from eyas.kernels.linear import capability
 
 COLUMNS = ("method", "tree", "tau", "tau before loops", "tokens/s", "speedup", "same text")
 

@@ -76,8 +76,8 @@ def run_bench(
     plans = {method.text: method.request(request) for method in methods}
     for plan in plans.values():  # the first pass of a process is slow: no method shall pay for it
         engine.generate(prompts[0].prompt, replace(plan, max_new_tokens=min(WARM_UP_TOKENS, plan.max_new_tokens)))
-    if engine.memory:
-        engine.memory.frozen = True  # what was learned before counts, not what these prompts teach
+    if engine.plans:
+        engine.plans.frozen = True  # what was learned before counts, not what these prompts teach
     rows = timed_rows(engine, prompts, plans, report)
     figures = {text: settings_of(plan) | figures_of(text, rows, same_draws(plan, plans.get("plain"))) for text, plan in plans.items()}
     result = {"conditions": conditions_of(engine, plans, request, len(rows)), "methods": figures}

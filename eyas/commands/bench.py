@@ -19,7 +19,7 @@ from eyas.bench.speed import Method, parse_methods, run_bench
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError, Request
 from eyas.engine import Engine
-from eyas.pictures import can_draw
+from eyas.view.pictures import can_draw
 
 SHOWN = 5  # complaints about a file before only their number is told
 PIPED_WIDTH = 140  # columns where standard output is no terminal

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eyas.config import EyasError, Request, Sampling, TreeShape
-from eyas.engine import BUNDLED, Engine, from_hub, load, load_target, target_directory, without_draft
+from eyas.engine import BUNDLED, Engine, load, without_draft
+from eyas.files.embedded import LAYERS, VOCABULARY
+from eyas.files.target import from_hub, load_target, target_directory
 from eyas.methods import method_named
-from eyas.model.embedded import LAYERS, VOCABULARY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from eyas.formats.portable import TargetFiles
-    from eyas.view.agreement import Evidence
+    from eyas.measure.agreement import Evidence
 
 
 def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
@@ -48,8 +49,8 @@ def engine_from(options: argparse.Namespace) -> Engine:
 
 def target_for(source: str | None, draft: Path) -> TargetFiles:
     """The target named, else the embedded one where the draft was trained for it."""
+    from eyas.files.untrusted import Fields
     from eyas.formats.portable import TargetFiles
-    from eyas.model.files import Fields
 
     if source is None:
         fields = Fields.of(draft)
@@ -60,7 +61,7 @@ def target_for(source: str | None, draft: Path) -> TargetFiles:
 
 def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]:
     """Texts that the target writes to some questions, with its states; and its embedding [V, H] in float32."""
-    from eyas.view.agreement import QUESTIONS, gather
+    from eyas.measure.agreement import QUESTIONS, gather
 
     engine = without_draft(target.directory, "fp32")
     raw = not getattr(engine.tokenizer, "chat_template", None)

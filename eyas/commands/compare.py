@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 import eyas
-from eyas import planning
 from eyas.bench.family import (
     BUDGETS,
     COLUMNS,
@@ -43,14 +42,17 @@ from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_
 from eyas.commands.new_draft import fits, questions_of
 from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
-from eyas.engine import Engine, load, load_target, target_directory
+from eyas.decode.plan import store
+from eyas.engine import Engine, load
+from eyas.files.disk import directory_hash, replace_text
+from eyas.files.target import load_target, target_config, target_directory
+from eyas.files.tensors import read_tensors
 from eyas.methods import METHODS
 from eyas.model.cache import KVCache
-from eyas.model.weights import directory_hash, read_tensors, replace_text, target_config
-from eyas.pictures import can_draw
 from eyas.train import trainer as training
 from eyas.train.features import Example, ShardStates
 from eyas.train.writers import Limit
+from eyas.view.pictures import can_draw
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     asked, complaints = read_prompts(options.prompts, scale.prompts) if options.prompts else ([], [])
     complain(options.prompts, complaints)
     trained = [(row.name, row.method, row.trains, dict(row.settings)) for row in ROWS]
-    made_by = [asdict(scale), asked, asdict(words.play), asdict(TrainSettings()), trained, eyas.__version__, planning.machine()]
+    made_by = [asdict(scale), asked, asdict(words.play), asdict(TrainSettings()), trained, eyas.__version__, store.machine()]
     key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, asked, console)
     family.folder.mkdir(parents=True, exist_ok=True)

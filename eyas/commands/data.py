@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eyas.bench.prompts import read_prompts
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
-from eyas.engine import load_tokenizer
-from eyas.train.apart import all_grams, kept_apart, meets
+from eyas.files.tokenizer import load_tokenizer
 from eyas.train.conversations import Document, read_conversations, render, truncate
+from eyas.train.decontaminate import all_grams, kept_apart, meets
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
 from eyas.train.shards import Counts, check_shards, counts_of, data_folder, settings_of_folder

@@ -16,7 +16,7 @@ from eyas.commands.common import engine_from
 from eyas.config import EyasError, Request
 from eyas.decode.generate import Result
 from eyas.engine import Engine, Prompt
-from eyas.model.target import chain_rows
+from eyas.model.rows import chain_rows
 from eyas.view.colour import write_coloured
 
 QUESTION = "What makes a hawk such a good hunter? Answer in a few sentences."

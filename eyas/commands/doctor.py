@@ -10,8 +10,8 @@ from rich.table import Table
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError
+from eyas.diagnose.doctor import Diagnosis, diagnose
 from eyas.formats.portable import TargetFiles
-from eyas.view.doctor import Diagnosis, diagnose
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         tell(Console(highlight=False, soft_wrap=True), found, evidence.answer_tokens)
     served = None
     if options.engine_url and found.draft:
-        from eyas.view.served import compare
+        from eyas.diagnose.served import compare
 
         served = compare(options.engine_url, found.draft, target)
         for line in () if options.json else served["lines"]:

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError, default_taps
+from eyas.files.disk import atomic_directory, directory_hash
+from eyas.files.eagle3_files import check_fits
+from eyas.files.tokenizer import chat_template_hash
 from eyas.formats.export import make_way
-from eyas.formats.importing import settle
+from eyas.formats.importing import resolve
 from eyas.formats.layouts import find
 from eyas.formats.portable import Draft, Found, TargetFiles, write_own
-from eyas.model.draft import check_fits
-from eyas.model.tokenizer import chat_template_hash
-from eyas.model.weights import atomic_directory, directory_hash
 
 MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         check_fits(found.settled(layers, taps=default_taps(layers)).config, target.config)
     if target and not options.unmeasured:
         evidence, embedding = evidence_of(target, MEASURED_TOKENS)
-    draft, decided = settle(found, layers, evidence, embedding)
+    draft, decided = resolve(found, layers, evidence, embedding)
     for line in [*found.wrong, *found.told, *decided]:
         console.print(f"  {line}", markup=False)
     if (kind := draft.weights["fc.weight"].dtype) != torch.bfloat16:

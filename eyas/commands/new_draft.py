@@ -23,17 +23,18 @@ from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands import train
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
-from eyas.engine import Engine, load, load_target, target_directory
-from eyas.model.weights import directory_hash, recover_directory, replace_text, target_config
-from eyas.pictures import can_draw
+from eyas.engine import Engine, load
+from eyas.files.disk import directory_hash, recover_directory, replace_text
+from eyas.files.target import load_target, target_config, target_directory
 from eyas.train import trainer as training
-from eyas.train.card import CARD, PICTURE, card, draw_curve
+from eyas.train.card import CARD, PICTURE, card
 from eyas.train.features import Example, ShardStates
 from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
 from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import PATTERN, Counts, counts_of
 from eyas.train.template import Template
 from eyas.train.writers import Limit, affordable, writing_precision
+from eyas.view.pictures import can_draw, draw_curve
 
 WRITING, TRAINING = 0.42, 0.53  # shares of the time; the rest measures
 LEAST_HOURS = 0.05

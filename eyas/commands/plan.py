@@ -11,9 +11,9 @@ from rich.table import Table
 from eyas.bench.prompts import PRACTICE
 from eyas.commands.common import engine_from
 from eyas.config import EyasError, Sampling
-from eyas.decode.calibration import Calibration
+from eyas.decode.plan.calibration import Calibration
 from eyas.methods import METHODS
-from eyas.pictures import can_draw
+from eyas.view.pictures import can_draw
 from eyas.view.plan import reliability, save_picture, typical_rounds
 
 BATCHES = (1, 2, 4, 8, 16)

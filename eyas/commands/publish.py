@@ -12,11 +12,11 @@ from rich.console import Console
 from eyas.commands.common import target_for
 from eyas.config import EyasError
 from eyas.engine import draft_directory
+from eyas.files.disk import atomic_directory
+from eyas.files.eagle3_files import check_fits
 from eyas.formats.export import make_way
 from eyas.formats.model_card import bench_results, card, licence_of, training_told
 from eyas.formats.portable import own_draft, write_own
-from eyas.model.draft import check_fits
-from eyas.model.weights import atomic_directory
 from eyas.train.card import CARD, PICTURE
 
 KEPT = ("training.json", PICTURE)

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.config import EyasError, TreeShape
+from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import find, layout_of
 from eyas.formats.portable import TargetFiles
-from eyas.model.draft import check_fits
 
 LONGEST = 7
 TOKENS = 64
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if why := layout.refusal(draft):
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
     evidence, embedding = evidence_of(target, TOKENS)
-    from eyas.view.agreement import agreement
+    from eyas.measure.agreement import agreement
 
     acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST).acceptance
     cost = USUAL_COST if options.cost is None else options.cost

@@ -19,21 +19,33 @@ from torch import nn
 
 import eyas
 from eyas.commands.data import from_conversations, from_self_play, own_words, progress
-from eyas.config import PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TargetConfig, TrainSettings, TreeShape, default_taps
-from eyas.engine import DEFAULT, check_device, load_target, target_directory
+from eyas.config import (
+    PRECISIONS,
+    SELF_PLAY_TOKENS,
+    TRAIN_MINUTES,
+    EyasError,
+    TargetConfig,
+    TrainSettings,
+    TreeShape,
+    check_taps,
+    default_taps,
+)
+from eyas.engine import DEFAULT
+from eyas.files.disk import directory_hash, read_json, recover_directory
+from eyas.files.eagle3_files import check_fits, config_from_file, load_draft
+from eyas.files.target import check_device, load_target, target_config, target_directory
+from eyas.files.tokenizer import chat_template_hash
+from eyas.kernels.linear import capability
 from eyas.methods import METHODS, method_named, trained
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.draft import DraftNetwork, check_fits, config_from_file, load_draft
-from eyas.model.linear import capability
-from eyas.model.target import Target, check_taps
-from eyas.model.tokenizer import chat_template_hash
+from eyas.model.draft import DraftNetwork
+from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import directory_hash, read_json, recover_directory, target_config
 from eyas.train import trainer as training
+from eyas.train.acceptance import TreeTau
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates
 from eyas.train.losses import LOSSES
-from eyas.train.measure import TreeTau
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
 

@@ -15,7 +15,7 @@ from eyas.config import Sampling, TreeShape
 from eyas.decode.tree import Tree
 
 if TYPE_CHECKING:
-    from eyas.decode.planner import Planner
+    from eyas.decode.plan.planner import Planner
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from eyas.config import VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
-from eyas.decode.planner import FixedPlan, Planner
+from eyas.decode.plan.planner import FixedPlan, Planner
 from eyas.decode.sampling import CHOICE, GUESS, NOISE_VERSION, Noise, draw, gumbel, law, uniforms
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
-from eyas.model.attention import Segment
-from eyas.model.captured import Graph, settle
+from eyas.kernels.captured import Graph, synchronize
 from eyas.model.mask import ancestor_mask
-from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
 
 PREFILL = 256  # rows of a prompt read at once: bounds the mask and the activations
 
@@ -148,7 +148,7 @@ class Decoder:
             trees = [Tree.root(sequence.root) for sequence in sequences]
         rows, read = self.rows(sequences, trees), time.perf_counter()
         out = self.target(rows, self.cache, self.drafter.wants)
-        settle(self.target.device)  # its seconds are a price; what comes next waits for it anyway
+        synchronize(self.target.device)  # its seconds are a price; what comes next waits for it anyway
         first, read = 0, time.perf_counter() - read
         for sequence, tree in zip(sequences, trees):
             logits = out.logits[first : first + len(tree)]

@@ -15,8 +15,8 @@ from eyas.config import EyasError
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
-from eyas.model.attention import Segment
-from eyas.model.target import Rows, Target
+from eyas.model.rows import Rows, Segment
+from eyas.model.target import Target
 
 SHARE = 3  # of its layers the target's first one in so many draft, where no smaller model is named
 CATCH_UP = 256  # rows of committed text read at once

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from eyas.config import TargetConfig, TreeShape
-from eyas.decode.static import tree_for
+from eyas.decode.plan.static_tree import tree_for
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.model import draft_files
+from eyas.files import draft_files
+from eyas.kernels.attention import Attend, PassAttention
+from eyas.kernels.layer import OneLayer
+from eyas.kernels.linear import Dense
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import Attend, NativeAttention, PlainAttention
-from eyas.model.borrowed import Borrowing, FrozenHead
-from eyas.model.layer import OneLayer
-from eyas.model.linear import Dense
+from eyas.model.shared_weights import Borrowing, FrozenHead
 from eyas.model.target import Target
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
@@ -73,7 +73,7 @@ class Eagle1Network(Borrowing, nn.Module):
         x_NH = self.fused(torch.cat([torch.zeros_like(e_NH) if self.token_left_out else e_NH, f_NH.to(self.dtype)], -1))
         return x_NH, x_NH
 
-    def step(self, tokens_N: Tensor, f_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention) -> Tensor:
+    def step(self, tokens_N: Tensor, f_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
         """The feature [N, H] it guesses to come next, from features (or its own guesses) and the tokens that followed them."""
         return self.run(self.join(tokens_N, f_NH)[0], self.rotary, positions_N, attention)
 

@@ -20,11 +20,13 @@ from eyas.config import TargetConfig
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.files.eagle3_files import check_fits, config_from_file, load_draft, save_draft
+from eyas.kernels.attention import PassAttention
+from eyas.kernels.captured import fits, fixed_pass
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
 from eyas.model.cache import KVCache
-from eyas.model.captured import StaticAttention, fits, fixed_pass
-from eyas.model.draft import DraftNetwork, check_fits, config_from_file, load_draft, save_draft
+from eyas.model.draft import DraftNetwork
+from eyas.model.rows import Segment
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
@@ -111,15 +113,13 @@ class Eagle3Drafter:
         if fits(self.cache, segments):
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
         else:
-            (a,) = step(self.network, *(part.to(g.device) for part in rows), cached_attention(self.cache, segments, self.group), g)
+            (a,) = step(self.network, *(part.to(g.device) for part in rows), self.cache.attention(segments, self.group), g)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return a
 
 
-def step(
-    network: DraftNetwork, tokens: Tensor, positions: Tensor, attention: NativeAttention | PlainAttention | StaticAttention, g: Tensor
-) -> tuple[Tensor]:
+def step(network: DraftNetwork, tokens: Tensor, positions: Tensor, attention: PassAttention, g: Tensor) -> tuple[Tensor]:
     return (network.step(tokens, g, positions, attention),)
 
 

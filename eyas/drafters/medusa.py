@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from eyas.config import EyasError, TreeShape
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
-from eyas.decode.static import tree_for
+from eyas.decode.plan.static_tree import tree_for
 from eyas.decode.tree import Tree
-from eyas.model import draft_files
+from eyas.files import draft_files
+from eyas.kernels.linear import Dense
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.borrowed import Borrowing
-from eyas.model.linear import Dense
+from eyas.model.shared_weights import Borrowing
 from eyas.model.target import Target
 from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab

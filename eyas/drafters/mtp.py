@@ -25,13 +25,13 @@ from eyas.config import EyasError, TargetConfig
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
-from eyas.model import draft_files
+from eyas.files import draft_files
+from eyas.kernels.layer import OneLayer
+from eyas.kernels.linear import Dense
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.attention import Segment, cached_attention
-from eyas.model.borrowed import Borrowing, FrozenHead
 from eyas.model.cache import KVCache
-from eyas.model.layer import OneLayer
-from eyas.model.linear import Dense
+from eyas.model.rows import Segment
+from eyas.model.shared_weights import Borrowing, FrozenHead
 from eyas.model.target import Target
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
@@ -163,7 +163,7 @@ class MtpDrafter:
     def read(self, level: int, tokens: list[int], states: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         network, device = self.network, self.network.device
         x_NH = network.join(level, torch.tensor(tokens, device=device), states)
-        places, attention = torch.tensor(positions, device=device), cached_attention(self.caches[level], segments, self.group)
+        places, attention = torch.tensor(positions, device=device), self.caches[level].attention(segments, self.group)
         return network.runs[level](x_NH, network.rotary, places, attention)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from eyas.config import EyasError
+from eyas.files.disk import atomic_directory
+from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import DTYPES, Layout, find, layout_of
 from eyas.formats.portable import Draft, TargetFiles, probe
-from eyas.model.draft import check_fits
-from eyas.model.weights import atomic_directory
 
 EXACT = 1e-6  # largest difference of logits allowed where nothing is rounded
 ROUNDED = 5.0  # and where weights are, in standard deviations of the logits: more is an overflow, not rounding

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eyas.config import EyasError
-from eyas.model.gguf_check import check_gguf
-from eyas.model.tokenizer import SPLITS
-from eyas.model.weights import read_json
+from eyas.files.disk import read_json
+from eyas.files.gguf_check import check_gguf
+from eyas.files.gguf_tokenizer import SPLITS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

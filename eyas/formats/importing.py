@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eyas.config import EyasError
 from eyas.formats.portable import Draft, Found
-from eyas.view.agreement import CLEAR, Agreement, Evidence, agreement
+from eyas.measure.agreement import CLEAR, Agreement, Evidence, agreement
 
 READS = {"inputs": 0, "outputs": 1}
 
@@ -50,7 +50,7 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
         yield name, sorted(options, key=lambda option: not option.as_said)
 
 
-def settle(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Settled:
+def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Settled:
     """The draft, with every open question decided.
 
     With `evidence` (the target's text and states) every question is measured in turn, the file's own reading being left only where another

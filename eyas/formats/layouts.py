@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from eyas.config import EyasError, TreeShape
+from eyas.files.untrusted import Fields
 from eyas.formats import llama_cpp, openvino, safeailab, sglang, vllm
 from eyas.formats.plain import read_plain
 from eyas.formats.portable import Draft, Found, TargetFiles, own_draft
-from eyas.model.files import Fields
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Write = Callable[[Path, Draft, TargetFiles, Any], None]

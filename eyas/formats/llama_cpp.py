@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from eyas.config import DraftConfig, EyasError, TreeShape, short
+from eyas.files.gguf import halves_from_pairs
+from eyas.files.gguf_check import check_gguf
 from eyas.formats.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from eyas.formats.portable import Draft, Found, TargetFiles
-from eyas.model.gguf_check import check_gguf
 from eyas.model.transformer import rotary_frequencies
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import halves_from_pairs
 
 TITLE = "llama.cpp (llama-cpp-python 0.3.36)"
 WEIGHTS = ("bf16", "fp32", "fp16", "q8_0", "q4_1")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from eyas.config import EyasError, TreeShape
+from eyas.files.disk import read_json
 from eyas.formats.layouts import LAYOUTS
 from eyas.formats.portable import Draft, TargetFiles
-from eyas.model.weights import read_json
 from eyas.train.card import CARD, best_point, shown
 
 ENGINES = ("sglang", "vllm", "llama_cpp")

@@ -21,7 +21,7 @@ from eyas.config import EyasError, TreeShape, short
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.formats.plain import plain_config, write_plain
 from eyas.formats.portable import Draft, TargetFiles
-from eyas.model.attention import Segment
+from eyas.model.rows import Segment
 
 TITLE = "OpenVINO GenAI 2026.4"
 WEIGHTS = ("fp32", "fp16", "int8")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, rope_kind, short
+from eyas.files.eagle3_files import checked_network, engine_keys
+from eyas.files.tensors import save_tensors
+from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.portable import Draft, Found
-from eyas.model.draft import checked_network, engine_keys
-from eyas.model.files import Fields, tensors_of
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import save_tensors
 
 NAMES = {  # prefixes of others -> the published ones
     "model.": "",

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, TargetConfig, default_taps
+from eyas.config import DraftConfig, TargetConfig, check_taps, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.engine import target_directory
-from eyas.model.attention import Segment
-from eyas.model.draft import FACTS, DraftNetwork, checked_network, config_from_file, network_of, save_draft, vocab_of
-from eyas.model.files import Fields, tensors_of
-from eyas.model.target import check_taps
+from eyas.files.eagle3_files import FACTS, checked_network, config_from_file, network_of, save_draft, vocab_of
+from eyas.files.hf_config import has_own_blocks
+from eyas.files.target import target_config, target_directory
+from eyas.files.tensors import read_tensors
+from eyas.files.untrusted import Fields, tensors_of
+from eyas.model.draft import DraftNetwork
+from eyas.model.rows import Segment
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import has_own_blocks, read_tensors, target_config
 
 PROBE_ROWS, PROBE_STEPS, PROBE_TOKENS = 12, 4, 64
 
@@ -88,7 +89,7 @@ class TargetFiles:
         """[V, H] as stored."""
         if has_own_blocks(self.directory):
             return read_tensors(self.directory)["model.embed_tokens.weight"]
-        from eyas.engine import load_target
+        from eyas.files.target import load_target
 
         return load_target(self.directory).embedding.detach()
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from eyas.config import TreeShape, rope_kind
+from eyas.files.untrusted import PICKLED
 from eyas.formats.plain import THETA, default_ids, own_width, plain_config, write_plain
 from eyas.formats.portable import Draft, TargetFiles
-from eyas.model.files import PICKLED
 
 TITLE = "SafeAILab/EAGLE"
 WEIGHTS = ("bf16", "fp16", "fp32")

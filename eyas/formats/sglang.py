@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from eyas.config import TreeShape
+from eyas.files.eagle3_files import layer_ids
 from eyas.formats.plain import plain_config, write_plain
 from eyas.formats.portable import Draft, TargetFiles
-from eyas.model.draft import layer_ids
 
 TITLE = "SGLang 0.5.23"
 WEIGHTS = ("bf16", "fp16", "fp32")

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from eyas.config import EyasError, TreeShape
+from eyas.files.disk import read_json
+from eyas.files.eagle3_files import layer_ids
+from eyas.files.tensors import save_tensors
+from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.plain import found_in, plain_config, write_plain
 from eyas.formats.portable import Draft, Found, TargetFiles
-from eyas.model.draft import layer_ids
-from eyas.model.files import Fields, tensors_of
-from eyas.model.weights import read_json, save_tensors
 
 TITLE = "vLLM 0.32"
 WEIGHTS = ("bf16", "fp16", "fp32")

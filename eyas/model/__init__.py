@@ -1,1 +1,1 @@
-"""What computes: transformer blocks, their cache and masks, the target, the draft's vocabulary, and how weights come in."""
+"""The networks and what they compute: target, draft and their blocks, the cache, the mask. Reads no file."""

@@ -4,7 +4,7 @@ Knows transformers' two doors, the attention function and the mask that layers a
 sampling. All rows of a pass go through the model as one batch of size 1, each with its own position. What transformers asks of a mask
 (causal, sliding window, chunks) is evaluated on the *positions* of rows, and what a tree asks is added to it. Slower than
 `model/target.py`, which is ours from the embedding to the head, and right for every family whose attention goes through these doors:
-loading ends with a comparison against the model's own forward. What cannot work is refused before by `model/adaptable.py`.
+loading ends with a comparison against the model's own forward. What cannot work is refused before by `files/adaptable.py`.
 
 Axes: N rows, H model width, q/k heads, d head width, n rows of one segment, t keys, V vocabulary.
 """
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
-from eyas.model.adaptable import adapted_config, first_line
-from eyas.model.attention import Segment
+from eyas.kernels.linear import Dense
 from eyas.model.cache import KVCache
-from eyas.model.linear import Dense
 from eyas.model.mask import ancestor_mask, behind_prefix, causal_mask
-from eyas.model.target import Output, Rows, chain_rows
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Output
 from eyas.model.transformer import Block
 
 NAME = "eyas"  # of our attention among transformers'
@@ -309,49 +306,6 @@ def tap(index: int) -> Callable[..., None]:
 
 
 # ---- loading ----
-
-
-def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> AdaptedTarget:
-    """The target with its weights in, compared with transformers' own forward, not yet prepared for inference."""
-    config = adapted_config(directory)
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
-    settings = {"dtype": dtype, "attn_implementation": NAME, "use_safetensors": True, "local_files_only": True}
-    try:
-        with no_progress_bars():
-            network, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
-    except Exception as error:  # transformers raises many kinds: no weights, damaged ones, a missing package
-        raise EyasError(f"transformers cannot load {directory} ({first_line(error)})") from None
-    ignored = ("rotary_emb.inv_freq", "attn.masked_bias")  # old checkpoints hold them; the config says them
-    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
-    problems += [f"unknown {name}" for name in sorted(report["unexpected_keys"]) if not name.endswith(ignored)]
-    problems += [f"{name} has another shape" for name in sorted(str(key) for key in report["mismatched_keys"])]
-    if problems:
-        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise EyasError(f"target {directory} does not fit: {'; '.join(problems[:8])}{rest}")
-    try:
-        target = AdaptedTarget(network.to(device).eval().requires_grad_(False), config)
-        compare(target)
-    except Exception as error:
-        what = first_line(error) if isinstance(error, EyasError) else f"{type(error).__name__}: {first_line(error)}"
-        raise EyasError(f"{directory} ({network.config.model_type}) cannot be a target: {what}") from error
-    return target
-
-
-@contextmanager
-def no_progress_bars() -> Any:
-    """transformers draws a bar over the tensors it loads; eyas says itself what takes long."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

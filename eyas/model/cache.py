@@ -5,10 +5,19 @@ Knows slots, rows and lengths; knows nothing of tokens or trees. Rows written af
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from eyas.kernels import captured, native
+from eyas.kernels.attention import NativeAttention, PassAttention
+from eyas.model.attention import PlainAttention
+from eyas.model.rows import Segment
+
+KEPT = 2  # slabs without a cache that wait for the next call
 
 
 class Slabs:
@@ -44,6 +53,16 @@ class KVCache:
     def slots(self) -> int:
         return len(self.lengths)
 
+    def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
+        """The attention of one pass over what this cache holds; `group`: query heads that share a key head.
+
+        On a CPU the native kernel computes it, elsewhere PyTorch. `lses`: each layer appends the log-sum-exps [N, q] of its scores, so
+        that results over parts of the keys can be merged.
+        """
+        if native.attends(self.keys):
+            return NativeAttention(self, segments, lses)
+        return PlainAttention(self, segments, group, lses)
+
     def write(self, layer: int, slot: int, k_nhd: Tensor, v_nhd: Tensor) -> tuple[Tensor, Tensor]:
         """Put n tentative rows behind the committed ones; returns keys and values [heads, length + n, head_dim]."""
         start = self.lengths[slot]
@@ -77,3 +96,34 @@ class KVCache:
 
     def clear(self, slot: int) -> None:
         self.lengths[slot] = 0
+
+
+class Pool:
+    """Slabs that outlive their caches, together with what was captured over them: each call's cache is new, its slabs need not be."""
+
+    def __init__(self) -> None:
+        self.idle: list[Slabs] = []
+        self.lock = threading.RLock()  # a collection inside `cache` may take slabs back
+
+    def cache(self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """For one sequence. The last row of its slabs is spare: rows that pad a pass are written there."""
+        with self.lock:
+            fitting = [slabs for slabs in self.idle if slabs.keys.shape[3] > capacity]
+            slabs = min(fitting, key=lambda slabs: slabs.keys.shape[3], default=None)
+            self.idle = [each for each in self.idle if each is not slabs] if slabs else []  # what is too small now would only be in the way
+        if slabs is None:
+            slabs = Slabs(
+                (layers, 1, kv_heads, -(-(capacity + 1) // captured.WINDOW) * captured.WINDOW, head_dim), dtype, device, pooled=True
+            )
+        cache = KVCache.over(slabs, slabs.keys.shape[3] - 1)
+        weakref.finalize(cache, self.take_back, slabs).atexit = False
+        return cache
+
+    def take_back(self, slabs: Slabs) -> None:
+        with self.lock:
+            self.idle = [*self.idle, slabs][-KEPT:]
+
+
+def pool_on(device: torch.device) -> Pool | None:
+    """On CUDA alone: elsewhere a launch costs nothing that a graph would save."""
+    return Pool() if device.type == "cuda" else None

@@ -15,23 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
-from eyas.model.attention import NativeAttention, PlainAttention, Segment, cached_attention
-from eyas.model.cache import KVCache
-from eyas.model.captured import Pool, StaticAttention, fits, fixed_pass, pool_on
-from eyas.model.layer import NativeLayer, NativeLayers
-from eyas.model.linear import Dense
+from eyas.kernels.attention import NativeAttention, PassAttention
+from eyas.kernels.captured import fits, fixed_pass
+from eyas.kernels.layer import NativeLayer, NativeLayers
+from eyas.kernels.linear import Dense
+from eyas.model.cache import KVCache, Pool, pool_on
+from eyas.model.rows import Rows
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
-
-
-class Rows(NamedTuple):
-    """N rows of a pass, grouped by sequence in the order of `segments`. They are laid out on the CPU; the pass takes them to its device."""
-
-    tokens: Tensor  # [N] int64
-    positions: Tensor  # [N] int64
-    segments: list[Segment]
-
-    def on(self, device: torch.device) -> Rows:
-        return Rows(self.tokens.to(device), self.positions.to(device), self.segments)
 
 
 class Output(NamedTuple):
@@ -127,13 +117,13 @@ class Target(nn.Module):
             run = partial(self.read, taps=taps, logits_of=None)
             return Output(*fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0]))
         rows = rows.on(self.device)
-        return self.read(rows.tokens, rows.positions, cached_attention(cache, rows.segments, group), taps, logits_of)
+        return self.read(rows.tokens, rows.positions, cache.attention(rows.segments, group), taps, logits_of)
 
     def read(
         self,
         tokens_N: Tensor,
         positions_N: Tensor,
-        attention: NativeAttention | PlainAttention | StaticAttention,
+        attention: PassAttention,
         taps: Sequence[int],
         logits_of: Tensor | slice | None,
     ) -> Output:
@@ -148,7 +138,7 @@ class Target(nn.Module):
         return Output(logits_MV.to(wide), hidden_NH if taps == LAST_HIDDEN else features, hidden_NH)
 
     def plain_layers(
-        self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention | PlainAttention, taps: Sequence[int]
+        self, x_NH: Tensor, positions_N: Tensor, attention: PassAttention, taps: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """What the layers and the final norm make of x, and the inputs of the tapped ones [N, taps * H]."""
         rotation, features = self.rotary(positions_N, x_NH.dtype), []
@@ -184,15 +174,3 @@ class Target(nn.Module):
         cut.pool, cut.cuts = Pool() if self.pool else None, {}
         self.cuts[layers] = cut
         return cut
-
-
-def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
-    """Three different layers of the target in ascending order, or one line that says what is wrong."""
-    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
-        raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
-    return tuple(taps)
-
-
-def chain_rows(slot: int, tokens: Sequence[int], start: int) -> Rows:
-    """Rows of one sequence that follow each other, the first at position `start`: prefill, or one more token."""
-    return Rows(torch.tensor(tokens), torch.arange(start, start + len(tokens)), [Segment(slot, len(tokens))])

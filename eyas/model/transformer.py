@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import EyasError, rope_kind, short
-from eyas.model.attention import Attend
-from eyas.model.linear import Dense
+from eyas.kernels.attention import Attend
+from eyas.kernels.linear import Dense
 
 TABLE = 4096  # positions whose rotary angles are kept
 

@@ -5,32 +5,10 @@ Knows training.json and a benchmark's result; measures nothing itself. The pictu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from eyas import pictures
-
 CARD, PICTURE = "README.md", "curve.png"
-
-
-def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
-    """Held-out simulated tau and acceptance of the first, third and last step against trained answer tokens."""
-    pyplot = pictures.pyplot()
-    steps = sorted(int(name.removeprefix("accept_")) for name in curve[-1] if name.startswith("accept_"))
-    slots = [point["slots"] / 1000 for point in curve]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    left.plot(slots, [point["tau"] for point in curve], marker="o", markersize=3)
-    left.set(xlabel="answer tokens trained, thousands", ylabel="held-out simulated tau", title=f"a chain of {steps[-1]}")
-    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
-        right.plot(slots, [point[f"accept_{step}"] for point in curve], marker="o", markersize=3, label=f"step {step}")
-    right.set(xlabel="answer tokens trained, thousands", ylabel="right, of those right before", ylim=(0, 1))
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def best_point(told: Mapping[str, Any]) -> dict[str, float] | None:

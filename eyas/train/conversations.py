@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from eyas.config import EyasError
-from eyas.jsonl import CHAT_KEYS, Message, messages_of, read_lines
+from eyas.files.chat_data import CHAT_KEYS, Message, messages_of, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from eyas.config import TrainSettings
 from eyas.drafters.eagle1 import Eagle1Network
+from eyas.files.draft_files import one_layer
 from eyas.model.adapter import AdaptedTarget
-from eyas.model.borrowed import FrozenHead
-from eyas.model.draft_files import one_layer
+from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eyas.model.attention import Segment
-from eyas.model.target import Rows, Target
+from eyas.model.rows import Rows, Segment
+from eyas.model.target import Target
 from eyas.train.conversations import Document
 
 SCORED = 256  # rows whose logits over the whole vocabulary are held at once

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from eyas.decode.sampling import derived_seed, uniforms
-from eyas.model.attention import Segment
-from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
 from eyas.train.openings import OPENINGS
 from eyas.train.template import Template
 

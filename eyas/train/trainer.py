@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from eyas.config import EyasError, TrainSettings
+from eyas.files.disk import atomic_directory
 from eyas.methods import METHODS
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import atomic_directory
+from eyas.train.acceptance import rank_accuracies, simulate
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
-from eyas.train.measure import rank_accuracies, simulate
 from eyas.train.parallel import Peers
 from eyas.train.teacher import Teacher
 from eyas.train.unroll import Lesson, loss_slots

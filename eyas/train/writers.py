@@ -1,7 +1,7 @@
 """Processes that let the target write, one thread each, until there is enough of its text, time is up, or the disk's share is used.
 
 Each worker writes every n-th shard that is missing, so a folder's first shards hold the same text however many workers there were and
-however often they were killed (where a row's sums do not depend on the pass's other rows: model/native.py). Knows shards and processes.
+however often they were killed (where a row's sums do not depend on the pass's other rows: kernels/native.py). Knows shards and processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from eyas.config import EyasError
-from eyas.model import native
-from eyas.model.linear import cpu_multiplies_bfloat16
-from eyas.model.weights import target_config
+from eyas.files.target import target_config
+from eyas.kernels import native
+from eyas.kernels.linear import cpu_multiplies_bfloat16
 from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.shards import Folder, claim_folder, write_shards
 from eyas.train.template import Template
@@ -139,7 +139,8 @@ def work(
     directory: Path, folder: Path, settings: SelfPlay, questions: list[Asked], slots: int, there: frozenset[int], number: int, workers: int
 ) -> None:
     """Worker `number`: a process with one thread, until it is ended from outside or there is nothing left to ask."""
-    from eyas.engine import load_target, load_tokenizer
+    from eyas.files.target import load_target
+    from eyas.files.tokenizer import load_tokenizer
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eyas import pictures
-from eyas.decode.calibration import DEPTHS, EDGES, LATELY, Calibration
-from eyas.decode.planner import MOST, Planner
+from eyas.decode.plan.calibration import DEPTHS, EDGES, LATELY, Calibration
+from eyas.decode.plan.planner import MOST, Planner
+from eyas.view import pictures
 
 SHOWN, FEWEST = (1, 2, 3), 20  # depths in the picture; guesses without which a share says nothing
 

@@ -29,7 +29,7 @@ from eyas.decode.sampling import derived_seed
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 from eyas.engine import Engine
-from eyas.model.draft import save_draft
+from eyas.files.eagle3_files import save_draft
 from tests.tiny import byte_tokenizer, tiny_draft, tiny_target
 
 PROMPTS = [PromptItem(line, text) for line, text in enumerate(("Hello there", "One, two", "A hawk"), start=1)]

@@ -12,7 +12,7 @@ import pytest
 from eyas.bench import environments
 from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, WORKER, Contestant, Runner, count_weights, figures, race, spread, table_rows
 from eyas.config import EyasError
-from eyas.model.weights import target_config
+from eyas.files.target import target_config
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_config, tiny_target
 
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5], [9, 8, 9, 8]]

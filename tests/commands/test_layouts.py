@@ -9,8 +9,8 @@ import pytest
 
 from eyas.cli import LAYOUT_NAMES
 from eyas.commands.serve_command import gain
+from eyas.files.eagle3_files import config_from_file
 from eyas.formats.layouts import LAYOUTS
-from eyas.model.draft import config_from_file
 from tests.commands.words import contents
 from tests.tiny import save_tiny_draft, save_tiny_target
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from eyas import cli
-from eyas.train.apart import questions
+from eyas.train.decontaminate import questions
 from eyas.train.features import shard_examples
 from eyas.train.template import Template
 from tests.tiny import byte_tokenizer, save_tiny_target

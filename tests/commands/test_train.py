@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from eyas.config import TrainSettings
+from eyas.files import disk
 from eyas.methods import METHODS, trained
-from eyas.model import weights
 from eyas.train import trainer as training
 from tests.commands.words import GOOD, contents, generate, train
 
@@ -27,7 +27,7 @@ def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
     assert status == 0 and said.startswith(f"draft written to {out}; try: eyas generate 'Tell me about hawks.' --target ")
     assert said.endswith(f"--draft {out}\n")
     told = json.loads((out / "training.json").read_text())
-    assert told["steps"] == 3 and told["target_sha256"] == weights.directory_hash(models / "target") and told["curve"][-1]["step"] == 3
+    assert told["steps"] == 3 and told["target_sha256"] == disk.directory_hash(models / "target") and told["curve"][-1]["step"] == 3
     none_apart = {"from": [], "prompts": 0, "dropped": 0}
     assert told["data"] == {"kind": "conversations", "file": "data.jsonl", "skipped": 0, "duplicates_dropped": 0, "kept_apart": none_apart}
     assert told["settings"]["draft_vocab_size"] == 200 and told["versions"].keys() == {"eyas", "torch", "python"}

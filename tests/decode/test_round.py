@@ -21,7 +21,7 @@ from eyas.drafters.lookup import LookupDrafter
 from eyas.drafters.merged import MergedDrafter
 from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork, draft_config
-from eyas.model.target import chain_rows
+from eyas.model.rows import chain_rows
 from eyas.model.vocab import DraftVocab
 from tests.enumeration import surprise
 from tests.tiny import randomize, tiny_draft, tiny_target

@@ -11,7 +11,7 @@ from eyas.decode.generate import Decoder, Result, result_of
 from eyas.decode.sampling import Noise, draw
 from eyas.drafters import draft_model
 from eyas.drafters.draft_model import ModelDrafter
-from eyas.model.target import chain_rows
+from eyas.model.rows import chain_rows
 from tests.tiny import tiny_target
 
 V = 53

@@ -17,10 +17,11 @@ from eyas.decode.sampling import Noise
 from eyas.decode.tree import Tree
 from eyas.drafters import eagle3
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.model.draft import DraftNetwork, check_fits, config_from_file, config_to_file, draft_config, load_draft, save_draft
-from eyas.model.target import chain_rows
+from eyas.files.eagle3_files import check_fits, config_from_file, config_to_file, load_draft, save_draft
+from eyas.files.tensors import INDEX, read_tensors, save_tensors
+from eyas.model.draft import DraftNetwork, draft_config
+from eyas.model.rows import chain_rows
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import INDEX, read_tensors, save_tensors
 from tests.tiny import randomize, reference_weights, tiny_config, tiny_draft, tiny_target
 
 V, H = 53, 32

@@ -9,9 +9,10 @@ import torch
 
 import eyas
 from eyas.config import EyasError
-from eyas.engine import kind_of, load_target
+from eyas.engine import kind_of
+from eyas.files.target import load_target
+from eyas.files.tensors import read_tensors, save_tensors
 from eyas.methods import METHODS, trained
-from eyas.model.weights import read_tensors, save_tensors
 from tests.tiny import save_tiny_target
 from tests.tiny_family import tiny_network
 

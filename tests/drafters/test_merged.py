@@ -8,7 +8,7 @@ from eyas.decode.tree import Tree
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import USUAL, LookupDrafter
 from eyas.drafters.merged import MergedDrafter
-from eyas.model.target import chain_rows
+from eyas.model.rows import chain_rows
 from tests.tiny import tiny_draft, tiny_target
 
 SHAPE = TreeShape(8, 2, 2)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from eyas.config import EyasError
+from eyas.files.gguf_check import check_gguf
+from eyas.files.tensors import read_tensors, save_tensors
+from eyas.files.untrusted import tensors_of, unpickled
 from eyas.formats.export import export
-from eyas.formats.importing import settle
+from eyas.formats.importing import resolve
 from eyas.formats.layouts import find
 from eyas.formats.llama_cpp import FILE
-from eyas.model.files import tensors_of, unpickled
-from eyas.model.gguf_check import check_gguf
-from eyas.model.weights import read_tensors, save_tensors
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_speculators_head_without_its_flag_is_in_doubt(foreign):
 
 
 def test_unmeasured_questions_are_answered_as_the_layout_has_it(foreign):
-    draft, told = settle(find(foreign(drop("eagle_aux_hidden_state_layer_ids"))), 8)
+    draft, told = resolve(find(foreign(drop("eagle_aux_hidden_state_layer_ids"))), 8)
     assert draft.config.taps == (2, 4, 5) and "not measured" in told[0]
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from eyas.config import EyasError, TreeShape
+from eyas.files.eagle3_files import config_from_file
+from eyas.files.gguf import halves_from_pairs
+from eyas.files.tensors import read_tensors
+from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.export import EXACT, export
 from eyas.formats.layouts import LAYOUTS, find
 from eyas.formats.llama_cpp import FILE, pairs_from_halves
 from eyas.formats.portable import changed, own_draft, probe
 from eyas.formats.vllm import is_speculators
-from eyas.model.draft import config_from_file
-from eyas.model.files import Fields, tensors_of
-from eyas.model.weights import halves_from_pairs, read_tensors
 
 READABLE = [name for name in LAYOUTS if name != "openvino"]  # that one needs an environment of its own: benchmarks/engines
 OTHER_TAPS = (1, 3, 6)
@@ -152,7 +153,7 @@ def test_gguf_carries_the_targets_tokenizer(draft, target, tmp_path):
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    from eyas.model.tokenizer import tokenizer_from_gguf
+    from eyas.files.gguf_tokenizer import tokenizer_from_gguf
 
     written(draft, "llama_cpp", target, tmp_path)
     fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "x" / FILE).fields.items()}

@@ -18,15 +18,18 @@ from eyas.config import EyasError, Sampling, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.engine import load_target
-from eyas.model.adaptable import adapted_config, check_adaptable
-from eyas.model.adapter import AdaptedTarget, load_adapted
-from eyas.model.attention import Segment
-from eyas.model.draft import DraftNetwork, check_fits, draft_config, save_draft
+from eyas.files.adaptable import adapted_config, check_adaptable
+from eyas.files.adapted import load_adapted
+from eyas.files.eagle3_files import check_fits, save_draft
+from eyas.files.hf_config import has_own_blocks
+from eyas.files.target import load_target, target_config
+from eyas.files.tensors import load_strictly, read_tensors
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.mask import ancestor_mask
-from eyas.model.target import Rows, Target, chain_rows
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.model.weights import has_own_blocks, load_strictly, read_tensors, target_config
 from tests.tiny import byte_tokenizer, randomize
 
 V = 61

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from eyas.model import native
-from eyas.model.attention import NativeAttention, PlainAttention, Segment
+from eyas.kernels import native
+from eyas.kernels.attention import NativeAttention
+from eyas.model.attention import PlainAttention
 from eyas.model.cache import KVCache
 from eyas.model.mask import ancestor_mask
+from eyas.model.rows import Segment
 
 needs_kernel = pytest.mark.skipif(native.kernel() is None, reason="no C compiler: the plain attention is all there is")
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6]  # a tree behind the committed rows

@@ -10,12 +10,14 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from eyas.config import EyasError
-from eyas.model.attention import Segment, attention_with_lse, grouped_attention
+from eyas.config import EyasError, check_taps
+from eyas.files.target import target_config
+from eyas.files.tensors import load_strictly, read_tensors
+from eyas.kernels.attention import attention_with_lse, grouped_attention
 from eyas.model.mask import ancestor_mask, behind_prefix, causal_mask
-from eyas.model.target import Rows, Target, chain_rows, check_taps
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
 from eyas.model.transformer import rotary_frequencies
-from eyas.model.weights import load_strictly, read_tensors, target_config
 from tests.tiny import randomize, tiny_config, tiny_target
 
 TAPS = (1, 2, 4)

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from eyas.config import EyasError
-from eyas.model import weights
-from eyas.model.draft import load_draft
+from eyas.files import tensors
+from eyas.files.eagle3_files import load_draft
 from eyas.train import trainer as training
 from eyas.train.trainer import Budget
 from tests.train.training import (
@@ -62,7 +62,7 @@ def full_for_safetensors(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "failure"), [(weights, "save_file", full_for_safetensors), (weights, "save_file", full), (torch, "save", full)]
+    ("module", "name", "failure"), [(tensors, "save_file", full_for_safetensors), (tensors, "save_file", full), (torch, "save", full)]
 )
 def test_a_full_disk_leaves_the_older_draft(tmp_path, monkeypatch, module, name, failure):
     out = tmp_path / "draft"

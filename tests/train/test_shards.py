@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from eyas.config import EyasError
-from eyas.model.weights import directory_hash
+from eyas.files.disk import directory_hash
 from eyas.train import shards as on_disk
 from eyas.train import writers
 from eyas.train.features import shard_examples

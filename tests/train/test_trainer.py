@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from eyas.config import EyasError
-from eyas.engine import load_target
-from eyas.model.weights import read_tensors
+from eyas.files.target import load_target
+from eyas.files.tensors import read_tensors
 from eyas.train import trainer as training
 from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example

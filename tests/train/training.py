@@ -11,8 +11,8 @@ from eyas.decode.generate import Decoder
 from eyas.methods import METHODS
 from eyas.model.vocab import DraftVocab
 from eyas.train import trainer as training
+from eyas.train.acceptance import Simulation
 from eyas.train.features import Example, TargetStates
-from eyas.train.measure import Simulation
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Trainer
 from tests.tiny import tiny_target

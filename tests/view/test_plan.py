@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from eyas.cli import main
-from eyas.decode.calibration import Calibration
-from eyas.decode.planner import Planner
-from eyas.decode.prices import Prices
+from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.planner import Planner
+from eyas.decode.plan.prices import Prices
 from eyas.view.plan import choices, reliability, typical_rounds
 from tests.tiny import save_tiny_draft, save_tiny_target
 

@@ -1,0 +1,179 @@
+"""How large each round's trees should be: as large as the next node is worth its time, down to no tree at all.
+
+A round costs seconds and brings tokens; over many rounds tokens a second are most where each round makes the most of
+tokens - rate * seconds, `rate` being what the last rounds brought. So a level of drafting, a branch, a node is taken where what it adds to
+that sum is more than nothing: for one sequence or for many that share a pass, whose nodes compete by worth. Where even the first level is
+not worth it nothing is drafted, and now and then a round tries whether it would be again.
+
+Knows trees, prices and calibrated chances; knows no models. Drafters that grow level by level ask it before each level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from eyas.config import TreeShape
+from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.pauses import Pauses
+from eyas.decode.plan.prices import Prices
+from eyas.decode.tree import Tree
+
+MOST = TreeShape(64, 7, 4)  # of any one tree
+MEMORY = 0.04  # weight of a round in what the last ones brought
+FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
+SPAN = 4  # rows over which the price of one more is taken: single ones are noise
+PROBE = 48  # rounds in which the draft was not asked, until it is tried again
+LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
+
+
+class Guesses(Protocol):
+    """What a tree and its growth have in common."""
+
+    parents: list[int]
+    depths: list[int]
+    scores: list[float]
+
+
+class FixedPlan:
+    """No plan: every tree is checked as it was asked for and drawn up."""
+
+    guesses = True
+
+    def begin(self, sequences: Sequence[int]) -> None:
+        return None
+
+    def cut(self, trees: Sequence[Tree]) -> Sequence[Tree]:
+        return trees
+
+    def judge(self, tree: Tree, path: Sequence[int]) -> None:
+        return None
+
+    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+        return None
+
+
+@dataclass
+class Planner:
+    """One call's plan; prices and calibration may be shared with others'."""
+
+    passes: Prices  # of the target, by rows
+    steps: Prices  # of the draft, by rows of a level
+    calibration: Calibration
+    batch: int = 0
+    rows: float = 0.0  # of the last rounds' passes
+    tokens: float = 0.0  # of the last rounds, older ones fading, and their seconds
+    seconds: float = 0.0
+    rate: float = 0.0  # tokens a second
+    silent: int = 0  # rounds since the draft was asked
+    guesses: bool = True  # whether this round may have any
+    pauses: Pauses = field(default_factory=Pauses)
+
+    # ---- before and while drafting ----
+
+    def begin(self, sequences: Sequence[int]) -> None:
+        """A round of these sequences comes. What it has to beat is what the last rounds brought, at first a little more than plain
+        decoding, and never less than that."""
+        if len(sequences) != self.batch:
+            self.batch, self.rows, self.tokens, self.seconds = len(sequences), 3.0 * len(sequences), 0.0, 0.0
+        alone = self.passes.of(self.batch)
+        plain, some = self.batch / alone, FIRST_ROUNDS * MEMORY * alone
+        self.rate = max(plain, (self.tokens + HOPE * plain * some) / (self.seconds + some))
+        self.guesses = not self.pauses.begin(self.batch, alone)
+
+    def row(self) -> float:
+        """What one row more of a pass has to bring, in tokens."""
+        rows = max(self.batch, round(self.rows))
+        return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
+
+    def pays(self, covered: Sequence[float]) -> list[bool]:
+        """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
+        asked = self.worth_asking(covered)
+        self.silent = 0 if any(asked) else self.silent + 1
+        if self.silent == PROBE:
+            self.silent, asked[0] = 0, True
+        return asked
+
+    def worth_asking(self, covered: Sequence[float]) -> list[bool]:
+        row, bare = self.row(), [1 - chance for chance in covered]
+        step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
+        worth = self.calibration.worth
+        return [worth(1, share, row) + worth(2, LIKELY * share, row) > step for share in bare]
+
+    def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
+        row, gains, kept = self.row(), 0.0, []
+        for growth, nodes in zip(growths, candidates):
+            chances = self.chances(growth)
+            worth = [self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes]
+            kept.append([node for node, each in zip(nodes, worth) if each > 0])
+            gains += sum(worth)
+        return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
+
+    def grew(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
+        """A level was drafted: `frontier` got the nodes from `before` on as children."""
+        chances: dict[int, list[float]] = {node: [] for node in frontier}
+        for node in range(before, len(growth.parents)):
+            chances[growth.parents[node]].append(self.calibration.chance(growth.depths[node], guess(growth, node)))
+        for node, each in chances.items():
+            self.calibration.expanded(growth.depths[node] + 1, each)
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A level of so many rows took the draft so long."""
+        self.steps.served(rows, seconds)
+
+    # ---- between drafting and checking ----
+
+    def chances(self, guesses: Guesses) -> list[float]:
+        """The chance of each node that the walk comes to it: calibrated, and siblings' never above their parent's together."""
+        own: list[float] = [1.0]
+        together: dict[int, float] = {}
+        for node in range(1, len(guesses.parents)):
+            own.append(self.calibration.chance(guesses.depths[node], guess(guesses, node)))
+            together[guesses.parents[node]] = together.get(guesses.parents[node], 0.0) + own[-1]
+        for node, parent in enumerate(guesses.parents[1:], 1):
+            own[node] *= own[parent] / max(1.0, together[parent])
+        return own
+
+    def cut(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Of all trees the nodes that are worth their rows of the pass they share."""
+        ranked = sorted(
+            ((chance, -row, place) for place, tree in enumerate(trees) for row, chance in enumerate(self.chances(tree)) if row),
+            reverse=True,
+        )
+        if not ranked:
+            return list(trees)
+        best, most, tokens, plain = 0, 0.0, 0.0, self.passes.of(len(trees))
+        for count, (chance, _, _) in enumerate(ranked, 1):
+            tokens += chance
+            if (gain := tokens - self.rate * (self.passes.of(len(trees) + count) - plain)) > most:
+                best, most = count, gain
+        kept: list[list[int]] = [[0] for _ in trees]
+        for _, row, place in ranked[:best]:
+            kept[place].append(-row)
+        return [tree if len(rows) == len(tree) else tree.keep(rows) for tree, rows in zip(trees, kept)]
+
+    # ---- after it ----
+
+    def judge(self, tree: Tree, path: Sequence[int]) -> None:
+        """What a walk says of its tree's guesses."""
+        for place, row in enumerate(path):
+            children = list(tree.children[row].values())
+            if children:
+                taken = children.index(path[place + 1]) if place + 1 < len(path) else None
+                self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
+
+    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+        """A round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
+        self.passes.served(rows, pass_seconds)
+        self.pauses.served(self.guesses, tokens, seconds)
+        self.rows += MEMORY * (rows - self.rows)
+        self.tokens += MEMORY * (tokens - self.tokens)
+        self.seconds += MEMORY * (seconds - self.seconds)
+
+
+def guess(guesses: Guesses, node: int) -> float:
+    """The drafter's chance of a node given its parent."""
+    return min(1.0, math.exp(guesses.scores[node] - guesses.scores[guesses.parents[node]]))

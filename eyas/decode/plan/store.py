@@ -1,0 +1,128 @@
+"""What planners learned on this machine: prices and calibration, timed once, kept in a file and moved by every round that is served.
+
+Knows a target, a clock and a file; how a round is planned is planner.py's. A damaged file only means timing again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eyas.config import EyasError, Sampling, cache_dir
+from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.pauses import Pauses
+from eyas.decode.plan.planner import Planner
+from eyas.decode.plan.prices import Prices
+from eyas.files.disk import replace_text
+from eyas.kernels.captured import synchronize
+from eyas.kernels.linear import capability
+from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.target import Target
+
+ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
+CONTEXT = 160  # rows of text before those that are timed
+REPEATS = 5
+STEP = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is taken to cost until it is seen
+
+
+class PlanStore:
+    """Prices and calibrations of one target and draft; what they say moves while they are used, `save` keeps it."""
+
+    def __init__(self, target: Target, directory: Path, draft: Path | None, precision: str) -> None:
+        """`directory`: the target's; `draft`: the draft's, where there is one. Both, and the precision, tell one store from another."""
+        self.target, self.path = target, cache_dir() / "plans.json"
+        where = (machine(), target.device, torch.get_num_threads())
+        self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision)))
+        self.known: dict[str, Any] = self.read().get(self.key, {})
+        self.planned: dict[str, tuple[Prices, Calibration, Pauses]] = {}
+        self.passes: Prices | None = None
+        self.frozen = False  # a measurement: nothing is learned
+
+    def planner(self, method: str, sampling: Sampling) -> Planner:
+        if self.passes is None:
+            self.passes = prices(self.known.get("passes")) or self.time()
+        name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
+        if name not in self.planned:
+            known = self.known.get(name) if isinstance(self.known.get(name), dict) else {}
+            alone = self.passes.of(1)
+            steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
+            counts = known.get("calibration")
+            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), Pauses()
+        steps, calibration, pauses = self.planned[name]
+        calibration.frozen = self.frozen
+        pauses.anew()
+        return Planner(self.passes, steps, calibration, pauses=copy.deepcopy(pauses) if self.frozen else pauses)
+
+    def time(self) -> Prices:
+        print("timing passes (once on this machine) ...", file=sys.stderr, flush=True)
+        return Prices(time_passes(self.target))
+
+    def read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
+
+    def save(self) -> None:
+        """Replace the file whole; a cache that cannot be written only means timing again next time."""
+        if self.passes is None or self.frozen:
+            return
+        learned = {name: {"steps": steps.table(), "calibration": counts.as_dict()} for name, (steps, counts, _) in self.planned.items()}
+        self.known |= {"passes": self.passes.table()} | learned
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json.dumps(self.read() | {self.key: self.known}))
+        except OSError as error:
+            print(f"what was learned of prices cannot be kept ({error.strerror}: {self.path})", file=sys.stderr)
+
+
+def prices(table: Any) -> Prices | None:
+    """Prices from a file, or None where it says something else."""
+    try:
+        seconds = {int(rows): float(price) for rows, price in table.items()}
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return Prices(seconds) if seconds and all(rows > 0 and 0 < price < 1e4 for rows, price in seconds.items()) else None
+
+
+@torch.inference_mode()
+def time_passes(target: Target) -> dict[int, float]:
+    """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
+    config = target.config
+    context = min(CONTEXT, max(1, config.max_position_embeddings // 2))
+    rows_fit = [rows for rows in ROWS if context + rows <= config.max_position_embeddings]
+    if not rows_fit:
+        raise EyasError(
+            f"the target reads {config.max_position_embeddings} tokens at most; its trees cannot be planned, name one with --tree"
+        )
+    cache = target.new_cache(1, context + max(rows_fit))
+    target(chain_rows(0, [7 % config.vocab_size] * context, 0), cache, (), slice(-1, None))
+    cache.keep(0, range(context))
+    taken: dict[int, list[float]] = {rows: [] for rows in rows_fit}
+    for _ in range(REPEATS + 1):
+        for rows in rows_fit:
+            tokens, mask = torch.arange(rows) % config.vocab_size, torch.eye(rows, dtype=torch.bool)
+            positions = torch.full((rows,), context)
+            started = time.perf_counter()
+            target(Rows(tokens, positions, [Segment(0, rows, mask)]), cache, ())
+            synchronize(target.device)
+            taken[rows].append(time.perf_counter() - started)
+    return {rows: sorted(seconds[1:])[REPEATS // 4] for rows, seconds in taken.items()}
+
+
+def machine() -> str:
+    return f"{platform.machine()} {capability()} {platform.node()}"
+
+
+def draft_key(draft: Path | None) -> str:
+    """A draft's identity: its weights' sizes and times."""
+    files: list[Path] = sorted(draft.glob("*.safetensors")) if draft else []
+    return "-".join(f"{file.stat().st_size}.{int(file.stat().st_mtime)}" for file in files)

@@ -1,0 +1,155 @@
+"""What a draft accepts in a running engine beside what it accepts here: asks an OpenAI-compatible server questions and reads its counts.
+
+Knows how vLLM, SGLang and llama.cpp tell their acceptance; knows nothing of how they run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections import Counter
+from typing import Any, NamedTuple
+
+from eyas.config import GREEDY, PRECISIONS, EyasError, TreeShape, short
+from eyas.decode.generate import Decoder
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.engine import without_draft
+from eyas.formats.portable import Draft, TargetFiles
+from eyas.measure.agreement import QUESTIONS
+
+NEW_TOKENS = 100
+FAR = 0.1  # relative difference of tau that is more than other kernels and another rounding explain
+TIMEOUT = 300
+VLLM = re.compile(r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)(?:_total)?(?:\{[^}]*\})? ([0-9.e+]+)$", re.M)
+
+
+class Counts(NamedTuple):
+    drafts: float
+    draft_tokens: float
+    accepted: float
+
+    def tau(self) -> float:
+        return 1 + self.accepted / max(self.drafts, 1)
+
+    def chain(self) -> int:
+        """Tokens drafted a round."""
+        return max(1, round(self.draft_tokens / max(self.drafts, 1)))
+
+
+class Served(NamedTuple):
+    """What the server did with the questions. `tau` and `shape` are None where it tells no counts."""
+
+    tau: float | None
+    shape: TreeShape | None  # what it drafts a round
+    prompt_tokens: list[int]
+    new_tokens: int
+
+
+def call(url: str, body: dict[str, Any] | None = None) -> Any:
+    """JSON, or text where it is none."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        raise EyasError(f"{url} answered {error.code} ({short(error.read()[:200].decode(errors='replace'))})") from None
+    except (OSError, ValueError) as error:
+        raise EyasError(f"{url} cannot be reached ({error}); give the address of a running engine, as http://127.0.0.1:8000") from None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def optional(url: str) -> Any:
+    """The same, None where the server has no such page."""
+    try:
+        return call(url)
+    except EyasError:
+        return None
+
+
+def vllm_counts(url: str) -> Counts | None:
+    page = optional(f"{url}/metrics")
+    totals: Counter[str] = Counter()
+    for name, value in VLLM.findall(page if isinstance(page, str) else ""):
+        totals[name] += float(value)
+    return Counts(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"]) if totals else None
+
+
+def sglang_told(url: str) -> tuple[float, TreeShape] | None:
+    """Mean accepted length (over all that the server has answered since it began) and tree, as SGLang's server tells them."""
+    told = optional(f"{url}/server_info") or optional(f"{url}/get_server_info")
+    if not isinstance(told, dict) or not told.get("speculative_algorithm"):
+        return None
+    states = told.get("internal_states") or [{}]
+    length = states[0].get("avg_spec_accept_length")
+    steps = int(told.get("speculative_num_steps") or 3)
+    top_k, nodes = int(told.get("speculative_eagle_topk") or 1), int(told.get("speculative_num_draft_tokens") or steps + 1)
+    return (float(length), TreeShape(nodes, steps - 1, top_k)) if length else None
+
+
+def ask(url: str) -> Served:
+    """The questions, greedily, one after the other."""
+    url = url.rstrip("/").removesuffix("/v1")
+    models = call(f"{url}/v1/models")
+    entries = models.get("data") if isinstance(models, dict) else None
+    if not entries:
+        raise EyasError(f"{url}/v1/models lists no model; is this an OpenAI-compatible engine?")
+    before = vllm_counts(url)
+    drafted = accepted = written = 0
+    prompts = []
+    for question in QUESTIONS:
+        body = {"model": entries[0]["id"], "temperature": 0, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": question}]}
+        answer = call(f"{url}/v1/chat/completions", body)
+        if not isinstance(answer, dict):
+            raise EyasError(f"{url}/v1/chat/completions answered with something else than JSON; is this an OpenAI-compatible engine?")
+        usage, timings = answer.get("usage") or {}, answer.get("timings") or {}
+        prompts.append(int(usage.get("prompt_tokens") or 0))
+        written += int(usage.get("completion_tokens") or 0)
+        drafted += int(timings.get("draft_n") or 0)
+        accepted += int(timings.get("draft_n_accepted") or 0)
+    if before is not None and (after := vllm_counts(url)) is not None:
+        counts = Counts(*(now - then for now, then in zip(after, before)))
+        return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
+    if drafted:  # llama.cpp: each round writes one token more than it accepted, the first token comes from the prompt
+        rounds = max(written - len(QUESTIONS) - accepted, 1)
+        counts = Counts(rounds, drafted, accepted)
+        return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
+    if told := sglang_told(url):
+        return Served(*told, prompts, written)
+    return Served(None, None, prompts, written)
+
+
+def compare(url: str, draft: Draft, target: TargetFiles) -> dict[str, Any]:
+    """The engine's figure, ours for the same questions and trees, and what differs, in lines."""
+    served, engine = ask(url), without_draft(target.directory, PRECISIONS[0])
+    prompts = [engine.encode(question) for question in QUESTIONS]
+    own = [len(prompt) for prompt in prompts]
+    lines, differs = [], False
+    if any(served.prompt_tokens) and served.prompt_tokens != own:
+        differs = True
+        first = next(number for number, pair in enumerate(zip(served.prompt_tokens, own)) if pair[0] != pair[1])
+        lines.append(
+            f"chat template: it reads {served.prompt_tokens[first]} tokens where the target's template makes {own[first]} "
+            f"({QUESTIONS[first]!r}): another template, system prompt or a doubled first token; the draft was trained on the target's"
+        )
+    if served.shape is None or served.tau is None:
+        lines.append("the engine tells no acceptance (vLLM: /metrics; llama.cpp: timings; SGLang: /server_info): nothing to compare")
+        return {"lines": lines, "differs": True, "tau": None, "ours": None}
+    shape, network = served.shape, draft.network(engine.target.embedding.detach(), engine.target.dtype)
+    decoder = Decoder(engine.target, Eagle3Drafter(network.prepare(), draft.vocab))
+    *_, texts = decoder.run(prompts, shape, GREEDY, [0] * len(prompts), NEW_TOKENS)
+    rounds: Counter[int] = sum((text.accepted_lengths for text in texts), Counter())
+    ours = sum(length * count for length, count in rounds.items()) / max(rounds.total(), 1)
+    lines.append(f"served: tau {served.tau:.2f} there, {ours:.2f} here ({shape}, {len(QUESTIONS)} questions, {NEW_TOKENS} tokens, greedy)")
+    if abs(served.tau - ours) > FAR * ours:
+        differs = True
+        lines.append(
+            "that is more than rounding explains: it serves other files, reads its features elsewhere (layer ids) or another template; "
+            "check the directory it was given with this command"
+        )
+    return {"lines": lines, "differs": differs, "tau": round(served.tau, 4), "ours": round(ours, 4)}

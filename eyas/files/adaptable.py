@@ -1,0 +1,108 @@
+"""Which of transformers' models can be a target, and what shape of draft they need, told by config.json alone.
+
+Knows transformers' configs and model classes; loads no weights and computes nothing. What can be a target is run by `model/adapter.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from eyas.config import EyasError, TargetConfig
+from eyas.files.disk import read_json
+from eyas.files.hf_config import end_of_turn_ids
+
+MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
+WRAPPERS = ("text_config", "vision_config", "audio_config")
+CHOOSE = "choose a model with plain attention in every layer"
+STATE = f"keeps one running state, so a tree of guesses cannot be checked in one pass; {CHOOSE}"
+
+
+def check_adaptable(directory: Path) -> Any:
+    """transformers' config of a model that can be a target; EyasError, in one line that says why, for one that cannot.
+
+    Reads config.json and no weights.
+    """
+    kind = read_json(directory / "config.json").get("model_type")
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    def refused(why: str) -> EyasError:
+        return EyasError(f"{directory} is a {kind!r} model: {why}")
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # each config class validates in its own way
+        raise EyasError(f"{directory / 'config.json'} cannot be used ({first_line(error)})") from None
+    if config.is_encoder_decoder:
+        raise refused(f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder")
+    if any(getattr(config, part, None) is not None for part in WRAPPERS):
+        raise refused("it wraps a text model with images or sound; give a directory with the text model alone")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refused(f"transformers has no causal language model of this type; {CHOOSE}")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)
+    running = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
+    if getattr(model, "_is_stateful", False) or running & set(odd):
+        raise refused(f"a state-space, recurrent, convolution or linear-attention layer {STATE}")
+    if odd:
+        raise refused(f"its {', '.join(odd)} layers choose for themselves what they see, so no tree mask can be handed in; {CHOOSE}")
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
+        raise refused(f"transformers computes its attention inside the model, where no tree mask can be handed in; {CHOOSE}")
+    both_ways = getattr(config, "use_bidirectional_attention", None)  # "vision" (Gemma 4): between parts of an image, never in text
+    if getattr(config, "is_causal", True) is False or both_ways not in (None, False, "vision"):
+        raise refused("its rows see later ones, as an encoder's do; choose a causal model")
+    return config
+
+
+def adapted_config(directory: Path) -> TargetConfig:
+    """The shape of a model that is run through transformers; raises as `check_adaptable` does.
+
+    Only the draft reads rotary base and scaling: of several bases (Gemma 3 has two) it gets that of the layers with full attention.
+    """
+    config = check_adaptable(directory)
+
+    def of(*names: str, default: Any = None) -> Any:
+        return next((value for name in names if (value := setting(config, name)) is not None), default)
+
+    hidden, heads = of("hidden_size"), of("num_attention_heads")
+    sizes = {"vocab_size": of("vocab_size"), "hidden_size": hidden, "num_hidden_layers": of("num_hidden_layers")}
+    sizes["num_attention_heads"] = heads
+    if wrong := [name for name, value in sizes.items() if not isinstance(value, int)]:
+        raise EyasError(f"{directory / 'config.json'} gives no single number for {', '.join(wrong)}; eyas cannot shape a draft after it")
+    kv_heads = of("num_key_value_heads", default=1 if of("multi_query") else heads)
+    rope = of("rope_parameters", default={})
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        rope = rope.get("full_attention") or next(value for value in rope.values() if isinstance(value, dict))
+    kind, positions = rope.get("rope_type", "default"), of("max_position_embeddings", default=2048)
+    if kind == "longrope":  # beyond it every frequency changes, those of rows in the cache too: one pass could not hold both kinds
+        original = "original_max_position_embeddings"
+        positions = min(positions, rope.get(original) or of(original, default=positions))
+    known = kind in ("linear", "llama3", "yarn")
+    return TargetConfig(
+        **sizes,
+        intermediate_size=of("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden),
+        num_key_value_heads=kv_heads if isinstance(kv_heads, int) and heads % kv_heads == 0 else heads,
+        head_dim=of("head_dim", default=hidden // heads),
+        max_position_embeddings=positions,
+        rms_norm_eps=of("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", default=1e-5),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_scaling={key: value for key, value in rope.items() if key != "partial_rotary_factor"} if known else None,
+        tie_word_embeddings=bool(of("tie_word_embeddings", default=False)),
+        eos_token_ids=end_of_turn_ids(directory, {"eos_token_id": of("eos_token_id")}),  # the class knows one where the file has none
+    )
+
+
+def setting(config: Any, name: str) -> Any:
+    """A config's value; None where it has none, or another for each layer (Gemma 4's head widths)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

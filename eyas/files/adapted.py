@@ -1,0 +1,59 @@
+"""A target that runs through transformers, with its weights in, compared with transformers' own forward.
+
+Knows how transformers loads a model and says what did not fit; what runs it is model/adapter.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eyas.config import EyasError
+from eyas.files.adaptable import adapted_config, first_line
+from eyas.model.adapter import NAME, AdaptedTarget, attention, compare, mask
+
+
+def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> AdaptedTarget:
+    """The target with its weights in, compared with transformers' own forward, not yet prepared for inference."""
+    config = adapted_config(directory)
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    settings = {"dtype": dtype, "attn_implementation": NAME, "use_safetensors": True, "local_files_only": True}
+    try:
+        with no_progress_bars():
+            network, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+    except Exception as error:  # transformers raises many kinds: no weights, damaged ones, a missing package
+        raise EyasError(f"transformers cannot load {directory} ({first_line(error)})") from None
+    ignored = ("rotary_emb.inv_freq", "attn.masked_bias")  # old checkpoints hold them; the config says them
+    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"unknown {name}" for name in sorted(report["unexpected_keys"]) if not name.endswith(ignored)]
+    problems += [f"{name} has another shape" for name in sorted(str(key) for key in report["mismatched_keys"])]
+    if problems:
+        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise EyasError(f"target {directory} does not fit: {'; '.join(problems[:8])}{rest}")
+    try:
+        target = AdaptedTarget(network.to(device).eval().requires_grad_(False), config)
+        compare(target)
+    except Exception as error:
+        what = first_line(error) if isinstance(error, EyasError) else f"{type(error).__name__}: {first_line(error)}"
+        raise EyasError(f"{directory} ({network.config.model_type}) cannot be a target: {what}") from error
+    return target
+
+
+@contextmanager
+def no_progress_bars() -> Any:
+    """transformers draws a bar over the tensors it loads; eyas says itself what takes long."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,99 @@
+"""JSON, hashes, and folders that are written whole or not at all.
+
+Knows files; knows nothing of what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eyas.config import EyasError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EyasError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EyasError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise EyasError(f"{path} holds no JSON object")
+    return content
+
+
+@contextmanager
+def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
+    """A temporary sibling that becomes `final` only when the block ends well; what was there before stays until then.
+
+    `ours`: names that are replaced; anything else that lies in `final` (a user's notes, say) moves along. None: all of it is replaced.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise EyasError(f"cannot write {final}: {error.strerror}") from None
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        for file in work.iterdir():  # safetensors leaves files that only their writer may read
+            os.chmod(file, 0o644)
+        for other in final.iterdir() if ours is not None and final.exists() else ():
+            if other.name not in ours and not (work / other.name).exists():
+                copy = shutil.copytree if other.is_dir() else shutil.copy2
+                copy(other, work / other.name)
+        old = work.with_name(work.name + "-old")
+        if final.exists():
+            os.replace(final, old)
+        try:
+            os.replace(work, final)
+        except BaseException:
+            if old.exists():
+                os.replace(old, final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise EyasError(f"cannot write {final}: {error.strerror or error}; what was there before is untouched") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def recover_directory(final: Path) -> None:
+    """After a kill between the two renames of `atomic_directory`: what was there before moves back, and remains of a save go."""
+    leftovers = [path for path in final.parent.glob(f".{final.name}-*") if path.is_dir()] if final.parent.is_dir() else []
+    old = [path for path in leftovers if path.name.endswith("-old")]
+    if not final.exists() and old:
+        os.replace(max(old, key=lambda path: path.stat().st_mtime), final)
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises OSError where it cannot be."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work.write_text(text)
+    os.replace(work, path)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def directory_hash(directory: Path) -> str:
+    """sha256 over the weight files of a directory (of the file itself where there is one)."""
+    files = sorted(directory.glob("*.safetensors"))
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -1,0 +1,125 @@
+"""Drafts of every method on disk: weights in bfloat16, the draft vocabulary beside them, and config.json in the form its authors gave it,
+with eyas's own facts in words under `eyas`.
+
+Knows files and what makes a draft fit a target; knows no network. What EAGLE-3's files say besides is model/draft.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eyas.config import EyasError, TargetConfig, rope_kind, short
+from eyas.files.eagle3_files import FACTS, tensors_hash
+from eyas.files.tensors import check_tensors, load_strictly, save_tensors
+from eyas.files.untrusted import Fields, tensors_of
+from eyas.model.vocab import DraftVocab
+
+ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers -> config.json without eyas's facts
+
+
+def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = lambda name, layers: name) -> Callable[..., None]:
+    """A method's `save`: weights (the network's own, or others of its) in bfloat16 under the names that `named` gives them, the draft
+    vocabulary, and config.json, into an existing directory. Of the facts those that FACTS names are kept there, and accuracies."""
+
+    def save(
+        directory: Path,
+        network: nn.Module,
+        vocab: DraftVocab,
+        target_layers: int,
+        weights: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        own, facts = dict(network.named_parameters()), facts or {}
+        half = {named(name, target_layers): (weights or own)[name].detach().to(torch.bfloat16) for name in own} | vocab.as_tensors()
+        save_tensors(directory, half)
+        known = {name: facts[name] for name in (*FACTS, "accuracies") if name in facts} | {"weights_sha256": tensors_hash(half)}
+        config = {**config_of(network, target_layers), "vocab_size": vocab.vocab_size, "eyas": {"method": method, **known}}
+        (directory / "config.json").write_text(json.dumps(config, indent=1))
+
+    return save
+
+
+def read(directory: Path, target: TargetConfig, *others: str) -> tuple[Fields, dict[str, Tensor], DraftVocab]:
+    """Config, weights and vocabulary; a file without `d2t` says the target's whole vocabulary. `others`: names its weights may have
+    besides the usual ones."""
+    fields, tensors = Fields.of(directory), tensors_of(directory, *others)
+    if "d2t" in tensors:
+        vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}, target.vocab_size)
+    else:
+        vocab = DraftVocab(range(target.vocab_size), target.vocab_size)
+    return fields, tensors, vocab
+
+
+def check_sizes(directory: Path, target: TargetConfig) -> None:
+    """Refuse a draft for a target of another width or vocabulary, as far as its config says them."""
+    fields = Fields.of(directory)
+    sizes = {"hidden size": ("hidden_size", target.hidden_size), "vocabulary": ("vocab_size", target.vocab_size)}
+    found = {name: (fields.size(key, own), own) for name, (key, own) in sizes.items()}
+    wrong = [f"{name} {said} against the target's {own}" for name, (said, own) in found.items() if said != own]
+    if wrong:
+        raise EyasError(f"this draft was trained for another target: {'; '.join(wrong)}; use the matching draft")
+
+
+def shape_keys(shape: TargetConfig) -> dict[str, Any]:
+    """A decoder layer's shape as Hugging Face configs say it."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling")
+    return {"model_type": "llama", "hidden_act": "silu", **{name: getattr(shape, name) for name in names}, "dtype": "bfloat16"}
+
+
+def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
+    """The shape that a draft's config says, the target's where it is silent: one layer without biases or norms of queries and keys."""
+    rope = fields.object("rope_parameters")
+    theta = rope.number("rope_theta") or fields.number("rope_theta") or target.rope_theta
+    heads = fields.size("num_attention_heads", target.num_attention_heads)
+    groups, width = fields.size("num_key_value_heads", heads), fields.size("head_dim", target.hidden_size // max(heads, 1))
+    if not heads or not groups or heads % groups or width % 2 or not width:
+        wrong = f"{heads} heads over {groups} key-value heads of width {width}"
+        raise EyasError(f"{fields.where}: {wrong} do not go together: heads come in equal groups, and a head's width is even")
+    scaling = fields.object("rope_scaling").raw or rope.raw
+    return TargetConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=fields.size("intermediate_size", target.intermediate_size),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        max_position_embeddings=fields.size("max_position_embeddings", target.max_position_embeddings),
+        rms_norm_eps=fields.number("rms_norm_eps", target.rms_norm_eps),
+        rope_theta=theta,
+        rope_scaling=scaling if scaling and rope_kind(scaling) is not None else None,
+    )
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Any:
+    """A network made without memory, with these weights; in the target's number format and where its embedding lies."""
+    check_tensors(network, tensors, f"draft {directory}")
+    network = network.to(embedding.dtype).to_empty(device=embedding.device)
+    load_strictly(network, tensors, f"draft {directory}")
+    network.accuracies = accuracies_of(fields)
+    return network
+
+
+def accuracies_of(fields: Fields) -> list[list[float]] | None:
+    """Shares of right guesses [depth][rank], where they were measured."""
+    table = fields.object("eyas").raw.get("accuracies")
+    if table is None:
+        return None
+    rows = table if isinstance(table, list) else [table]
+    if not all(isinstance(row, list) and all(isinstance(share, float | int) and 0 <= share <= 1 for share in row) for row in rows):
+        raise EyasError(f"{fields.where}: accuracies must be lists of shares from 0 to 1, not {short(table)}")
+    return rows
+
+
+def one_layer(target: TargetConfig) -> TargetConfig:
+    """The shape of a draft's layer beside this target: one of its own, without biases or norms of queries and keys."""
+    plain = {"attention_bias": False, "attention_out_bias": False, "qk_norm": False, "tie_word_embeddings": False}
+    return replace(target, num_hidden_layers=1, eos_token_ids=(), **plain)

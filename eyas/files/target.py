@@ -1,0 +1,97 @@
+"""Where a target lies, and the target with its weights in: our own blocks where they compute it, else transformers'.
+
+Knows directories, hub names, GGUF files and number formats; knows nothing of tokens or drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir
+from eyas.files.adaptable import adapted_config
+from eyas.files.adapted import load_adapted
+from eyas.files.disk import file_hash
+from eyas.files.embedded import embedded_target
+from eyas.files.gguf import convert_gguf
+from eyas.files.hf_config import has_own_blocks, own_config
+from eyas.files.tensors import load_strictly, read_tensors
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.target import Target
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
+
+
+BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
+
+
+def target_directory(source: str | Path | None) -> Path:
+    """A Hugging Face directory for: nothing (the embedded target), a directory, a GGUF file, or a hub name."""
+    if source is None or str(source) == "embedded":
+        return embedded_target()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise EyasError(f"{path} does not exist")
+        final = cache_dir() / "targets" / f"gguf-{file_hash(path)[:16]}"
+        if not (final / "config.json").exists():
+            convert_gguf(path, final)
+        return final
+    if path.exists() or str(source).count("/") != 1:
+        raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
+    return from_hub(str(source), ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
+
+
+def target_config(directory: Path) -> TargetConfig:
+    """The target's shape from a Hugging Face config.json; a model that cannot be a target is refused in one line that says why."""
+    return own_config(directory) if has_own_blocks(directory) else adapted_config(directory)
+
+
+def from_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The directory of a hub repository's files, fetched once."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        raise EyasError(f"could not fetch {name} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
+
+
+def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target | AdaptedTarget:
+    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read).
+
+    Families that our own blocks do not compute run through transformers.
+    """
+    if precision not in PRECISIONS:
+        raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
+    config = target_config(directory)
+    if not has_own_blocks(directory):
+        if precision in BITS:
+            raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name} runs through transformers: use bf16 or fp32")
+        return load_adapted(directory, DTYPES[precision], device)
+    with torch.device("meta"):
+        target = Target(config)
+    target = target.to(DTYPES[precision]).to_empty(device=device)
+    if config.tie_word_embeddings:
+        target.lm_head.weight = target.model.embed_tokens.weight
+    load_strictly(target, read_tensors(directory), f"target {directory}")
+    return target
+
+
+def prepared(model: Target | AdaptedTarget, precision: str) -> Target | AdaptedTarget:
+    return model.prepare(BITS[precision]) if precision in BITS else model.prepare()
+
+
+def check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise EyasError(f"device {device!r} is unknown; use cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EyasError(f"device {device} was asked for, but this PyTorch sees no CUDA device; use --device cpu")

@@ -1,0 +1,100 @@
+"""How weights and configs come in and go out: Hugging Face directories, GGUF files, atomic saving, strict loading.
+
+Knows file formats; knows nothing of what the tensors compute. Loading is strict: a missing, surplus or mis-shaped tensor is an error
+with a list, since a model with a silently missing tensor still runs and accepts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eyas.config import EyasError
+from eyas.files.disk import read_json
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory: model.safetensors, or the shards that its index lists."""
+    if (directory / INDEX).exists():
+        where = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(where, dict):
+            raise EyasError(f"{directory / INDEX} has no weight_map; copy or download it again")
+        files = sorted(set(where.values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (directory / name).exists():
+            raise EyasError(f"{directory} holds no {name}; give a directory with config.json and safetensors weights")
+        tensors |= read_file(directory / name)
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise EyasError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy tensors into the module's parameters by name; every name and shape must fit."""
+    own = check_tensors(module, tensors, what)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The module's parameters by name; raises with a list where a tensor for one is missing, misshapen, or has no place."""
+    derived = "rotary_emb.inv_freq"  # old checkpoints hold it; the config says it
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(derived)}
+    own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
+    first = {id(parameter): name for name, parameter in own.items()}
+    every = module.named_parameters(remove_duplicate=False)
+    again = {name: first[id(parameter)] for name, parameter in every if name in tensors and name not in own}  # stored twice: Qwen3-0.6B
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in own and name not in again]
+    unequal = [(name, twin) for name, twin in again.items() if twin in tensors and not torch.equal(tensors[name], tensors[twin])]
+    problems += [f"{name} differs from {twin}, to which it is tied" for name, twin in unequal]
+    shapes = [(name, tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors]
+    problems += [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
+    if problems:
+        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise EyasError(f"{what} does not fit: {'; '.join(problems[:8])}{rest}")
+    return own
+
+
+def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: int | None = None) -> None:
+    """model.safetensors, or numbered shards with an index where one file would pass `largest_file` bytes."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        if largest_file is None or size <= largest_file:
+            save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+            return
+        shards: list[dict[str, Tensor]] = [{}]
+        for name, tensor in tensors.items():
+            if shards[-1] and sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > largest_file:
+                shards.append({})
+            shards[-1][name] = tensor
+        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+        for name, shard in zip(names, shards):
+            save_file(shard, directory / name, metadata={"format": "pt"})
+        where = {key: name for name, shard in zip(names, shards) for key in shard}
+        (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from None
+
+
+# ---- GGUF ----

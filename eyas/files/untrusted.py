@@ -1,0 +1,136 @@
+"""Reads files of anybody's making without trusting them: typed fields of a config, tensors of safetensors or of a pickled checkpoint.
+
+Nothing in a file is executed, and nothing is allocated beyond what the file holds: a pickle is read by PyTorch's restricted reader after
+its archive has been found honest, and a tensor that claims more than its storage is refused. Knows no layout.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import LARGEST_SIZE, EyasError, check_number, short
+from eyas.files.disk import read_json
+from eyas.files.tensors import INDEX, read_file, read_tensors
+
+LARGEST_CONFIG = 1 << 20  # bytes
+PICKLED = "pytorch_model.bin"
+FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
+
+
+class Fields:
+    """A JSON object's fields, each checked as it is asked for; a wrong one is named with the file it is in."""
+
+    def __init__(self, raw: Mapping[str, Any], where: Path | str) -> None:
+        self.raw, self.where = raw, where
+
+    @classmethod
+    def of(cls, directory: Path) -> Fields:
+        path = directory / "config.json"
+        if path.exists() and path.stat().st_size > LARGEST_CONFIG:
+            raise EyasError(f"{path} has {path.stat().st_size} bytes; a draft's config is a page of text")
+        try:
+            return cls(read_json(path), path)
+        except RecursionError:
+            raise EyasError(f"{path} is nested too deep to be a config") from None
+
+    def object(self, key: str) -> Fields:
+        """An object within, empty where there is none."""
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise EyasError(f"{self.where}: {key} must be an object, not {short(value)}")
+        return Fields(value or {}, self.where)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise EyasError(f"{self.where} lacks {key}")
+        return self.checked(key, value, 0, LARGEST_SIZE, whole=True)
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        value = self.raw.get(key)
+        return default if value is None else self.checked(key, value, 0, 1e12)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise EyasError(f"{self.where}: {key} must be true or false, not {short(value)}")
+        return default if value is None else value
+
+    def text(self, key: str) -> str | None:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, str):
+            raise EyasError(f"{self.where}: {key} must be text, not {short(value)}")
+        return value
+
+    def layers(self, key: str) -> tuple[int, int, int] | None:
+        """Three ascending layer numbers, or None where the key is absent or null."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        whole = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 10000 for one in value)
+        if not whole or len(value) != 3 or sorted(set(value)) != value:
+            raise EyasError(f"{self.where}: {key} must be three different layer numbers in ascending order, not {short(value)}")
+        return tuple(value)
+
+    def checked(self, key: str, value: Any, least: float, most: float, whole: bool = False) -> Any:
+        try:
+            check_number(key, value, least, most, whole)
+        except EyasError as error:
+            raise EyasError(f"{self.where}: {error}") from None
+        return value
+
+
+def tensors_of(directory: Path, *others: str) -> dict[str, Tensor]:
+    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin, else the first of other files that is there."""
+    if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
+        return checked_tensors(read_tensors(directory), directory)
+    if (directory / PICKLED).exists():
+        return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED)
+    for path in (directory / name for name in others):
+        if path.exists():
+            return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path)
+    raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
+
+
+def unpickled(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint that torch.save wrote; code in it is refused, not run."""
+    damaged = f"{path} is damaged or cut short; copy or download it again"
+    if not zipfile.is_zipfile(path):
+        raise EyasError(f"{path} is not an archive as torch.save writes it; load it where it was made and save it as safetensors")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise EyasError(f"{path} is compressed inside, which torch.save never does; it is not read")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise EyasError(f"{path} claims more bytes than it has; it is not read")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split(".")[0].replace("\n", " ")
+        raise EyasError(f"{path} holds more than tensors, and code in a file is not run ({short(reason)}); ask for safetensors") from None
+    except EyasError:
+        raise
+    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+        raise EyasError(f"{damaged} ({short(str(error).splitlines()[0] if str(error) else type(error).__name__)})") from None
+
+
+def checked_tensors(tensors: Any, where: Path) -> dict[str, Tensor]:
+    """Plain, dense tensors of plain number formats, none larger than the bytes behind it."""
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise EyasError(f"{where} holds no table of tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise EyasError(f"{where}: {short(name)} is a {type(tensor).__name__}, not a tensor; it is another kind of checkpoint")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
+            raise EyasError(f"{where}: {short(name)} is in a number format ({tensor.dtype}) that no draft has")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise EyasError(f"{where}: {short(name)} claims {tensor.numel()} numbers, more than the file holds")
+    return tensors

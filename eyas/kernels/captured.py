@@ -1,0 +1,155 @@
+"""One sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
+
+Rows are padded to one of a few counts and keys are read in windows that double, so a handful of graphs serve every tree and text.
+Knows rows, slabs of keys and shapes; what a pass computes is handed in. On a CPU the same fixed shapes run as they are: slower there, and
+used by tests alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache as remembered
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eyas.kernels.attention import Attend, grouped_attention
+
+if TYPE_CHECKING:
+    from eyas.model.cache import KVCache, Slabs
+    from eyas.model.rows import Segment
+
+ROWS = (1, 8, 16, 32, 64)  # a pass costs hardly more for rows that pad it; one of more rows spends its time in products, not in launches
+WINDOW = 512  # keys of the smallest window; slabs have multiples of it
+
+# tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
+Run = Callable[..., tuple[Tensor | None, ...]]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what was launched, where that is not done by the time the launching is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class StaticAttention:
+    """Attention of R rows over the first keys of a cache of one sequence: `places` [R] says where each row's key goes, `seen` [R, window]
+    whose keys it sees."""
+
+    def __init__(self, slabs: Slabs, group: int, places_R: Tensor, seen_RW: Tensor) -> None:
+        self.slabs, self.places, self.window = slabs, places_R, seen_RW.shape[1]
+        bias_RW = torch.zeros(seen_RW.shape, dtype=slabs.keys.dtype, device=seen_RW.device).masked_fill_(~seen_RW, float("-inf"))
+        self.bias = bias_RW.repeat(group, 1)
+
+    def layer(self, layer: int) -> Attend:
+        keys, values = self.slabs.keys[layer, 0], self.slabs.values[layer, 0]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.index_copy_(1, self.places, k.transpose(0, 1))
+            values.index_copy_(1, self.places, v.transpose(0, 1))
+            return grouped_attention(q, keys[:, : self.window], values[:, : self.window], self.bias)
+
+        return attend
+
+
+@remembered
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are captured: one stream, since each brings a workspace."""
+    return torch.cuda.Stream(device)
+
+
+class Graph:
+    """A function of tensors of fixed shapes; on CUDA captured once and replayed."""
+
+    made = 0  # in this process: a round that makes one says nothing about rounds
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
+        self.run, self.inputs, self.graph = run, inputs, None
+        self.device = inputs[0].device
+        Graph.made += 1
+        if self.device.type != "cuda":
+            run(*inputs)  # as below, so that tests see what that leaves behind
+        else:
+            with torch.cuda.device(self.device):
+                stream = side_stream(self.device)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):  # what is made on first use must be there before the capture
+                    for _ in range(2):
+                        run(*inputs)
+                torch.cuda.current_stream().wait_stream(stream)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.outputs = run(*inputs)
+            self.run = None  # it holds the slabs that hold this
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Of what the inputs hold now; the next call overwrites the outputs."""
+        if self.graph is None:
+            return self.run(*self.inputs)
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+        return self.outputs
+
+
+def fits(cache: KVCache, segments: Sequence[Segment]) -> bool:
+    """Whether a pass may run in fixed shapes: one sequence, in a cache from a pool, and few rows."""
+    return cache.slabs.pooled and len(segments) == 1 and segments[0].count <= ROWS[-1]
+
+
+def fixed_pass(
+    run: Run, key: tuple, group: int, cache: KVCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What `run` makes of these rows (tokens and positions [N] on the CPU, others [N, ...] on the device), in fixed shapes.
+
+    `key`: whatever else its graph depends on.
+    """
+    count, length = segment.count, cache.lengths[segment.slot]
+    assert length + count <= cache.capacity, f"the cache holds {cache.capacity} rows, {length + count} wanted"
+    rows = next(size for size in ROWS if size >= count)
+    window = window_of(length + count, cache.capacity + 1)
+    laid, seen = torch.zeros(3, rows, dtype=torch.int64), layout_seen(segment, length, rows, window)
+    laid[0] = cache.capacity  # padding goes to the spare row
+    laid[:, :count] = torch.stack([torch.arange(length, length + count), tokens, positions])
+    graphs, key = cache.slabs.graphs, (*key, rows, window)
+    if key not in graphs:
+        graphs[key] = graph_of(run, group, cache.slabs, laid, seen, others)
+    graph = graphs[key]
+    graph.inputs[0].copy_(laid, non_blocking=True)
+    graph.inputs[1].copy_(seen, non_blocking=True)
+    for held, given in zip(graph.inputs[2:], others):
+        held[:count].copy_(given)
+    return tuple(part if part is None else part[:count].clone() for part in graph())
+
+
+def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
+    """`run` over inputs of its own, formed like those of one pass; it must hold no cache, or its slabs would never be idle."""
+    rows, kind = laid.shape[1], {"device": slabs.keys.device}
+
+    def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        places, tokens, positions = laid
+        return run(tokens, positions, StaticAttention(slabs, group, places, seen), *others)
+
+    with torch.inference_mode(False):  # made inside a round, they may be written to outside one
+        inputs = [laid.to(**kind, copy=True), seen.to(**kind, copy=True)]  # a first run writes where this pass will
+        inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, **kind) for each in others]
+    return Graph(whole, inputs)
+
+
+def window_of(keys: int, most: int) -> int:
+    """How many keys are read where so many are wanted, of `most` that there are."""
+    window = WINDOW
+    while window < keys:
+        window *= 2
+    return min(window, most)
+
+
+def layout_seen(segment: Segment, length: int, rows: int, window: int) -> Tensor:
+    """bool [R, window]; padding sees the first key, since a row that saw none would have no softmax."""
+    count, seen = segment.count, torch.zeros(rows, window, dtype=torch.bool)
+    among = torch.ones(count, count, dtype=torch.bool).tril() if segment.mask is None else segment.mask
+    free = length + count - among.shape[1]
+    seen[:count, :free] = True
+    seen[:count, free : length + count] = among
+    seen[count:, 0] = True
+    return seen

@@ -1,0 +1,103 @@
+"""Decoder layers as one native call, where the kernel can run them; transformer.py's `Block` is the plain form beside it.
+
+Knows packed products, norms and a cache's rows; knows nothing of targets or drafts. The residual stream is float32 whatever the model's
+number format; keys and values are kept in the cache's. A row's result does not depend on the other rows of its pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eyas.kernels import native
+from eyas.kernels.attention import NativeAttention, PassAttention
+
+if TYPE_CHECKING:
+    from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary
+
+
+class NativeLayer:
+    """Packed weights of one layer as the kernel reads them. Without `norm` q, k and v read x itself (EAGLE-1's layer); with `beside_norm`
+    they read something beside x (EAGLE-3's)."""
+
+    def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm | None, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
+        qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
+        packed = [dense.weight for dense in (qkv, o, gate_up, down)]
+        self.kept = (norms, packed, qkv.bias, o.bias)  # what the structure points to
+        width, inner, matrices = mlp_norm.weight.shape[0], down.weight.inputs, [weights.matrix for weights in packed]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, qkv.bias, o.bias)]
+        self.layer = native.Layer(width, inner, mlp_norm.eps, *pointers, *matrices)
+        outs = sum(matrix.outputs for matrix in matrices[:3])
+        self.scratch_width = 2 * width + outs + self.heads * attention.head_dim + inner + max(weights.scratch for weights in packed)
+
+    @staticmethod
+    def fits(attention: Attention, mlp: MLP) -> bool:
+        """Whether all its products are packed for the kernel, without norms of queries and keys or biases in the MLP."""
+        dense = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        whole = mlp.down.kind == "native" and mlp.down.weight.inputs % 8 == 0 and mlp.down.weight.outputs % 8 == 0
+        return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
+
+
+class NativeLayers:
+    """Layers of one shape, run one after another by one call, and the norm behind the last, if there is one."""
+
+    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm | None = None) -> None:
+        self.layers, self.norm = layers, norm
+        self.norm_weight = None if norm is None else norm.weight.detach().float()
+        self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
+        self.scratch_width = max(each.scratch_width for each in layers)
+
+    def __call__(
+        self,
+        x_NH: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: NativeAttention,
+        beside_NH: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Tensor:
+        """Add to x (float32, contiguous, changed in place) what the layers make of it; cos and sin are float32 [N,1,d]. Returns x as it
+        entered each layer of `taps`, ascending: float32 [N, taps * H]."""
+        keys, values = attention.cache.keys, attention.cache.values
+        some, (N, H) = self.layers[0], x_NH.shape
+        plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
+        features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))
+        given = None if beside_NH is None else beside_NH.data_ptr()
+        pointers = [part.data_ptr() for part in (*rotation, keys, values)]
+        getattr(native.kernel(), f"eyas_layers_{native.format_of(keys)}")(
+            plan, self.array, len(self.layers), x_NH.data_ptr(), given, *pointers, keys.stride(0),
+            (ctypes.c_long * len(taps))(*sorted(taps)), len(taps), features.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return features
+
+    def normed(self, x_NH: Tensor) -> Tensor:
+        """The final norm of float32 rows, in float32."""
+        return native.normed(x_NH, self.norm_weight, self.norm.eps)
+
+
+class OneLayer:
+    """A layer on its own: one call of the kernel once it is prepared and where that can run it, else what the block computes."""
+
+    def __init__(self, block: Any, norm: RMSNorm | None) -> None:
+        """`block`: has `self_attn`, `mlp` and the norm between them, and computes x, rotation, attend -> x; `norm`: its first, if any."""
+        self.block, self.norm = block, norm
+        self.native: NativeLayers | None = None
+
+    def prepare(self) -> None:
+        """Call once the block's products are packed."""
+        attention, mlp = self.block.self_attn, self.block.mlp
+        if NativeLayer.fits(attention, mlp):
+            self.native = NativeLayers([NativeLayer(attention, mlp, self.norm, self.block.post_attention_layernorm)])
+
+    def __call__(self, x_NH: Tensor, rotary: Rotary, positions_N: Tensor, attention: PassAttention) -> Tensor:
+        """[N, H], float32 where the kernel runs it."""
+        if self.native and isinstance(attention, NativeAttention):
+            wide_NH = x_NH.to(torch.float32, copy=True).contiguous()
+            self.native(wide_NH, rotary(positions_N, torch.float32), attention)
+            return wide_NH
+        return self.block(x_NH, rotary(positions_N, x_NH.dtype), attention.layer(0))

@@ -1,0 +1,1 @@
+"""How well a draft agrees with its target on any text. Shows nothing and judges nothing."""

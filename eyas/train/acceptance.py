@@ -1,0 +1,134 @@
+"""What a draft is accepted on held-out text: simulated from the states that training uses, or in real rounds with trees.
+
+Knows networks, examples, the unroll and the round; knows nothing of optimisers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eyas.config import GREEDY, TreeShape
+from eyas.decode.generate import Decoder
+from eyas.methods import METHODS
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.train.batches import make_batch
+from eyas.train.features import Example, StateSource
+from eyas.train.unroll import Batch, Step, unroll
+
+RANKS = 8  # guesses of a step whose accuracies are told apart
+
+Unroll = Callable[[Any, Batch, int], Iterator[Step]]
+
+
+class Simulation(NamedTuple):
+    """Counts over E examples and K steps of a chain drafted at every slot of their answers, fed with the text's own tokens."""
+
+    slots: Tensor  # [E]
+    counted: Tensor  # [E, K] slots whose answer reaches so far
+    alive: Tensor  # [E, K] of those, where all steps before were right
+    right: Tensor  # [E, K] of those, where this step is right too: it says what the target finds likeliest
+    forced: Tensor  # [E, K] of the counted, where this step is right, whatever came before
+
+    def tau(self) -> float:
+        """1 + mean number of leading steps right, over all slots."""
+        return 1 + float(self.right.sum()) / max(float(self.slots.sum()), 1)
+
+    def acceptance(self) -> list[float]:
+        """P(step k right | steps before right)."""
+        return (self.right.sum(0) / self.alive.sum(0).clamp_min(1)).tolist()
+
+    def accuracy(self) -> list[float]:
+        """Teacher-forced: P(step k right)."""
+        return (self.forced.sum(0) / self.counted.sum(0).clamp_min(1)).tolist()
+
+    def interval(self, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """95% of tau, by bootstrap over examples."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(0, len(self.slots), (draws, len(self.slots)), generator=generator)
+        taus = 1 + self.right.sum(1)[chosen].sum(1) / self.slots[chosen].sum(1).clamp_min(1)
+        low, high = taus.quantile(torch.tensor([0.025, 0.975], dtype=taus.dtype)).tolist()
+        return low, high
+
+
+@torch.no_grad()
+def simulate(
+    network: nn.Module,
+    vocab: DraftVocab,
+    examples: Sequence[Example],
+    source: StateSource,
+    steps: int,
+    together: int = 8,
+    unroll: Unroll = unroll,
+) -> Simulation:
+    """Draft at every slot of the examples' answers, by the method's `unroll`; `favourites` of the source are what the target would say."""
+    parts = []
+    for first in range(0, len(examples), together):
+        batch, states = make_batch(examples[first : first + together], source, network)
+        lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+        example_of = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        counts = torch.zeros(4, len(lengths), steps, dtype=torch.float64, device=lengths.device)
+        good = torch.ones_like(batch.tokens, dtype=torch.bool)
+        for i, step in enumerate(unroll(network, batch, steps)):
+            guesses = vocab.to_target(network.logits_at(i, step.a).argmax(-1))
+            hit, before = guesses == states.favourites[step.teacher_rows], good[step.slots]
+            for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit)):
+                row[:, i].index_add_(0, example_of[step.slots], marked.double())
+            good[step.slots] = hit & before
+        parts.append(counts)
+    counted, alive, right, forced = torch.cat(parts, 1).cpu()
+    return Simulation(counted[:, 0], counted, alive, right, forced)
+
+
+@torch.no_grad()
+def rank_accuracies(
+    network: nn.Module, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, unroll: Unroll, together: int = 8
+) -> list[list[float]]:
+    """[step][rank]: how often the guess of this rank is what the target says, where the text before was what the target says; from it
+    decode/plan/static_tree.py makes the best tree of a fixed shape (Medusa, arXiv 2401.10774, 3.3)."""
+    taken, tried = (torch.zeros(steps, width, dtype=torch.float64, device="cpu") for width in (RANKS, 1))
+    for first in range(0, len(examples), together):
+        batch, states = make_batch(examples[first : first + together], source, network)
+        good = torch.ones_like(batch.tokens, dtype=torch.bool)
+        following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps + 2)])
+        for i, step in enumerate(unroll(network, batch, steps)):
+            ranked = vocab.to_target(network.logits_at(i, step.a).topk(min(RANKS, len(vocab)), -1).indices)
+            said = states.favourites[step.teacher_rows]
+            along = good[step.slots]
+            taken[i, : ranked.shape[1]] += (ranked == said[:, None])[along].sum(0).cpu()
+            tried[i] += int(along.sum())
+            good[step.slots] = along & (following[step.slots + 2 + i] == said)
+    return [[round(share, 4) for share in row] for row in (taken / tried.clamp_min(1)).tolist()]
+
+
+class TreeTau:
+    """Tau of real rounds: greedy text after some prompts, drafted by trees of one shape."""
+
+    def __init__(
+        self,
+        target: Target | AdaptedTarget,
+        vocab: DraftVocab,
+        prompts: Sequence[list[int]],
+        shape: TreeShape,
+        new_tokens: int,
+        method: str = "eagle3",
+    ) -> None:
+        """`target`: prepared for inference."""
+        self.method = METHODS[method]
+        self.target, self.vocab, self.prompts, self.shape, self.new_tokens = target, vocab, prompts, shape, new_tokens
+
+    @torch.inference_mode()
+    def __call__(self, network: nn.Module) -> float:
+        embedding = {id(network.embedding[0]): self.target.embedding.detach()}  # is the target's own, and in its number format
+        own = deepcopy(network, embedding).to(self.target.device, self.target.dtype).prepare()  # a copy: preparing packs weights away
+        decoder = Decoder(self.target, self.method.decoding().drafter(own, self.vocab))
+        *_, texts = decoder.run(self.prompts, self.shape, GREEDY, [0] * len(self.prompts), self.new_tokens)
+        rounds = sum((text.accepted_lengths for text in texts), Counter())
+        return sum(tokens * count for tokens, count in rounds.items()) / max(rounds.total(), 1)

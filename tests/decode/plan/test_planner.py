@@ -1,0 +1,197 @@
+"""A planned round takes the nodes that are worth their time and no others, learns prices and chances, and never changes the text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from eyas.config import Sampling
+from eyas.decode.generate import Decoder
+from eyas.decode.plan.calibration import LATELY, Calibration
+from eyas.decode.plan.planner import MOST, PROBE, Planner
+from eyas.decode.plan.prices import Prices
+from eyas.decode.tree import Tree
+from eyas.drafters.draft_model import ModelDrafter
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.drafters.lookup import LookupDrafter
+from eyas.drafters.merged import MergedDrafter
+from tests.tiny import tiny_draft, tiny_target
+
+
+def planner(passes: dict[int, float], step: float = 0.1, batch: int = 1, rate: float = 1.0) -> Planner:
+    made = Planner(Prices(passes), Prices({1: step}), Calibration(frozen=True))
+    made.batch, made.rate, made.rows = batch, rate, float(batch)
+    return made
+
+
+def random_tree(rng: random.Random, nodes: int) -> Tree:
+    parents, depths, scores = [-1], [0], [0.0]
+    for _ in range(nodes - 1):
+        parent = rng.randrange(len(parents))
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+        scores.append(scores[parent] + math.log(rng.uniform(0.05, 0.9)))
+    return Tree(list(range(nodes)), parents, depths, scores)
+
+
+# ---- which nodes ----
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_cut_is_the_best_of_all_cuts(seed):
+    rng = random.Random(seed)
+    trees = [random_tree(rng, rng.randint(1, 6)) for _ in range(2)]
+    prices = {rows: 1 + rng.random() * rows for rows in range(1, 14)}  # neither rising nor convex
+    made = planner(prices, batch=2, rate=rng.uniform(0.05, 0.8))
+    chances = [made.chances(tree) for tree in trees]
+
+    def closed(tree: Tree, rows: tuple[int, ...]) -> bool:
+        return all(tree.parents[row] in (0, *rows) for row in rows)
+
+    def subsets(tree: Tree):
+        for count in range(len(tree)):
+            yield from (rows for rows in itertools.combinations(range(1, len(tree)), count) if closed(tree, rows))
+
+    def value(chosen) -> float:
+        tokens = sum(chances[place][row] for place, rows in enumerate(chosen) for row in rows)
+        return tokens - made.rate * made.passes.of(len(trees) + sum(map(len, chosen)))
+
+    best = max(value(chosen) for chosen in itertools.product(*(list(subsets(tree)) for tree in trees)))
+    rows_of = [[tree.tokens.index(token) for token in cut.tokens[1:]] for tree, cut in zip(trees, made.cut(trees))]
+    assert value(rows_of) == pytest.approx(best)
+
+
+def test_sequences_share_a_pass_by_worth():
+    sure, vague = Tree.chain(1, [2, 3, 4], [-0.05, -0.1, -0.15]), Tree.chain(1, [2, 3, 4], [-3.0, -6.0, -9.0])
+    cut = planner({1: 1.0, 2: 1.0, 10: 4.0}, batch=2).cut([vague, sure])
+    assert [len(tree) for tree in cut] == [1, 4]
+
+
+def test_where_rows_are_free_all_stay_and_where_they_are_dear_none_does():
+    tree = Tree.chain(1, [2, 3], [-0.5, -1.5])
+    assert planner({1: 1.0, 64: 1.0}).cut([tree]) == [tree]
+    assert len(planner({1: 1.0, 2: 9.0, 64: 600.0}).cut([tree])[0]) == 1
+
+
+def test_siblings_are_never_likelier_than_their_parent_together():
+    both = Tree([1, 2, 3, 4], [-1, 0, 0, 1], [0, 1, 1, 2], [0.0, -0.1, -0.2, -0.3])  # what two drafters are sure of
+    chances = planner({1: 1.0}).chances(both)
+    assert chances[1] + chances[2] == pytest.approx(1.0)
+    assert chances[3] <= chances[1]
+
+
+def test_nothing_is_drafted_where_it_cannot_pay_but_now_and_then_one_sequence_tries():
+    dear = planner({1: 1.0, 64: 64.0}, step=5.0, batch=3)
+    asked = [dear.pays([0.0] * 3) for _ in range(2 * PROBE)]
+    assert [sum(each) for each in asked].count(1) == 2 and sum(map(sum, asked)) == 2
+    assert asked[PROBE - 1] == [True, False, False]
+    assert planner({1: 1.0, 64: 1.1}, step=0.01).pays([0.0]) == [True]
+
+
+def test_a_sure_guess_of_another_drafter_leaves_the_draft_unasked():
+    made = planner({1: 1.0, 64: 2.0}, step=0.2)
+    assert made.pays([0.0]) == [True]
+    assert made.pays([0.95]) == [False]
+
+
+def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
+    growth = Tree([1, 2, 3], [-1, 0, 0], [0, 1, 1], [0.0, math.log(0.7), math.log(0.02)])
+    assert planner({1: 1.0, 64: 3.0}, step=0.05).frontiers([growth], [[1, 2]]) == [[1]]
+    assert planner({1: 1.0, 64: 3.0}, step=1.0).frontiers([growth], [[1, 2]]) == [[]]
+
+
+# ---- what is learned ----
+
+
+def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
+    prices = Prices({1: 10.0, 4: 13.0, 8: 21.0})
+    assert [prices.of(rows) for rows in (0, 1, 2, 4, 6, 8, 12)] == [0, 10, 11, 13, 17, 21, 29]
+    assert Prices({2: 5.0}).of(7) == 5.0
+
+
+def test_served_passes_move_prices_and_a_stalled_one_hardly():
+    prices = Prices({1: 10.0, 8: 20.0})
+    prices.served(8, 20000.0)
+    assert 20 < prices.of(8) < 20.8 and 10 < prices.of(1) < 10.4
+    for _ in range(400):
+        prices.served(8, 40.0)
+        prices.served(1, 10.0)
+    assert prices.of(8) == pytest.approx(40, rel=0.05) and prices.of(1) == pytest.approx(10, rel=0.05)
+
+
+def test_calibration_learns_what_guesses_are_worth_and_frozen_it_does_not():
+    rng, learned, frozen = random.Random(0), Calibration(), Calibration(frozen=True)
+    for _ in range(3000):
+        drawn = 0 if rng.random() < 0.2 else None
+        for each in (learned, frozen):
+            each.judge(1, [0.5], drawn)
+    assert learned.chance(1, 0.5) == pytest.approx(0.2, abs=0.03)
+    assert learned.chance(2, 0.5) == frozen.chance(1, 0.5) == 0.5
+    again = Calibration(learned.as_dict())
+    assert again.chance(1, 0.5) == learned.chance(1, 0.5)
+
+
+@pytest.mark.parametrize("counts", [{}, {"guessed": []}, {"guessed": 3, "right": None}, {**Calibration.nothing(), "children": [[1.0]]}])
+def test_damaged_counts_are_left_out(counts):
+    assert Calibration(counts).as_dict() == Calibration().as_dict()
+
+
+# ---- and the text ----
+
+TARGET = tiny_target()
+DRAFTERS = {
+    "eagle3": lambda: Eagle3Drafter(*tiny_draft(TARGET)),
+    "lookup": LookupDrafter,
+    "merged": lambda: MergedDrafter(Eagle3Drafter(*tiny_draft(TARGET))),
+    "itself": lambda: ModelDrafter(TARGET, TARGET.config.vocab_size),
+}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_planned_rounds_write_the_text_of_plain_decoding(name, sampling):
+    prompts = [[1, 2, 3, 1, 2, 3, 1], [5], [9, 8, 7, 6, 9, 8]]
+    settings = (MOST, sampling, [3, 4, 5], 40)
+
+    def tokens(*made) -> list[list[int]]:
+        *_, texts = Decoder(TARGET, *made).run(prompts, *settings)
+        return [text.tokens for text in texts]
+
+    cheap = Planner(Prices({1: 1.0, 64: 1.5}), Prices({1: 1e-3}), Calibration())
+    dear = Planner(Prices({1: 1.0, 64: 64.0}), Prices({1: 1.0}), Calibration())
+    plain = tokens()
+    assert tokens(DRAFTERS[name](), "walk", cheap) == plain
+    assert tokens(DRAFTERS[name](), "walk", dear) == plain
+
+
+def test_a_draft_that_is_always_right_is_used_deeply_and_one_that_never_is_is_left():
+    """Prices are pinned: the clock of a test says nothing."""
+
+    class Pinned(Prices):
+        def served(self, rows, seconds):
+            pass
+
+    def rounds(drafter) -> float:
+        plan = Planner(Pinned({1: 1.0, 64: 1.5}), Pinned({1: 0.05}), Calibration())
+        plan.served = lambda rows, pass_seconds, tokens, seconds: Planner.served(plan, rows, 1.0, tokens, 1.3)
+        *_, texts = Decoder(TARGET, drafter, "walk", plan).run([[1, 2, 3]], MOST, Sampling(), [0], 60)
+        return texts[0].rounds
+
+    assert rounds(ModelDrafter(TARGET, TARGET.config.vocab_size)) < 20
+    assert rounds(Eagle3Drafter(*tiny_draft(TARGET))) > 45
+
+
+def test_what_children_are_worth_is_the_mean_over_the_latest_nodes_of_what_pays():
+    rng, counts = random.Random(5), Calibration()
+    latest = [[0.4, 0.1, 0.05, 0.03] for _ in range(LATELY)]  # what is usual
+    for _ in range(3 * LATELY):
+        chances = [rng.random() * 0.5 for _ in range(rng.randint(0, 6))]
+        counts.expanded(2, chances)
+        latest = [*latest[1:], (sorted(chances, reverse=True) + [0.0] * 4)[:4]]
+        parent, row = rng.random(), rng.random() * 0.2
+        want = sum(max(0.0, parent * chance - row) for each in latest for chance in each) / LATELY
+        assert counts.worth(2, parent, row) == pytest.approx(want)
+    assert counts.worth(2, 0.0, 0.1) == 0
