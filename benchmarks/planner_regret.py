@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ import eyas
 from eyas.bench.figures import estimate, ratio
 from eyas.bench.prompts import read_prompts
 from eyas.config import GREEDY, PLAIN, TreeShape
-from eyas.decode.generate import Decoder, Text
+from eyas.decode.generate import Decoder
+from eyas.decode.sequence import Sequence
 from eyas.engine import Engine
 
 KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
@@ -53,9 +53,9 @@ class Stream(Decoder):
 
     tokens, taken, full = 0, 0.0, 0
 
-    def round(self, sequences: Sequence[Text], *settings: Any) -> None:
+    def round(self, sequences: list[Sequence]) -> None:
         before, started = sum(len(each.tokens) for each in sequences), time.perf_counter()
-        super().round(sequences, *settings)
+        super().round(sequences)
         if len(sequences) == self.full:
             self.taken += time.perf_counter() - started
             self.tokens += sum(len(each.tokens) for each in sequences) - before
@@ -64,7 +64,7 @@ class Stream(Decoder):
 def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeShape | str, seconds: float) -> tuple[int, float]:
     """Tokens and seconds of rounds with `batch` texts: until fewer are left, or so long."""
     method = "plain" if tree == PLAIN else METHOD
-    decoder = Stream(engine.target, engine.drafter(method), planner=engine.planner(tree, method, GREEDY))
+    decoder = Stream(engine.target, engine.drafter(method), plan=engine.planner(tree, method, GREEDY))
     decoder.full = batch
     for texts in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), TOKENS, batch=batch):
         if decoder.taken > seconds or sum(not text.finish_reason for text in texts) < batch:

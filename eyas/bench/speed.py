@@ -16,8 +16,8 @@ from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, TreeShape
-from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
+from eyas.decode.sequence import RoundRecord
 from eyas.engine import Engine, Prompt
 from eyas.methods import method_named
 
@@ -122,10 +122,6 @@ def round_of(record: RoundRecord) -> Round:
 
 def measure(engine: Engine, prompt: Prompt, request: Request) -> Generation:
     rounds: list[Round] = []
-    watch, engine.watch = engine.watch, lambda record: rounds.append(round_of(record))
-    try:
-        started = time.perf_counter()
-        result = engine.generate(prompt, request)
-        return Generation(result.tokens, time.perf_counter() - started, rounds)
-    finally:
-        engine.watch = watch
+    started = time.perf_counter()
+    result = engine.generate(prompt, request, watch=lambda record: rounds.append(round_of(record)))
+    return Generation(result.tokens, time.perf_counter() - started, rounds)

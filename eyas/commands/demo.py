@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from eyas.commands.common import engine_from
 from eyas.config import EyasError, Request
-from eyas.decode.generate import Result
+from eyas.decode.sequence import Result
 from eyas.engine import Engine, Prompt
 from eyas.model.rows import chain_rows
 from eyas.view.colour import write_coloured

@@ -15,6 +15,7 @@ from eyas.config import EyasError
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.model.cache import KVCache
 from eyas.model.rows import Rows, Segment
 from eyas.model.target import Target
 
@@ -23,6 +24,7 @@ CATCH_UP = 256  # rows of committed text read at once
 
 
 class ModelDrafter:
+    cache: KVCache | None = None
     wants: tuple[int, ...] = ()
 
     def __init__(self, model: Target, vocab_size: int) -> None:
@@ -32,7 +34,8 @@ class ModelDrafter:
         self.waiting: dict[int, list[int]] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        self.cache = None  # what it held may serve this call
+        if self.cache is not None:
+            self.cache.release()  # what it held may serve the next one
         self.cache = self.model.new_cache(sequences, capacity)
         self.waiting = {sequence: [] for sequence in range(sequences)}
 
@@ -42,6 +45,8 @@ class ModelDrafter:
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         self.waiting[sequence] += tokens
+        while len(tokens) >= CATCH_UP < len(self.waiting[sequence]):  # a part of a long prompt is read as it comes
+            self.read_waiting([sequence])
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, lambda level, logits_RV: logits_RV)

@@ -33,6 +33,8 @@ class Slabs:
 class KVCache:
     """Slabs and a committed length for each slot."""
 
+    give_back: weakref.finalize | None = None  # to the pool that the slabs are from
+
     def __init__(
         self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -44,6 +46,11 @@ class KVCache:
         cache = cls.__new__(cls)
         cache.hold(slabs, capacity)
         return cache
+
+    def release(self) -> None:
+        """Give pooled slabs back now, not when the collector finds this cache, which is of no use afterwards."""
+        if self.give_back:
+            self.give_back()
 
     def hold(self, slabs: Slabs, capacity: int) -> None:
         self.slabs, self.keys, self.values = slabs, slabs.keys, slabs.values
@@ -116,7 +123,8 @@ class Pool:
                 (layers, 1, kv_heads, -(-(capacity + 1) // captured.WINDOW) * captured.WINDOW, head_dim), dtype, device, pooled=True
             )
         cache = KVCache.over(slabs, slabs.keys.shape[3] - 1)
-        weakref.finalize(cache, self.take_back, slabs).atexit = False
+        cache.give_back = weakref.finalize(cache, self.take_back, slabs)
+        cache.give_back.atexit = False
         return cache
 
     def take_back(self, slabs: Slabs) -> None:

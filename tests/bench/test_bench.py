@@ -24,8 +24,8 @@ from eyas.bench.speed import Method, parse_methods, round_of, run_bench
 from eyas.cli import main
 from eyas.commands import bench as command
 from eyas.config import EyasError, Request, Sampling
-from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed
+from eyas.decode.sequence import RoundRecord
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 from eyas.engine import Engine

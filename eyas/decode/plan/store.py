@@ -17,7 +17,7 @@ import torch
 
 from eyas.config import EyasError, Sampling, cache_dir
 from eyas.decode.plan.calibration import Calibration
-from eyas.decode.plan.pauses import Pauses
+from eyas.decode.plan.pauses import Gain, Pauses
 from eyas.decode.plan.planner import Planner
 from eyas.decode.plan.prices import Prices
 from eyas.files.disk import replace_text
@@ -41,11 +41,12 @@ class PlanStore:
         where = (machine(), target.device, torch.get_num_threads())
         self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision)))
         self.known: dict[str, Any] = self.read().get(self.key, {})
-        self.planned: dict[str, tuple[Prices, Calibration, Pauses]] = {}
+        self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain]]] = {}
         self.passes: Prices | None = None
         self.frozen = False  # a measurement: nothing is learned
 
     def planner(self, method: str, sampling: Sampling) -> Planner:
+        """A planner for one call. Calls share prices, calibration and what pauses learned; a pause that is on is the call's own."""
         if self.passes is None:
             self.passes = prices(self.known.get("passes")) or self.time()
         name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
@@ -54,11 +55,10 @@ class PlanStore:
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
             counts = known.get("calibration")
-            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), Pauses()
-        steps, calibration, pauses = self.planned[name]
+            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}
+        steps, calibration, gains = self.planned[name]
         calibration.frozen = self.frozen
-        pauses.anew()
-        return Planner(self.passes, steps, calibration, pauses=copy.deepcopy(pauses) if self.frozen else pauses)
+        return Planner(self.passes, steps, calibration, Pauses(copy.deepcopy(gains) if self.frozen else gains))
 
     def time(self) -> Prices:
         print("timing passes (once on this machine) ...", file=sys.stderr, flush=True)
