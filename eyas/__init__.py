@@ -7,18 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eyas.config import EyasError, Sampling, TreeShape
+from eyas.config import EyasError, Message, Request, Sampling, TreeShape
 
 if TYPE_CHECKING:
-    from eyas.engine import load
+    from eyas.decode.sequence import Result, RoundRecord
+    from eyas.engine import Engine, load
+    from eyas.formats.portable import Draft
 
 __version__ = "0.1.0"
-__all__ = ["EyasError", "Sampling", "TreeShape", "load"]
+__all__ = ["Draft", "Engine", "EyasError", "Message", "Request", "Result", "RoundRecord", "Sampling", "TreeShape", "load"]
 
+if not TYPE_CHECKING:  # a type checker shall see the names above and no others
+    HEAVY = {
+        "load": "eyas.engine",
+        "Engine": "eyas.engine",
+        "Result": "eyas.decode.sequence",
+        "RoundRecord": "eyas.decode.sequence",
+        "Draft": "eyas.formats.portable",
+    }
 
-def __getattr__(name: str) -> Any:
-    if name == "load":
-        from eyas.engine import load
+    def __getattr__(name: str) -> Any:
+        if name in HEAVY:
+            from importlib import import_module
 
-        return load
-    raise AttributeError(f"module 'eyas' has no attribute {name!r}")
+            return getattr(import_module(HEAVY[name]), name)
+        raise AttributeError(f"module 'eyas' has no attribute {name!r}")

@@ -155,7 +155,8 @@ class Decoder:
             sequence.commit([token], self.target.config.eos_token_ids)
             sequence.prefill_seconds = sequence.seconds
             self.decoding.append(self.reading.popleft())
-        self.drafter.observe(sequence.slot, sequence.tokens[start + (start > 0) : end + 1], out.features)
+        if not sequence.finish_reason:
+            self.drafter.observe(sequence.slot, sequence.tokens[start + (start > 0) : end + 1], out.features)
         self.dismiss()
         return [sequence]
 
