@@ -3,6 +3,9 @@
 Plain frozen dataclasses; knows no tensors and imports nothing heavy, so `eyas --help` can read the defaults.
 """
 
+# Values come from files of anybody's making: what a type promises is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

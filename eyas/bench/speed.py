@@ -104,6 +104,7 @@ def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, R
             for text in names[first:] + names[:first]:
                 report(index * len(names) + len(row), len(prompts) * len(names), text)
                 plan = plans[text]
+                assert plan.seed is not None  # `run_bench` drew one
                 row[text] = measure(engine, item.prompt, replace(plan, seed=derived_seed(plan.seed, index)))
             rows.append(row)
         report(len(prompts) * len(names), len(prompts) * len(names), "done")

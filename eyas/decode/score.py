@@ -42,8 +42,10 @@ def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
     """Drawn without replacement from the draft's law: the largest of log q plus Gumbel noise, in order (Kool et al. 2019)."""
+    draws = request.draws
+    assert draws is not None
     log_q_RD = log_scores(logits_RD, request.sampling, None).double().cpu()
-    noise_RD = torch.stack([request.draws(node, log_q_RD.shape[1]) for node in nodes])
+    noise_RD = torch.stack([draws(node, log_q_RD.shape[1]) for node in nodes])
     ids = (log_q_RD + noise_RD).topk(min(request.shape.top_k, log_q_RD.shape[1]), -1).indices
     q_RD = log_q_RD.softmax(-1)
     laws_RV = q_RD.new_zeros(len(nodes), vocab.vocab_size).index_copy_(1, vocab.ids, q_RD) if vocab else q_RD

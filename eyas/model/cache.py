@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from eyas.kernels import captured, native
 from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.model.attention import PlainAttention
 from eyas.model.rows import Segment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KEPT = 2  # slabs without a cache that wait for the next call
 
@@ -27,11 +32,38 @@ class Slabs:
         with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled ones outlive the call that made them
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.pooled, self.graphs = pooled, {}
+        self.pooled = pooled
+        self.graphs: dict[tuple[object, ...], captured.Graph] = {}
 
 
-class KVCache:
-    """Slabs and a committed length for each slot."""
+class Cache(ABC):
+    """What a round asks of a target's cache: slots, each with a committed length. What a pass asks is between it and its own cache."""
+
+    lengths: list[int]
+    capacity: int  # rows of a slot
+
+    @property
+    def slots(self) -> int:
+        return len(self.lengths)
+
+    @abstractmethod
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
+
+    @abstractmethod
+    def copy_prefix(self, other: Self, source: int, slot: int, length: int) -> None:
+        """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
+
+    def cut(self, slot: int, length: int) -> None:
+        """Forget all rows behind the first `length`."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
+    def clear(self, slot: int) -> None:
+        self.lengths[slot] = 0
+
+
+class KVCache(Cache):
+    """All layers' keys and values of one shape, in slabs."""
 
     give_back: weakref.finalize | None = None  # to the pool that the slabs are from
 
@@ -56,10 +88,6 @@ class KVCache:
         self.slabs, self.keys, self.values = slabs, slabs.keys, slabs.values
         self.lengths, self.capacity = [0] * slabs.keys.shape[1], capacity
 
-    @property
-    def slots(self) -> int:
-        return len(self.lengths)
-
     def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
         """The attention of one pass over what this cache holds; `group`: query heads that share a key head.
 
@@ -81,7 +109,6 @@ class KVCache:
         return keys[:, :end], values[:, :end]
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
-        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
         start, count = self.lengths[slot], len(rows)
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
         if moved:
@@ -92,17 +119,9 @@ class KVCache:
         self.lengths[slot] = start + count
 
     def copy_prefix(self, other: KVCache, source: int, slot: int, length: int) -> None:
-        """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
         self.keys[:, slot, :, :length] = other.keys[:, source, :, :length]
         self.values[:, slot, :, :length] = other.values[:, source, :, :length]
         self.lengths[slot] = length
-
-    def cut(self, slot: int, length: int) -> None:
-        """Forget all rows behind the first `length`."""
-        self.lengths[slot] = min(length, self.lengths[slot])
-
-    def clear(self, slot: int) -> None:
-        self.lengths[slot] = 0
 
 
 class Pool:

@@ -23,8 +23,8 @@ from eyas.decode.plan.prices import Prices
 from eyas.files.disk import replace_text
 from eyas.kernels.captured import synchronize
 from eyas.kernels.linear import capability
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.model.target import Target
 
 ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
 CONTEXT = 160  # rows of text before those that are timed
@@ -35,7 +35,7 @@ STEP = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is
 class PlanStore:
     """Prices and calibrations of one target and draft; what they say moves while they are used, `save` keeps it."""
 
-    def __init__(self, target: Target, directory: Path, draft: Path | None, precision: str) -> None:
+    def __init__(self, target: TargetModel, directory: Path, draft: Path | None, precision: str) -> None:
         """`directory`: the target's; `draft`: the draft's, where there is one. Both, and the precision, tell one store from another."""
         self.target, self.path = target, cache_dir() / "plans.json"
         where = (machine(), target.device, torch.get_num_threads())
@@ -51,7 +51,8 @@ class PlanStore:
             self.passes = prices(self.known.get("passes")) or self.time()
         name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
         if name not in self.planned:
-            known = self.known.get(name) if isinstance(self.known.get(name), dict) else {}
+            found = self.known.get(name)
+            known: dict[str, Any] = found if isinstance(found, dict) else {}
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
             counts = known.get("calibration")
@@ -94,7 +95,7 @@ def prices(table: Any) -> Prices | None:
 
 
 @torch.inference_mode()
-def time_passes(target: Target) -> dict[int, float]:
+def time_passes(target: TargetModel) -> dict[int, float]:
     """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
     config = target.config
     context = min(CONTEXT, max(1, config.max_position_embeddings // 2))
