@@ -27,18 +27,19 @@ from eyas.files.target import check_device, load_target, prepared, target_config
 from eyas.files.tokenizer import load_tokenizer
 from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
-from eyas.model.adapter import AdaptedTarget
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from eyas.model.protocols import StaticDraft
+
 DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
 BUNDLED = Path(__file__).parent / "bundled"
 
-Messages = Items[Message]  # one conversation
+Messages = Items[Message] | Items[dict[str, str]]  # one conversation
 Prompt = str | Messages
-Prompts = list[str] | list[list[Message]] | list[Prompt]
+Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[Prompt]
 Watch = Callable[[RoundRecord], None]
 
 
@@ -65,7 +66,7 @@ def kind_of(directory: Path) -> str:
     if said is not None and said not in trained():
         raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
     for name in trained():
-        if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
+        if said == name or (said is None and METHODS[name].decoding().reads(dict(config), directory)):
             return name
     return DEFAULT  # whose loader says what is missing
 
@@ -95,7 +96,7 @@ def without_draft(directory: Path, precision: str) -> Engine:
 class Engine:
     """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
 
-    def __init__(self, target: Target | AdaptedTarget, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
+    def __init__(self, target: TargetModel, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
         # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
         self.makers: dict[str, Callable[[], Drafter]] = {}
         self.network = None  # the draft's, where there is one
@@ -153,10 +154,10 @@ class Engine:
             raise EyasError(f"{what}; name one with --draft, train one with `eyas train{how}`, or use --method plain")
         return self.makers[method]()
 
-    def use_draft_model(self, model: Target | AdaptedTarget) -> None:
+    def use_draft_model(self, model: TargetModel) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
-        small = prepared(model, self.precision)
-        self.makers["draft-model"] = lambda: METHODS["draft-model"].decoding().ModelDrafter(small, self.target.config.vocab_size)
+        module = cast("Any", METHODS["draft-model"].decoding())
+        self.makers["draft-model"] = partial(module.ModelDrafter, prepared(model, self.precision), self.target.config.vocab_size)
 
     @property
     def default_method(self) -> str:
@@ -176,7 +177,7 @@ class Engine:
         if isinstance(tree, TreeShape):
             return tree
         if tree == "auto":
-            return self.network.static_tree() if METHODS[method].static and self.network else MOST
+            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MOST
         return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
@@ -285,4 +286,6 @@ def make_request(request: Request | None = None, **settings: Any) -> Request:
     sampling = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
     if sampling and "sampling" in settings:
         raise EyasError(f"give sampling= or {', '.join(sampling)}, not both")
-    return Request(**settings, **({"sampling": Sampling(**sampling)} if sampling else {}))
+    if sampling:
+        settings["sampling"] = Sampling(**sampling)
+    return Request(**settings)

@@ -23,10 +23,10 @@ from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verifiers import VERIFY
-from eyas.model.cache import KVCache
+from eyas.model.cache import Cache
 from eyas.model.mask import ancestor_mask
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.model.target import Target
 
 PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activations and how long others wait
 
@@ -34,9 +34,9 @@ PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activat
 class Decoder:
     """A target and a drafter, the round that joins them, and the sequences under way."""
 
-    cache: KVCache | None = None
+    cache: Cache  # once there is room for sequences
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], plan: Plan | None = None) -> None:
+    def __init__(self, target: TargetModel, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], plan: Plan | None = None) -> None:
         if verifier not in VERIFY:
             raise EyasError(f"verifier {verifier!r} is unknown; choose {', '.join(VERIFIERS)}")
         self.target, self.drafter, self.verifier = target, drafter or NoDrafter(), VERIFY[verifier]
@@ -108,7 +108,7 @@ class Decoder:
         """Make room for `slots` sequences at a time, of up to `longest` tokens and with such trees. Earlier ones are forgotten."""
         shapes = list(shapes)
         room = longest + max(shape.nodes for shape in shapes)
-        if self.cache is not None:
+        if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
         self.cache = self.target.new_cache(slots, room)
         self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))

@@ -29,6 +29,7 @@ class Chance(Protocol):
 
     def draws(self, weights_V: Tensor) -> int:
         """A token with a chance in proportion to its weight."""
+        ...
 
 
 class Uniforms:
@@ -48,8 +49,8 @@ class Uniforms:
 def accept_reject(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """EAGLE's rule with draft probability 1 (SafeAILab): accept a child with the chance p(x), else strike x out and renormalise.
 
-    On trees whose candidates do not depend on `chance` it has exactly the law of `walk`; it accepts less, since the draft cannot know
-    what will be drawn.
+    On trees whose candidates do not depend on `chance` it has exactly the distribution of `walk`; it accepts less, since the draft cannot
+    know what will be drawn.
     """
     path = [0]
     while True:
@@ -73,7 +74,7 @@ def without_replacement(tree: Tree, target: Distribution, chance: Chance) -> Acc
     path = [0]
     while True:
         p_V, children = target(path[-1]), tree.children[path[-1]]
-        q_V = tree.laws[path[-1]].clone() if children else p_V
+        q_V = drawn_from(tree, path[-1]).clone() if children else p_V
         for token, child in children.items():
             if chance.accepts(min(1.0, float(p_V[token] / q_V[token]))):
                 path.append(child)
@@ -97,12 +98,12 @@ def traversal(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """Traversal verification (Weng et al. 2025, arXiv 2505.12398): whole paths are accepted, from the first leaf towards the root, so a
     token too likely under the draft may be made good by later ones.
 
-    A leaf is accepted with the chance that its path's joint ratio p / q reached; a rejected one is struck out, its parent's law becomes
-    what it had above the draft's, and the parent, or its next child's first leaf, is tried.
+    A leaf is accepted with the chance that its path's joint ratio p / q reached; a rejected one is struck out, its parent's distribution
+    becomes what it had above the draft's, and the parent, or its next child's first leaf, is tried.
     """
     check_drawn(tree, "traversal")
     p = {0: target(0)}
-    q = {row: tree.laws[row].clone() for row in range(len(tree)) if tree.children[row]}
+    q = {row: drawn_from(tree, row).clone() for row in range(len(tree)) if tree.children[row]}
     left = {row: list(tree.children[row].values()) for row in range(len(tree))}
     reached = {0: 1.0}
     row = 0
@@ -141,13 +142,13 @@ def ratio(part: float, whole: float) -> float:
 def typical(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: a guess is good where the target finds it likely enough for how
     unsure it is; the longest path of such guesses is kept."""
-    good, laws = {0}, {0: target(0)}
+    good, p = {0}, {0: target(0)}
     for row in range(1, len(tree)):
         parent = tree.parents[row]
         if parent in good:
-            if parent not in laws:
-                laws[parent] = target(parent)
-            p_V = laws[parent]
+            if parent not in p:
+                p[parent] = target(parent)
+            p_V = p[parent]
             entropy = float(torch.special.entr(p_V).sum())
             if float(p_V[tree.tokens[row]]) > min(TYPICAL, TYPICAL_SHARE * math.exp(-entropy)):
                 good.add(row)
@@ -159,12 +160,19 @@ def check_drawn(tree: Tree, verifier: str) -> None:
     if not tree.drawn:
         raise EyasError(
             f"verifier {verifier} needs a draft that draws its guesses (not look-up) in a tree fixed beforehand: "
-            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's law"
+            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's distribution"
         )
 
 
+def drawn_from(tree: Tree, row: int) -> Tensor:
+    """The draft's probabilities [V] that the row's children were drawn from."""
+    q_V = tree.distributions[row] if tree.distributions else None
+    assert q_V is not None, "a drawn tree says what its children were drawn from"
+    return q_V
+
+
 def above(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What p has more than q, as a law; where rounding leaves nothing, p."""
+    """What p has more than q, as a distribution; where rounding leaves nothing, p."""
     left_V = (p_V - q_V).clamp(min=0)
     total = left_V.sum()
     return left_V / total if total > 0 else p_V

@@ -12,7 +12,7 @@ are the same.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Eagle1Network(Borrowing, nn.Module):
 
     @property
     def block(self) -> Eagle1Block:
-        return self.layers[0]
+        return cast("Eagle1Block", self.layers[0])
 
     def fuse(self, features_NH: Tensor) -> Tensor:
         return features_NH

@@ -44,7 +44,7 @@ class PendingRows:
 
 
 class Eagle3Drafter:
-    cache: KVCache | None = None
+    cache: KVCache  # once there is room for sequences
 
     def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
@@ -55,7 +55,7 @@ class Eagle3Drafter:
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
         pool = self.network.pool
-        if self.cache is not None:
+        if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
         self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
         self.pending = {sequence: PendingRows() for sequence in range(sequences)}
@@ -68,6 +68,7 @@ class Eagle3Drafter:
         pending = self.pending[sequence]
         pending.tokens += tokens if pending.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
         pending.begun = True
+        assert features is not None, "what it wants it is given"
         pending.features.append(features)
         most = CATCH_UP if len(tokens) >= CATCH_UP else HELD  # a part of a long prompt is read as it comes
         while len(pending.tokens) > most:
@@ -118,9 +119,11 @@ class Eagle3Drafter:
         if fits(self.cache, segments):
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
         else:
-            (a,) = step(self.network, *(part.to(g.device) for part in rows), self.cache.attention(segments, self.group), g)
+            tokens_N, positions_N = (part.to(g.device) for part in rows)
+            (a,) = step(self.network, tokens_N, positions_N, self.cache.attention(segments, self.group), g)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
+        assert a is not None
         return a
 
 

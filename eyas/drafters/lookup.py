@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 
 PATTERNS = (4, 3, 2)  # tokens that are looked up; what matched before them is compared in the text
 USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # share of right guesses, by how many tokens matched at least
@@ -93,7 +93,7 @@ class LookupDrafter:
         return merge(trees).best(request.shape.nodes) if trees else Tree.root(request.root)
 
 
-def alone(target: Target) -> LookupDrafter:
+def alone(target: TargetModel) -> LookupDrafter:
     return LookupDrafter()
 
 

@@ -61,6 +61,9 @@ class Cache(ABC):
     def clear(self, slot: int) -> None:
         self.lengths[slot] = 0
 
+    def release(self) -> None:  # noqa: B027 (most caches have nothing to give back)
+        """This cache is of no use afterwards: what it held may serve another, now and not when the collector finds it."""
+
 
 class KVCache(Cache):
     """All layers' keys and values of one shape, in slabs."""
@@ -80,7 +83,6 @@ class KVCache(Cache):
         return cache
 
     def release(self) -> None:
-        """Give pooled slabs back now, not when the collector finds this cache, which is of no use afterwards."""
         if self.give_back:
             self.give_back()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from eyas.config import TargetConfig
+from eyas.config import TargetConfig, TreeShape
 from eyas.kernels.attention import Attend, PassAttention
 from eyas.model.cache import Cache, Pool
 from eyas.model.rows import Rows
@@ -96,6 +96,12 @@ class DraftModule(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
     def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+
+class StaticDraft(Protocol):
+    """A draft whose tree is of a shape of its own, fixed before anything is guessed."""
+
+    def static_tree(self, nodes: int | None = None) -> TreeShape: ...
 
 
 class DraftLayer(Protocol):

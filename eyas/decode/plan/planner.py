@@ -33,9 +33,12 @@ LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
 class Guesses(Protocol):
     """What a tree and its growth have in common."""
 
-    parents: list[int]
-    depths: list[int]
-    scores: list[float]
+    @property
+    def parents(self) -> list[int]: ...
+    @property
+    def depths(self) -> list[int]: ...
+    @property
+    def scores(self) -> list[float]: ...
 
 
 class Plan(RoundClock):
