@@ -1,6 +1,6 @@
 """The tables of docs/family.md, from what `eyas compare --out r.json` wrote.
 
-    python benchmarks/family_tables.py [r.json]
+python benchmarks/family_tables.py [r.json]
 """
 
 from __future__ import annotations
