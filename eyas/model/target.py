@@ -39,7 +39,8 @@ class Output(NamedTuple):
 class Trunk(nn.Module):
     def __init__(self, config: TargetConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table_VH = torch.empty(config.vocab_size, config.hidden_size)  # a new table would be filled at random, which imports a compiler
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VH, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
