@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from eyas.config import EyasError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL, USER_DEFINED = 3, 4  # token types in tokenizer.ggml.token_type
@@ -26,8 +28,29 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the merges
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """A fast tokenizer with special tokens and chat template from a GGUF's metadata."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
+    tokens, core = fields["tokenizer.ggml.tokens"], byte_level_bpe(fields)
+
+    def named(key: str) -> str | None:
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        return None if index is None else tokens[index]
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=named("bos"),
+        eos_token=named("eos"),
+        pad_token=named("padding"),
+        unk_token=named("unknown"),
+        chat_template=fields.get("tokenizer.chat_template"),
+        model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def byte_level_bpe(fields: Mapping[str, Any]) -> Tokenizer:
+    """Vocabulary, merges, pre-tokenizer and special tokens; what is not byte-level BPE of a known kind is refused."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     if fields.get("tokenizer.ggml.model") != "gpt2":
         raise EyasError(
@@ -42,38 +65,27 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=whole))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    if SPLITS[pre] in ("digits", "gpt2"):
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] == "digits" else []
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    else:
-        split = pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer(SPLITS[pre]), decoders.ByteLevel()
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if fields.get("tokenizer.ggml.add_bos_token") and bos is not None:  # plain text begins with it; a chat template writes its own
         first = tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, bos)]
         )
-    kinds = fields.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds, strict=False):
+    for token, kind in zip(tokens, fields.get("tokenizer.ggml.token_type", []), strict=False):
         if kind == SPECIAL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == USER_DEFINED:  # found in text like a special token, but part of the answer (<think>)
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    return tokenizer
 
-    def named(key: str) -> str | None:
-        index = fields.get(f"tokenizer.ggml.{key}_token_id")
-        return None if index is None else tokens[index]
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=named("bos"),
-        eos_token=named("eos"),
-        pad_token=named("padding"),
-        unk_token=named("unknown"),
-        chat_template=fields.get("tokenizer.chat_template"),
-        model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
+def pre_tokenizer(split: str) -> PreTokenizer:
+    """How text is cut before the merges, by a value of SPLITS."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if split in ("digits", "gpt2"):
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "digits" else []
+        return pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    cut = pre_tokenizers.Split(Regex(split), "isolated")
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -22,6 +22,9 @@ from eyas.formats.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from eyas.formats.portable import Draft, Found, TargetFiles
 from eyas.model.transformer import rotary_frequencies
 from eyas.model.vocab import DraftVocab
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 TITLE = "llama.cpp (llama-cpp-python 0.3.36)"
 WEIGHTS = ("bf16", "fp32", "fp16", "q8_0", "q4_1")
@@ -44,6 +47,7 @@ NAMES = {  # published name -> llama.cpp's
 }
 OURS = {theirs: ours for ours, theirs in NAMES.items()}
 OWN = "eyas.config"
+ARCHITECTURE = "eagle3"
 
 
 def refusal(draft: Draft) -> str | None:
@@ -61,22 +65,36 @@ def rotary(config: DraftConfig, scaling: dict[str, Any] | None) -> tuple[Tensor,
 
 def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gguf: Path | None = None) -> None:
     """`draft.gguf`. Norms stay float32 in every number format, as the converter leaves them."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
-    from gguf.quants import quantize
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    config, arch = draft.config, "eagle3"
-    kind = {
+    number_format, file_type = {
         "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
         "fp16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
         "fp32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
         "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
         "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
     }[weights]
-    writer = GGUFWriter(work / FILE, arch)
+    writer = GGUFWriter(work / FILE, ARCHITECTURE)
     writer.add_type("model")
     writer.add_name("EAGLE-3 draft made by eyas")
-    writer.add_file_type(kind[1])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(2)
+    write_shape(writer, draft.config, target)
+    told = {"rope_scaling": draft.config.rope_scaling, "target_layers": draft.target_layers, "facts": draft.facts}
+    writer.add_string(OWN, json.dumps(told))
+    if target_gguf is None:
+        write_tokenizer(writer, target.directory)
+    else:
+        copy_tokenizer(writer, target_gguf)
+    write_tensors(writer, draft, number_format)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_shape(writer: GGUFWriter, config: DraftConfig, target: TargetFiles) -> None:
+    """What llama.cpp reads of a draft's shape, and of the layers of the target that it is fed with."""
     writer.add_block_count(1)
     writer.add_context_length(max(config.max_position_embeddings, target.config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
@@ -89,22 +107,24 @@ def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gg
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_array(f"{arch}.target_layers", list(config.taps))
-    writer.add_uint32(f"{arch}.target_hidden_size", config.target_hidden_size)
-    writer.add_bool(f"{arch}.norm_before_residual", config.norm_before_residual)
-    writer.add_bool(f"{arch}.norm_before_fc", config.norm_before_fc)
-    told = {"rope_scaling": config.rope_scaling, "target_layers": draft.target_layers, "facts": draft.facts}
-    writer.add_string(OWN, json.dumps(told))
-    if target_gguf is None:
-        write_tokenizer(writer, target.directory)
-    else:
-        copy_tokenizer(writer, target_gguf)
+    writer.add_array(f"{ARCHITECTURE}.target_layers", list(config.taps))
+    writer.add_uint32(f"{ARCHITECTURE}.target_hidden_size", config.target_hidden_size)
+    writer.add_bool(f"{ARCHITECTURE}.norm_before_residual", config.norm_before_residual)
+    writer.add_bool(f"{ARCHITECTURE}.norm_before_fc", config.norm_before_fc)
+
+
+def write_tensors(writer: GGUFWriter, draft: Draft, number_format: GGMLQuantizationType) -> None:
+    """The draft's weights under llama.cpp's names, matrices in this number format; scaled frequencies and the vocabulary beside them."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quantize
+
+    config = draft.config
     for name, tensor in draft.weights.items():
         value = tensor.float()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             value = pairs_from_halves(value, heads)
-        wanted = kind[0] if value.dim() == 2 else GGMLQuantizationType.F32
+        wanted = number_format if value.dim() == 2 else GGMLQuantizationType.F32
         if value.shape[-1] % GGML_QUANT_SIZES[wanted][0]:  # a row is cut into whole blocks
             wanted = GGMLQuantizationType.F16
         writer.add_tensor(NAMES[name], quantize(value.contiguous().numpy(), wanted), raw_dtype=wanted)
@@ -112,10 +132,6 @@ def write(work: Path, draft: Draft, target: TargetFiles, weights: str, target_gg
         plain, scaled = (rotary(config, scaling)[0] for scaling in (None, config.rope_scaling))
         writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
     writer.add_tensor("d2t", draft.vocab.ids.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
