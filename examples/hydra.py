@@ -98,7 +98,7 @@ drafter = HydraDrafter
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all slots, how much deeper heads weigh
 
 
-def new_network(target: Any, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
+def new_network(target: Any, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
     network = HydraNetwork(settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():

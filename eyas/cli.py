@@ -122,7 +122,9 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
     train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
+    train.add_argument(
+        "--taps", metavar="L,M,H", help="target layers whose inputs are the features, as many as you like (default 2, n//2, n-3)"
+    )
     train.add_argument(
         "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
     )

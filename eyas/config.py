@@ -66,14 +66,14 @@ class DraftConfig:
     num_key_value_heads: int
     head_dim: int
     target_hidden_size: int
-    taps: tuple[int, int, int]  # target layers whose input is read, ascending
+    taps: tuple[int, ...]  # target layers whose input is read, ascending
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     fc_norm: bool = False  # EAGLE-3.1: one RMSNorm for each tapped feature, before fc
     norm_output: bool = False  # EAGLE-3.1: the post-norm state is fed back instead of the pre-norm one
-    norm_before_fc: bool = False  # one RMSNorm over all three features, before fc (heads made by others)
+    norm_before_fc: bool = False  # one RMSNorm over all features, before fc (heads made by others)
     norm_before_residual: bool = False  # the residual is the normed feature (heads made by others; speculators' own default)
 
     def __post_init__(self) -> None:
@@ -95,8 +95,8 @@ class DraftConfig:
         for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise EyasError(f"{name} must be true or false, not {short(getattr(self, name))}")
-        if len(self.taps) != 3 or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):
-            raise EyasError(f"taps must be three layer numbers, not {short(self.taps)}")
+        if not self.taps or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):
+            raise EyasError(f"taps must be layer numbers, not {short(self.taps)}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             wrong = f"{self.num_attention_heads} heads over {self.num_key_value_heads} key-value heads of width {self.head_dim}"
             raise EyasError(f"{wrong} do not go together: heads come in equal groups, and a head's width is even")
@@ -289,8 +289,8 @@ SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is
 TRAIN_MINUTES = 60.0  # of training where no budget is given
 
 
-def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
-    """Three different layers of the target in ascending order, or one line that says what is wrong."""
-    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
-        raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Different layers of the target in ascending order, or one line that says what is wrong."""
+    if not taps or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
+        raise EyasError(f"taps must be different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
     return tuple(taps)

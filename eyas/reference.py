@@ -37,11 +37,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fuse(weights: Weights, config: DraftConfig, features_N3H: Tensor) -> Tensor:
-    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline). EAGLE-3.1 norms each of the three first (`fc_norm`);
-    some published heads norm all of them at once (`norm_before_fc`)."""
+    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline), or of as many features as there are taps. EAGLE-3.1 norms each
+    of them first (`fc_norm`); some published heads norm all of them at once (`norm_before_fc`)."""
     if config.norm_before_fc:
         features_N3H = rms_norm(features_N3H, weights["input_norm.weight"], config.rms_norm_eps)
-    parts = list(features_N3H.chunk(3, dim=-1))
+    parts = list(features_N3H.chunk(len(config.taps), dim=-1))
     if config.fc_norm:
         parts = [rms_norm(part, weights[f"fc_norm.{k}.weight"], config.rms_norm_eps) for k, part in enumerate(parts)]
     return torch.cat(parts, dim=-1) @ weights["fc.weight"].T

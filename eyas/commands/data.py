@@ -48,7 +48,7 @@ class OwnWords:
 def own_words(
     directory: Path,
     config: TargetConfig,
-    taps: tuple[int, int, int],
+    taps: tuple[int, ...],
     hash_of_target: str,
     seed_prompts: str | None,
     regenerate: str | None,

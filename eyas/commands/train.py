@@ -189,15 +189,15 @@ def budget_from(options: argparse.Namespace) -> training.Budget:
     return training.Budget(options.steps, options.tokens, TRAIN_MINUTES if unbounded else options.minutes)
 
 
-def taps_from(text: str | None, layers: int) -> tuple[int, int, int]:
+def taps_from(text: str | None, layers: int) -> tuple[int, ...]:
     if text is None and not 0 <= default_taps(layers)[0] < default_taps(layers)[1] < default_taps(layers)[2]:
-        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name three with `eyas train --taps L,M,H`")
+        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name others with `eyas train --taps L,M,H`")
     if text is None:
         return check_taps(default_taps(layers), layers)
     try:
         return check_taps(tuple(int(part) for part in text.split(",")), layers)
     except ValueError as error:
-        raise error if isinstance(error, EyasError) else EyasError(f"--taps must be three layers like 2,15,27, not {text!r}") from None
+        raise error if isinstance(error, EyasError) else EyasError(f"--taps must be layers like 2,15,27, not {text!r}") from None
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -224,7 +224,7 @@ def check_out(out: Path, resume: bool) -> None:
 def make_trainer(
     target: Target | AdaptedTarget,
     config: TargetConfig,
-    taps: tuple[int, int, int],
+    taps: tuple[int, ...],
     examples: list[Example],
     source: StateSource | None,
     settings: TrainSettings,
@@ -261,7 +261,7 @@ def make_trainer(
 def new_draft(
     target: Target | AdaptedTarget,
     config: TargetConfig,
-    taps: tuple[int, int, int],
+    taps: tuple[int, ...],
     kept: list[Example],
     settings: TrainSettings,
     method: str,
@@ -275,7 +275,7 @@ def new_draft(
 
 
 def earlier_draft(
-    directory: Path, target: Target | AdaptedTarget, taps: tuple[int, int, int], settings: TrainSettings
+    directory: Path, target: Target | AdaptedTarget, taps: tuple[int, ...], settings: TrainSettings
 ) -> tuple[DraftNetwork, DraftVocab]:
     """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
     config = config_from_file(directory)
@@ -326,7 +326,7 @@ def coverage(examples: list[Example], vocab: DraftVocab) -> float:
     return float(member[torch.tensor(tokens)].float().mean())
 
 
-def facts_of_run(directory: Path, hash_of_target: str, taps: tuple[int, int, int]) -> dict[str, Any]:
+def facts_of_run(directory: Path, hash_of_target: str, taps: tuple[int, ...]) -> dict[str, Any]:
     return {
         "target": directory.name,
         "target_sha256": hash_of_target,

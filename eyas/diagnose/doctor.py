@@ -212,7 +212,7 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
         if taps[0] >= 0 and taps[-1] < layers:
             do = f"its features are the inputs of layers {list(taps)}: vLLM's ids are these, SGLang's each less one"
             yield Reading("layer ids", meaning, do, changed(draft, taps=taps))
-    if layers > 5 and config.taps != default_taps(layers):
+    if layers > 5 and len(config.taps) == 3 and config.taps != default_taps(layers):
         do = f"its features are the inputs of layers {list(default_taps(layers))}: leave ids out or write these"
         yield Reading("layer ids", "it was trained on the default layers", do, changed(draft, taps=default_taps(layers)))
     do = "it was trained on features one place off and is of no use served right: train it again with f_j beside t_(j+1)"
@@ -238,12 +238,13 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
 
 def weight_readings(draft: Draft) -> Iterator[Reading]:
     again = "convert it again from where it was made"
-    names = ("low", "middle", "high")
-    parts = draft.weights["fc.weight"].chunk(3, 1)
-    for order in permutations(range(3)):
-        if order != (0, 1, 2):
+    usual, count = ("low", "middle", "high"), len(draft.config.taps)
+    names = usual if count == 3 else [f"tap {tap}" for tap in draft.config.taps]
+    parts = draft.weights["fc.weight"].chunk(count, 1)
+    for order in permutations(range(count)) if count <= 3 else [tuple(range(count))[::-1]]:
+        if order != tuple(range(count)):
             told = f"the columns of fc are those of {', '.join(names[part] for part in order)}"
-            fc = torch.cat([parts[order.index(place)] for place in range(3)], 1)
+            fc = torch.cat([parts[order.index(place)] for place in range(count)], 1)
             yield Reading("order of features", told, again, reweighed(draft, {"fc.weight": fc}))
     halves = {
         name: torch.cat(tensor.chunk(2, 1)[::-1], 1)

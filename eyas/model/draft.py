@@ -1,4 +1,4 @@
-"""The EAGLE-3 network: fuse three features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
+"""The EAGLE-3 network: fuse the features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
 
 Parameter names are the published ones (`fc`, `midlayer.*`, `norm`, `lm_head`). Knows tensors only: how a tree is grown with it is
 drafters/eagle3.py, how it learns is train/unroll.py. The embedding is the target's, handed in and never saved.
@@ -51,11 +51,12 @@ class DraftNetwork(nn.Module):
     def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        features = len(config.taps) * config.target_hidden_size
+        self.fc = nn.Linear(features, config.hidden_size, bias=False)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in range(3))
+            self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in config.taps)
         if config.norm_before_fc:
-            self.input_norm = RMSNorm(3 * config.target_hidden_size, config.rms_norm_eps)
+            self.input_norm = RMSNorm(features, config.rms_norm_eps)
         self.midlayer = DraftBlock(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -85,14 +86,14 @@ class DraftNetwork(nn.Module):
     def block(self) -> DraftBlock:
         return self.midlayer
 
-    def fuse(self, features_N3H: Tensor) -> Tensor:
-        """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
+    def fuse(self, features_NF: Tensor) -> Tensor:
+        """g [N, H] from the features of all taps side by side: low, middle and high (EAGLE-3, inference pipeline)."""
         if self.config.norm_before_fc:
-            features_N3H = self.input_norm(features_N3H)
+            features_NF = self.input_norm(features_NF)
         if self.config.fc_norm:
-            parts = features_N3H.chunk(3, -1)
-            features_N3H = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
-        return self.fuse_product(features_N3H)
+            parts = features_NF.chunk(len(self.fc_norm), -1)
+            features_NF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+        return self.fuse_product(features_NF)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)

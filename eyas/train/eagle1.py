@@ -28,7 +28,7 @@ OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
 NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
     """It begins as the feature it is given, which says the token already drawn."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)

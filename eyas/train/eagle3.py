@@ -20,7 +20,7 @@ SETTINGS = {"unroll_steps": 7}  # its steps; the rest as TrainSettings has it
 unroll, loss = steps.unroll, steps.unrolled_loss
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
     """A draft of the target's own shape that begins with what the target knows."""
     shape = draft_config(target.config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output)
     network = DraftNetwork(shape, target.embedding.detach())

@@ -1,7 +1,7 @@
 """Where training examples and what the target knew about them come from: shards that self-play wrote, or a target pass on the fly.
 
 Knows documents, shards and the target's pass; knows nothing of the draft. Either way an example is tokens with answer numbers, and
-`states` gives features [M, 3H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
+`states` gives features [M, taps * H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
 """
 
 from __future__ import annotations

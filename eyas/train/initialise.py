@@ -35,10 +35,10 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
         if target.blocks is not None:
             copy_last_layer(network.midlayer, target.blocks[-1], width)
             network.norm.weight.copy_(target.model.norm.weight)
-        network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
-        network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
+        network.fc.weight.mul_(FC_SPREAD)
+        network.fc.weight[:, -width:].diagonal().add_(1.0)
         if top_layer_only:
-            network.fc.weight[:, : 2 * width] = 0
+            network.fc.weight[:, :-width] = 0
 
 
 @torch.no_grad()

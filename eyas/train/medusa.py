@@ -21,7 +21,7 @@ from eyas.train.unroll import Batch, Lesson, Step
 SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # heads, and how much deeper ones weigh, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
     """Heads that begin as the target's own: their residual blocks add nothing yet."""
     network = MedusaNetwork(target.config.hidden_size, len(vocab), settings.unroll_steps, 1, target.embedding.detach())
     with torch.no_grad():

@@ -25,7 +25,7 @@ from eyas.train.unroll import Batch, Lesson, Step, comb_attention
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin as the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     for number, module in enumerate(network.layers):

@@ -175,7 +175,7 @@ class Trainer:
             parameter.grad = sum(shares[1:], shares[0]) if shares else torch.zeros_like(parameter)
         self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters)])
         if self.settings.top_layer_only:  # these columns begin at 0 and stay there
-            self.network.fc.weight.grad[:, : 2 * self.network.config.target_hidden_size] = 0
+            self.network.fc.weight.grad[:, : -self.network.config.target_hidden_size] = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm) or losses[0] > EXPLODED * math.log(len(self.vocab) + 1):
             kept = "its last checkpoint is untouched" if (self.out / CHECKPOINT).exists() else "nothing was saved yet"

@@ -27,22 +27,23 @@ from tests.tiny import randomize, reference_weights, tiny_config, tiny_draft, ti
 V, H = 53, 32
 TARGET = tiny_target()
 SETTINGS = [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}]
+FIVE, ONE = {"taps": (0, 1, 2, 3, 4)}, {"taps": (3,)}
 GREEDY, SAMPLED = Sampling(), Sampling(0.7)
 
 
 class Text:
     """What rounds would commit: random tokens, and random features of all but the last."""
 
-    def __init__(self, seed: int, prompt: int) -> None:
+    def __init__(self, seed: int, prompt: int, taps: int = 3) -> None:
         self.draw = torch.Generator().manual_seed(seed)
         self.noise = Noise(seed, V)
         self.tokens: list[int] = []
-        self.features = torch.zeros(0, 3 * H, dtype=torch.float64)
+        self.features = torch.zeros(0, taps * H, dtype=torch.float64)
         self.news = self.grow(prompt + 1, prompt)
 
     def grow(self, tokens: int, rows: int) -> tuple[list[int], torch.Tensor]:
         drawn = torch.randint(0, V, (tokens,), generator=self.draw).tolist()
-        features = torch.randn(rows, 3 * H, generator=self.draw, dtype=torch.float64)
+        features = torch.randn(rows, self.features.shape[1], generator=self.draw, dtype=torch.float64)
         self.tokens, self.features = self.tokens + drawn, torch.cat([self.features, features])
         return drawn, features
 
@@ -93,10 +94,11 @@ def assert_same(ours: Tree, theirs: Tree | reference.Tree) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}], ids=str)
 def test_trees_are_the_references_round_after_round(settings, sampling):
     for number, shape in enumerate(("chain:1", "chain:3", "8x2x3", "20x4x5")):
-        pair, text = Pair(prepare=number % 2 == 0, **settings), Text(number, prompt=1 + 4 * number)
+        pair = Pair(prepare=number % 2 == 0, **settings)
+        text = Text(number, prompt=1 + 4 * number, taps=len(pair.config.taps))
         pair.drafter.observe(0, *text.news)
         for _ in range(3):
             pair.check(text, TreeShape.parse(shape), sampling)

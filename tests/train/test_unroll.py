@@ -28,9 +28,9 @@ def documents(vocab_size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.
     return found
 
 
-def random_features(docs) -> list[torch.Tensor]:
+def random_features(docs, taps: int = 3) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(4)
-    return [torch.randn(len(tokens), 3 * 32, generator=draw, dtype=torch.float64) for tokens, _ in docs]
+    return [torch.randn(len(tokens), taps * 32, generator=draw, dtype=torch.float64) for tokens, _ in docs]
 
 
 def packed(docs, features) -> Batch:
@@ -41,13 +41,17 @@ def packed(docs, features) -> Batch:
     return Batch(torch.cat([t for t, _ in docs]), torch.cat(features), torch.cat(answers), [len(t) for t, _ in docs])
 
 
-@pytest.mark.parametrize("settings", [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+SETTINGS = [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}]
+FIVE, ONE = {"taps": (0, 1, 2, 3, 4)}, {"taps": (3,)}
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}])
 def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     target = tiny_target()
     network, vocab = tiny_draft(target, **settings)
     docs = documents(target.config.vocab_size)
     draw = torch.Generator().manual_seed(3)
-    features = random_features(docs)
+    features = random_features(docs, len(network.config.taps))
     logits = [3 * torch.randn(len(t), target.config.vocab_size, generator=draw, dtype=torch.float64) for t, _ in docs]
     weights = reference_weights(network)
     slots = [[int(reference.loss_slots(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
