@@ -121,20 +121,20 @@ class Ours:
     """eyas' own trainer on some examples, as `eyas train` makes it but for what is held out."""
 
     def __init__(self, directory: Path, examples: list[Example], vocabulary_from: list[Example], settings: TrainSettings) -> None:
-        from eyas.commands.train import new_draft
         from eyas.config import default_taps
         from eyas.files.target import load_target, target_config
+        from eyas.train.build import new_draft
         from eyas.train.features import ShardStates
         from eyas.train.teacher import Teacher
-        from eyas.train.trainer import Trainer
+        from eyas.train.trainer import Run, Trainer
 
         config, target = target_config(directory), load_target(directory, "fp32")
-        network, vocab = new_draft(target, config, default_taps(config.num_hidden_layers), vocabulary_from, settings)
+        network, vocab = new_draft(target, default_taps(config.num_hidden_layers), vocabulary_from, settings)
         self.norm = target.model.norm.weight.detach().float().clone()
         teacher = Teacher.of(target, vocab, torch.float32)
         layers = config.num_hidden_layers
         self.trainer: Trainer = Trainer(
-            network, vocab, teacher, examples, [], ShardStates(), settings, Path("nowhere"), {}, layers, THREADS
+            Run(network, vocab, teacher, examples, [], ShardStates(), settings, Path("nowhere"), {}, layers, THREADS)
         )
         self.batches = list(self.trainer.batches(0))
         self.step(self.batches[0])  # warms up
@@ -161,7 +161,7 @@ class Ours:
         """Mean KL(target | draft) of each step over our slots, those slots as marks [steps, M] of the token read last, slots a step, and
         the share of slots whose favourite is outside the draft vocabulary."""
         from eyas.train.batches import make_batch
-        from eyas.train.unroll import Lesson, unrolled_loss
+        from eyas.train.unroll import Supervision, unrolled_loss
 
         trainer, steps = self.trainer, self.trainer.settings.unroll_steps
         batch, states = make_batch([example], trainer.source, trainer.network)
@@ -169,7 +169,7 @@ class Ours:
         law = trainer.teacher.law(states.hidden[taught])
         all_count = torch.ones(len(batch.tokens), dtype=torch.bool)
         with torch.no_grad():
-            _, means = unrolled_loss(trainer.network, batch, Lesson(law, teacher_of, all_count, steps, 1.0))
+            _, means = unrolled_loss(trainer.network, batch, Supervision(law, teacher_of, all_count, steps, 1.0))
         slots, counted = batch.slots()
         entropy = torch.special.entr(law).sum(-1)
         found, marks = [], torch.zeros(steps, len(batch.tokens), dtype=torch.bool)

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from eyas.bench.prompts import read_prompts
-from eyas.commands import train
 from eyas.config import PLAIN, Sampling, TargetConfig, TrainSettings, default_taps
 from eyas.decode.generate import Decoder
 from eyas.engine import load
@@ -33,6 +31,7 @@ from eyas.model.draft import DraftNetwork
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import Simulation, simulate
+from eyas.train.build import Setup, build
 from eyas.train.conversations import Document
 from eyas.train.features import Example, ShardStates, StateSource, TargetStates, document_examples, shard_examples
 from eyas.train.shards import PATTERN
@@ -127,7 +126,7 @@ def from_scratch(target: Target, config: TargetConfig, own: list[Example], setti
     """A trainer of a new draft on these conversations, yet to run; it saves and measures nothing."""
     settings = replace(settings, held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e9, tree_every=0)
     taps = default_taps(config.num_hidden_layers)
-    trainer = train.make_trainer(target, config, taps, own, ShardStates(), settings, out / "unsaved", {}, workers, Console(quiet=True))
+    trainer = build(Setup(target, taps, own, ShardStates(), settings, out / "unsaved", workers=workers))
     trainer.save = trainer.measure = lambda: None
     return trainer
 

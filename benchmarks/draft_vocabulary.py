@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from claims import hold_out_greedy
 
-from eyas.commands.train import coverage, new_draft
 from eyas.config import PRECISIONS, Sampling, TargetConfig, TrainSettings, TreeShape, default_taps
 from eyas.decode.drafter import TreeRequest
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.files.target import load_target, target_config, target_directory
 from eyas.model.rows import chain_rows
 from eyas.model.target import Target
+from eyas.train.build import coverage, new_draft
 from eyas.train.features import Example, shard_examples
 from eyas.train.shards import PATTERN
 
@@ -62,7 +62,7 @@ def unschooled(
     """A drafter whose draft has learned nothing yet, in the precision that decodes, and the share of held-out tokens it could say."""
     target = load_target(directory, PRECISIONS[0])
     taps = default_taps(config.num_hidden_layers)
-    network, vocab = new_draft(target, config, taps, kept, TrainSettings(draft_vocab_size=size))
+    network, vocab = new_draft(target, taps, kept, TrainSettings(draft_vocab_size=size))
     return Eagle3Drafter(network.to(torch.bfloat16).prepare(), vocab), coverage(held_out, vocab)
 
 

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from eyas.commands import train
 from eyas.config import TrainSettings, default_taps
 from eyas.files.target import load_target, target_config, target_directory
+from eyas.train.batches import split_evenly
+from eyas.train.build import Setup, build
 from eyas.train.features import ShardStates, shard_examples
 from eyas.train.shards import PATTERN
+from eyas.train.trainer import Trainer
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.addmm_.default}
 
@@ -55,19 +56,8 @@ def main() -> None:
     directory = target_directory(options.target)
     config, settings = target_config(directory), TrainSettings()
     examples = shard_examples(sorted(options.shards.glob(PATTERN)), settings.max_length)
-    facts: dict[str, Any] = {}
-    trainer = train.make_trainer(
-        load_target(directory, "fp32"),
-        config,
-        default_taps(config.num_hidden_layers),
-        examples,
-        ShardStates(),
-        settings,
-        Path("nowhere"),
-        facts,
-        options.workers,
-        Console(quiet=True),
-    )
+    target, taps = load_target(directory, "fp32"), default_taps(config.num_hidden_layers)
+    trainer = build(Setup(target, taps, examples, ShardStates(), settings, Path("nowhere"), workers=options.workers))
     batches = [batch for batch, _ in zip(trainer.batches(0), range(options.steps))]
     trainer.step(batches[0])
     seconds, bare, flops, slots = [], [], [], []
@@ -92,9 +82,9 @@ def main() -> None:
     print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}))
 
 
-def products_of(trainer: train.training.Trainer, batch: list[Any]) -> tuple[list[list[Any]], float]:
+def products_of(trainer: Trainer, batch: list[Any]) -> tuple[list[list[Any]], float]:
     """The products of each worker's part of a batch, and the FLOPs of all."""
-    parts = [part for part in train.training.split_evenly(batch, trainer.workers) if part]
+    parts = [part for part in split_evenly(batch, trainer.workers) if part]
     depths = [trainer.depths(part, f"{number}") for number, part in enumerate(parts)]
     counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(trainer.settings.unroll_steps)]
     calls, flops = [], 0.0

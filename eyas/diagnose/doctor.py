@@ -123,9 +123,11 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
         yield Finding(
             "architecture", f"architectures is {short(names)}: SGLang would load a plain Llama", 'write ["LlamaForCausalLMEagle3"]'
         )
-    if layer.size("num_hidden_layers", 1) != 1:
+    held = layer.size("draft_layers", 1)
+    if layer.size("num_hidden_layers", held) != held:
         said = layer.raw["num_hidden_layers"]
-        yield Finding("layer count", f"num_hidden_layers is {said}: engines build so many, the files hold one", "write 1")
+        told = f"num_hidden_layers is {said}: engines build so many, the files hold {'one' if held == 1 else held}"
+        yield Finding("layer count", told, f"write {held}")
     if fields.flag("tie_word_embeddings") or layer.flag("tie_word_embeddings"):
         yield Finding("tied head", "tie_word_embeddings is true: SGLang then says the embedding's tokens, not the draft's", "write false")
     rope = layer.object("rope_parameters")

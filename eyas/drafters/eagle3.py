@@ -46,14 +46,15 @@ class Known:
 class Eagle3Drafter:
     def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
-        self.wants, self.attention = network.wants, network.block.self_attn
+        self.wants, self.attention = network.wants, network.blocks[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads
         self.known: dict[int, Known] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
         pool, self.cache = self.network.pool, None  # what it held may serve this call
-        self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
+        layers = len(self.network.blocks)
+        self.cache = pool.cache(layers, *shape) if pool and sequences == 1 else KVCache(layers, sequences, *shape)
         self.known = {sequence: Known() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:

@@ -110,9 +110,11 @@ def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
 
 
 def unusual(draft: Draft, engine: str) -> str | None:
-    """Why an engine that runs the published shape alone cannot run this draft: other than three taps."""
+    """Why an engine that runs the published shape alone cannot run this draft: other than three taps, or more than one layer."""
     if len(draft.config.taps) != 3:
         return f"{engine} runs three taps, this draft has {len(draft.config.taps)}"
+    if draft.config.draft_layers != 1:
+        return f"{engine} runs drafts of one layer, this one has {draft.config.draft_layers}"
     return None
 
 

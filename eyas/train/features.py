@@ -108,5 +108,17 @@ class TargetStates:
         return States(out.features, out.hidden, favourites)
 
 
+class TapsOf:
+    """Of a source that has the features of several taps, those of some: one text serves drafts that read different layers."""
+
+    def __init__(self, source: StateSource, held: Sequence[int], wanted: Sequence[int]) -> None:
+        self.source, self.count, self.places = source, len(held), [list(held).index(tap) for tap in wanted]
+
+    def states(self, examples: Sequence[Example]) -> States:
+        states = self.source.states(examples)
+        parts = states.features.chunk(self.count, -1)
+        return states._replace(features=torch.cat([parts[place] for place in self.places], -1))
+
+
 def document_examples(documents: Sequence[Document]) -> list[Example]:
     return [Example(document.tokens, document.answers) for document in documents]

@@ -20,7 +20,7 @@ from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
-from eyas.train.unroll import Batch, Lesson, Step, comb_attention
+from eyas.train.unroll import Batch, Step, Supervision, comb_attention
 
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
 
@@ -56,8 +56,8 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
             yield Step(slots, h_MH[slots], slots + 1 + step)
 
 
-def loss(network: MtpNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
-    found = list(unroll(network, batch, lesson.steps, lesson.depths))
+def loss(network: MtpNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
+    found = list(unroll(network, batch, supervision.steps, supervision.depths))
     normed = torch.cat([network.normed(number, step.a) for number, step in enumerate(found)])
-    total, means = lesson.of(found, normed, network.frozen[0])
-    return total, lesson.padded(means)
+    total, means = supervision.of(found, normed, network.frozen[0])
+    return total, supervision.padded(means)

@@ -104,6 +104,14 @@ def test_other_than_three_taps_are_refused_by_name(name, make, target, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", CANNOT)
+def test_more_than_one_layer_is_refused_by_name(name, make, target, tmp_path):
+    draft = own_draft(make(draft_layers=2))
+    assert draft.config.draft_layers == 2 and "layers.1.mlp.up_proj.weight" in draft.weights
+    with pytest.raises(EyasError, match=r"cannot run this draft: .* runs drafts of one layer, this one has 2$"):
+        written(draft, name, target, tmp_path)
+
+
 def test_layer_ids_are_written_as_each_engine_counts_them(make, target, tmp_path):
     """Trap 2: SGLang names a layer by its output, vLLM, speculators and llama.cpp by its input."""
     draft = own_draft(make(taps=OTHER_TAPS))
