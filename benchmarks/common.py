@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from rich.console import Console
 
 import eyas
-from eyas.commands.train import make_trainer
 from eyas.config import PRECISIONS, TrainSettings, default_taps
 from eyas.engine import Engine
 from eyas.files.target import load_target, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
+from eyas.train.build import Setup, build
 from eyas.train.features import Example, ShardStates, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay, Writer
 from eyas.train.shards import PATTERN, save_shard
@@ -107,9 +106,9 @@ def examples_of(folders: Path | Sequence[Path], max_length: int = TrainSettings.
 
 def new_trainer(directory: Path, examples: list[Example], settings: TrainSettings, workers: int) -> Trainer:
     """A trainer of a new draft for a target on its self-written conversations, yet to run, and with nowhere to save."""
-    target, config = load_target(directory, "fp32"), target_config(directory)
-    place: tuple[Any, ...] = (Path("nowhere"), {}, workers, Console(quiet=True))
-    return make_trainer(target, config, default_taps(config.num_hidden_layers), examples, ShardStates(), settings, *place)
+    target = load_target(directory, "fp32")
+    taps = default_taps(target.config.num_hidden_layers)
+    return build(Setup(target, taps, examples, ShardStates(), settings, workers=workers))
 
 
 # ---- the tiny world ----

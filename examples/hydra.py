@@ -3,14 +3,13 @@
 Medusa's heads do not know what was drawn. Let head k read, beside the last hidden state, the embeddings of the token that was drawn and of
 the k guesses that a node's path holds: guesses then depend on each other, for the price of a wider product.
 
-    python examples/hydra.py train --method hydra --self-play 100000 --minutes 10 --out my-hydra
-    python examples/hydra.py generate "Tell me about hawks." --method hydra --draft my-hydra
-    python examples/hydra.py bench --prompts F.jsonl --methods plain,hydra@16x4x4 --draft my-hydra
+    eyas train --plugin examples/hydra.py --method hydra --self-play 100000 --minutes 10 --out my-hydra
+    eyas generate --plugin examples/hydra.py "Tell me about hawks." --method hydra --draft my-hydra
+    eyas bench --plugin examples/hydra.py --prompts F.jsonl --methods plain,hydra@16x4x4 --draft my-hydra
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,13 @@ from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
 from eyas.files import draft_files
 from eyas.kernels.linear import Dense
-from eyas.methods import METHODS, Method
+from eyas.methods import Method, register
 from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import Borrowing, FrozenHead
 from eyas.model.vocab import DraftVocab
-from eyas.train.unroll import Batch, Lesson, Step
+from eyas.train.unroll import Batch, Step, Supervision
 
-METHODS["hydra"] = Method("hydra", "hydra", draft="hydra")  # this module is both what decodes and what teaches
+register("hydra", Method(__name__, __name__, draft="hydra"))  # this file is both what decodes and what teaches
 
 # ---- the network: what one guess is computed from ----
 
@@ -100,7 +99,7 @@ drafter = HydraDrafter
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all slots, how much deeper heads weigh
 
 
-def new_network(target: TargetModel, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
+def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
     network = HydraNetwork(settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
@@ -124,11 +123,11 @@ def unroll(network: HydraNetwork, batch: Batch, steps: int, depths: Tensor | Non
             yield Step(slots, rows, slots + 1 + step)
 
 
-def loss(network: HydraNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
-    found = list(unroll(network, batch, lesson.steps, lesson.depths))
+def loss(network: HydraNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
+    found = list(unroll(network, batch, supervision.steps, supervision.depths))
     states = torch.cat([network.before_head(number, step.a) for number, step in enumerate(found)])
-    total, means = lesson.of(found, states, network.frozen[0])
-    return total, lesson.padded(means)
+    total, means = supervision.of(found, states, network.frozen[0])
+    return total, supervision.padded(means)
 
 
 # ---- files ----
@@ -154,9 +153,3 @@ def load(directory: Path, target: TargetModel) -> tuple[HydraNetwork, DraftVocab
     with torch.device("meta"):
         network = HydraNetwork(fields.size("hydra_heads"), embedding, FrozenHead.of(target, vocab))
     return draft_files.filled(network, tensors, embedding, directory, fields), vocab
-
-
-if __name__ == "__main__":
-    from eyas.cli import main
-
-    sys.exit(main())

@@ -13,12 +13,17 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from eyas import plugins
 from eyas.config import PRECISIONS, SELF_PLAY_TOKENS, TRAIN_MINUTES, VERIFIERS, EyasError, Request, Sampling, TrainSettings
 from eyas.methods import METHODS, trained
 
 LAYOUT_NAMES = "sglang, vllm, speculators, safeailab, safeailab-bin, llama_cpp or openvino"
 MODULES = {"import": "import_draft"}  # commands whose name no module may have
-KNOWN_METHODS = f"{', '.join(list(METHODS)[:-1])} or {list(METHODS)[-1]}"
+
+
+def known_methods() -> str:
+    *others, last = METHODS
+    return f"{', '.join(others)} or {last}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
+    plugin(top, "first")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for options in (
@@ -40,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         train_options,
         bench_options,
         compare_options,
+        ablate_options,
         plan_options,
         trace_options,
         export_options,
@@ -122,7 +129,9 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
     train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    train.add_argument("--taps", metavar="L,M,H", help="three target layers whose inputs are the features (default 2, n//2, n-3)")
+    train.add_argument(
+        "--taps", metavar="L,M,H", help="target layers whose inputs are the features, as many as you like (default 2, n//2, n-3)"
+    )
     train.add_argument(
         "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
     )
@@ -146,7 +155,7 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
         "--methods",
         default="plain,eagle3,eagle3-lookup,lookup",
         metavar="METHOD[@TREE][+VERIFIER],..",
-        help=f"{KNOWN_METHODS}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
+        help=f"{known_methods()}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
         "(default %(default)s)",
     )
     bench.add_argument(
@@ -171,6 +180,36 @@ def compare_options(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
     compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
     disk(compare)
+
+
+def ablate_options(commands: argparse._SubParsersAction) -> None:
+    ablate = add(commands, "ablate", "what a change of training brings: drafts trained alike on one text but for it, compared in minutes")
+    ablate.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    ablate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variant with one setting changed; repeatable")
+    ablate.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME=VALUE ..'",
+        help="a variant with several settings changed, divided by spaces: 'draft_layers=2 taps=1,5,9'; repeatable",
+    )
+    ablate.add_argument("--common", action="append", default=[], metavar="NAME=VALUE", help="a setting of every variant, the base included")
+    ablate.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
+    ablate.add_argument("--taps", metavar="L,M,H", help="the base's (default 2, n//2, n-3)")
+    ablate.add_argument("--minutes", type=float, help="of training for each draft (default 3 if nothing else is given)")
+    ablate.add_argument("--steps", type=int, help="so many steps for each draft")
+    ablate.add_argument("--tokens", type=int, help="so many answer tokens for each draft")
+    ablate.add_argument("--seeds", type=int, default=1, help="drafts of each variant, with other seeds (default %(default)s)")
+    ablate.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
+    ablate.add_argument(
+        "--shards", metavar="DIR", nargs="+", action="extend", default=[], help="train on these folders of self-written shards"
+    )
+    ablate.add_argument("--self-play", type=int, metavar="TOKENS", help="answer tokens for the target to write itself (default 100000)")
+    ablate.add_argument("--device", default="cpu", help="where drafts train: cpu (default) or cuda")
+    ablate.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
+    ablate.add_argument("--out", metavar="r.json", help="write the result there, anew after each variant")
+    ablate.set_defaults(regenerate=False, apart=[])
+    disk(ablate)
 
 
 def plan_options(commands: argparse._SubParsersAction) -> None:
@@ -245,7 +284,15 @@ def publish_options(commands: argparse._SubParsersAction) -> None:
 
 
 def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    plugin(command, "plugins")
+    return command
+
+
+def plugin(command: argparse.ArgumentParser, name: str) -> None:
+    """Before the command's name or behind it; each has its own list, since a command's defaults take the place of what stands before."""
+    told = "a Python file of your own that registers losses, growths or methods (docs/add-a-method.md)"
+    command.add_argument("--plugin", dest=name, metavar="F.py", action="append", default=[], help=told)
 
 
 def seed_prompts(command: argparse.ArgumentParser) -> None:
@@ -286,7 +333,7 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
 def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:
     models(command)
     if method:
-        command.add_argument("--method", default=None, help=f"{KNOWN_METHODS} (default: the first of these that the draft serves)")
+        command.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")
@@ -313,13 +360,23 @@ def terminated(number: int, frame: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def command_first(arguments: list[str]) -> list[str]:
+    """Arguments that were understood, with what stands before the command's name behind it: options of one value each."""
+    place = 0
+    while arguments[place].startswith("-"):
+        place += 1 if "=" in arguments[place] else 2
+    return [arguments[place], *arguments[:place], *arguments[place + 1 :]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(arguments)
-    options.arguments = arguments
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)
     try:
+        plugins.load_inherited()
+        options = parser().parse_args(arguments)
+        options.arguments = command_first(arguments)
+        plugins.load([*options.first, *options.plugins])
         module = MODULES.get(options.command, options.command.replace("-", "_"))
         return importlib.import_module(f"eyas.commands.{module}").run(options) or 0
     except EyasError as error:

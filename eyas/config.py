@@ -12,9 +12,9 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 
 class EyasError(ValueError):
@@ -69,15 +69,19 @@ class DraftConfig:
     num_key_value_heads: int
     head_dim: int
     target_hidden_size: int
-    taps: tuple[int, int, int]  # target layers whose input is read, ascending
+    taps: tuple[int, ...]  # target layers whose input is read, ascending
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     fc_norm: bool = False  # EAGLE-3.1: one RMSNorm for each tapped feature, before fc
     norm_output: bool = False  # EAGLE-3.1: the post-norm state is fed back instead of the pre-norm one
-    norm_before_fc: bool = False  # one RMSNorm over all three features, before fc (heads made by others)
+    norm_before_fc: bool = False  # one RMSNorm over all features, before fc (heads made by others)
     norm_before_residual: bool = False  # the residual is the normed feature (heads made by others; speculators' own default)
+    draft_layers: int = 1  # decoder layers; those behind the first are ordinary ones
+    attention_bias: ClassVar[bool] = False  # its layers have no biases and no norms of queries and keys
+    attention_out_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Sizes come from files of anybody's making: a wrong one is said here, before anything is built from it."""
@@ -93,13 +97,14 @@ class DraftConfig:
             "max_position_embeddings",
         ):
             check_number(name, getattr(self, name), 1, LARGEST_SIZE, whole=True)
+        check_number("draft_layers", self.draft_layers, 1, 64, whole=True)
         check_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
         check_number("rope_theta", self.rope_theta, 1, 1e12)
         for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise EyasError(f"{name} must be true or false, not {short(getattr(self, name))}")
-        if len(self.taps) != 3 or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):
-            raise EyasError(f"taps must be three layer numbers, not {short(self.taps)}")
+        if not self.taps or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):
+            raise EyasError(f"taps must be layer numbers, not {short(self.taps)}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             wrong = f"{self.num_attention_heads} heads over {self.num_key_value_heads} key-value heads of width {self.head_dim}"
             raise EyasError(f"{wrong} do not go together: heads come in equal groups, and a head's width is even")
@@ -159,24 +164,26 @@ class TreeShape:
     """`NODESxDEPTHxTOPK` as SafeAILab counts: NODES with the root, DEPTH expansions after the first, TOPK children a node.
 
     `chain:K` drafts K tokens in a row. `static:3.2.0.1` fixes the shape itself before anything is guessed: how many children each node
-    has, breadth first from the root (zeros at the end left out). `nodes == 1` is the empty tree: plain decoding.
+    has, breadth first from the root (zeros at the end left out). `nodes == 1` is the empty tree: plain decoding. `60x7x10/NAME` grows as a
+    plugin says that registered NAME (decode/grow.py).
     """
 
     nodes: int
     depth: int
     top_k: int
     counts: tuple[int, ...] = ()  # of a static tree: each node's children, breadth first
+    growth: str = ""  # a registered one that takes the place of our own
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
         """Read `60x7x10`, `chain:3` or `static:3.2.0.1`."""
         chain = re.fullmatch(r"chain:(\d+)", text.strip())
-        full = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        full = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\w+))?", text.strip())
         static = re.fullmatch(r"static:(\d+(?:\.\d+)*)", text.strip())
         if chain and int(chain[1]) > 0:
             return cls.chain(int(chain[1]))
         if full and int(full[1]) > 0 and int(full[3]) > 0:
-            return cls(int(full[1]), int(full[2]), int(full[3]))
+            return cls(int(full[1]), int(full[2]), int(full[3]), growth=full[4] or "")
         if static and int(static[1].split(".")[0]) > 0:
             return cls.static([int(count) for count in static[1].split(".")])
         known = "NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto"
@@ -199,7 +206,7 @@ class TreeShape:
     @property
     def fixed(self) -> tuple[int, ...]:
         """Each node's children, breadth first, where that is settled before anything is guessed; () where scores decide."""
-        return self.counts or ((1,) * self.levels if self.top_k == 1 else ())
+        return self.counts or ((1,) * self.levels if self.top_k == 1 and not self.growth else ())
 
     @property
     def levels(self) -> int:
@@ -214,11 +221,13 @@ class TreeShape:
             return PLAIN
         if self.counts:
             return TreeShape.static([count for count, depth in zip(self.counts, depths_of(self.counts)) if depth < levels])
-        return TreeShape(self.nodes, levels - 1, self.top_k)
+        return replace(self, depth=levels - 1)
 
     def __str__(self) -> str:
         if self.counts:
             return "static:" + ".".join(map(str, self.counts))
+        if self.growth:
+            return f"{self.nodes}x{self.depth}x{self.top_k}/{self.growth}"
         return f"chain:{self.nodes - 1}" if self.top_k == 1 and self.nodes == self.depth + 2 else f"{self.nodes}x{self.depth}x{self.top_k}"
 
 
@@ -310,6 +319,7 @@ class TrainSettings:
     token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn
     fc_norm: bool = False
     norm_output: bool = False
+    draft_layers: int = 1  # of an EAGLE-3 draft; engines run those of one
 
 
 DISK_SHARE = 0.5  # of the free disk that self-written data may take where no --disk is given
@@ -317,8 +327,8 @@ SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is
 TRAIN_MINUTES = 60.0  # of training where no budget is given
 
 
-def check_taps(taps: Sequence[int], layers: int) -> tuple[int, int, int]:
-    """Three different layers of the target in ascending order, or one line that says what is wrong."""
-    if len(taps) != 3 or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
-        raise EyasError(f"taps must be three different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Different layers of the target in ascending order, or one line that says what is wrong."""
+    if not taps or sorted(set(taps)) != list(taps) or not (taps[0] >= 0 and taps[-1] < layers):
+        raise EyasError(f"taps must be different layers in ascending order between 0 and {layers - 1}, not {tuple(taps)}")
     return tuple(taps)

@@ -1,4 +1,5 @@
-"""The methods there are: for each the module that decodes with it and the one that teaches its draft. To add one is to add a line here.
+"""The methods there are: for each the module that decodes with it and the one that teaches its draft. To add one is to add a line here, or
+to `register` it from a plugin.
 
 Knows names alone and imports nothing, so that `eyas --help` is quick. What the modules hold is told in docs/add-a-method.md.
 """
@@ -70,6 +71,14 @@ METHODS: dict[str, Method] = {
     "lookup": Method("eyas.drafters.lookup"),
     "plain": Method("eyas.drafters.plain"),
 }
+
+
+def register(name: str, method: Method) -> None:
+    """Add a method of one's own: from here on every command knows it. Its modules are named, and may both be the file that calls this:
+    `register("mine", Method(__name__, __name__, draft="mine"))`."""
+    if name in METHODS:
+        raise EyasError(f"method {name!r} exists already; choose another name")
+    METHODS[name] = method
 
 
 def method_named(name: str) -> Method:

@@ -37,11 +37,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fuse(weights: Weights, config: DraftConfig, features_N3H: Tensor) -> Tensor:
-    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline). EAGLE-3.1 norms each of the three first (`fc_norm`);
-    some published heads norm all of them at once (`norm_before_fc`)."""
+    """g_NH: one linear map of [l ; m ; h] (paper, inference pipeline), or of as many features as there are taps. EAGLE-3.1 norms each
+    of them first (`fc_norm`); some published heads norm all of them at once (`norm_before_fc`)."""
     if config.norm_before_fc:
         features_N3H = rms_norm(features_N3H, weights["input_norm.weight"], config.rms_norm_eps)
-    parts = list(features_N3H.chunk(3, dim=-1))
+    parts = list(features_N3H.chunk(len(config.taps), dim=-1))
     if config.fc_norm:
         parts = [rms_norm(part, weights[f"fc_norm.{k}.weight"], config.rms_norm_eps) for k, part in enumerate(parts)]
     return torch.cat(parts, dim=-1) @ weights["fc.weight"].T
@@ -60,11 +60,11 @@ def rope(x: Tensor, positions: Tensor, config: DraftConfig) -> Tensor:
     return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1)
 
 
-def attention(weights: Weights, config: DraftConfig, x_N2H: Tensor, positions_N: Tensor, mask_NN: Tensor) -> Tensor:
-    """Grouped-query attention; row i attends to row j where mask[i, j]. Reads 2H, returns H."""
+def attention(weights: Weights, config: DraftConfig, layer: str, x: Tensor, positions_N: Tensor, mask_NN: Tensor) -> Tensor:
+    """Grouped-query attention; row i attends to row j where mask[i, j]. Reads 2H (a layer behind the first: H), returns H."""
 
     def heads(name: str, count: int) -> Tensor:
-        return (x_N2H @ weights[f"midlayer.self_attn.{name}_proj.weight"].T).view(-1, count, config.head_dim)
+        return (x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).view(-1, count, config.head_dim)
 
     A, K = config.num_attention_heads, config.num_key_value_heads
     q_NAC = rope(heads("q", A), positions_N, config)
@@ -72,7 +72,17 @@ def attention(weights: Weights, config: DraftConfig, x_N2H: Tensor, positions_N:
     v_NAC = heads("v", K).repeat_interleave(A // K, dim=1)
     scores_ANN = torch.einsum("iac,jac->aij", q_NAC, k_NAC) / config.head_dim**0.5
     shares_ANN = scores_ANN.masked_fill(~mask_NN, -torch.inf).softmax(-1)
-    return torch.einsum("aij,jac->iac", shares_ANN, v_NAC).flatten(1) @ weights["midlayer.self_attn.o_proj.weight"].T
+    return torch.einsum("aij,jac->iac", shares_ANN, v_NAC).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
+
+
+def decoder_layer(
+    weights: Weights, config: DraftConfig, layer: str, x: Tensor, residual_NH: Tensor, positions_N: Tensor, mask_NN: Tensor
+) -> Tensor:
+    """Llama's: attention that reads x is added to the residual stream, then the gated MLP of its norm."""
+    x_NH = residual_NH + attention(weights, config, layer, x, positions_N, mask_NN)
+    y = rms_norm(x_NH, weights[f"{layer}.post_attention_layernorm.weight"], config.rms_norm_eps)
+    gate, up = y @ weights[f"{layer}.mlp.gate_proj.weight"].T, y @ weights[f"{layer}.mlp.up_proj.weight"].T
+    return x_NH + (torch.nn.functional.silu(gate) * up) @ weights[f"{layer}.mlp.down_proj.weight"].T
 
 
 def draft_block(
@@ -82,15 +92,17 @@ def draft_block(
 
     The paper reduces [g ; e] to width H before the layer. SafeAILab folds that into attention, whose q, k and v read 2H:
     the normed embedding FIRST, the normed feature second. The residual stream is the feature as it came, un-normed
-    (some published heads: normed, `norm_before_residual`).
+    (some published heads: normed, `norm_before_residual`). A draft of more layers has ordinary ones behind it.
     """
     eps = config.rms_norm_eps
     e = rms_norm(embeddings_NH, weights["midlayer.input_layernorm.weight"], eps)
     g = rms_norm(features_NH, weights["midlayer.hidden_norm.weight"], eps)
-    x = (g if config.norm_before_residual else features_NH) + attention(weights, config, torch.cat([e, g], dim=-1), positions_N, mask_NN)
-    y = rms_norm(x, weights["midlayer.post_attention_layernorm.weight"], eps)
-    gate, up = y @ weights["midlayer.mlp.gate_proj.weight"].T, y @ weights["midlayer.mlp.up_proj.weight"].T
-    return x + (torch.nn.functional.silu(gate) * up) @ weights["midlayer.mlp.down_proj.weight"].T
+    residual = g if config.norm_before_residual else features_NH
+    a = decoder_layer(weights, config, "midlayer", torch.cat([e, g], dim=-1), residual, positions_N, mask_NN)
+    for layer in (f"layers.{number}" for number in range(1, config.draft_layers)):
+        x = rms_norm(a, weights[f"{layer}.input_layernorm.weight"], eps)
+        a = decoder_layer(weights, config, layer, x, a, positions_N, mask_NN)
+    return a
 
 
 def draft_logits(weights: Weights, config: DraftConfig, a_NH: Tensor) -> Tensor:

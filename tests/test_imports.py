@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # each uses those above it and its own; those of one line do not use each other
     ("config",),
-    ("methods", "reference"),
+    ("methods", "plugins", "reference"),
     ("kernels",),
     ("model",),
     ("files",),

@@ -14,28 +14,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 from turns import THREADS, Clock, Turn
 
-from eyas.commands.train import new_draft
 from eyas.config import TrainSettings, default_taps
-from eyas.engine import DEFAULT
-from eyas.files.target import load_target, target_config
+from eyas.files.target import load_target
 from eyas.train.batches import make_batch, split_evenly
+from eyas.train.build import new_draft
 from eyas.train.features import Example, ShardStates
 from eyas.train.teacher import Teacher
-from eyas.train.trainer import Trainer
-from eyas.train.unroll import Lesson, unrolled_loss
+from eyas.train.trainer import Run, Trainer
+from eyas.train.unroll import Supervision, unrolled_loss
 
 
 class Ours:
     """eyas' own trainer on some examples, as `eyas train` makes it but for what is held out."""
 
     def __init__(self, directory: Path, examples: list[Example], vocabulary_from: list[Example], settings: TrainSettings) -> None:
-        config, target = target_config(directory), load_target(directory, "fp32")
-        network, vocab = new_draft(target, config, default_taps(config.num_hidden_layers), vocabulary_from, settings, DEFAULT)
+        target = load_target(directory, "fp32")
+        layers = target.config.num_hidden_layers
+        network, vocab = new_draft(target, default_taps(layers), vocabulary_from, settings)
         self.norm = target.model.norm.weight.detach().float().clone()
         teacher = Teacher.of(target, vocab, torch.float32)
-        layers = config.num_hidden_layers
-        self.trainer: Trainer = Trainer(
-            network, vocab, teacher, examples, [], ShardStates(), settings, Path("nowhere"), {}, layers, THREADS
+        self.trainer = Trainer(
+            Run(
+                network=network,
+                vocab=vocab,
+                teacher=teacher,
+                examples=examples,
+                held_out=[],
+                source=ShardStates(),
+                settings=settings,
+                out=None,
+                facts={},
+                target_layers=layers,
+                workers=THREADS,
+            )
         )
         self.batches = list(self.trainer.batches(0))
         self.step(self.batches[0])  # warms up
@@ -65,7 +76,7 @@ class Ours:
         law = trainer.teacher.law(states.hidden[taught])
         all_count = torch.ones(len(batch.tokens), dtype=torch.bool)
         with torch.no_grad():
-            _, means = unrolled_loss(trainer.network, batch, Lesson(law, teacher_of, all_count, steps, 1.0))
+            _, means = unrolled_loss(trainer.network, batch, Supervision(law, teacher_of, all_count, steps, 1.0))
         slots, counted = batch.slots()
         entropy = torch.special.entr(law).sum(-1)
         found, marks = [], torch.zeros(steps, len(batch.tokens), dtype=torch.bool)

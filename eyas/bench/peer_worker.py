@@ -30,7 +30,9 @@ def eyas(job: dict[str, Any]) -> tuple[str, Answer]:
     import torch
 
     import eyas
+    from eyas import plugins
 
+    plugins.load_inherited()
     torch.set_num_threads(job["threads"])
     engine: Any = eyas.load(job["target"], job["draft"], precision=job["precision"])
     request = {"method": job["method"], "tree": job.get("tree", "auto"), "raw": True}

@@ -36,20 +36,21 @@ from eyas.bench.family import (
 from eyas.bench.prompts import PromptItem, read_prompts
 from eyas.bench.report import machine
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands import train
 from eyas.commands.bench import PIPED_WIDTH, complain, writable, write
 from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_facts
+from eyas.commands.follow import follow
 from eyas.commands.new_draft import fits, questions_of
 from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.plan import store
 from eyas.engine import Engine, load
-from eyas.files.disk import directory_hash, replace_text
-from eyas.files.target import load_target, target_config, target_directory
+from eyas.files.disk import replace_text
+from eyas.files.target import load_target, target_directory
 from eyas.files.tensors import read_tensors
 from eyas.methods import METHODS
 from eyas.model.cache import KVCache
 from eyas.train import trainer as training
+from eyas.train.build import Setup, Studied, build, hold_out
 from eyas.train.features import Example, ShardStates
 from eyas.train.writers import Limit
 from eyas.view.pictures import can_draw
@@ -90,13 +91,17 @@ class Timed:
 class Family:
     """One comparison: its target, its text, and where its parts are kept."""
 
-    directory: Path
+    studied: Studied
     words: OwnWords
     folder: Path
     scale: Scale
     prompts: str | None  # the file that brings them
     asked: list[PromptItem]  # its prompts
     console: Console
+
+    @property
+    def directory(self) -> Path:
+        return self.studied.directory
 
     @property
     def workers(self) -> int:
@@ -106,17 +111,15 @@ class Family:
 def run(options: argparse.Namespace) -> int:
     rows, out = chosen_rows(options.rows, options.quick), writable(options.out)
     scale = QUICK if options.quick else FULL
-    directory = target_directory(options.target)
-    config, hash_of_target = target_config(directory), directory_hash(directory)
+    studied = Studied.at(target_directory(options.target))
     console = Console(stderr=True, highlight=False)
-    taps = train.taps_from(None, config.num_hidden_layers)
-    words = own_words(directory, config, taps, hash_of_target, None, None, console)
+    words = own_words(studied, None, None, console)
     asked, complaints = read_prompts(options.prompts, scale.prompts) if options.prompts else ([], [])
     complain(options.prompts, complaints)
     trained = [(row.name, row.method, row.trains, dict(row.settings)) for row in ROWS]
     made_by = [asdict(scale), asked, asdict(words.play), asdict(TrainSettings()), trained, eyas.__version__, store.machine()]
     key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    family = Family(directory, words, cache_dir() / "compare" / key, scale, options.prompts, asked, console)
+    family = Family(studied, words, cache_dir() / "compare" / key, scale, options.prompts, asked, console)
     family.folder.mkdir(parents=True, exist_ok=True)
     console.print(f"drafts and measurements are kept in {family.folder}; without it all begins anew", markup=False, soft_wrap=True)
     try:
@@ -170,7 +173,7 @@ def written(family: Family, most_bytes: float) -> Text:
 
 def held_out_questions(family: Family, text: Text) -> list[PromptItem]:
     """To measure with, where no file brings prompts."""
-    kept, held_out = train.hold_out(text.examples, TrainSettings(held_out=HELD_OUT))
+    kept, held_out = hold_out(text.examples, TrainSettings(held_out=HELD_OUT))
     questions = questions_of(held_out, kept, family.words.template)
     return [PromptItem(number, question) for number, question in enumerate(questions[: family.scale.prompts], start=1)]
 
@@ -183,22 +186,27 @@ def trained_draft(family: Family, text: Text, row: Row, name: str, minutes: floa
     out, scale = family.folder / slug(name), family.scale
     if (out / "done").exists():
         return out
-    config = target_config(family.directory)
-    vocab = min(TrainSettings.draft_vocab_size, config.vocab_size)
+    vocab = min(TrainSettings.draft_vocab_size, family.studied.config.vocab_size)
     usual = {"draft_vocab_size": vocab, "held_out": HELD_OUT, "tree_every": 0, "patience": 0}
     settings = TrainSettings(**METHODS[row.trains].training().SETTINGS | usual | dict(row.settings))
     before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
-    facts = {**text.facts, "method": row.trains, **train.facts_of_run(family.directory, family.words.play.target, family.words.play.taps)}
     family.console.print(f"training {name}", markup=False)
-    target, quiet = load_target(family.directory, "fp32"), Console(quiet=True)
-    taps = family.words.play.taps
-    trainer = train.make_trainer(
-        target, config, taps, text.examples, ShardStates(), settings, out, facts, family.workers, quiet, method=row.trains
+    setup = Setup(
+        target=load_target(family.directory, "fp32"),
+        taps=family.studied.taps,
+        examples=text.examples,
+        source=ShardStates(),
+        settings=settings,
+        out=out,
+        facts={**text.facts, "method": row.trains, **family.studied.facts()},
+        method=row.trains,
+        workers=family.workers,
     )
+    trainer = build(setup)
     if before is not None:
         trainer.resume(before)
     budget = training.Budget(minutes=minutes) if minutes is not None else training.Budget(tokens=scale.trained)
-    train.run_with_progress(trainer, budget, family.console)
+    follow(trainer, budget, family.console)
     (out / "done").touch()
     return out
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from eyas.bench.prompts import read_prompts
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.tokenizer import load_tokenizer
+from eyas.train.build import Studied
 from eyas.train.conversations import Document, read_conversations, render, truncate
 from eyas.train.decontaminate import all_grams, kept_apart, meets
 from eyas.train.features import Example, document_examples, shard_examples
@@ -45,29 +46,21 @@ class OwnWords:
         return write_own_data(self.directory, self.folder, self.play, self.questions, limit, workers, report)
 
 
-def own_words(
-    directory: Path,
-    config: TargetConfig,
-    taps: tuple[int, int, int],
-    hash_of_target: str,
-    seed_prompts: str | None,
-    regenerate: str | None,
-    console: Console,
-) -> OwnWords:
-    template = Template(load_tokenizer(directory), config.eos_token_ids)
-    check_tokenizer(template.tokenizer, config, directory)
+def own_words(studied: Studied, seed_prompts: str | None, regenerate: str | None, console: Console) -> OwnWords:
+    template = Template(load_tokenizer(studied.directory), studied.config.eos_token_ids)
+    check_tokenizer(template.tokenizer, studied.config, studied.directory)
     if not template.chat:
         console.print("no chat template: the target writes plain text instead of conversations, and its draft is for --raw", markup=False)
     questions, key = regenerated_questions(regenerate, template, console) if regenerate else seed_questions(seed_prompts, console)
     play = SelfPlay(
-        target=hash_of_target,
+        target=studied.sha256,
         template=template.text,
-        taps=taps,
+        taps=studied.taps,
         seed_prompts=key,
         seeded_share=SelfPlay.seeded_share if key else 0.0,
         regenerate=bool(regenerate),
     )
-    return OwnWords(template, play, questions, directory)
+    return OwnWords(template, play, questions, studied.directory)
 
 
 def check_tokenizer(tokenizer: Any, config: TargetConfig, directory: Path) -> None:

@@ -12,23 +12,26 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands import train
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
+from eyas.commands.follow import follow
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.engine import Engine, load
-from eyas.files.disk import directory_hash, recover_directory, replace_text
-from eyas.files.target import load_target, target_config, target_directory
+from eyas.files.disk import recover_directory, replace_text
+from eyas.files.target import load_target, target_directory
 from eyas.train import trainer as training
+from eyas.train.build import Setup, Studied, build, with_trees
 from eyas.train.card import CARD, PICTURE, card
-from eyas.train.features import Example, ShardStates
+from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
 from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import PATTERN, Counts, counts_of
@@ -81,6 +84,7 @@ class Run:
 class Job:
     """What one run makes its draft from."""
 
+    studied: Studied
     words: OwnWords
     settings: TrainSettings
     out: Path
@@ -90,45 +94,48 @@ class Job:
     def workers(self) -> int:
         return os.cpu_count() or 1
 
+    def setup(
+        self,
+        examples: list[Example],
+        source: StateSource,
+        facts: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Setup:
+        return Setup(
+            target=load_target(self.studied.directory, "fp32"),
+            taps=self.studied.taps,
+            examples=examples,
+            source=source,
+            settings=self.settings,
+            out=self.out,
+            facts=facts or {},
+            workers=self.workers,
+            say=say,
+        )
+
 
 def run(options: argparse.Namespace) -> int:
     if not options.hours >= LEAST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is too short to train anything; give at least {LEAST_HOURS:g}")
     out = Path(options.out).expanduser().resolve()
     recover_directory(out)
-    directory = target_directory(options.model)
-    config = target_config(directory)
-    taps = train.taps_from(None, config.num_hidden_layers)
-    settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, config.vocab_size))
+    studied = Studied.at(target_directory(options.model))
+    settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, studied.config.vocab_size))
     console = Console(stderr=True, highlight=False)
-    words = own_words(directory, config, taps, directory_hash(directory), options.seed_prompts, None, console)
+    words = own_words(studied, options.seed_prompts, None, console)
     wanted = Run(words.play.target, options.hours, words.play.seed_prompts)
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
-    job = Job(words, settings, out, options.hours)
+    job = Job(studied, words, settings, out, options.hours)
     if options.dry_run:
         return dry_run(job, console)
     if not can_draw():
         console.print("no learning-curve picture will be drawn: that needs matplotlib (pip install 'eyas[bench]')", markup=False)
     make_directory(out)
     state.save(out)
-    before = training.read_checkpoint(out) if (out / training.CHECKPOINT).exists() else None
     try:
-        if before is None:
-            write(job, state, disk_limit(options.disk, job.words.folder), console)
-        shards = sorted(job.words.folder.glob(PATTERN))
-        examples, data = shard_facts(shards, [job.words.folder], settings, before, job.words.template, options.apart)
-        facts = {**data, **train.facts_of_run(directory, wanted.target_sha256, taps), "command": command(options)}
-        target = load_target(directory, "fp32")
-        trainer = train.make_trainer(target, config, taps, examples, ShardStates(), settings, out, facts, job.workers, console)
-        train.with_trees(trainer, directory, "cpu")
-        if before is not None:
-            trainer.resume(before)
-        train.run_with_progress(trainer, training.Budget(minutes=60 * TRAINING * options.hours), console)
-        held_out = questions_of(trainer.held_out, trainer.examples, job.words.template)
-        del trainer, target
-        finish(options, job, held_out, console)
+        finish(options, job, trained(options, job, state, console), console)
     except KeyboardInterrupt:
         print(f"\nstopped; all of it is kept. Go on with: {command(options)}", file=sys.stderr)
         raise
@@ -138,23 +145,27 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def trained(options: argparse.Namespace, job: Job, state: Run, console: Console) -> list[str]:
+    """Write and train, or go on with it; returns held-out questions to measure with."""
+    before = training.read_checkpoint(job.out) if (job.out / training.CHECKPOINT).exists() else None
+    if before is None:
+        write(job, state, disk_limit(options.disk, job.words.folder), console)
+    shards = sorted(job.words.folder.glob(PATTERN))
+    examples, data = shard_facts(shards, [job.words.folder], job.settings, before, job.words.template, options.apart)
+    facts = {**data, **job.studied.facts(), "command": command(options)}
+    trainer = build(job.setup(examples, ShardStates(), facts, lambda line: console.print(line, soft_wrap=True)))
+    with_trees(trainer, job.studied.directory)
+    if before is not None:
+        trainer.resume(before)
+    follow(trainer, training.Budget(minutes=60 * TRAINING * job.hours), console)
+    return questions_of(trainer.held_out, trainer.examples, job.words.template)
+
+
 def dry_run(job: Job, console: Console) -> int:
     """Say what the run would take and make; nothing is written."""
     console.print("measuring for about a minute ...")
-    words, directory = job.words, job.words.directory
-    config = target_config(directory)
-    trainer = train.make_trainer(
-        load_target(directory, "fp32"),
-        config,
-        words.play.taps,
-        made_up_examples(config),
-        MadeUpStates(config),
-        job.settings,
-        job.out,
-        {},
-        job.workers,
-        Console(quiet=True),
-    )
+    words, directory, config = job.words, job.studied.directory, job.studied.config
+    trainer = build(job.setup(made_up_examples(config), MadeUpStates(config)))
     writer = Writer(load_target(directory, writing_precision()).prepare(), words.template, words.play, words.questions, SLOTS)
     told = forecast(writer, trainer, affordable(job.workers, directory, words.play))
     for line in told.lines(60 * WRITING * job.hours, 60 * TRAINING * job.hours):
@@ -194,7 +205,7 @@ def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
     )
 
 
-def questions_of(held_out: list[Example], trained: list[Example], template: Template) -> list[str]:
+def questions_of(held_out: Sequence[Example], trained: Sequence[Example], template: Template) -> list[str]:
     """First questions of held-out conversations as text, such as were not trained with other answers; never none.
 
     Without a chat template: the first tokens of held-out texts.

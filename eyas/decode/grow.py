@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eyas.config import EyasError, TreeShape
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.score import children
 from eyas.decode.tree import Growth, StaticGrowth, Tree
@@ -90,7 +91,27 @@ def grow_levels(
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
 
 
+GROWTHS: dict[str, Callable[[int, TreeShape], Growth]] = {}  # by the name behind a tree's shape: `60x7x10/mine`; root, shape -> growth
+
+
+def register(name: str, make: Callable[[int, TreeShape], Growth]) -> None:
+    """Add a growth of one's own, from a plugin; the shape says how many nodes and levels there are at most, and children a node."""
+    if name in GROWTHS:
+        raise EyasError(f"growth {name!r} exists already; choose another name")
+    if not name.isidentifier():
+        raise EyasError(f"growth {name!r} must be one word of letters, digits and _")
+    GROWTHS[name] = make
+
+
+def growth_named(name: str) -> Callable[[int, TreeShape], Growth]:
+    if name not in GROWTHS:
+        raise EyasError(f"growth {name!r} is unknown; there are {', '.join(GROWTHS) or 'none (register one with --plugin)'}")
+    return GROWTHS[name]
+
+
 def growth_of(request: TreeRequest) -> Growth:
+    if request.shape.growth:
+        return growth_named(request.shape.growth)(request.root, request.shape)
     fixed = request.shape.fixed
     return StaticGrowth(request.root, fixed) if fixed else Growth(request.root, request.shape.top_k)
 

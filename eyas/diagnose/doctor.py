@@ -123,9 +123,11 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
         yield Finding(
             "architecture", f"architectures is {short(names)}: SGLang would load a plain Llama", 'write ["LlamaForCausalLMEagle3"]'
         )
-    if layer.size("num_hidden_layers", 1) != 1:
+    held = layer.size("draft_layers", 1)
+    if layer.size("num_hidden_layers", held) != held:
         said = layer.raw["num_hidden_layers"]
-        yield Finding("layer count", f"num_hidden_layers is {said}: engines build so many, the files hold one", "write 1")
+        told = f"num_hidden_layers is {said}: engines build so many, the files hold {'one' if held == 1 else held}"
+        yield Finding("layer count", told, f"write {held}")
     if fields.flag("tie_word_embeddings") or layer.flag("tie_word_embeddings"):
         yield Finding("tied head", "tie_word_embeddings is true: SGLang then says the embedding's tokens, not the draft's", "write false")
     rope = layer.object("rope_parameters")
@@ -212,7 +214,7 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
         if taps[0] >= 0 and taps[-1] < layers:
             do = f"its features are the inputs of layers {list(taps)}: vLLM's ids are these, SGLang's each less one"
             yield Reading("layer ids", meaning, do, changed(draft, taps=taps))
-    if layers > 5 and config.taps != default_taps(layers):
+    if layers > 5 and len(config.taps) == 3 and config.taps != default_taps(layers):
         do = f"its features are the inputs of layers {list(default_taps(layers))}: leave ids out or write these"
         yield Reading("layer ids", "it was trained on the default layers", do, changed(draft, taps=default_taps(layers)))
     do = "it was trained on features one place off and is of no use served right: train it again with f_j beside t_(j+1)"
@@ -238,12 +240,13 @@ def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
 
 def weight_readings(draft: Draft) -> Iterator[Reading]:
     again = "convert it again from where it was made"
-    names = ("low", "middle", "high")
-    parts = draft.weights["fc.weight"].chunk(3, 1)
-    for order in permutations(range(3)):
-        if order != (0, 1, 2):
+    usual, count = ("low", "middle", "high"), len(draft.config.taps)
+    names = usual if count == 3 else [f"tap {tap}" for tap in draft.config.taps]
+    parts = draft.weights["fc.weight"].chunk(count, 1)
+    for order in permutations(range(count)) if count <= 3 else [tuple(range(count))[::-1]]:
+        if order != tuple(range(count)):
             told = f"the columns of fc are those of {', '.join(names[part] for part in order)}"
-            fc = torch.cat([parts[order.index(place)] for place in range(3)], 1)
+            fc = torch.cat([parts[order.index(place)] for place in range(count)], 1)
             yield Reading("order of features", told, again, reweighed(draft, {"fc.weight": fc}))
     halves = {
         name: torch.cat(tensor.chunk(2, 1)[::-1], 1)

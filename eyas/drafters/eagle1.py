@@ -55,13 +55,13 @@ class Eagle1Network(Borrowing, nn.Module):
         self.shape, self.token_left_out = shape, token_left_out
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layers = nn.ModuleList([Eagle1Block(shape)])
-        self.fused, self.run = Dense(self.fc), OneLayer(self.block, None)
+        self.fused, self.run = Dense(self.fc), OneLayer(self.layers[0], None)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
         self.borrow(embedding, head)
 
     @property
-    def block(self) -> Eagle1Block:
-        return cast("Eagle1Block", self.layers[0])
+    def blocks(self) -> list[Eagle1Block]:
+        return [cast("Eagle1Block", layer) for layer in self.layers]
 
     def fuse(self, features_NH: Tensor) -> Tensor:
         return features_NH

@@ -48,16 +48,16 @@ class Eagle3Drafter:
 
     def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
-        self.wants, self.attention = network.wants, network.block.self_attn
+        self.wants, self.attention = network.wants, network.blocks[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads
         self.pending: dict[int, PendingRows] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
-        pool = self.network.pool
+        pool, layers = self.network.pool, len(self.network.blocks)
         if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
-        self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
+        self.cache = pool.cache(layers, *shape) if pool and sequences == 1 else KVCache(layers, sequences, *shape)
         self.pending = {sequence: PendingRows() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:

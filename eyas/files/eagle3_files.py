@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,13 @@ def engine_keys(config: DraftConfig) -> dict[str, Any]:
 
     target_hidden_size only where it is another width: SafeAILab takes its presence for "the embedding is in this file".
     """
-    left_out = ("taps", "rope_scaling", *(["target_hidden_size"] if config.target_hidden_size == config.hidden_size else []))
+    left_out = {"taps", "rope_scaling"}
+    left_out |= {"target_hidden_size"} if config.target_hidden_size == config.hidden_size else set()
+    left_out |= {"draft_layers"} if config.draft_layers == 1 else set()  # engines know no others
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
-        "num_hidden_layers": 1,
+        "num_hidden_layers": config.draft_layers,
         "hidden_act": "silu",
         **{key: value for key, value in asdict(config).items() if key not in left_out},
         "rope_scaling": config.rope_scaling,
@@ -109,9 +111,9 @@ def config_from_file(directory: Path) -> DraftConfig:
         raise EyasError(f"{directory} is a draft for method {method}; what was asked for is made for eagle3's drafts only")
     if "draft_vocab_size" not in raw or not own:
         raise EyasError(f"{directory} is not a draft of eyas's making (its config.json lacks draft_vocab_size or eyas); see `eyas import`")
-    fields = {"target_hidden_size": raw.get("hidden_size")} | {key: raw[key] for key in DraftConfig.__dataclass_fields__ if key in raw}
+    told = {"target_hidden_size": raw.get("hidden_size")} | {each.name: raw[each.name] for each in fields(DraftConfig) if each.name in raw}
     try:
-        return DraftConfig(**{**fields, "taps": tuple(own["taps_are_inputs_of_layers"])})
+        return DraftConfig(**{**told, "taps": tuple(own["taps_are_inputs_of_layers"])})
     except (TypeError, KeyError) as error:
         raise EyasError(f"{path} lacks what a draft's config must say ({error}); take it from the original") from None
     except EyasError as error:

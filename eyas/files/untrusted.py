@@ -74,14 +74,14 @@ class Fields:
             raise EyasError(f"{self.where}: {key} must be text, not {short(value)}")
         return value
 
-    def layers(self, key: str) -> tuple[int, int, int] | None:
-        """Three ascending layer numbers, or None where the key is absent or null."""
+    def layers(self, key: str) -> tuple[int, ...] | None:
+        """Ascending layer numbers, or None where the key is absent or null."""
         value = self.raw.get(key)
         if value is None:
             return None
         whole = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 10000 for one in value)
-        if not whole or len(value) != 3 or sorted(set(value)) != value:
-            raise EyasError(f"{self.where}: {key} must be three different layer numbers in ascending order, not {short(value)}")
+        if not whole or not value or sorted(set(value)) != value:
+            raise EyasError(f"{self.where}: {key} must be different layer numbers in ascending order, not {short(value)}")
         return tuple(value)
 
     def checked(self, key: str, value: Any, least: float, most: float, whole: bool = False) -> Any:

@@ -19,7 +19,7 @@ from eyas.config import DraftConfig, EyasError, TreeShape, short
 from eyas.files.gguf import halves_from_pairs
 from eyas.files.gguf_check import check_gguf
 from eyas.formats.gguf_tokenizer import copy_tokenizer, write_tokenizer
-from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.formats.portable import Draft, Found, TargetFiles, unusual
 from eyas.model.transformer import rotary_frequencies
 from eyas.model.vocab import DraftVocab
 
@@ -51,6 +51,8 @@ ARCHITECTURE = "eagle3"
 
 
 def refusal(draft: Draft) -> str | None:
+    if why := unusual(draft, "llama.cpp"):
+        return why
     config = draft.config
     if config.fc_norm or config.norm_output:
         return "llama.cpp computes neither fc_norm nor norm_output (EAGLE-3.1); SGLang and vLLM do"

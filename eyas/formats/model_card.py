@@ -64,9 +64,10 @@ def introduction(draft: Draft, name: str) -> str:
         f"rotary base {config.rope_theta:g}",
         f"{sum(tensor.numel() for tensor in draft.weights.values()):,} weights",
     ]
+    layers = "One decoder layer" if config.draft_layers == 1 else f"{config.draft_layers} decoder layers"
     return (
         f"It drafts for {name} and for nothing else: text stays what {name} alone would write, faster where the draft is right.\n\n"
-        f"One decoder layer that {'; '.join(facts)}. Measure it where it runs with `eyas doctor`."
+        f"{layers} that {'; '.join(facts)}. Measure it where it runs with `eyas doctor`."
     )
 
 

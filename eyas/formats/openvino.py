@@ -20,7 +20,7 @@ from torch import Tensor
 from eyas.config import EyasError, TreeShape, short
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.formats.plain import plain_config, write_plain
-from eyas.formats.portable import Draft, TargetFiles
+from eyas.formats.portable import Draft, TargetFiles, unusual
 from eyas.model.rows import Segment
 
 TITLE = "OpenVINO GenAI 2026.4"
@@ -33,6 +33,8 @@ MINUTES = 20
 
 
 def refusal(draft: Draft) -> str | None:
+    if why := unusual(draft, "OpenVINO"):
+        return why
     config = draft.config
     wrong = [name for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual") if getattr(config, name)]
     if wrong:

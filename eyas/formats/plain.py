@@ -70,8 +70,8 @@ def read_plain(directory: Path) -> Found:
     eagle = fields.object("eagle_config")
     outputs = eagle.layers("eagle_aux_hidden_state_layer_ids")
     if eagle.flag("use_aux_hidden_state", True) is False:
-        raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read three")
-    found = found_in(tensors_of(directory), fields, fields, str(directory))
+        raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read several")
+    found = found_in(tensors_of(directory), fields, fields, str(directory), taps=len(inputs or outputs or default_taps(0)))
     wrong, doubts = list(found.wrong), dict(found.doubts)
     agree = inputs is not None and outputs is not None and tuple(number + 1 for number in outputs) == inputs
     if inputs and outputs and not agree:
@@ -82,14 +82,16 @@ def read_plain(directory: Path) -> Found:
     return replace(found, layout="plain (SafeAILab, SGLang, vLLM)", layer_ids=layer_ids, counts=counts, wrong=wrong, doubts=doubts)
 
 
-def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None) -> Found:
-    """A draft from its tensors, the fields of its decoder layer (`shape`) and its EAGLE settings (`flags`)."""
+def found_in(
+    tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None, taps: int = 3
+) -> Found:
+    """A draft from its tensors, the fields of its decoder layer (`shape`), its EAGLE settings (`flags`) and how many layers it reads."""
     weights = renamed(tensors, where)
     embedding = weights.pop("embed_tokens.weight", None)
     told: list[str] = []
     wrong: list[str] = []
     vocab = vocabulary(weights, shape, embedding, where, told, wrong)
-    sizes = sizes_of(weights, shape, where, wrong)
+    sizes = sizes_of(weights, shape, where, wrong, taps)
     settings = settings_of(weights, shape, flags, told, wrong)
     scaling = next((held for held in (shape.object(key).raw for key in ("rope_parameters", "rope_scaling")) if scales(held)), {})
     said = [value for value in (shape.object("rope_parameters").number("rope_theta"), shape.number("rope_theta")) if value is not None]
@@ -112,7 +114,7 @@ def found_in(tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: st
         "rope_theta": theta,
         "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} or None,
     }
-    config = DraftConfig(**shape_fields, taps=(0, 1, 2))  # checks every size before anything is built
+    config = DraftConfig(**shape_fields, taps=tuple(range(taps)))  # checks every size before anything is built
     checked_network(config, weights, torch.zeros(1, config.hidden_size), where)
     kept = {name: tensor if tensor.is_floating_point() else tensor.float() for name, tensor in weights.items()}
     more = {"told": told, "wrong": wrong, "doubts": doubts, "says_head_dim": shape.raw.get("head_dim") is not None}
@@ -180,11 +182,11 @@ def vocabulary(
     return DraftVocab.from_tensors({"d2t": offsets, **({} if mask is None else {"t2d": mask})}, size)
 
 
-def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: list[str]) -> dict[str, int]:
+def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: list[str], taps: int) -> dict[str, int]:
     """Widths and heads as the tensors have them; a config that says otherwise is told."""
     width, fused = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1]
-    if fused % 3:
-        raise EyasError(f"{where}: fc reads {fused} numbers, which is not three features of the target")
+    if fused % taps:
+        raise EyasError(f"{where}: fc reads {fused} numbers, which is not {taps} features of the target")
     heads = shape.size("num_attention_heads")
     kv_heads = shape.size("num_key_value_heads", heads)
     rows, kv_rows = (weights[f"midlayer.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
@@ -196,7 +198,7 @@ def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: li
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": rows // heads,
-        "target_hidden_size": fused // 3,
+        "target_hidden_size": fused // taps,
     }
     said = found | {"num_hidden_layers": 1, "draft_vocab_size": weights["lm_head.weight"].shape[0]}
     for name, value in said.items():

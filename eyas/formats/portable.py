@@ -51,7 +51,7 @@ class Found:
     shape: dict[str, Any]  # DraftConfig's fields but for taps
     weights: dict[str, Tensor]
     vocab: DraftVocab
-    layer_ids: tuple[int, int, int] | None = None
+    layer_ids: tuple[int, ...] | None = None
     counts: str = "inputs"
     embedding: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Found:
     says_head_dim: bool = True
     doubts: dict[str, list[Any]] = field(default_factory=dict)  # fields whose value the file leaves open, with what they may be
 
-    def taps(self, target_layers: int) -> tuple[int, int, int]:
+    def taps(self, target_layers: int) -> tuple[int, ...]:
         if self.layer_ids is None:
             return check_taps(default_taps(target_layers), target_layers)
         return check_taps(tuple(number + (self.counts == "outputs") for number in self.layer_ids), target_layers)
@@ -109,6 +109,15 @@ def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
     save_draft(directory, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
 
 
+def unusual(draft: Draft, engine: str) -> str | None:
+    """Why an engine that runs the published shape alone cannot run this draft: other than three taps, or more than one layer."""
+    if len(draft.config.taps) != 3:
+        return f"{engine} runs three taps, this draft has {len(draft.config.taps)}"
+    if draft.config.draft_layers != 1:
+        return f"{engine} runs drafts of one layer, this one has {draft.config.draft_layers}"
+    return None
+
+
 @torch.no_grad()
 def probe(draft: Draft) -> Tensor:
     """Logits [rows, D] of seeded features and tokens, and of a chain of steps on the draft's own outputs behind them, in float32.
@@ -120,7 +129,7 @@ def probe(draft: Draft) -> Tensor:
     network = draft.network(torch.randn(tokens, config.hidden_size, generator=random))
     drafter = Eagle3Drafter(network, draft.vocab)
     drafter.reserve(1, PROBE_ROWS + PROBE_STEPS)
-    features = 4 * torch.randn(PROBE_ROWS, 3 * config.target_hidden_size, generator=random)
+    features = 4 * torch.randn(PROBE_ROWS, len(config.taps) * config.target_hidden_size, generator=random)
     words = torch.randint(tokens, (PROBE_ROWS + PROBE_STEPS,), generator=random).tolist()
     a = drafter.read(words[:PROBE_ROWS], network.fuse(features), list(range(PROBE_ROWS)), [Segment(0, PROBE_ROWS)])
     logits = [network.logits(a)]

@@ -11,13 +11,15 @@ import torch
 from eyas.config import TreeShape, rope_kind
 from eyas.files.untrusted import PICKLED
 from eyas.formats.plain import THETA, default_ids, own_width, plain_config, write_plain
-from eyas.formats.portable import Draft, TargetFiles
+from eyas.formats.portable import Draft, TargetFiles, unusual
 
 TITLE = "SafeAILab/EAGLE"
 WEIGHTS = ("bf16", "fp16", "fp32")
 
 
 def refusal(draft: Draft) -> str | None:
+    if why := unusual(draft, "SafeAILab's code"):
+        return why
     config = draft.config
     if not default_ids(draft):
         n = draft.target_layers

@@ -13,13 +13,15 @@ import torch
 from eyas.config import TreeShape
 from eyas.files.eagle3_files import layer_ids
 from eyas.formats.plain import plain_config, write_plain
-from eyas.formats.portable import Draft, TargetFiles
+from eyas.formats.portable import Draft, TargetFiles, unusual
 
 TITLE = "SGLang 0.5.23"
 WEIGHTS = ("bf16", "fp16", "fp32")
 
 
 def refusal(draft: Draft) -> str | None:
+    if why := unusual(draft, "SGLang"):
+        return why
     if draft.config.norm_before_residual:
         return "SGLang's draft layer adds to the un-normed feature (no norm_before_residual); vLLM runs such a draft"
     if draft.config.taps[0] == 0:

@@ -18,7 +18,7 @@ from eyas.files.eagle3_files import layer_ids
 from eyas.files.tensors import save_tensors
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.plain import found_in, plain_config, write_plain
-from eyas.formats.portable import Draft, Found, TargetFiles
+from eyas.formats.portable import Draft, Found, TargetFiles, unusual
 
 TITLE = "vLLM 0.32"
 WEIGHTS = ("bf16", "fp16", "fp32")
@@ -27,7 +27,7 @@ OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "
 
 
 def refusal(draft: Draft) -> str | None:
-    return None  # it knows all of eyas's settings
+    return unusual(draft, "vLLM")  # else it knows all of eyas's settings
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
@@ -97,7 +97,7 @@ def read_speculators(path: Path) -> Found:
         raise EyasError(f"{path}: its decoder layer is {model}'s; eyas computes Llama's")
     verifier = flags.object("speculators_config").object("verifier").text("name_or_path")
     ids = flags.layers("eagle_aux_hidden_state_layer_ids")
-    found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {})
+    found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {}, len(ids or (0, 0, 0)))
     doubts = found.doubts | ({"layer ids": ["inputs", "outputs"]} if ids else {})
     return replace(found, layout="speculators", layer_ids=ids, counts="inputs", doubts=doubts)
 

@@ -55,8 +55,9 @@ def packed_of(dense: Dense) -> native.Packed:
 class NativeLayers:
     """Layers of one shape, run one after another by one call, and the norm behind the last, if there is one."""
 
-    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm | None = None) -> None:
-        self.layers, self.norm = layers, norm
+    def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm | None = None, first: int = 0) -> None:
+        """`first`: the layer of the cache that the first of these has."""
+        self.layers, self.norm, self.first = layers, norm, first
         self.norm_weight = None if norm is None else norm.weight.detach().float()
         self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
         self.scratch_width = max(each.scratch_width for each in layers)
@@ -71,7 +72,7 @@ class NativeLayers:
     ) -> Tensor:
         """Add to x (float32, contiguous, changed in place) what the layers make of it; cos and sin are float32 [N,1,d]. Returns x as it
         entered each layer of `taps`, ascending: float32 [N, taps * H]."""
-        keys, values = attention.cache.keys, attention.cache.values
+        keys, values = attention.cache.keys[self.first :], attention.cache.values[self.first :]
         some, (N, H) = self.layers[0], x_NH.shape
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
         features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))

@@ -52,7 +52,7 @@ class Evidence:
 
 
 class Taken:
-    """A source of states with features taken at three layers; `late`: the feature of so many tokens before (a usual mistake)."""
+    """A source of states with features taken at some layers; `late`: the feature of so many tokens before (a usual mistake)."""
 
     def __init__(self, evidence: Evidence, taps: Sequence[int], late: int = 0) -> None:
         self.evidence, self.taps, self.late = evidence, taps, late

@@ -1,7 +1,8 @@
-"""The EAGLE-3 network: fuse three features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
+"""The EAGLE-3 network: fuse the features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
 
-Parameter names are the published ones (`fc`, `midlayer.*`, `norm`, `lm_head`). Knows tensors only: how a tree is grown with it is
-drafters/eagle3.py, how it learns is train/unroll.py. The embedding is the target's, handed in and never saved.
+A draft may have more layers: ordinary ones, behind the first. Parameter names are the published ones (`fc`, `midlayer.*`, `norm`,
+`lm_head`), and `layers.1.*` and on for further layers. Knows tensors only: how a tree is grown with it is drafters/eagle3.py, how it
+learns is train/unroll.py. The embedding is the target's, handed in and never saved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from eyas.kernels.attention import Attend, NativeAttention, PassAttention
 from eyas.kernels.layer import NativeLayer, NativeLayers
 from eyas.kernels.linear import Dense
 from eyas.model.cache import Pool, pool_on
-from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
+from eyas.model.transformer import MLP, Attention, Block, RMSNorm, Rotary, pack
 
 
 class DraftBlock(nn.Module):
@@ -51,17 +52,20 @@ class DraftNetwork(nn.Module):
     def __init__(self, config: DraftConfig, embedding: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        features = len(config.taps) * config.target_hidden_size
+        self.fc = nn.Linear(features, config.hidden_size, bias=False)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in range(3))
+            self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in config.taps)
         if config.norm_before_fc:
-            self.input_norm = RMSNorm(3 * config.target_hidden_size, config.rms_norm_eps)
+            self.input_norm = RMSNorm(features, config.rms_norm_eps)
         self.midlayer = DraftBlock(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.native: NativeLayers | None = None  # once prepared, where the kernel can run the layer
+        if config.draft_layers > 1:
+            self.layers = nn.ModuleDict({str(number): Block(config) for number in range(1, config.draft_layers)})
+        self.native: list[NativeLayers] = []  # once prepared, where the kernel can run the layers: calls, one after another
         self.pool: Pool | None = None  # once prepared on CUDA, where steps are captured
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
@@ -82,30 +86,36 @@ class DraftNetwork(nn.Module):
         return self.midlayer.join(self.embed(tokens_N), g_NH)
 
     @property
-    def block(self) -> DraftBlock:
-        return self.midlayer
+    def blocks(self) -> list[DraftBlock | Block]:
+        """The decoder layers: the first reads what `join` gives, each other what the one before made."""
+        return [self.midlayer, *(self.layers.values() if self.config.draft_layers > 1 else ())]
 
-    def fuse(self, features_N3H: Tensor) -> Tensor:
-        """g [N, H] from low, middle and high features side by side (EAGLE-3, inference pipeline)."""
+    def fuse(self, features_NF: Tensor) -> Tensor:
+        """g [N, H] from the features of all taps side by side: low, middle and high (EAGLE-3, inference pipeline)."""
         if self.config.norm_before_fc:
-            features_N3H = self.input_norm(features_N3H)
+            features_NF = self.input_norm(features_NF)
         if self.config.fc_norm:
-            parts = features_N3H.chunk(3, -1)
-            features_N3H = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
-        return self.fuse_product(features_N3H)
+            parts = features_NF.chunk(len(self.fc_norm), -1)
+            features_NF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+        return self.fuse_product(features_NF)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
-        """a [N, H], float32 where the kernel runs the layer: what it makes of features (or its own earlier output) and the tokens that
+        """a [N, H], float32 where the kernel runs the layers: what they make of features (or their own earlier output) and the tokens that
         followed."""
         e_NH = self.embed(tokens_N)
         if self.native and isinstance(attention, NativeAttention):
-            wide_NH = g_NH.to(torch.float32, copy=True)
-            self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, beside_NH=e_NH.float())
+            wide_NH, rotation = g_NH.to(torch.float32, copy=True), self.rotary(positions_N, torch.float32)
+            for layers, beside_NH in zip(self.native, (e_NH.float(), None)):
+                layers(wide_NH, rotation, attention, beside_NH=beside_NH)
             return wide_NH
-        return self.midlayer(e_NH, g_NH, self.rotary(positions_N, self.dtype), attention.layer(0))
+        rotation = self.rotary(positions_N, self.dtype)
+        a_NH = self.midlayer(e_NH, g_NH, rotation, attention.layer(0))
+        for number, block in enumerate(self.blocks[1:], 1):
+            a_NH = block(a_NH, rotation, attention.layer(number))
+        return a_NH
 
     def fed_back(self, a_NH: Tensor) -> Tensor:
         """What stands in for g at the next step: a itself, or its norm under `norm_output` (EAGLE-3.1)."""
@@ -113,7 +123,7 @@ class DraftNetwork(nn.Module):
 
     def logits(self, a_NH: Tensor) -> Tensor:
         """[N, D]"""
-        return self.head(self.native.normed(a_NH) if self.native and a_NH.dtype == torch.float32 else self.norm(a_NH.to(self.dtype)))
+        return self.head(self.native[-1].normed(a_NH) if self.native and a_NH.dtype == torch.float32 else self.norm(a_NH.to(self.dtype)))
 
     def logits_at(self, level: int, a_NH: Tensor) -> Tensor:
         """Of what lies one deeper than nodes at depth `level`: the same head at every depth."""
@@ -124,11 +134,15 @@ class DraftNetwork(nn.Module):
 
         Logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal.
         """
-        pack(self.midlayer, bits)
-        block = self.midlayer
-        if NativeLayer.fits(block.self_attn, block.mlp) and not self.config.norm_before_residual:
-            norms = (block.hidden_norm, block.post_attention_layernorm, block.input_layernorm)
-            self.native = NativeLayers([NativeLayer(block.self_attn, block.mlp, *norms)], self.norm)
+        first, *others = self.blocks
+        for block in self.blocks:
+            pack(block, bits)
+        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks) and not self.config.norm_before_residual:
+            norms = (first.hidden_norm, first.post_attention_layernorm, first.input_layernorm)
+            self.native = [NativeLayers([NativeLayer(first.self_attn, first.mlp, *norms)], self.norm)]
+            if others:  # a call is over layers of one shape
+                alike = [NativeLayer(each.self_attn, each.mlp, each.input_layernorm, each.post_attention_layernorm) for each in others]
+                self.native.append(NativeLayers(alike, self.norm, first=1))
         self.fuse_product.pack(bits=bits)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         for layer in (self.fc, self.lm_head):
@@ -138,7 +152,7 @@ class DraftNetwork(nn.Module):
 
 
 def draft_config(target: TargetConfig, draft_vocab_size: int, taps: tuple[int, ...] | None = None, **settings: Any) -> DraftConfig:
-    """A draft with the target's own width, heads and rotary base: one layer of it, attention twice as wide at the input."""
+    """A draft with the target's own width, heads and rotary base: one layer of it (or more), attention twice as wide at the input."""
     return DraftConfig(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,

@@ -21,33 +21,33 @@ from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
-from eyas.train.unroll import Batch, Lesson, unroll
+from eyas.train.unroll import Batch, Supervision, unroll
 
 SETTINGS = {"unroll_steps": 1, "step_keep": 1.0}  # of its training, where nobody says otherwise
 OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
 NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
     """It begins as the feature it is given, which says the token already drawn."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
-    begin_as_feature(network.block, network.fc, settings.seed)
+    begin_as_feature(network.layers[0], network.fc, settings.seed)
     torch.nn.init.zeros_(network.fc.bias)
     return network
 
 
-def loss(network: Eagle1Network, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+def loss(network: Eagle1Network, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
     """Mean over slots of both terms; the second's mean is what is shown."""
-    generator = torch.Generator().manual_seed(lesson.seed)
+    generator = torch.Generator().manual_seed(supervision.seed)
     true_MH = batch.hidden
     noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()
-    found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), lesson.steps, lesson.depths))
+    found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), supervision.steps, supervision.depths))
     guessed = torch.cat([step.a for step in found])
-    total, means = lesson.of(found, guessed, network.frozen[0])
-    counts = lesson.counts or [len(step.slots) for step in found]
+    total, means = supervision.of(found, guessed, network.frozen[0])
+    counts = supervision.counts or [len(step.slots) for step in found]
     total = OF_HEAD * total
     for i, step in enumerate(found):
         distance = F.smooth_l1_loss(step.a, true_MH[step.teacher_rows], reduction="none").mean(-1).sum() / max(counts[i], 1)
-        total = total + lesson.decay**i * distance
-    return total, lesson.padded(means)
+        total = total + supervision.decay**i * distance
+    return total, supervision.padded(means)

@@ -20,9 +20,10 @@ SETTINGS = {"unroll_steps": 7}  # its steps; the rest as TrainSettings has it
 unroll, loss = steps.unroll, steps.unrolled_loss
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
     """A draft of the target's own shape that begins with what the target knows."""
-    shape = draft_config(target.config, len(vocab), taps, fc_norm=settings.fc_norm, norm_output=settings.norm_output)
+    asked = {name: getattr(settings, name) for name in ("fc_norm", "norm_output", "draft_layers")}
+    shape = draft_config(target.config, len(vocab), taps, **asked)
     network = DraftNetwork(shape, target.embedding.detach())
     initialise(network, target, vocab, settings.seed, settings.top_layer_only)
     if settings.random_head:

@@ -1,7 +1,7 @@
 """Where training examples and what the target knew about them come from: shards that self-play wrote, or a target pass on the fly.
 
 Knows documents, shards and the target's pass; knows nothing of the draft. Either way an example is tokens with answer numbers, and
-`states` gives features [M, 3H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
+`states` gives features [M, taps * H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
 """
 
 from __future__ import annotations
@@ -107,6 +107,18 @@ class TargetStates:
         for part in asked.split(SCORED):
             favourites[part] = self.target.head(out.hidden[part]).argmax(-1)
         return States(out.tapped, out.hidden, favourites)
+
+
+class TapsOf:
+    """Of a source that has the features of several taps, those of some: one text serves drafts that read different layers."""
+
+    def __init__(self, source: StateSource, held: Sequence[int], wanted: Sequence[int]) -> None:
+        self.source, self.count, self.places = source, len(held), [list(held).index(tap) for tap in wanted]
+
+    def states(self, examples: Sequence[Example]) -> States:
+        states = self.source.states(examples)
+        parts = states.features.chunk(self.count, -1)
+        return states._replace(features=torch.cat([parts[place] for place in self.places], -1))
 
 
 def document_examples(documents: Sequence[Document]) -> list[Example]:

@@ -20,8 +20,8 @@ FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
 
 
 def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
-    """Start from the target: its head, and fc as the high feature; where its layers are our own blocks also the last of them and the
-    final norm. The rest is small and random.
+    """Start from the target: its head, and fc as the last tap's feature; where its layers are our own blocks also the last of them and the
+    final norm. The rest is small and random, but that a layer behind the first begins by adding nothing.
 
     Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
     """
@@ -35,10 +35,13 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
         if target.blocks is not None:
             copy_last_layer(network.midlayer, target.blocks[-1], width)
             network.norm.weight.copy_(target.model.norm.weight)
-        network.fc.weight[:, : 2 * width].mul_(FC_SPREAD)
-        network.fc.weight[:, 2 * width :].mul_(FC_SPREAD).diagonal().add_(1.0)
+        for block in network.blocks[1:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        network.fc.weight.mul_(FC_SPREAD)
+        network.fc.weight[:, -width:].diagonal().add_(1.0)
         if top_layer_only:
-            network.fc.weight[:, : 2 * width] = 0
+            network.fc.weight[:, :-width] = 0
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 Knows states, a head and laws over the draft vocabulary; knows nothing of documents or steps. The head is the training's largest matrix,
 so its gradient is taken in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
 
+A loss of one's own is `register`ed by a plugin: a plain function of log q and p, or a rule with its slope, as those here are.
+
 p is the teacher's law, q the draft's, and acceptance sum_v min(p_v, q_v) the chance that EAGLE's rule keeps a token drawn from q.
 """
 
@@ -14,9 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eyas.config import EyasError
+
 CHUNK = 512  # rows of logits held at once; more is slower (the rows leave the cache) and less pays the overhead more often
 DECAY = 3.0  # of the cross-entropy's part in lk-lambda, per acceptance (arXiv 2602.23881)
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # (log q, p), each [n, D] -> loss [n], in operations that autograd knows
 Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (log q, q, p), each [n, D] -> loss [n] and its slope by logits [n, D]
 
 
@@ -48,6 +53,32 @@ def lk_lambda(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: dict[str, Rule] = {"soft": cross_entropy, "lk-alpha": lk_alpha, "lk-lambda": lk_lambda}
+
+
+def register(name: str, loss: Loss | None = None, rule: Rule | None = None) -> None:
+    """Add a loss of one's own, from a plugin: as it stands in a paper, or with a slope derived by hand, which takes half the memory."""
+    if name in LOSSES:
+        raise EyasError(f"loss {name!r} exists already; choose another name")
+    if rule is None and loss is not None:
+        rule = by_autograd(name, loss)
+    elif rule is None or loss is not None:
+        raise EyasError(f"loss {name!r} needs either a loss, whose slope is found, or a rule that brings its own")
+    LOSSES[name] = rule
+
+
+def by_autograd(name: str, loss: Loss) -> Rule:
+    """A rule whose slope autograd finds, a chunk of rows at a time as every other's."""
+
+    def rule(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            logits = log_q.detach().requires_grad_()  # as good as any: what is added to a whole row changes nothing
+            terms = loss(logits.log_softmax(-1), p)
+            if terms.shape != log_q.shape[:1] or not terms.requires_grad:
+                raise EyasError(f"loss {name!r} must make one differentiable number of each row, [{len(log_q)}], not {tuple(terms.shape)}")
+            (slope,) = torch.autograd.grad(terms.sum(), logits)
+        return terms.detach(), slope
+
+    return rule
 
 
 class Columns(NamedTuple):

@@ -16,12 +16,12 @@ from eyas.drafters.medusa import MedusaNetwork
 from eyas.model.adapter import AdaptedTarget
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
-from eyas.train.unroll import Batch, Lesson, Step
+from eyas.train.unroll import Batch, Step, Supervision
 
 SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # heads, and how much deeper ones weigh, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
     """Heads that begin as the target's own: their residual blocks add nothing yet."""
     network = MedusaNetwork(target.config.hidden_size, len(vocab), settings.unroll_steps, 1, target.embedding.detach())
     with torch.no_grad():
@@ -42,9 +42,9 @@ def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | No
             yield Step(slots, batch.hidden[slots], slots + 1 + step)
 
 
-def loss(network: MedusaNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+def loss(network: MedusaNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
     total, means = torch.zeros(()), []
-    for number, step in enumerate(unroll(network, batch, lesson.steps, lesson.depths)):
-        part, mean = lesson.of([step], network.before_head(number, step.a), network[number][-1], first=number)
+    for number, step in enumerate(unroll(network, batch, supervision.steps, supervision.depths)):
+        part, mean = supervision.of([step], network.before_head(number, step.a), network[number][-1], first=number)
         total, means = total + part, means + mean
-    return total, lesson.padded(means)
+    return total, supervision.padded(means)

@@ -20,12 +20,12 @@ from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
-from eyas.train.unroll import Batch, Lesson, Step, comb_attention
+from eyas.train.unroll import Batch, Step, Supervision, comb_attention
 
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
+def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin as the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     for number, module in enumerate(network.layers):
@@ -56,8 +56,8 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
             yield Step(slots, h_MH[slots], slots + 1 + step)
 
 
-def loss(network: MtpNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
-    found = list(unroll(network, batch, lesson.steps, lesson.depths))
+def loss(network: MtpNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
+    found = list(unroll(network, batch, supervision.steps, supervision.depths))
     normed = torch.cat([network.normed(number, step.a) for number, step in enumerate(found)])
-    total, means = lesson.of(found, normed, network.frozen[0])
-    return total, lesson.padded(means)
+    total, means = supervision.of(found, normed, network.frozen[0])
+    return total, supervision.padded(means)

@@ -65,3 +65,6 @@ class Peers:
     def leave(self) -> None:
         if self.count > 1:
             distributed.destroy_process_group()
+
+
+ALONE = Peers()

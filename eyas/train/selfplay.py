@@ -33,7 +33,7 @@ class SelfPlay:
 
     target: str  # hash of the target's weights
     template: str  # the chat template around a question, as text
-    taps: tuple[int, int, int]
+    taps: tuple[int, ...]
     seed: int = 0
     seed_prompts: str = ""  # name of a file of user turns and a hash of them, if any
     seeded_share: float = 0.2  # of conversations that take their questions from there

@@ -32,9 +32,9 @@ from eyas.train.acceptance import rank_accuracies, simulate
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
-from eyas.train.parallel import Peers
+from eyas.train.parallel import ALONE, Peers
 from eyas.train.teacher import Teacher
-from eyas.train.unroll import Lesson, loss_slots
+from eyas.train.unroll import Supervision, loss_slots
 
 CHECKPOINT = "checkpoint"
 MEASURED = 7  # steps of a chain
@@ -56,6 +56,11 @@ class Budget:
     steps: int | None = None
     tokens: int | None = None  # answer slots trained
     minutes: float | None = None
+
+    def told(self) -> str:
+        """In words."""
+        parts = ((self.steps, "steps"), (self.tokens, "answer tokens"), (self.minutes, "minutes"))
+        return " or ".join(f"{limit:,g} {what}" for limit, what in parts if limit)
 
     def spent(self, progress: Progress) -> float:
         """Share of the budget used, 0 to 1 and beyond."""
@@ -80,36 +85,41 @@ class Progress:
         return 0 < patience <= len(self.curve) and all(point["tau"] < least for point in self.curve[-patience:])
 
 
-class Trainer:
-    """Trains `network` on `examples` until the budget is spent, writing checkpoints and the draft to `out`."""
+@dataclass
+class Run:
+    """What is trained, on what, how, and where it goes."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        vocab: DraftVocab,
-        teacher: Teacher,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
-        source: StateSource,
-        settings: TrainSettings,
-        out: Path,
-        facts: dict[str, Any],
-        target_layers: int,
-        workers: int = 1,
-        peers: Peers | None = None,
-        tree_tau: Callable[[nn.Module], float] | None = None,
-        method: str = "eagle3",
-    ) -> None:
-        self.method, self.teaching = method, METHODS[method].training()
-        self.network, self.vocab, self.teacher, self.source = network, vocab, teacher, source
-        self.examples, self.held_out, self.settings, self.out, self.facts = examples, held_out, settings, out, facts
-        self.target_layers, self.workers, self.peers = target_layers, workers, peers or Peers()
-        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    network: nn.Module
+    vocab: DraftVocab
+    teacher: Teacher
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    source: StateSource
+    settings: TrainSettings
+    out: Path | None  # None: nothing is saved
+    facts: dict[str, Any]  # of data, target and machine, for training.json
+    target_layers: int
+    workers: int = 1
+    peers: Peers = ALONE
+    tree_tau: Callable[[nn.Module], float] | None = None
+    method: str = "eagle3"
+
+
+class Trainer:
+    """Trains a run's network on its examples until the budget is spent, writing checkpoints and the draft to its `out`."""
+
+    def __init__(self, run: Run) -> None:
+        settings, workers = run.settings, run.workers
+        self.method, self.teaching = run.method, METHODS[run.method].training()
+        self.network, self.vocab, self.teacher, self.source = run.network, run.vocab, run.teacher, run.source
+        self.examples, self.held_out, self.settings, self.out, self.facts = run.examples, run.held_out, settings, run.out, run.facts
+        self.target_layers, self.workers, self.peers = run.target_layers, workers, run.peers
+        self.parameters = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.progress = Progress()
-        self.tree_tau = tree_tau
+        self.tree_tau = run.tree_tau
         self.best: dict[str, Tensor] = {}  # the weights with the highest held-out tau so far, once measured
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers > 1 else None
 
@@ -154,7 +164,7 @@ class Trainer:
             columns = choose_columns(law, LIKELIEST, drawn, self.progress.steps) if drawn else None
             within = self.teacher.within(states.favourites)
             steps = (settings.unroll_steps, settings.step_decay, depths.to(device), counts)
-            loss, losses = self.teaching.loss(self.network, batch, Lesson(law, teacher_of, within, *steps, rule, columns, seed))
+            loss, losses = self.teaching.loss(self.network, batch, Supervision(law, teacher_of, within, *steps, rule, columns, seed))
         return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True)), losses
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
@@ -175,20 +185,24 @@ class Trainer:
             parameter.grad = sum(shares[1:], shares[0]) if shares else torch.zeros_like(parameter)
         self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters)])
         if self.settings.top_layer_only:  # these columns begin at 0 and stay there
-            self.network.fc.weight.grad[:, : 2 * self.network.config.target_hidden_size] = 0
+            self.network.fc.weight.grad[:, : -self.network.config.target_hidden_size] = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm) or losses[0] > EXPLODED * math.log(len(self.vocab) + 1):
-            kept = "its last checkpoint is untouched" if (self.out / CHECKPOINT).exists() else "nothing was saved yet"
-            raise EyasError(
-                f"the loss exploded at step {self.progress.steps + 1} of {self.out}, in a batch of {len(examples)} that begins with "
-                f"{examples[0].key} ({kept}); train anew with a lower --learning-rate"
-            )
+            raise EyasError(self.explosion(examples))
         with undisturbed():
             self.optimiser.step()
             self.progress.steps += 1
             self.progress.slots += counts[0]
             self.progress.unrolled += sum(counts)
         return [*map(float, losses), norm]
+
+    def explosion(self, examples: list[Example]) -> str:
+        saved = self.out is not None and (self.out / CHECKPOINT).exists()
+        kept = "its last checkpoint is untouched" if saved else "nothing was saved yet"
+        where = (
+            f"step {self.progress.steps + 1} of {self.out or 'the run'}, in a batch of {len(examples)} that begins with {examples[0].key}"
+        )
+        return f"the loss exploded at {where} ({kept}); train anew with a lower --learning-rate"
 
     def learning_rate(self, spent: float) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` over the budget."""
@@ -284,7 +298,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the draft, as it was when it accepted most, and what a resumed run needs, all or nothing."""
-        if not self.peers.first:
+        if self.out is None or not self.peers.first:
             return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
             METHODS[self.method].decoding().save(work, self.network, self.vocab, self.target_layers, self.best, self.facts)
@@ -328,8 +342,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
 
 
-def read_checkpoint(out: Path) -> dict[str, Any]:
-    if not (out / CHECKPOINT).exists():
+def read_checkpoint(out: Path | None) -> dict[str, Any]:
+    if out is None or not (out / CHECKPOINT).exists():
         raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume, or give the directory of an earlier run")
     try:
         return torch.load(out / CHECKPOINT, weights_only=True)

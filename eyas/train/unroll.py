@@ -3,6 +3,7 @@
 An unroll is a comb-shaped tree: the parent of (step i, slot j) is (i-1, j), of (0, j) it is (0, j-1). So under the one ancestor rule a
 row sees step-0 keys 0..j and its own slot's later keys, never a later step-0 key, whose feature the target would not have computed yet.
 Here that is computed as causal scores against step 0 and one dot product for each own key, in one softmax; the dense mask is the tests'.
+Each decoder layer has a comb of its own.
 Knows the network and packed documents; knows nothing of files, optimisers or where features come from.
 
     slot        0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN
-from eyas.model.draft import DraftNetwork
+from eyas.model.draft import DraftBlock, DraftNetwork
+from eyas.model.transformer import Block
 from eyas.train.losses import Columns, head_loss
 
 # Axes: M rows of all documents of a batch, N slots that count at a step, H width, D draft vocabulary
@@ -72,43 +74,69 @@ class Step(NamedTuple):
 
 def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
     """Yield each step; gradients flow through all. `depths` [N]: steps after which a slot drops out (default: none does early)."""
-    block = network.block
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
     slots, counted = batch.slots()
     counted = counted if depths is None else torch.minimum(counted, depths)
     g = network.fuse(batch.wanted(network.wants))
-    x, own = g[slots], []
+    a, layers = g, [Layer(block, batch.lengths) for block in network.blocks]
     for step in range(steps):
-        if step == 0:
-            q, k0, v0, residual = heads(network, following[1 : len(g) + 1], g, place)
-            q, residual = q[slots], residual[slots]
+        if step == 0:  # at every row: slots see the keys of all of them
+            read, residual = network.join(following[1 : len(g) + 1], g)
+            positions = place
         else:
             going = counted > step
-            slots, counted, x = slots[going], counted[going], x[going]
+            slots, counted, a = slots[going], counted[going], a[going]
             if len(slots) == 0:  # every answer is shorter than this step reaches
                 return
-            own = [(k[going], v[going]) for k, v in own]
-            q, k, v, residual = heads(network, following[slots + 1 + step], network.fed_back(x), place[slots] + step)
-            own.append((k, v))
-        mixed = comb_attention(q, k0, v0, own, slots, batch.lengths)
-        x = residual + block.self_attn.out(mixed)
-        x = x + block.mlp(block.post_attention_layernorm(x))
-        yield Step(slots, x, slots + 1 + step)
+            for layer in layers:
+                layer.own = [(k[going], v[going]) for k, v in layer.own]
+            read, residual = network.join(following[slots + 1 + step], network.fed_back(a))
+            positions = place[slots] + step
+        a = through(layers, read, residual, network.rotary(positions, network.dtype), slots)
+        yield Step(slots, a, slots + 1 + step)
 
 
-def heads(network: DraftNetwork, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending. And what
-    attention's result is added to [N, H]."""
+class Layer:
+    """One decoder layer of the comb: its keys and values of step 0 at every row, and of each later step at the slots still counted."""
+
+    def __init__(self, block: DraftBlock | Block, lengths: list[int]) -> None:
+        self.block, self.lengths = block, lengths
+        self.spine: tuple[Tensor, Tensor] | None = None  # of step 0: k, v [M, k, d]
+        self.own: list[tuple[Tensor, Tensor]] = []  # of each later step: [N, k, d]
+
+    def __call__(self, read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], slots: Tensor) -> Tensor:
+        """What attention and MLP make of `residual` at the slots [N, H]; at step 0 there is a row for every one of the batch."""
+        q, k, v = heads(self.block, read, rotation)
+        if self.spine is None:
+            self.spine = k, v
+            q, residual = q[slots], residual[slots]
+        else:
+            self.own.append((k, v))
+        x = residual + self.block.self_attn.out(comb_attention(q, *self.spine, self.own, slots, self.lengths))
+        return x + self.block.mlp(self.block.post_attention_layernorm(x))
+
+
+def through(layers: list[Layer], read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], slots: Tensor) -> Tensor:
+    """a [N, H] at the slots. At step 0 every layer but the last is computed at all rows, since the next one's keys are made of them."""
+    everywhere = slots if layers[-1].spine else torch.arange(len(residual))
+    for number, layer in enumerate(layers):
+        if number:
+            read = layer.block.input_layernorm(residual)
+        residual = layer(read, residual, rotation, slots if layer is layers[-1] else everywhere)
+    return residual
+
+
+def heads(block: DraftBlock | Block, read: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending."""
     caught: list[Tensor] = []
 
     def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         caught.extend((q, k, v))
         return q.new_zeros(0, q.shape[1] * q.shape[2])
 
-    read, residual = network.join(tokens, g)
-    network.block.self_attn(read, network.rotary(positions, network.dtype), catch)
-    return caught[0], caught[1], caught[2], residual
+    block.self_attn(read, rotation, catch)
+    return caught[0], caught[1], caught[2]
 
 
 def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor, Tensor]], slots: Tensor, lengths: list[int]) -> Tensor:
@@ -144,7 +172,7 @@ def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: 
     return mixed.permute(2, 0, 1, 3), shares[..., m:].permute(2, 0, 1, 3)
 
 
-class Lesson(NamedTuple):
+class Supervision(NamedTuple):
     """What the target teaches of a batch, and how much each step counts.
 
     Slots where the target's favourite token is not in the draft vocabulary add nothing to the sum but stay in the mean (SafeAILab's mask).
@@ -179,8 +207,8 @@ class Lesson(NamedTuple):
         return means + [torch.zeros(())] * (self.steps - len(means))
 
 
-def unrolled_loss(network: DraftNetwork, batch: Batch, lesson: Lesson) -> tuple[Tensor, list[Tensor]]:
+def unrolled_loss(network: DraftNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
     """Sum over steps i of decay ** i times the mean loss of step i, and those means (EAGLE-3, draft model training)."""
-    found = list(unroll(network, batch, lesson.steps, lesson.depths))
-    total, means = lesson.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head)
-    return total, lesson.padded(means)
+    found = list(unroll(network, batch, supervision.steps, supervision.depths))
+    total, means = supervision.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head)
+    return total, supervision.padded(means)

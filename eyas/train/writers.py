@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from eyas import plugins
 from eyas.config import EyasError
 from eyas.files.target import target_config
 from eyas.kernels import native
@@ -69,7 +70,7 @@ def write_own_data(
     report(int(min(shards.total().answer_tokens, limit.tokens)))
     if not done():
         workers = affordable(workers, directory, settings)
-        write_in_processes(directory, shards, settings, questions, workers, slots_for(limit), done, report, limit.tokens)
+        write_in_processes(directory, shards, settings, questions, workers, limit, done, report)
     total = shards.total()
     chosen = shards.in_order(int(limit.tokens)) if math.isfinite(limit.tokens) else sorted(shards.counts)
     short = (chosen is None and len(shards.counts) < last) or total.answer_tokens == 0
@@ -89,15 +90,14 @@ def write_in_processes(
     settings: SelfPlay,
     questions: Sequence[Asked],
     workers: int,
-    slots: int,
+    limit: Limit,
     done: Callable[[], bool],
     report: Callable[[int], None],
-    wanted: float,
 ) -> None:
     for unfinished in shards.path.glob("*.tmp"):  # of a writer that was killed
         unfinished.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
-    there = frozenset(shards.counts)  # looked up once: workers that each looked would divide different lists
+    slots, there = slots_for(limit), frozenset(shards.counts)  # looked up once: workers that each looked would divide different lists
     processes = [
         context.Process(target=work, args=(directory, shards.path, settings, list(questions), slots, there, number, workers), daemon=True)
         for number in range(workers)
@@ -107,7 +107,7 @@ def write_in_processes(
     try:
         while any(process.is_alive() for process in processes) and not done():
             wait([process.sentinel for process in processes if process.is_alive()], timeout=2.0)
-            report(int(min(shards.total().answer_tokens, wanted)))
+            report(int(min(shards.total().answer_tokens, limit.tokens)))
     finally:
         for process in processes:
             process.terminate()
@@ -142,6 +142,7 @@ def work(
     from eyas.files.target import load_target
     from eyas.files.tokenizer import load_tokenizer
 
+    plugins.load_inherited()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; finished shards stay
     threading.Thread(target=die_with_parent, daemon=True).start()

@@ -6,6 +6,7 @@ Everything shown comes from a real run; knows records of rounds and a console.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Items
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,8 +45,9 @@ class Story:
         taps = self.engine.drafter("eagle3").wants
         self.say("[bold]The target reads the prompt.[/bold]")
         self.say(f"  {len(prompt)} tokens, ending in {self.words(prompt[-4:])}")
-        self.say(f"  At every token its states before layers {taps[0]}, {taps[1]} and {taps[2]} are kept: low l, middle m, high h.")
-        self.say(f"  The draft's fc fuses l, m and h of each into one vector g: {self.vectors('g', prompt[-3:])}.")
+        letters, named = ("l, m and h", ": low l, middle m, high h") if len(taps) == 3 else ("those", "")
+        self.say(f"  At every token its states before {layers_named(taps)} are kept{named}.")
+        self.say(f"  The draft's fc fuses {letters} of each into one vector g: {self.vectors('g', prompt[-3:])}.")
         self.say(f"  From its logits the target draws {self.word(text.tokens[-1])}. Its g does not exist yet: the target has not read it.")
 
     def round(self, number: int, text: Sequence, request: Request) -> None:
@@ -125,3 +127,9 @@ class Story:
     def spelled(self, token: int) -> str:
         text = self.engine.tokenizer.decode([token])
         return text.strip() or repr(text)
+
+
+def layers_named(taps: Items[int]) -> str:
+    """`layer 3`, `layers 2, 5 and 9`."""
+    *others, last = map(str, taps)
+    return f"layers {', '.join(others)} and {last}" if others else f"layer {last}"

@@ -94,9 +94,9 @@ def test_data_without_a_conversation_is_one_line(models, run, tmp_path, content,
         (["--learning-rate", "0"], "--learning-rate must be above 0, not 0.0"),
         (["--draft-vocab", "0"], "--draft-vocab must be at least 1, not 0"),
         (["--draft-vocab", "264"], "a draft vocabulary of 264 is larger than the target's 263; lower --draft-vocab"),
-        (["--taps", "1,2"], "taps must be three different layers in ascending order between 0 and 4, not (1, 2)"),
-        (["--taps", "1,2,5"], "taps must be three different layers in ascending order between 0 and 4, not (1, 2, 5)"),
-        (["--taps", "low"], "--taps must be three layers like 2,15,27, not 'low'"),
+        (["--taps", "2,1"], "taps must be different layers in ascending order between 0 and 4, not (2, 1)"),
+        (["--taps", "1,2,5"], "taps must be different layers in ascending order between 0 and 4, not (1, 2, 5)"),
+        (["--taps", "low"], "--taps must be layers like 2,15,27, not 'low'"),
     ],
 )
 def test_a_bad_setting_of_train_is_one_line(models, refused, data, tmp_path, words, line):
@@ -106,7 +106,7 @@ def test_a_bad_setting_of_train_is_one_line(models, refused, data, tmp_path, wor
 
 def test_a_target_too_shallow_for_the_default_taps_is_one_line(models, refused, data, tmp_path):
     line = refused("train", "--target", models / "target", "--out", tmp_path / "draft", "--data", data, "--draft-vocab", "9")
-    assert line == "a target of 5 layers is too shallow for the default taps; name three with `eyas train --taps L,M,H`"
+    assert line == "a target of 5 layers is too shallow for the default taps; name others with `eyas train --taps L,M,H`"
 
 
 def test_train_overwrites_nothing(models, refused, data, tmp_path):
@@ -263,6 +263,20 @@ def test_a_draft_vocabulary_larger_than_what_was_said_is_filled_up_and_said_so(m
         r"the answers use \d+ different tokens; the draft vocabulary of 200 is filled up with unused ones", err
     )
     assert len(load_file(tmp_path / "draft" / "model.safetensors")["d2t"]) == 200
+
+
+@pytest.mark.parametrize(
+    "shape", [["--taps", "0,1,2,3,4"], ["--taps", "3", "--set", "top_layer_only=true"], ["--set", "draft_layers=2"]], ids=" ".join
+)
+def test_a_draft_of_another_shape_trains_and_drafts_plain_text(models, run, data, tmp_path, shape):
+    out = tmp_path / "draft"
+    assert run(*train(models, out, data, "--steps", "2", *shape))[0] == 0
+    words = ["--target", models / "target", "--max-new-tokens", "8", "--seed", "1"]
+    told, plain = (json.loads(run("generate", "hi", *words, *more, "--json")[1]) for more in (["--draft", out], ["--plain"]))
+    assert told["tokens"] == plain["tokens"] and told["rounds"] > 0
+    status, said, _ = run("trace", "hi", *words, "--draft", out, "--rounds", "1")
+    assert status == 0 and f"states before layer{'s' * ('3' not in shape)} " in said
+    assert run(*train(models, out, data, "--steps", "3", *shape, "--resume"))[0] == 0
 
 
 @pytest.mark.parametrize("method", [name for name in trained() if name != "eagle3"])

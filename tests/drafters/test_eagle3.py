@@ -27,22 +27,24 @@ from tests.tiny import randomize, reference_weights, tiny_config, tiny_draft, ti
 V, H = 53, 32
 TARGET = tiny_target()
 SETTINGS = [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}]
+FIVE, ONE = {"taps": (0, 1, 2, 3, 4)}, {"taps": (3,)}
+TWO, THREE = {"draft_layers": 2}, {"draft_layers": 3, "norm_output": True, **FIVE}
 GREEDY, SAMPLED = Sampling(), Sampling(0.7)
 
 
 class Text:
     """What rounds would commit: random tokens, and random features of all but the last."""
 
-    def __init__(self, seed: int, prompt: int) -> None:
+    def __init__(self, seed: int, prompt: int, taps: int = 3) -> None:
         self.draw = torch.Generator().manual_seed(seed)
         self.noise = Noise(seed, V)
         self.tokens: list[int] = []
-        self.features = torch.zeros(0, 3 * H, dtype=torch.float64)
+        self.features = torch.zeros(0, taps * H, dtype=torch.float64)
         self.news = self.grow(prompt + 1, prompt)
 
     def grow(self, tokens: int, rows: int) -> tuple[list[int], torch.Tensor]:
         drawn = torch.randint(0, V, (tokens,), generator=self.draw).tolist()
-        features = torch.randn(rows, 3 * H, generator=self.draw, dtype=torch.float64)
+        features = torch.randn(rows, self.features.shape[1], generator=self.draw, dtype=torch.float64)
         self.tokens, self.features = self.tokens + drawn, torch.cat([self.features, features])
         return drawn, features
 
@@ -93,10 +95,11 @@ def assert_same(ours: Tree, theirs: Tree | reference.Tree) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}, TWO, THREE], ids=str)
 def test_trees_are_the_references_round_after_round(settings, sampling):
     for number, shape in enumerate(("chain:1", "chain:3", "8x2x3", "20x4x5")):
-        pair, text = Pair(prepare=number % 2 == 0, **settings), Text(number, prompt=1 + 4 * number)
+        pair = Pair(prepare=number % 2 == 0, **settings)
+        text = Text(number, prompt=1 + 4 * number, taps=len(pair.config.taps))
         pair.drafter.observe(0, *text.news)
         for _ in range(3):
             pair.check(text, TreeShape.parse(shape), sampling)
@@ -185,10 +188,11 @@ def test_a_forgotten_sequence_leaves_no_trace():
         pair.drafter.forget(1)
 
 
+@pytest.mark.parametrize("settings", [{}, TWO], ids=str)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=str)
-def test_a_round_hands_the_draft_the_features_and_positions_that_the_reference_means(sampling):
+def test_a_round_hands_the_draft_the_features_and_positions_that_the_reference_means(sampling, settings):
     """Against the whole text read anew: slot j pairs the target's feature at t_j with t_{j+1}, and noise is that of the token guessed."""
-    network, vocab = tiny_draft(TARGET)
+    network, vocab = tiny_draft(TARGET, **settings)
     weights, shape, prompts, seen = reference_weights(network), TreeShape.parse("8x2x3"), [[1, 2, 3, 4], [5], [6] * 9], []
     decoder = Decoder(TARGET, Eagle3Drafter(network, vocab))
     decoder.watch = seen.append
@@ -320,7 +324,7 @@ def test_weights_bear_the_published_names():
 
 
 @pytest.mark.parametrize("largest_file", [None, 4000])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, TWO, THREE], ids=str)
 def test_what_was_saved_is_loaded(tmp_path, settings, largest_file):
     network, vocab = tiny_draft(TARGET, **settings)
     save_draft(tmp_path, network, vocab, 5)
@@ -390,7 +394,7 @@ def test_several_problems_are_all_listed(saved):
 
 def test_the_config_says_what_engines_read(saved):
     written = json.loads((saved[0] / "config.json").read_text())
-    assert {key: written.get(key, "absent") for key in ENGINE_KEYS} == ENGINE_KEYS
+    assert {key: written.get(key, "absent") for key in ENGINE_KEYS} == ENGINE_KEYS and "draft_layers" not in written
     assert "target_hidden_size" not in written, "SafeAILab takes its presence for: the embedding is in this file"
     assert written["max_position_embeddings"] >= TARGET.config.max_position_embeddings
     assert config_from_file(saved[0]) == saved[1].config

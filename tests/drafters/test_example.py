@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from eyas import plugins
 from eyas.config import PLAIN, Sampling, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.methods import METHODS
 from eyas.train.trainer import Budget
-from tests.commands.words import environment
-from tests.tiny import save_tiny_target, tiny_target
+from tests.commands.words import eyas
+from tests.tiny import save_tiny_draft, save_tiny_target, tiny_target
 from tests.tiny_family import tiny_network
 from tests.train.training import SETTINGS, make_trainer, silent
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hydra.py"
+IDEAS = EXAMPLE.with_name("ideas.py")
 TUTORIAL = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
 
 @pytest.fixture
 def hydra(monkeypatch):
     """The example's module, its method known for the length of a test."""
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    monkeypatch.setitem(METHODS, "hydra", METHODS["plain"])  # so that the line the module adds goes again
-    import hydra
-
-    METHODS["hydra"] = hydra.Method("hydra", "hydra", draft="hydra")
-    return hydra
+    monkeypatch.setitem(METHODS, "hydra", METHODS["plain"])  # so that what the file registers goes again
+    del METHODS["hydra"]
+    return plugins.read(EXAMPLE)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -56,30 +53,51 @@ def test_it_learns(hydra, tmp_path):
 
 def test_the_whole_command_line_knows_it(tmp_path):
     target, data = save_tiny_target(tmp_path / "target", num_hidden_layers=7), tmp_path / "data.jsonl"
-    ask, say = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello, how are you today? number {}")))
-    talks = [[ask, {**say, "content": say["content"].format(number)}] for number in range(6)]
-    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    data.write_text("".join(json.dumps({"messages": talk(number)}) + "\n" for number in range(6)))
+
+    copy = tmp_path / "an idea of mine.py"  # under any name, in any place
+    copy.write_text(EXAMPLE.read_text())
 
     def run(*words) -> str:
-        words = [sys.executable, str(EXAMPLE), *map(str, words)]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+        done = eyas(*words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    own = ["--target", target, "--method", "hydra"]
+    own = ["--plugin", copy, "--target", target, "--method", "hydra"]
     run("train", *own, "--data", data, "--steps", "3", "--draft-vocab", "200", "--workers", "1", "--out", tmp_path / "draft")
     told = json.loads(run("generate", "hi", *own, "--draft", tmp_path / "draft", "--seed", "1", "--max-new-tokens", "8", "--json"))
     plain = json.loads(run("generate", "hi", "--target", target, "--plain", "--seed", "1", "--max-new-tokens", "8", "--json"))
     assert told["tokens"] == plain["tokens"]
 
 
+def test_its_other_ideas_are_compared_and_used(tmp_path):
+    """The loss in `ablate`, in one file with the growth; the growth's trees taper and its text is plain decoding's."""
+    target, data = save_tiny_target(tmp_path / "target", num_hidden_layers=7), tmp_path / "data.jsonl"
+    save_tiny_draft(tmp_path / "draft", target, taps=None)
+    data.write_text("".join(json.dumps({"messages": talk(number)}) + "\n" for number in range(6)))
+    own, out = ["--plugin", IDEAS, "--target", target], tmp_path / "r.json"
+    common = ["--common", "draft_vocab_size=200", "--steps", "2", "--workers", "1"]
+    done = eyas("ablate", *own, "--data", data, *common, "--set", "loss=reverse-kl", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["variants"]["loss=reverse-kl"]["acceptance"]
+    words = ["--draft", tmp_path / "draft", "--seed", "1", "--max-new-tokens", "8", "--json"]
+    told, plain = (json.loads(eyas("generate", "hi", *own, *words, *more).stdout) for more in (["--tree", "9x3x4/tapered"], ["--plain"]))
+    assert told["tokens"] == plain["tokens"]
+    done = eyas("generate", "hi", "--target", target, *words, "--tree", "9x3x4/tapered")
+    assert (done.returncode, done.stderr) == (2, "eyas: growth 'tapered' is unknown; there are none (register one with --plugin)\n")
+
+
 def test_every_piece_of_code_in_the_tutorial_is_the_examples():
-    """Code told twice goes stale: each block of the page stands in the example, its lines in a row, docstrings aside."""
-    source = bare(EXAMPLE.read_text())
+    """Code told twice goes stale: each block of the page stands in an example, its lines in a row, docstrings aside."""
+    source = bare(IDEAS.read_text()) + bare(EXAMPLE.read_text())
     blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.S)
     assert len(blocks) > 6
     for block in blocks:
         assert bare(block) in source, block
+
+
+def talk(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"hello, how are you today? number {number}"}]
 
 
 def bare(code: str) -> str:

@@ -93,6 +93,25 @@ def test_what_an_engine_cannot_run_is_refused(name, draft):
         assert bool(LAYOUTS[name].refusal(other)) == (setting in CANNOT[name])
 
 
+@pytest.mark.parametrize("name", CANNOT)
+def test_other_than_three_taps_are_refused_by_name(name, make, target, tmp_path):
+    """Eyas's own files hold them; no engine here reads any other number."""
+    draft = own_draft(make(taps=(0, 1, 2, 4, 6)))
+    assert draft.config.taps == (0, 1, 2, 4, 6)
+    engine = LAYOUTS[name].title.split()[0].split("/")[0].split(",")[0]
+    with pytest.raises(EyasError, match=rf"cannot run this draft: {engine}.* runs three taps, this draft has 5$"):
+        written(draft, name, target, tmp_path)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_more_than_one_layer_is_refused_by_name(name, make, target, tmp_path):
+    draft = own_draft(make(draft_layers=2))
+    assert draft.config.draft_layers == 2 and "layers.1.mlp.up_proj.weight" in draft.weights
+    with pytest.raises(EyasError, match=r"cannot run this draft: .* runs drafts of one layer, this one has 2$"):
+        written(draft, name, target, tmp_path)
+
+
 def test_layer_ids_are_written_as_each_engine_counts_them(make, target, tmp_path):
     """Trap 2: SGLang names a layer by its output, vLLM, speculators and llama.cpp by its input."""
     draft = own_draft(make(taps=OTHER_TAPS))

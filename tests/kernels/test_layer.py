@@ -115,14 +115,15 @@ def test_other_default_formats_of_the_users_do_not_reach_the_kernel():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_a_drafts_native_layer_is_its_plain_one(dtype):
+def test_a_drafts_native_layers_are_its_plain_ones(dtype, layers):
     def network(plain: bool):
         loose = tiny_target(prepare=False, dtype=torch.float32, head_dim=8)
-        made, _ = tiny_draft(loose)
+        made, _ = tiny_draft(loose, draft_layers=layers)
         made = made.to(torch.bfloat16).to(dtype).prepare()
         if plain:
-            made.native = None
+            made.native = []
         return made
 
     fast, slow = network(False), network(True)
@@ -131,7 +132,7 @@ def test_a_drafts_native_layer_is_its_plain_one(dtype):
     g = torch.randn(5, config.hidden_size, generator=draw).to(dtype)
     outs = []
     for each in (fast, slow):
-        cache = KVCache(1, 1, 16, config.num_key_value_heads, config.head_dim, dtype, torch.device("cpu"))
+        cache = KVCache(layers, 1, 16, config.num_key_value_heads, config.head_dim, dtype, torch.device("cpu"))
         attention = cache.attention([Segment(0, 5)], config.num_attention_heads // config.num_key_value_heads)
         outs.append(each.step(torch.tensor(prompt(5)), g, torch.arange(5), attention))
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}

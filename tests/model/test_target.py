@@ -312,9 +312,9 @@ def test_a_cache_that_is_full_says_so():
 # ---- taps and layers ----
 
 
-@pytest.mark.parametrize("taps", [(1, 2), (1, 2, 3, 4), (2, 1, 3), (1, 1, 3), (-1, 1, 3), (1, 2, 5), ()])
+@pytest.mark.parametrize("taps", [(2, 1, 3), (1, 1, 3), (-1, 1, 3), (1, 2, 5), (5,), ()])
 def test_taps_that_cannot_be_are_one_line(taps):
-    with pytest.raises(EyasError, match="three different layers in ascending order between 0 and 4") as caught:
+    with pytest.raises(EyasError, match="different layers in ascending order between 0 and 4") as caught:
         check_taps(taps, 5)
     assert "\n" not in str(caught.value)
 

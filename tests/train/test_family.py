@@ -15,7 +15,7 @@ from eyas.train import eagle1
 from eyas.train.batches import make_batch
 from eyas.train.features import Example
 from eyas.train.trainer import Budget
-from eyas.train.unroll import Lesson
+from eyas.train.unroll import Supervision
 from tests.tiny import randomize
 from tests.train.training import SETTINGS, assert_identical, examples, interrupt_at, make_trainer, silent, state_of
 
@@ -49,8 +49,8 @@ def document(method: str):
     batch, states = make_batch([Example(tokens, [0] * len(tokens))], trainer.source, trainer.network)
     law = trainer.teacher.law(states.hidden)
     within = trainer.teacher.within(states.favourites)
-    lesson = Lesson(law, torch.arange(len(tokens)), within, STEPS, DECAY)
-    return trainer.network, torch.tensor(tokens), states.hidden, law, within, batch, lesson
+    supervision = Supervision(law, torch.arange(len(tokens)), within, STEPS, DECAY)
+    return trainer.network, torch.tensor(tokens), states.hidden, law, within, batch, supervision
 
 
 def cross_entropy(logits, law, within):
@@ -61,8 +61,8 @@ def cross_entropy(logits, law, within):
 @torch.no_grad()
 def means_of(method: str) -> tuple[list[float], list[float], float]:
     """Each step's cross-entropy by the method's formula, and as its loss says; and the loss."""
-    network, t, hidden, law, within, batch, lesson = document(method)
-    total, means = METHODS[method].training().loss(network, batch, lesson)
+    network, t, hidden, law, within, batch, supervision = document(method)
+    total, means = METHODS[method].training().loss(network, batch, supervision)
     M, wanted = len(t), []
     embedding = network.embedding[0]
     if method == "medusa":
@@ -94,14 +94,14 @@ def test_each_depths_loss_is_the_papers(method):
 @torch.no_grad()
 def test_eagle1_learns_features_and_a_tenth_of_what_the_head_makes_of_them():
     """The features it is given are noisy, those it is to guess are not."""
-    network, t, hidden, law, within, batch, lesson = document("eagle1")
-    total, means = eagle1.loss(network, batch, lesson._replace(steps=1, seed=5))
+    network, t, hidden, law, within, batch, supervision = document("eagle1")
+    total, means = eagle1.loss(network, batch, supervision._replace(steps=1, seed=5))
     noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(5)).double() - 0.5
     given = hidden + noise * 2 * eagle1.NOISE * hidden.abs().mean()
     rows = torch.arange(len(t) - 1)
     x = network.fc(torch.cat([network.embedding[0][t[rows + 1]], given[rows]], -1))
-    x = x + plain_attention(network.block.self_attn, x, rows, network.rotary)
-    guessed, rows = plain_mlp(network.block, x)[:-1], rows[:-1]
+    x = x + plain_attention(network.layers[0].self_attn, x, rows, network.rotary)
+    guessed, rows = plain_mlp(network.layers[0], x)[:-1], rows[:-1]
     entropy = cross_entropy(guessed @ network.frozen[0].weight.T, law[rows + 1], within[rows + 1])
     distance = float(F.smooth_l1_loss(guessed, hidden[rows + 1]))
     assert float(means[0]) == pytest.approx(entropy, rel=1e-9)
@@ -109,8 +109,8 @@ def test_eagle1_learns_features_and_a_tenth_of_what_the_head_makes_of_them():
 
 
 def test_noise_is_a_function_of_the_seed_alone():
-    network, *_, batch, lesson = document("eagle1")
-    losses = [float(eagle1.loss(network, batch, lesson._replace(steps=1, seed=seed))[0].detach()) for seed in (1, 1, 2)]
+    network, *_, batch, supervision = document("eagle1")
+    losses = [float(eagle1.loss(network, batch, supervision._replace(steps=1, seed=seed))[0].detach()) for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eyas.config import EyasError
 from eyas.train import losses
 from eyas.train.losses import LOSSES, choose_columns, head_loss
 
@@ -33,6 +34,38 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(kind, chunk, monkeypa
     expected = torch.autograd.grad(3 * expected_terms.sum(), [x, head])
     torch.testing.assert_close(terms, expected_terms.detach())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("columns", [None, 6])
+@pytest.mark.parametrize("kind", ["soft", "lk-alpha", "lk-lambda"])
+def test_a_loss_written_plainly_is_the_one_with_its_slope_derived_by_hand(kind, columns, monkeypatch):
+    """Values and gradients, by chunks, over all tokens and over some."""
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+    losses.register("plainly", lambda log_q, p: plain(kind, log_q.exp(), p))
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(N, H, generator=draw, dtype=torch.float64).requires_grad_()
+    head = torch.randn(D, H, generator=draw, dtype=torch.float64).requires_grad_()
+    teacher = (2 * torch.randn(R, D, generator=draw, dtype=torch.float64)).softmax(-1)
+    place, weight = torch.randint(0, R, (N,), generator=draw), torch.rand(N, generator=draw, dtype=torch.float64)
+    some = columns and choose_columns(teacher, 1, columns, 0)
+    found = []
+    for name in (kind, "plainly"):
+        total, terms = head_loss(x, head, teacher, place, weight, name, some)
+        found.append((total.detach(), terms, *torch.autograd.grad(total, [x, head])))
+    torch.testing.assert_close(*found)
+
+
+def test_a_loss_that_cannot_be_registered_or_is_no_loss_is_one_line(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+    with pytest.raises(EyasError, match="loss 'soft' exists already; choose another name"):
+        losses.register("soft", plain)
+    with pytest.raises(EyasError, match="loss 'mine' needs either a loss"):
+        losses.register("mine")
+    losses.register("whole", lambda log_q, p: -(p * log_q).mean())
+    x, head, teacher = torch.randn(3, H), torch.randn(D, H), torch.full((1, D), 1 / D)
+    with pytest.raises(EyasError, match=r"loss 'whole' must make one differentiable number of each row, \[3\], not \(\)"):
+        head_loss(x.requires_grad_(), head, teacher, torch.zeros(3, dtype=torch.int64), torch.ones(3), "whole")
 
 
 @pytest.mark.parametrize("kind", LOSSES)

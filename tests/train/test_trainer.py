@@ -12,10 +12,11 @@ from eyas.config import EyasError
 from eyas.files.target import load_target
 from eyas.files.tensors import read_tensors
 from eyas.train import trainer as training
+from eyas.train.acceptance import simulate
 from eyas.train.batches import make_batch, split_evenly
 from eyas.train.features import Example
 from eyas.train.trainer import Budget, Trainer
-from eyas.train.unroll import Lesson, unrolled_loss
+from eyas.train.unroll import Supervision, unrolled_loss
 from tests.tiny import save_tiny_target, tiny_target
 from tests.train.training import (
     FACTS,
@@ -148,7 +149,7 @@ def test_one_step_is_the_gradient_of_the_unrolled_loss(tmp_path):
     documents = list(examples()[4:8])
     batch, states = make_batch(documents, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
-    loss, losses = unrolled_loss(trainer.network, batch, Lesson(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))
+    loss, losses = unrolled_loss(trainer.network, batch, Supervision(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))
     expected = torch.autograd.grad(loss, trainer.parameters)
     *found, norm = trainer.step(documents)
     assert_close(torch.tensor(found), torch.stack(losses).float())
@@ -189,7 +190,7 @@ def held_out_loss(trainer: Trainer) -> float:
     batch, states = make_batch(trainer.held_out, trainer.source, trainer.network)
     law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
     with torch.no_grad():
-        return float(unrolled_loss(trainer.network, batch, Lesson(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))[0])
+        return float(unrolled_loss(trainer.network, batch, Supervision(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))[0])
 
 
 def test_sixty_steps_lower_the_held_out_loss(tmp_path):
@@ -218,3 +219,19 @@ def test_a_saved_tiny_target_is_the_target_in_memory(tmp_path):
     assert config.vocab_size == 263 and config.eos_token_ids == (257,) and config.num_hidden_layers == 5
     loaded, made = load_target(tmp_path, "fp32"), tiny_target(dtype=torch.float32, prepare=False, vocab_size=263)
     assert_identical(dict(loaded.state_dict()), dict(made.state_dict()))
+
+
+# ---- more than one layer ----
+
+
+def test_a_second_layer_begins_by_adding_nothing_and_learns(tmp_path):
+    """A fresh draft of two layers computes what one of one layer does; after training its second layer counts."""
+    one, two = (make_trainer(tmp_path / str(count), replace(SETTINGS, draft_layers=count)) for count in (1, 2))
+    ours = {name: value for name, value in two.network.state_dict().items() if not name.startswith("layers.")}
+    assert_identical(ours, dict(one.network.state_dict()))
+    assert one.network.config.draft_layers == 1 and len(two.network.blocks) == 2
+    taus = [simulate(each.network, each.vocab, each.held_out, each.source, 4).tau() for each in (one, two)]
+    assert taus[0] == taus[1]
+    two.run(Budget(steps=60), silent)
+    assert two.progress.best() > 1.2
+    assert two.network.layers["1"].mlp.down_proj.weight.any() and two.network.layers["1"].self_attn.o_proj.weight.any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas import reference
-from eyas.train.unroll import Batch, Lesson, unroll, unrolled_loss
+from eyas.train.unroll import Batch, Supervision, unroll, unrolled_loss
 from tests.tiny import reference_weights, tiny_draft, tiny_target
 
 STEPS, DECAY = 5, 0.8
@@ -28,9 +28,9 @@ def documents(vocab_size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.
     return found
 
 
-def random_features(docs) -> list[torch.Tensor]:
+def random_features(docs, taps: int = 3) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(4)
-    return [torch.randn(len(tokens), 3 * 32, generator=draw, dtype=torch.float64) for tokens, _ in docs]
+    return [torch.randn(len(tokens), taps * 32, generator=draw, dtype=torch.float64) for tokens, _ in docs]
 
 
 def packed(docs, features) -> Batch:
@@ -41,13 +41,18 @@ def packed(docs, features) -> Batch:
     return Batch(torch.cat([t for t, _ in docs]), torch.cat(features), torch.cat(answers), [len(t) for t, _ in docs])
 
 
-@pytest.mark.parametrize("settings", [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+SETTINGS = [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}]
+FIVE, ONE = {"taps": (0, 1, 2, 3, 4)}, {"taps": (3,)}
+TWO, THREE = {"draft_layers": 2}, {"draft_layers": 3, "norm_output": True, **FIVE}
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}, TWO, THREE])
 def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     target = tiny_target()
     network, vocab = tiny_draft(target, **settings)
     docs = documents(target.config.vocab_size)
     draw = torch.Generator().manual_seed(3)
-    features = random_features(docs)
+    features = random_features(docs, len(network.config.taps))
     logits = [3 * torch.randn(len(t), target.config.vocab_size, generator=draw, dtype=torch.float64) for t, _ in docs]
     weights = reference_weights(network)
     slots = [[int(reference.loss_slots(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
@@ -61,7 +66,7 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     batch = packed(docs, features)
     taught, place = batch.taught()
     assert len(taught) == sum(int((answers >= 0).sum()) for _, answers in docs)
-    loss, losses = unrolled_loss(network, batch, Lesson(teacher[taught], place, within, STEPS, DECAY))
+    loss, losses = unrolled_loss(network, batch, Supervision(teacher[taught], place, within, STEPS, DECAY))
     torch.testing.assert_close(sum(DECAY**step * mean for step, mean in enumerate(losses)), loss.detach())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     parameters = list(network.parameters())

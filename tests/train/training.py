@@ -14,7 +14,7 @@ from eyas.train import trainer as training
 from eyas.train.acceptance import Simulation
 from eyas.train.features import Example, TargetStates
 from eyas.train.teacher import Teacher
-from eyas.train.trainer import Trainer
+from eyas.train.trainer import Run, Trainer
 from tests.tiny import tiny_target
 
 TAPS = (1, 2, 4)
@@ -65,7 +65,7 @@ def make_trainer(out, settings=SETTINGS, workers=1, dtype=torch.float64, **chang
     network = METHODS[method].training().new_network(loose, TAPS, vocab, settings).to(dtype)
     teacher = Teacher.of(loose, vocab, dtype)
     source, facts = TargetStates(target(), TAPS), dict(changes.pop("facts", FACTS))
-    return Trainer(network, vocab, teacher, examples()[4:], examples()[:4], source, settings, out, facts, 5, workers, **changes)
+    return Trainer(Run(network, vocab, teacher, examples()[4:], examples()[:4], source, settings, out, facts, 5, workers, **changes))
 
 
 def simulation(tau: float) -> Simulation:

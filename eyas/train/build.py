@@ -1,0 +1,204 @@
+"""A training run from what it is made of: examples are held out, a draft is begun or gone on with, and a trainer has all it needs.
+
+Knows every part of training; knows nothing of options, files of the user's or terminals. This is what a program of one's own calls:
+
+    trainer = build(Setup(load_target(directory, "fp32"), taps, examples, ShardStates(), TrainSettings(), out))
+    trainer.run(Budget(minutes=10), lambda *_: None)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import eyas
+from eyas.config import PRECISIONS, EyasError, TargetConfig, TrainSettings, TreeShape, check_taps, default_taps
+from eyas.files.disk import directory_hash, read_json
+from eyas.files.eagle3_files import check_fits, config_from_file, load_draft
+from eyas.files.target import load_target, target_config
+from eyas.files.tokenizer import chat_template_hash
+from eyas.kernels.linear import capability
+from eyas.methods import METHODS
+from eyas.model.adapter import AdaptedTarget
+from eyas.model.draft import DraftNetwork
+from eyas.model.target import Target
+from eyas.model.vocab import DraftVocab
+from eyas.train.acceptance import TreeTau
+from eyas.train.conversations import Document, draft_vocabulary
+from eyas.train.features import Example, StateSource, TargetStates
+from eyas.train.parallel import ALONE, Peers
+from eyas.train.teacher import Teacher
+from eyas.train.trainer import Run, Trainer
+
+TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # of the measurements with trees while training
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A target on disk as a run studies it: its shape, its hash, and the layers whose inputs are kept."""
+
+    directory: Path
+    config: TargetConfig
+    sha256: str
+    taps: tuple[int, ...]
+
+    @classmethod
+    def at(cls, directory: Path, taps: Sequence[int] | None = None) -> Studied:
+        """`taps` None: the usual ones."""
+        config = target_config(directory)
+        layers = config.num_hidden_layers
+        chosen = usual_taps(layers) if taps is None else check_taps(taps, layers)
+        return cls(directory, config, directory_hash(directory), chosen)
+
+    def facts(self) -> dict[str, Any]:
+        """What training.json says of it, and of where and when it was studied."""
+        return {
+            "target": self.directory.name,
+            "target_sha256": self.sha256,
+            "chat_template_sha256": chat_template_hash(self.directory),
+            "taps_are_inputs_of_layers": list(self.taps),
+            "date": date.today().isoformat(),
+            "versions": {"eyas": eyas.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {capability()}",
+        }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is built from. The target is not yet prepared."""
+
+    target: Target | AdaptedTarget
+    taps: tuple[int, ...]
+    examples: list[Example]
+    source: StateSource | None  # None: the target reads the examples beside the training
+    settings: TrainSettings
+    out: Path | None = None  # None: nothing is saved
+    facts: dict[str, Any] = field(default_factory=dict)
+    method: str = "eagle3"
+    workers: int = 1
+    peers: Peers = ALONE
+    start: Path | None = None  # a draft whose weights it begins with
+    held_out: list[Example] | None = None  # what measures; None: some of the examples are taken for it
+    say: Callable[[str], None] = lambda line: None
+
+
+def build(setup: Setup) -> Trainer:
+    target, settings = setup.target, setup.settings
+    kept, held_out = hold_out(setup.examples, settings) if setup.held_out is None else (setup.examples, setup.held_out)
+    if setup.start is None:
+        network, vocab = new_draft(target, setup.taps, kept, settings, setup.method)
+    else:
+        network, vocab = earlier_draft(setup.start, target, setup.taps, settings)
+    network.to(target.device)
+    tell(setup, kept, held_out, vocab)
+    run = Run(
+        network=network,
+        vocab=vocab,
+        teacher=Teacher.of(target, vocab, torch.float32),
+        examples=kept,
+        held_out=held_out,
+        source=setup.source or TargetStates(target.prepare(), setup.taps),
+        settings=settings,
+        out=setup.out,
+        facts=setup.facts,
+        target_layers=target.config.num_hidden_layers,
+        workers=setup.workers,
+        peers=setup.peers,
+        method=setup.method,
+    )
+    return Trainer(run)
+
+
+def tell(setup: Setup, kept: list[Example], held_out: list[Example], vocab: DraftVocab) -> None:
+    different = len({token for example in kept for token, number in zip(example.tokens, example.answers, strict=True) if number >= 0})
+    if different < len(vocab):
+        setup.say(f"the answers use {different} different tokens; the draft vocabulary of {len(vocab)} is filled up with unused ones")
+    slots = sum(number >= 0 for example in kept for number in example.answers)
+    told = f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out"
+    setup.say(f"{told}; the draft vocabulary covers {coverage(held_out, vocab):.1%} of their answers")
+
+
+def usual_taps(layers: int) -> tuple[int, ...]:
+    """The default ones, of a target that has layers enough."""
+    low, middle, high = default_taps(layers)
+    if not 0 <= low < middle < high:
+        raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name others with `eyas train --taps L,M,H`")
+    return low, middle, high
+
+
+# ---- the draft that it begins with ----
+
+
+def new_draft(
+    target: Target | AdaptedTarget, taps: tuple[int, ...], kept: list[Example], settings: TrainSettings, method: str = "eagle3"
+) -> tuple[nn.Module, DraftVocab]:
+    """A draft for these conversations' tokens that begins with what the target knows."""
+    documents, config = [Document(example.tokens, example.answers) for example in kept], target.config
+    ids = draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids)
+    vocab = DraftVocab(ids, config.vocab_size)
+    return METHODS[method].training().new_network(target, taps, vocab, settings), vocab
+
+
+def earlier_draft(
+    directory: Path, target: Target | AdaptedTarget, taps: tuple[int, ...], settings: TrainSettings
+) -> tuple[DraftNetwork, DraftVocab]:
+    """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
+    config = config_from_file(directory)
+    check_fits(config, target.config)
+    network, vocab = load_draft(directory, target.embedding.detach(), torch.float32)
+    pairs = (
+        ("taps", config.taps, taps),
+        ("draft vocabulary", len(vocab), settings.draft_vocab_size),
+        ("fc_norm", config.fc_norm, settings.fc_norm),
+        ("norm_output", config.norm_output, settings.norm_output),
+        ("draft_layers", config.draft_layers, settings.draft_layers),
+    )
+    told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
+    if told:
+        raise EyasError(f"{directory} is of another shape ({'; '.join(told)}); ask for the same")
+    return network, vocab
+
+
+def earlier_facts(start: Path | None) -> dict[str, Any]:
+    """What training.json says of the draft that a run begins with: its lineage is part of what it was trained on."""
+    if start is None:
+        return {}
+    path = start / "training.json"
+    return {"from": {name: value for name, value in read_json(path).items() if name != "curve"} if path.exists() else {}}
+
+
+# ---- what is measured ----
+
+
+def hold_out(examples: list[Example], settings: TrainSettings) -> tuple[list[Example], list[Example]]:
+    """A seeded split; at least one document measures and one trains. Tau is defined on the target's greedy answers: where there are
+    such, they measure."""
+    if len(examples) < 2:
+        raise EyasError("one conversation is too little to train on and measure with; give at least two")
+    order = random.Random(settings.seed).sample(examples, len(examples))
+    order.sort(key=lambda example: not example.greedy)  # stable: the greedy ones first, each kind in its drawn order
+    count = min(max(1, round(len(order) * settings.held_out)), 64)
+    return order[count:], order[:count]
+
+
+def coverage(examples: list[Example], vocab: DraftVocab) -> float:
+    member = vocab.member()
+    tokens = [token for example in examples for token, number in zip(example.tokens, example.answers, strict=True) if number >= 0]
+    return float(member[torch.tensor(tokens)].float().mean())
+
+
+def with_trees(trainer: Trainer, directory: Path, device: str = "cpu") -> Trainer:
+    """Let a trainer measure, now and then, tau of real rounds with trees on its first held-out prompts."""
+    prompts = [prompt for example in trainer.held_out[:TREE_PROMPTS] if (prompt := example.tokens[: max(example.answers.index(0), 8)])]
+    target = load_target(directory, PRECISIONS[0], device).prepare()
+    trainer.tree_tau = TreeTau(target, trainer.vocab, prompts, TreeShape.parse(TREE), TREE_TOKENS, trainer.method)
+    return trainer
