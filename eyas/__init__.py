@@ -12,7 +12,8 @@ from eyas.config import EyasError, Sampling, TreeShape
 if TYPE_CHECKING:
     from eyas.engine import load
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["EyasError", "Sampling", "TreeShape", "load"]
 
 
@@ -21,4 +22,16 @@ def __getattr__(name: str) -> Any:
         from eyas.engine import load
 
         return load
+    if name == "__version__":
+        return installed_version()
     raise AttributeError(f"module 'eyas' has no attribute {name!r}")
+
+
+def installed_version() -> str:
+    """What the installed package says of itself: pyproject.toml holds the version, and nothing else does."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("eyas")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"  # run from a source tree that is not installed
