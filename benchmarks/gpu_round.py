@@ -4,20 +4,19 @@
 
 Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's dense products alone,
 its pass kernel after kernel, and its pass in fixed shapes as a captured graph; then whole rounds, draft steps included, through the same
-`Decoder` as anywhere, without and with captured passes. `--tiny` runs the same in seconds on a CPU, to see that it works.
+`Decoder` as anywhere, without and with captured passes. `--quick` runs the same on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import options, parsed, tell
 
 from eyas.config import GREEDY, PLAIN, Sampling, TargetConfig, TreeShape
 from eyas.decode.generate import Decoder
@@ -31,7 +30,6 @@ from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
 SHAPES = {8: "8x3x2", 16: "16x4x3", 32: "32x5x4", 64: "64x6x8"}
-REPEATS, ROUNDS = 20, 40
 
 
 def config_of(layers: int, tiny: bool) -> TargetConfig:
@@ -61,10 +59,10 @@ def models(config: TargetConfig, device: torch.device) -> tuple[Target, Eagle3Dr
     return target.prepare(), Eagle3Drafter(network.prepare(), vocab)
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median of repeated calls, each waited for."""
     taken = []
-    for _ in range(REPEATS + 3):
+    for _ in range(repeats + 3):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
@@ -74,23 +72,23 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def passes(target: Target, taps: tuple[int, ...], context: int) -> dict[int, dict[str, float]]:
+def passes(target: Target, taps: tuple[int, ...], counts: Sequence[int], context: int, repeats: int) -> dict[int, dict[str, float]]:
     """Milliseconds of a pass by its rows: kernel after kernel, captured, and its dense products alone."""
     device, found = target.device, {}
-    for count in (1, *SHAPES):
+    for count in counts:
         parents = [-1, *((row - 1) // 2 for row in range(1, count))]
         rows = Rows(torch.arange(count), torch.full((count,), context), [Segment(0, count, ancestor_mask(parents) if count > 1 else None)])
-        found[count] = {"products": products(target, count)}
+        found[count] = {"products": products(target, count, repeats)}
         for name, pool in (("launched", None), ("captured", Pool())):
             target.pool = pool
-            cache = target.new_cache(1, context + max(SHAPES))
+            cache = target.new_cache(1, context + max(counts))
             target(chain_rows(0, [1] * context, 0), cache, taps, slice(-1, None))
             cache.keep(0, range(context))
-            found[count][name] = milliseconds(lambda rows=rows, cache=cache: target(rows, cache, taps), device)
+            found[count][name] = milliseconds(lambda rows=rows, cache=cache: target(rows, cache, taps), device, repeats)
     return found
 
 
-def products(target: Target, count: int) -> float:
+def products(target: Target, count: int, repeats: int) -> float:
     """Milliseconds of all dense products of a pass, launched together."""
     width, inner = target.config.hidden_size, target.config.intermediate_size
     x_NH, x_NI = (torch.randn(count, size, dtype=target.dtype, device=target.device) for size in (width, inner))
@@ -104,18 +102,28 @@ def products(target: Target, count: int) -> float:
             block.mlp.down(x_NI)
         return (target.head(x_NH),)
 
-    return milliseconds(Graph(run, [x_NH, x_NI, x_NA]), target.device)
+    return milliseconds(Graph(run, [x_NH, x_NI, x_NA]), target.device, repeats)
 
 
-def rounds(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, context: int, captured: bool, sampling: Sampling) -> float:
+@dataclass(frozen=True)
+class Form:
+    """How rounds are run."""
+
+    captured: bool
+    sampling: Sampling
+    context: int
+    rounds: int
+
+
+def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, form: Form) -> float:
     """Milliseconds of one round, drafting included, once what is made on first use is there."""
-    target.pool = Pool() if captured else None
+    target.pool = Pool() if form.captured else None
     if drafter:
-        drafter.network.pool = Pool() if captured else None
+        drafter.network.pool = Pool() if form.captured else None
     decoder, taken = Decoder(target, drafter), []
     for _ in range(2):
         last = time.perf_counter()
-        for _ in decoder.run([[1] * context], shape, sampling, [0], ROUNDS):
+        for _ in decoder.run([[1] * form.context], shape, form.sampling, [0], form.rounds):
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(1e3 * (time.perf_counter() - last))
@@ -123,29 +131,30 @@ def rounds(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, cont
     return statistics.median(taken[len(taken) // 2 + 3 :])
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--device", default="cuda")
-    options.add_argument("--layers", type=int, default=32)
-    options.add_argument("--context", type=int, default=256)
-    options.add_argument("--tiny", action="store_true", help="small widths, to try the script")
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--nodes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--repeats", type=int, default=20, help="of a pass")
+    parser.add_argument("--rounds", type=int, default=40)
+    given = parsed(parser, words, device="cpu", layers=7, context=16, nodes=[8], repeats=1, rounds=14)
     device = torch.device(given.device)
-    target, drafter = models(config_of(given.layers, given.tiny), device)
+    target, drafter = models(config_of(given.layers, given.quick), device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "layers": given.layers, "context": given.context}
-    found["passes_ms"] = passes(target, drafter.wants, given.context)
+    found["passes_ms"] = passes(target, drafter.wants, (1, *given.nodes), given.context, given.repeats)
     forms = {"launched": (False, GREEDY), "captured": (True, GREEDY), "captured, temperature 1": (True, Sampling(1.0))}
-    for name, form in forms.items():
-        plain = rounds(target, None, PLAIN, given.context, *form)
+    for name, (captured, sampling) in forms.items():
+        form = Form(captured, sampling, given.context, given.rounds)
+        plain = round_ms(target, None, PLAIN, form)
         found[name] = {"plain_ms": round(plain, 2), "rounds": {}}
-        for nodes, shape in SHAPES.items():
-            taken = rounds(target, drafter, TreeShape.parse(shape), given.context, *form)
+        for nodes in given.nodes:
+            shape = SHAPES[nodes]
+            taken = round_ms(target, drafter, TreeShape.parse(shape), form)
             found[name]["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
-    print(json.dumps(found, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    tell(found, given.out)
 
 
 if __name__ == "__main__":

@@ -12,29 +12,42 @@ prompts of each kind), what these prompts teach does not.
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import KINDS, engine_for, in_turn, options, parsed, save
 
-import eyas
 from eyas.bench.figures import estimate, ratio
 from eyas.bench.prompts import read_prompts
 from eyas.config import GREEDY, PLAIN, TreeShape
-from eyas.decode.generate import Decoder, Text
+from eyas.decode.generate import Decoder
+from eyas.decode.sequence import Sequence
 from eyas.engine import Engine
 
-KINDS = {"chat": "mt_bench.jsonl", "code": "humaneval.jsonl", "math": "gsm8k.jsonl"}
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
 METHOD = "eagle3-lookup"
-HEAT_SECONDS, TOKENS, PRACTICE = 0.7, 100, 5
 BEST, BEST_LATER = 5, 2  # fixed trees in the first turn of a race, and in the later ones
 TURNS = {1: 1, 2: 2, 4: 4}  # of a batch: how often all its groups of prompts are raced; of larger ones thrice
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long everything is tried."""
+
+    tokens: int = 100  # of a text
+    heat: float = 0.7  # seconds of each shape in the first heat
+    practice: float = 15.0  # seconds of the planner with each batch before it counts
+    practice_prompts: int = 5  # of each kind, from the end
+    prompts: int = 24  # of a kind, at least, for more than one sequence
+    shapes: int | None = None  # of the grid: all
+    turns: int | None = None  # of a race: by batch
 
 
 def grid() -> list[TreeShape]:
@@ -53,20 +66,22 @@ class Stream(Decoder):
 
     tokens, taken, full = 0, 0.0, 0
 
-    def round(self, sequences: Sequence[Text], *settings: Any) -> None:
+    def round(self, sequences: list[Sequence]) -> None:
         before, started = sum(len(each.tokens) for each in sequences), time.perf_counter()
-        super().round(sequences, *settings)
+        super().round(sequences)
         if len(sequences) == self.full:
             self.taken += time.perf_counter() - started
             self.tokens += sum(len(each.tokens) for each in sequences) - before
 
 
-def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeShape | str, seconds: float) -> tuple[int, float]:
-    """Tokens and seconds of rounds with `batch` texts: until fewer are left, or so long."""
+def throughput(
+    engine: Engine, prompts: list[list[int]], batch: int, tree: TreeShape | str, longest: int, seconds: float = math.inf
+) -> tuple[int, float]:
+    """Tokens and seconds of rounds with `batch` texts of so many tokens: until fewer texts are left, or so long."""
     method = "plain" if tree == PLAIN else METHOD
-    decoder = Stream(engine.target, engine.drafter(method), planner=engine.planner(tree, method, GREEDY))
+    decoder = Stream(engine.target, engine.drafter(method), plan=engine.planner(tree, method, GREEDY))
     decoder.full = batch
-    for texts in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), TOKENS, batch=batch):
+    for texts in decoder.run(prompts, engine.shape(tree, method), GREEDY, range(len(prompts)), longest, batch=batch):
         if decoder.taken > seconds or sum(not text.finish_reason for text in texts) < batch:
             break
     return decoder.tokens, decoder.taken
@@ -75,12 +90,17 @@ def throughput(engine: Engine, prompts: list[list[int]], batch: int, tree: TreeS
 Races = dict[str, list[tuple[int, float]]]  # tree: tokens and seconds of each race
 
 
-def race(engine: Engine, groups: list[list[list[int]]], batch: int, trees: list[TreeShape | str], seconds: float, found: Races) -> None:
-    """Every group once by each tree, the trees in a rotating order."""
+def race(engine: Engine, groups: list[list[list[int]]], batch: int, trees: list[TreeShape | str], longest: int, found: Races) -> None:
+    """Every group once by each tree, in turn."""
     for group in groups:
-        first = len(found[str(trees[0])]) % len(trees)
-        for tree in trees[first:] + trees[:first]:
-            found[str(tree)].append(throughput(engine, group, batch, tree, seconds))
+        for tree in in_turn(trees, len(found[str(trees[0])])):
+            found[str(tree)].append(throughput(engine, group, batch, tree, longest))
+
+
+def heat(engine: Engine, prompts: list[list[int]], batch: int, shapes: list[TreeShape], effort: Effort) -> list[TreeShape]:
+    """The best few of all shapes, each of which answers the prompts for a moment."""
+    rates = {str(shape): rate([throughput(engine, prompts, batch, shape, effort.tokens, effort.heat)]) for shape in shapes}
+    return sorted(shapes, key=lambda shape: -rates[str(shape)])[:BEST]
 
 
 def rate(races: list[tuple[int, float]]) -> float:
@@ -96,11 +116,11 @@ def over(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> list[f
     return [round(each, 3) for each in (value, *interval)]
 
 
-def judged(engine: Engine, groups: list[list[list[int]]], batch: int, best: list[TreeShape]) -> dict[str, Any]:
+def judged(engine: Engine, groups: list[list[list[int]]], batch: int, best: list[TreeShape], effort: Effort) -> dict[str, Any]:
     """The planner, plain decoding and the best shapes on one kind of prompts."""
     rivals, races = list(best), {str(tree): [] for tree in ("auto", PLAIN, *best)}
-    for _ in range(TURNS.get(batch, 3)):
-        race(engine, groups, batch, ["auto", PLAIN, *rivals], float("inf"), races)
+    for _ in range(effort.turns or TURNS.get(batch, 3)):
+        race(engine, groups, batch, ["auto", PLAIN, *rivals], effort.tokens, races)
         rivals = sorted(rivals, key=lambda shape: -rate(races[str(shape)]))[:BEST_LATER]
     plan, plain = races["auto"], races[str(PLAIN)]
     winner = max((PLAIN, *rivals), key=lambda tree: rate(races[str(tree)]))
@@ -116,36 +136,37 @@ def judged(engine: Engine, groups: list[list[list[int]]], batch: int, best: list
     }
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("prompts", type=Path)
-    options.add_argument("--batches", default="1,2,4,8,16")
-    options.add_argument("--precision", default="bf16")
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
-    engine = eyas.load(precision=given.precision)
+def groups_of(prompts: list[list[int]], batch: int, effort: Effort) -> list[list[list[int]]]:
+    """The prompts of each race: small ones, so that turns come round often."""
+    size, count = (1, 2 * effort.prompts // 3) if batch == 1 else (2 * batch, max(2, effort.prompts // (2 * batch)))
+    return [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
+
+
+def main(words: Items[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("prompts", type=Path, nargs="?")
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    parser.add_argument("--precision", default="bf16")
+    given = parsed(parser, words, {"prompts": "prompts"}, batches="2")
+    effort = Effort(12, 0.0, 0.1, 2, 4, 3, 1) if given.quick else Effort()
+    engine = engine_for(given, given.precision)
     kinds = {kind: [engine.encode(item.prompt) for item in read_prompts(given.prompts / name)[0]] for kind, name in KINDS.items()}
-    practice = [prompt for trio in zip(*(prompts[-PRACTICE:] for prompts in kinds.values())) for prompt in trio]
-    throughput(engine, practice, 1, "auto", 1.0)  # times passes, where nobody did
+    practice = [prompt for trio in zip(*(prompts[-effort.practice_prompts :] for prompts in kinds.values())) for prompt in trio]
+    throughput(engine, practice, 1, "auto", effort.tokens, 1.0)  # times passes, where nobody did
     found: dict[str, Any] = {"precision": given.precision, "threads": torch.get_num_threads(), "method": METHOD, "rows": []}
-    shapes = grid()
+    shapes = grid()[: effort.shapes]
     print(f"{len(shapes)} shapes", file=sys.stderr)
     for batch in map(int, given.batches.split(",")):
         engine.plans.frozen = False
-        throughput(engine, practice * 2, batch, "auto", 15.0)
+        throughput(engine, practice * 2, batch, "auto", effort.tokens, effort.practice)
         engine.plans.frozen = True
         mixed = [prompt for trio in zip(*kinds.values()) for prompt in trio][: max(3, batch)]
-        heat: Races = {str(shape): [] for shape in shapes}
-        race(engine, [mixed], batch, list(shapes), HEAT_SECONDS, heat)
-        best = sorted(shapes, key=lambda shape: -rate(heat[str(shape)]))[:BEST]
+        best = heat(engine, mixed, batch, shapes, effort)
         for kind, prompts in kinds.items():
-            size, count = (1, 16) if batch == 1 else (2 * batch, max(2, 12 // batch))  # small ones, so that turns come round often
-            groups = [prompts[first : first + size] for first in range(1, 1 + size * count, size)]
-            row = {"batch": batch, "kind": kind, **judged(engine, groups, batch, best)}
+            row = {"batch": batch, "kind": kind, **judged(engine, groups_of(prompts, batch, effort), batch, best, effort)}
             found["rows"].append(row)
             print(json.dumps(row), flush=True)
-            if given.out:
-                given.out.write_text(json.dumps(found, indent=1) + "\n")
+            save(found, given.out)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ divergence in nats from bf16's law.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import KINDS, engine_for, in_turn, options, parsed, save
 from torch import Tensor
 
-import eyas
 from eyas.bench.prompts import read_prompts
 from eyas.config import PRECISIONS, EyasError, TreeShape
 from eyas.engine import Engine
@@ -30,63 +30,80 @@ from eyas.model.rows import chain_rows
 METHOD = "eagle3-lookup"
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--prompts", required=True)
-    options.add_argument("--limit", type=int, default=20)
-    options.add_argument("--max-new-tokens", type=int, default=100)
-    options.add_argument("--precisions", default="bf16,int8,q4")
-    options.add_argument("--trees", default="chain:2,6x2x3")
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
-    names = given.precisions.split(",")
-    if unknown := set(names) - set(PRECISIONS):
-        raise EyasError(f"precision {unknown.pop()!r} is unknown; choose {', '.join(PRECISIONS)}")
-    engines = {name: eyas.load(precision=name) for name in names}
-    prompts, _ = read_prompts(given.prompts, given.limit)
-    ways = [(name, shape) for name in names for shape in ("plain", *given.trees.split(","))]
-    seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    texts: dict[tuple[str, str], list[list[int]]] = {way: [] for way in ways}
+Way = tuple[str, str]  # a precision, and what is drafted: "plain" or a tree
+
+
+@dataclass
+class Answers:
+    """Seconds a token, and texts, of every way, prompt by prompt."""
+
+    seconds: dict[Way, list[float]]
+    texts: dict[Way, list[list[int]]]
+
+
+def answered(engines: dict[str, Engine], ways: list[Way], prompts: Sequence[Any], longest: int) -> Answers:
+    """Every prompt by every way, in turn."""
+    found = Answers({way: [] for way in ways}, {way: [] for way in ways})
     for way in ways:  # the first pass of a process is slow
-        answer(engines, way, prompts[0].prompt, 8)
-    for number, item in enumerate(prompts):
-        start = number % len(ways)
-        for way in ways[start:] + ways[:start]:
+        answer(engines, way, prompts[0], 8)
+    for number, prompt in enumerate(prompts):
+        for way in in_turn(ways, number):
             began = time.perf_counter()
-            tokens = answer(engines, way, item.prompt, given.max_new_tokens)
-            seconds[way].append((time.perf_counter() - began) / len(tokens))
-            texts[way].append(tokens)
-    first = (names[0], "plain")
-    rows = []
-    for name, shape in ways:
-        own = texts[name, "plain"]
-        rows.append(
-            {
-                "precision": name,
-                "drafted": shape,
-                "tokens_per_second": round(1 / statistics.fmean(seconds[name, shape]), 1),
-                "over_first": ratio(seconds[first], seconds[name, shape]),
-                "over_own_plain": ratio(seconds[name, "plain"], seconds[name, shape]),
-                "texts_equal_own_plain": sum(a == b for a, b in zip(texts[name, shape], own)),
-                "texts_equal_first": sum(a == b for a, b in zip(texts[name, shape], texts[first])),
-            }
-        )
-    read = [engines[names[0]].encode(item.prompt) + text for item, text in zip(prompts, texts[first])]
-    near = {name: {"bits_a_weight": bits(engine), **nearness(engines[names[0]], engine, read)} for name, engine in engines.items()}
-    found = {"threads": torch.get_num_threads(), "prompts": len(prompts), "prompt_file": Path(given.prompts).name, "nearness": near}
-    found |= {"max_new_tokens": given.max_new_tokens, "method": METHOD, "rows": rows}
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+            tokens = answer(engines, way, prompt, longest)
+            found.seconds[way].append((time.perf_counter() - began) / len(tokens))
+            found.texts[way].append(tokens)
+    return found
+
+
+def row_of(way: Way, first: Way, found: Answers) -> dict[str, Any]:
+    own = (way[0], "plain")
+    return {
+        "precision": way[0],
+        "drafted": way[1],
+        "tokens_per_second": round(1 / statistics.fmean(found.seconds[way]), 1),
+        "over_first": ratio(found.seconds[first], found.seconds[way]),
+        "over_own_plain": ratio(found.seconds[own], found.seconds[way]),
+        "texts_equal_own_plain": sum(a == b for a, b in zip(found.texts[way], found.texts[own])),
+        "texts_equal_first": sum(a == b for a, b in zip(found.texts[way], found.texts[first])),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], near: dict[str, dict[str, Any]], prompts: int) -> str:
     heads = ["precision", "bits a weight", "drafted", "tokens/s", "over first", "over own plain", "texts: own plain's, first's"]
-    print("|", " | ".join([*heads, "first choices equal, nats"]), "|\n" + "|---" * (len(heads) + 1) + "|")
+    lines = [[*heads, "first choices equal, nats"], ["---"] * (len(heads) + 1)]
     for row in rows:
         at = near[row["precision"]]
         cells = [row["precision"], at["bits_a_weight"], row["drafted"], row["tokens_per_second"], row["over_first"], row["over_own_plain"]]
-        cells += [f"{row['texts_equal_own_plain']}, {row['texts_equal_first']} of {len(prompts)}", f"{at['equal']:.3f}, {at['nats']:.5f}"]
-        print("|", " | ".join(map(str, cells)), "|")
+        cells += [f"{row['texts_equal_own_plain']}, {row['texts_equal_first']} of {prompts}", f"{at['equal']:.3f}, {at['nats']:.5f}"]
+        lines.append(list(map(str, cells)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def answer(engines: dict[str, Engine], way: tuple[str, str], prompt: Any, tokens: int) -> list[int]:
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--prompts")
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--precisions", default="bf16,int8,q4")
+    parser.add_argument("--trees", default="chain:2,6x2x3")
+    given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, limit=2, max_new_tokens=16, trees="chain:2")
+    names = given.precisions.split(",")
+    if unknown := set(names) - set(PRECISIONS):
+        raise EyasError(f"precision {unknown.pop()!r} is unknown; choose {', '.join(PRECISIONS)}")
+    engines = {name: engine_for(given, name) for name in names}
+    prompts = [item.prompt for item in read_prompts(given.prompts, given.limit)[0]]
+    ways = [(name, shape) for name in names for shape in ("plain", *given.trees.split(","))]
+    answers = answered(engines, ways, prompts, given.max_new_tokens)
+    first = (names[0], "plain")
+    rows = [row_of(way, first, answers) for way in ways]
+    read = [engines[names[0]].encode(prompt) + text for prompt, text in zip(prompts, answers.texts[first])]
+    near = {name: {"bits_a_weight": bits(engine), **nearness(engines[names[0]], engine, read)} for name, engine in engines.items()}
+    found = {"threads": torch.get_num_threads(), "prompts": len(prompts), "prompt_file": Path(given.prompts).name, "nearness": near}
+    save(found | {"max_new_tokens": given.max_new_tokens, "method": METHOD, "rows": rows}, given.out)
+    print(table(rows, near, len(prompts)))
+
+
+def answer(engines: dict[str, Engine], way: Way, prompt: Any, tokens: int) -> list[int]:
     name, shape = way
     if shape == "plain":
         return engines[name].generate(prompt, method="plain", max_new_tokens=tokens).tokens

@@ -9,22 +9,21 @@ with nothing in between, weights not in a cache, and the cost of such a call tak
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import KINDS, engine_for, options, parsed, tell
 
-import eyas
 from eyas.bench.prompts import PRACTICE, read_prompts
-from eyas.decode import generate
+from eyas.decode import verifiers
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import Planner
+from eyas.decode.sequence import Sequence as Growing
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import Engine
 from eyas.kernels import native
@@ -34,12 +33,17 @@ REPEATS = 5
 
 
 class Parts:
-    """Seconds by part while rounds run; a part inside another is taken off it."""
+    """Seconds by part while rounds run; a part inside another is taken off it. Whatever is replaced is put back at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: ExitStack) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.open: list[float] = []
         self.on = False
+        self.undo = undo
+
+    def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, function)
 
     def watch(self, owner: Any, name: str, part: str | Callable[..., str]) -> None:
         inner = getattr(owner, name)
@@ -57,7 +61,7 @@ class Parts:
                 if self.open:
                     self.open[-1] += taken
 
-        setattr(owner, name, timed)
+        self.replace(owner, name, timed)
 
 
 @dataclass
@@ -116,15 +120,16 @@ def watched(engine: Engine, parts: Parts) -> Called:
             called.products.setdefault(weights.blocks.data_ptr(), (weights, Counter()))[1][len(x)] += 1
         return product(x, weights)
 
-    NativeLayers.__call__, native.product = layers_called, product_called
-    target = engine.target.native
+    parts.replace(NativeLayers, "__call__", layers_called)
+    parts.replace(native, "product", product_called)
+    target, head = engine.target.native, engine.target.head.weight
     parts.watch(NativeLayers, "__call__", lambda self, *_: "target's layers" if self is target else "draft's layer")
-    parts.watch(native, "product", lambda x, weights: "target's head" if weights.outputs > 40000 else "draft's head and fc")
-    parts.watch(generate, "draw", "sampling")
+    parts.watch(native, "product", lambda x, weights: "target's head" if weights is head else "draft's head and fc")
+    parts.watch(verifiers, "draw", "sampling")
     for name in ("begin", "pays", "frontiers", "grew", "cut", "judge", "served"):
         parts.watch(Planner, name, "planner")
     parts.watch(Eagle3Drafter, "propose", "drafting, rest")
-    parts.watch(generate, "commit", "text")
+    parts.watch(Growing, "commit", "text")
     parts.watch(Decoder, "round", "round, rest")
     inner = Decoder.round
 
@@ -133,41 +138,45 @@ def watched(engine: Engine, parts: Parts) -> Called:
         inner(self, *args)
         parts.on = False
 
-    Decoder.round = round_called
+    parts.replace(Decoder, "round", round_called)
     return called
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--prompts", required=True)
-    options.add_argument("--limit", type=int, default=5)
-    options.add_argument("--precision", default="bf16")
-    options.add_argument("--method", default="eagle3-lookup")
-    options.add_argument("--tree", default="auto")
-    options.add_argument("--max-new-tokens", type=int, default=150)
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
-    engine = eyas.load(precision=given.precision)
-    items, _ = read_prompts(given.prompts, given.limit)
+def profiled(engine: Engine, prompts: Sequence[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Rounds, seconds by part, and seconds of the bare products, over all prompts."""
+    tokens, count, alone = 0, 0, 0.0
+    with ExitStack() as undo:
+        parts = Parts(undo)
+        called = watched(engine, parts)
+        for prompt in prompts:
+            result = engine.generate(prompt, **settings)
+            tokens, count = tokens + len(result.tokens) - 1, count + result.rounds
+            alone += bare(called)  # at once: a shared machine is not always as fast
+            called.layers.clear()
+            called.products.clear()
+    whole = sum(parts.seconds.values())
+    found = {"rounds": count, "tau": round(tokens / count, 2), "ms_a_round": round(1e3 * whole / count, 2)}
+    found |= {"bare_ms": round(1e3 * alone / count, 2), "over_bare": round(whole / alone, 3)}
+    found["shares"] = {part: round(taken / whole, 3) for part, taken in sorted(parts.seconds.items(), key=lambda each: -each[1])}
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--prompts")
+    parser.add_argument("--limit", type=int, default=5)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--method", default="eagle3-lookup")
+    parser.add_argument("--tree", default="auto")
+    parser.add_argument("--max-new-tokens", type=int, default=150)
+    given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, limit=2, max_new_tokens=16, tree="8x2x3")
+    engine = engine_for(given, given.precision)
     tree = {} if given.method == "plain" else {"tree": given.tree}
     for practice in PRACTICE:
-        engine.generate(practice, method=given.method, max_new_tokens=60, **tree)
-    parts = Parts()
-    called = watched(engine, parts)
-    tokens, count, alone = 0, 0, 0.0
-    for item in items:
-        result = engine.generate(item.prompt, method=given.method, max_new_tokens=given.max_new_tokens, **tree)
-        tokens, count = tokens + len(result.tokens) - 1, count + result.rounds
-        alone += bare(called)  # at once: a shared machine is not always as fast
-        called.layers.clear()
-        called.products.clear()
-    whole = sum(parts.seconds.values())
-    found = {"precision": given.precision, "method": given.method, "tree": given.tree, "rounds": count, "tau": round(tokens / count, 2)}
-    found |= {"ms_a_round": round(1e3 * whole / count, 2), "bare_ms": round(1e3 * alone / count, 2), "over_bare": round(whole / alone, 3)}
-    found["shares"] = {part: round(taken / whole, 3) for part, taken in sorted(parts.seconds.items(), key=lambda each: -each[1])}
-    print(json.dumps(found, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        engine.generate(practice, method=given.method, max_new_tokens=min(60, given.max_new_tokens), **tree)
+    prompts = [item.prompt for item in read_prompts(given.prompts, given.limit)[0]]
+    found = {"precision": given.precision, "method": given.method, "tree": given.tree}
+    tell(found | profiled(engine, prompts, {"method": given.method, "max_new_tokens": given.max_new_tokens, **tree}), given.out)
 
 
 if __name__ == "__main__":

@@ -8,43 +8,49 @@ greedily and at temperature 1. No timing is taken.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import eyas
+from common import KINDS, engine_for, options, parsed, save, tiny
+
 from eyas.bench.prompts import read_prompts
+from eyas.engine import Engine
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("files", nargs="+")
-    options.add_argument("--precisions", default="bf16,int8,q4")
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--limit", type=int, default=80)
-    options.add_argument("--max-new-tokens", type=int, default=200)
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
+def counted(engine: Engine, prompts: Sequence[Any], batch: int, temperature: float, longest: int) -> dict[str, int]:
+    tokens = different = 0
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        settings = {"temperature": temperature, "seed": first, "max_new_tokens": longest}
+        plain = engine.generate(some, method="plain", **settings)
+        drafted = engine.generate(some, method="eagle3-lookup", **settings)
+        tokens += sum(len(result.tokens) for result in plain)
+        different += sum(a.tokens != b.tokens for a, b in zip(plain, drafted))
+    return {"tokens": tokens, "texts": len(prompts), "different": different}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--precisions", default="bf16,int8,q4")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    given = parsed(parser, words, batch=2, limit=3, max_new_tokens=16)
+    if given.quick:
+        given.files = [tiny().root / "prompts" / KINDS["chat"]]
+    elif not given.files:
+        parser.error("give files of prompts, or --quick")
     prompts = [item.prompt for file in given.files for item in read_prompts(file, given.limit)[0]]
     found: list[dict[str, Any]] = []
     for precision in given.precisions.split(","):
-        engine = eyas.load(precision=precision)
+        engine = engine_for(given, precision)
         for temperature in (0.0, 1.0):
-            tokens = different = 0
-            for first in range(0, len(prompts), given.batch):
-                some = prompts[first : first + given.batch]
-                settings = {"temperature": temperature, "seed": first, "max_new_tokens": given.max_new_tokens}
-                plain = engine.generate(some, method="plain", **settings)
-                drafted = engine.generate(some, method="eagle3-lookup", **settings)
-                tokens += sum(len(result.tokens) for result in plain)
-                different += sum(a.tokens != b.tokens for a, b in zip(plain, drafted))
-            found.append(
-                {"precision": precision, "temperature": temperature, "tokens": tokens, "texts": len(prompts), "different": different}
-            )
+            told = counted(engine, prompts, given.batch, temperature, given.max_new_tokens)
+            found.append({"precision": precision, "temperature": temperature, **told})
             print(json.dumps(found[-1]), flush=True)
-            if given.out:
-                given.out.write_text(json.dumps(found, indent=1) + "\n")
+            save(found, given.out)
 
 
 if __name__ == "__main__":

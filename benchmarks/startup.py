@@ -14,14 +14,16 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+
+from common import options, parsed, save, tiny
 
 PARTS = """
 import time
 began = time.perf_counter()
 import eyas
 imported = time.perf_counter()
-engine = eyas.load(precision={precision!r})
+engine = eyas.load(**{models!r})
 loaded = time.perf_counter()
 engine.generate("Tell me about hawks.", max_new_tokens=64)
 from eyas.bench.report import peak_memory_mb
@@ -29,27 +31,34 @@ print(imported - began, loaded - imported, peak_memory_mb())
 """
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--precisions", default="fp32,bf16,int8,q4")
-    options.add_argument("--repeats", type=int, default=3)
-    options.add_argument("--out", type=Path)
-    given = options.parse_args()
+def one_start(models: dict[str, str]) -> tuple[float, float, float, float]:
+    """Seconds to import, to load and pack, of a whole call; megabytes at most."""
+    said = subprocess.run([sys.executable, "-c", PARTS.format(models=models)], capture_output=True, text=True, check=True)
+    imported, loaded, memory = map(float, said.stdout.split())
+    command = [sys.executable, "-m", "eyas", "generate", "Tell me about hawks.", "--max-new-tokens", "16"]
+    command += [word for name, value in models.items() for word in (f"--{name}", value)]
+    began = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    return imported, loaded, time.perf_counter() - began, memory
+
+
+def models_of(given: argparse.Namespace, precision: str) -> dict[str, str]:
+    own = {"target": str(tiny().target), "draft": str(tiny().draft)} if given.quick else {}
+    return {**own, "precision": precision}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--precisions", default="fp32,bf16,int8,q4")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parsed(parser, words, precisions="bf16", repeats=1)
     found = {}
     for precision in given.precisions.split(","):
-        rows = []
-        for _ in range(given.repeats + 1):
-            said = subprocess.run([sys.executable, "-c", PARTS.format(precision=precision)], capture_output=True, text=True, check=True)
-            imported, loaded, memory = map(float, said.stdout.split())
-            command = [sys.executable, "-m", "eyas", "generate", "Tell me about hawks.", "--max-new-tokens", "16", "--precision", precision]
-            began = time.perf_counter()
-            subprocess.run(command, capture_output=True, check=True)
-            rows.append((imported, loaded, time.perf_counter() - began, memory))
+        rows = [one_start(models_of(given, precision)) for _ in range(given.repeats + 1)]  # the first reads the files
         middle = [round(statistics.median(column), 2) for column in zip(*rows[1:])]
         found[precision] = dict(zip(("import_s", "load_s", "generate_16_tokens_s", "peak_memory_mb"), middle))
         print(precision, json.dumps(found[precision]), flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        save(found, given.out)
 
 
 if __name__ == "__main__":

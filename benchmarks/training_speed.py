@@ -4,29 +4,26 @@
 
 A step of the real trainer on real shards is timed; then every matrix product it made, forward and backward, is made again on its own with
 operands of the same shapes, by as many single-thread workers, interleaved with the steps. FLOPs are torch's own count of those products.
-Prints one JSON object: share = seconds of the bare products / seconds of the step.
+`share` is seconds of the bare products / seconds of the step.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from common import examples_of, new_trainer, options, parsed, rounded, target_for, tell, training_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from eyas.commands import train
-from eyas.config import TrainSettings, default_taps
-from eyas.files.target import load_target, target_config, target_directory
-from eyas.train.features import ShardStates, shard_examples
-from eyas.train.shards import PATTERN
+from eyas.train.batches import split_evenly
+from eyas.train.trainer import Trainer
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.addmm_.default}
 
@@ -45,30 +42,16 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shards", type=Path, required=True)
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--shards", type=Path)
     parser.add_argument("--target")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    directory = target_directory(options.target)
-    config, settings = target_config(directory), TrainSettings()
-    examples = shard_examples(sorted(options.shards.glob(PATTERN)), settings.max_length)
-    facts: dict[str, Any] = {}
-    trainer = train.make_trainer(
-        load_target(directory, "fp32"),
-        config,
-        default_taps(config.num_hidden_layers),
-        examples,
-        ShardStates(),
-        settings,
-        Path("nowhere"),
-        facts,
-        options.workers,
-        Console(quiet=True),
-    )
-    batches = [batch for batch, _ in zip(trainer.batches(0), range(options.steps))]
+    given = parsed(parser, words, {"shards": "shards"}, steps=2)
+    settings = training_for(given)
+    trainer = new_trainer(target_for(given), examples_of(given.shards, settings.max_length), settings, given.workers)
+    batches = list(islice(trainer.remaining(), given.steps))
     trainer.step(batches[0])
     seconds, bare, flops, slots = [], [], [], []
     for batch in batches:
@@ -78,7 +61,7 @@ def main() -> None:
         slots.append(trainer.progress.slots - before)
         calls, counted = products_of(trainer, batch)
         flops.append(counted)
-        bare.append(replay(calls, options.workers))
+        bare.append(replay(calls, given.workers))
     found = {
         "slots_per_second": sum(slots) / sum(seconds),
         "gflop_per_second": sum(flops) / sum(seconds) / 1e9,
@@ -86,21 +69,21 @@ def main() -> None:
         "share": sum(bare) / sum(seconds),
         "share_median": statistics.median(b / s for b, s in zip(bare, seconds)),
         "mflop_per_slot": sum(flops) / sum(slots) / 1e6,
-        "workers": options.workers,
+        "workers": given.workers,
         "steps": len(batches),
     }
-    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}))
+    tell(rounded(found), given.out)
 
 
-def products_of(trainer: train.training.Trainer, batch: list[Any]) -> tuple[list[list[Any]], float]:
+def products_of(trainer: Trainer, batch: list[Any]) -> tuple[list[list[Any]], float]:
     """The products of each worker's part of a batch, and the FLOPs of all."""
-    parts = [part for part in train.training.split_evenly(batch, trainer.workers) if part]
+    parts = [part for part in split_evenly(batch, trainer.workers) if part]
     depths = [trainer.depths(part, f"{number}") for number, part in enumerate(parts)]
     counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(trainer.settings.unroll_steps)]
     calls, flops = [], 0.0
-    for part, depth in zip(parts, depths):
+    for number, (part, depth) in enumerate(zip(parts, depths)):
         with Recorder() as recorder, FlopCounterMode(display=False) as counter:
-            trainer.gradients(part, depth, counts, "soft")
+            trainer.gradients(part, depth, counts, "soft", number)
         calls.append(recorder.calls)
         flops += counter.get_total_flops()
     return calls, flops

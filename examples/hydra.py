@@ -27,6 +27,7 @@ from eyas.decode.tree import Tree
 from eyas.files import draft_files
 from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, Method
+from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import Borrowing, FrozenHead
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Lesson, Step
@@ -42,8 +43,8 @@ class HydraNetwork(Borrowing, nn.Module):
     def __init__(self, heads: int, embedding: Tensor, head: nn.Linear) -> None:
         super().__init__()
         H = embedding.shape[1]
-        self.heads = nn.ModuleList(nn.Linear((2 + k) * H, H) for k in range(heads))
-        self.products = [Dense(each) for each in self.heads]
+        linears = [nn.Linear((2 + k) * H, H) for k in range(heads)]
+        self.heads, self.products = nn.ModuleList(linears), [Dense(each) for each in linears]
         self.borrow(embedding, head)  # the target's own: neither trained nor saved
 
     @property
@@ -75,6 +76,7 @@ class HydraDrafter:
         self.roots.pop(sequence, None)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        assert features is not None  # it wants them
         drawn = self.network.embed(torch.tensor(tokens[-1:], device=features.device))[0]
         self.roots[sequence] = torch.cat([features[-1].to(drawn), drawn])
 
@@ -98,11 +100,12 @@ drafter = HydraDrafter
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all slots, how much deeper heads weigh
 
 
-def new_network(target: Any, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
+def new_network(target: TargetModel, taps: tuple[int, int, int], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
     network = HydraNetwork(settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
-        for head in network.heads:
+        for product in network.products:
+            (head,) = product.layers
             head.weight.normal_(0.0, 0.2 / head.weight.shape[1] ** 0.5, generator=generator)
             head.bias.zero_()
     return network
@@ -112,7 +115,7 @@ def unroll(network: HydraNetwork, batch: Batch, steps: int, depths: Tensor | Non
     """Step i at slot j: the row of f_j and t_{j+1} .. t_{j+1+i}, which is to say the law of t_{j+2+i}."""
     slots, counted = batch.slots()
     counted = counted if depths is None else torch.minimum(counted, depths)
-    rows = batch.hidden[slots]
+    rows = batch.wanted(network.wants)[slots]
     for step in range(min(steps, network.levels)):
         going = counted > step
         slots, counted, rows = slots[going], counted[going], rows[going]
@@ -145,7 +148,7 @@ def config_of(network: HydraNetwork, target_layers: int) -> dict[str, Any]:
 save = draft_files.saver("hydra", config_of)
 
 
-def load(directory: Path, target: Any) -> tuple[HydraNetwork, DraftVocab]:
+def load(directory: Path, target: TargetModel) -> tuple[HydraNetwork, DraftVocab]:
     fields, tensors, vocab = draft_files.read(directory, target.config)
     embedding = target.embedding.detach()
     with torch.device("meta"):

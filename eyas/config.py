@@ -3,6 +3,9 @@
 Plain frozen dataclasses; knows no tensors and imports nothing heavy, so `eyas --help` can read the defaults.
 """
 
+# Values come from files of anybody's making: what a type promises is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math
@@ -11,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 
 class EyasError(ValueError):
@@ -249,6 +252,31 @@ class Request:
     raw: bool = False  # the prompt is text to go on with, not a user's turn
     verifier: str = VERIFIERS[0]
     batch: int | None = None  # of many prompts at most so many at a time (None: all)
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str  # system, user or assistant, or what else the chat template knows
+    content: str
+
+
+class Settings(TypedDict, total=False):
+    """What a call may set by keyword: `Request`'s fields, and `Sampling`'s."""
+
+    method: str | None
+    tree: str | TreeShape
+    sampling: Sampling
+    seed: int | None
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    raw: bool
+    verifier: str
+    batch: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 @dataclass(frozen=True)

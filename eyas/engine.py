@@ -5,32 +5,42 @@ Knows where models lie and how a prompt becomes tokens; knows nothing of how a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from jinja2 import TemplateError
 
-from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, TreeShape, cache_dir
+from eyas.config import PLAIN, PRECISIONS, EyasError, Message, Request, Sampling, Settings, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter
-from eyas.decode.generate import Decoder, Result, Text, result_of
+from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import MOST, Planner
 from eyas.decode.plan.store import PlanStore
-from eyas.decode.sampling import derived_seed, new_seed
+from eyas.decode.sampling import Noise, derived_seed, new_seed
+from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
+from eyas.decode.text import TextStream
 from eyas.files.chat_data import encodable
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
-from eyas.model.adapter import AdaptedTarget
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from eyas.model.protocols import StaticDraft
 
 DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
 BUNDLED = Path(__file__).parent / "bundled"
 
-Messages = Sequence[dict[str, str]]
+Messages = Items[Message] | Items[dict[str, str]]  # one conversation
 Prompt = str | Messages
+Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[Prompt]
+Watch = Callable[[RoundRecord], None]
 
 
 def draft_directory(source: str | Path | None, target: Path) -> Path | None:
@@ -56,7 +66,7 @@ def kind_of(directory: Path) -> str:
     if said is not None and said not in trained():
         raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
     for name in trained():
-        if said == name or (said is None and METHODS[name].decoding().reads(config, directory)):
+        if said == name or (said is None and METHODS[name].decoding().reads(dict(config), directory)):
             return name
     return DEFAULT  # whose loader says what is missing
 
@@ -86,7 +96,7 @@ def without_draft(directory: Path, precision: str) -> Engine:
 class Engine:
     """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
 
-    def __init__(self, target: Target | AdaptedTarget, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
+    def __init__(self, target: TargetModel, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
         # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
         self.makers: dict[str, Callable[[], Drafter]] = {}
         self.network = None  # the draft's, where there is one
@@ -102,7 +112,6 @@ class Engine:
             if method.draft is None:
                 self.makers[name] = partial(method.decoding().alone, self.target)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
-        self.watch: Callable[..., None] | None = None
         self.plans: PlanStore | None = None  # what planners learned, once one was wanted
 
     # ---- prompts ----
@@ -145,15 +154,21 @@ class Engine:
             raise EyasError(f"{what}; name one with --draft, train one with `eyas train{how}`, or use --method plain")
         return self.makers[method]()
 
-    def use_draft_model(self, model: Target | AdaptedTarget) -> None:
+    def use_draft_model(self, model: TargetModel) -> None:
         """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
-        small = prepared(model, self.precision)
-        self.makers["draft-model"] = lambda: METHODS["draft-model"].decoding().ModelDrafter(small, self.target.config.vocab_size)
+        module = cast("Any", METHODS["draft-model"].decoding())
+        self.makers["draft-model"] = partial(module.ModelDrafter, prepared(model, self.precision), self.target.config.vocab_size)
 
     @property
     def default_method(self) -> str:
         """The first that the draft serves; plain where there is none."""
         return next((name for name in METHODS if METHODS[name].draft and name in self.makers), "plain")
+
+    def method_of(self, request: Request) -> str:
+        """The method that a request means; one that there is not is refused."""
+        method = request.method or self.default_method
+        method_named(method)
+        return method
 
     def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
         """The largest tree a round may draw up; under `auto` a planner sizes each."""
@@ -162,7 +177,7 @@ class Engine:
         if isinstance(tree, TreeShape):
             return tree
         if tree == "auto":
-            return self.network.static_tree() if METHODS[method].static and self.network else MOST
+            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MOST
         return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
@@ -175,51 +190,77 @@ class Engine:
 
     # ---- generation ----
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], request: Request | None = None, **settings: Any) -> Result | list[Result]:
-        """Generate for one prompt (a string or messages) or, for a list of prompts, for all together.
+    @overload
+    def generate(
+        self, prompt: Prompt, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
+    ) -> Result: ...
 
-        Settings are `Request`'s fields and `Sampling`'s (temperature, top_k, top_p, min_p), or a finished `request`.
+    @overload
+    def generate(
+        self, prompt: Prompts, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
+    ) -> list[Result]: ...
+
+    def generate(
+        self, prompt: Prompt | Prompts, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
+    ) -> Result | list[Result]:
+        """Write the answer to a prompt (a string, or a conversation's messages); of a list of prompts the answers to all, decoded together.
+
+        Settings are by keyword: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method, tree, ..; or all of them in a
+        `request`. One prompt draws with the call's seed, prompt i of a list with a seed derived from it and i. `watch` is called with the
+        record of every round of every sequence. Raises `EyasError` for what cannot be done, in one line.
         """
-        many = is_many(prompt)
-        texts: list[Text] = []
-        for texts in self.rounds(prompt, make_request(request, **settings)):  # noqa: B007 (the last is wanted)
+        sequences: list[Sequence] = []
+        for sequences in self.rounds(prompt, make_request(request, **settings), watch):  # noqa: B007 (the last is wanted)
             pass
-        results = [result_of(text) for text in texts]
-        return results if many else results[0]
+        results = [result_of(sequence) for sequence in sequences]
+        return results if is_many(prompt) else results[0]
 
-    def stream(self, prompt: Prompt, request: Request | None = None, **settings: Any) -> Iterator[str | Result]:
-        """Yield pieces of text as rounds commit them, then the `Result`."""
+    def stream(
+        self, prompt: Prompt, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
+    ) -> Iterator[str | Result]:
+        """Yield pieces of the answer's text as rounds commit them, then its `Result`. Takes what `generate` takes, for one prompt."""
         request = make_request(request, **settings)
         if is_many(prompt):
             raise EyasError("stream takes one prompt; use generate for several")
-        for texts in self.rounds(prompt, request):
-            if piece := texts[0].stream.certain():
+        sequence: Sequence | None = None
+        for (sequence,) in self.rounds(prompt, request, watch):
+            if piece := sequence.stream.certain():
                 yield piece
-        yield result_of(texts[0])
+        assert sequence is not None, "a prompt is one sequence"
+        yield result_of(sequence)
 
-    def rounds(self, prompt: Prompt | Sequence[Prompt], request: Request) -> Iterator[list[Text]]:
-        """All texts after prefill and after each round.
+    def rounds(self, prompt: Prompt | Prompts, request: Request, watch: Watch | None = None) -> Iterator[list[Sequence]]:
+        """All sequences after their prompts are read and after each round: what `generate` and `stream` are made of."""
+        sequences, decoder = self.sequences(prompt, request), self.decoder(request, watch)
+        try:
+            yield from decoder.run_all(sequences, request.batch)
+        finally:  # a stream may be closed early: what its rounds taught is kept all the same
+            if self.plans and decoder.plan.planner:
+                self.plans.save()
 
-        One prompt draws with the call's seed, prompt i of a list with a seed derived from it and i.
-        """
-        many = is_many(prompt)
-        prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[list-item]
+    def decoder(self, request: Request, watch: Watch | None = None) -> Decoder:
+        """The decoder of one call, or of a server's whole life: it takes sequences in and out between rounds (`admit`, `step`, `abort`)."""
+        method = self.method_of(request)
+        decoder = Decoder(self.target, self.drafter(method), request.verifier, self.planner(request.tree, method, request.sampling))
+        decoder.watch = watch
+        return decoder
+
+    def sequences(self, prompt: Prompt | Prompts, request: Request) -> list[Sequence]:
+        """Prompts and a request as sequences that a decoder can admit."""
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
         if request.batch is not None and request.batch < 1:
             raise EyasError(f"batch must be at least 1, not {request.batch}")
-        method = request.method or self.default_method
-        drafter = self.drafter(method)
-        encoded = [self.encode(prompt, request.raw) for prompt in prompts]
-        shape, planner = self.shape(request.tree, method), self.planner(request.tree, method, request.sampling)
+        many, config = is_many(prompt), self.target.config
+        shape = self.shape(request.tree, self.method_of(request))
         seed = new_seed() if request.seed is None else request.seed
-        seeds = [derived_seed(seed, i) for i in range(len(prompts))] if many else [seed]
-        decoder = Decoder(self.target, drafter, request.verifier, planner)
-        decoder.watch = self.watch
-        settings = (shape, request.sampling, seeds, request.max_new_tokens, self.tokenizer, request.stop, request.batch)
-        yield from decoder.run(encoded, *settings)
-        if planner:
-            self.plans.save()
+        found = []
+        for number, each in enumerate(cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)]):
+            tokens, noise = self.encode(each, request.raw), Noise(derived_seed(seed, number) if many else seed, config.vocab_size)
+            limit = min(len(tokens) + request.max_new_tokens, config.max_position_embeddings)
+            stream = TextStream(self.tokenizer, request.stop)
+            found.append(Sequence(tokens, limit, noise, request.sampling, shape, stream, number=number))
+        return found
 
 
 def is_many(prompt: Any) -> bool:
@@ -235,12 +276,16 @@ def make_request(request: Request | None = None, **settings: Any) -> Request:
         return request
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)
-    own = {name: settings.pop(name) for name in list(settings) if name in Request.__dataclass_fields__}
-    law = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
-    if settings:
-        raise EyasError(f"unknown setting {', '.join(settings)}; known are {', '.join(Request.__dataclass_fields__)} and Sampling's")
-    if law and "sampling" in own:
-        raise EyasError(f"give sampling= or {', '.join(law)}, not both")
-    if law:
-        own["sampling"] = Sampling(**law)
-    return Request(**own)
+    if "stop" in settings:
+        settings["stop"] = tuple(settings["stop"])
+    known = [*Request.__dataclass_fields__, *Sampling.__dataclass_fields__]
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+        raise EyasError(f"unknown setting {', '.join(unknown)}{meant}")
+    sampling = {name: settings.pop(name) for name in list(settings) if name in Sampling.__dataclass_fields__}
+    if sampling and "sampling" in settings:
+        raise EyasError(f"give sampling= or {', '.join(sampling)}, not both")
+    if sampling:
+        settings["sampling"] = Sampling(**sampling)
+    return Request(**settings)

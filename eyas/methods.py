@@ -5,11 +5,42 @@ Knows names alone and imports nothing, so that `eyas --help` is quick. What the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from eyas.config import EyasError
+from eyas.config import EyasError, TargetConfig, TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eyas.decode.drafter import Drafter
+    from eyas.model.protocols import DraftModule, TargetModel
+    from eyas.model.vocab import DraftVocab
+    from eyas.train.unroll import Batch, Lesson, Step
+
+
+class Decoding(Protocol):
+    """A module that decodes. Of a method without a draft it has `alone` alone, of one with another's draft `drafter` alone; a network is of
+    the module's own kind."""
+
+    drafter: Callable[[Any, DraftVocab], Drafter]
+    alone: Callable[[TargetModel], Drafter]
+    reads: Callable[[dict[str, Any], Path], bool]
+    check: Callable[[Path, TargetConfig], None]
+    load: Callable[[Path, TargetModel], tuple[DraftModule, DraftVocab]]
+    save: Callable[..., None]  # as files/draft_files.py's `saver` has it
+
+
+class Teaching(Protocol):
+    """A module that teaches a method's draft."""
+
+    SETTINGS: Mapping[str, Any]
+    new_network: Callable[[TargetModel, tuple[int, int, int], DraftVocab, TrainSettings], DraftModule]
+    unroll: Callable[..., Iterator[Step]]  # network, batch, steps, depths=None
+    loss: Callable[[Any, Batch, Lesson], tuple[Tensor, list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -19,11 +50,12 @@ class Method:
     draft: str | None = None  # the method whose drafts it decodes with; None: it needs none
     static: bool = False  # its tree's shape is the draft's own, unless another is asked for
 
-    def decoding(self) -> ModuleType:
-        return import_module(self.drafter)
+    def decoding(self) -> Decoding:
+        return cast("Decoding", import_module(self.drafter))
 
-    def training(self) -> ModuleType:
-        return import_module(self.teaching)
+    def training(self) -> Teaching:
+        assert self.teaching is not None, "this method has no draft to train"
+        return cast("Teaching", import_module(self.teaching))
 
 
 # of those that one draft serves the first is the default

@@ -204,7 +204,12 @@ def grow(
 def keep(tree: Tree, kept: Sequence[int]) -> Tree:
     """The kept rows of a tree, renumbered in the order they were made."""
     row = {-1: -1} | {node: k for k, node in enumerate(kept)}
-    return Tree(*([column[node] for node in kept] for column in tree))._replace(parents=[row[tree.parents[node]] for node in kept])
+    return Tree(
+        [tree.tokens[node] for node in kept],
+        [row[tree.parents[node]] for node in kept],
+        [tree.depths[node] for node in kept],
+        [tree.scores[node] for node in kept],
+    )
 
 
 # ---- Verification -----------------------------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ def unrolled_loss(
         cross_entropy = -(teacher * draft_logits(weights, config, a_ISH[step, slots]).log_softmax(-1)).sum(-1)
         within = torch.isin(teacher_logits.argmax(-1), vocab_ids)
         losses.append((cross_entropy * within).sum() / max(len(slots), 1))
-    return sum(decay**step * loss for step, loss in enumerate(losses)), losses
+    return sum((decay**step * loss for step, loss in enumerate(losses)), torch.zeros(())), losses
 
 
 def draft_accepts(

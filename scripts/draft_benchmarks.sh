@@ -26,5 +26,3 @@ rm "$out/runs"
 
 [ -s "$out/speed.json" ] || eyas bench --draft "$draft" --prompts "$prompts/mt_bench.jsonl" --limit 20 --max-new-tokens 200 --seed 0 \
     --methods plain,eagle3,lookup --out "$out/speed.json"
-[ -s "$out/against-transformers.json" ] ||
-    python "$(dirname "$0")/../benchmarks/against_transformers.py" --prompts "$prompts/mt_bench.jsonl" --limit 10 | tee "$out/against-transformers.json"

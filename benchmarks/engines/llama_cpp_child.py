@@ -11,15 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
+
+from local_server import ask, server
 
 # float32 throughout: otherwise the cache of keys and values is float16, and flash attention rounds to its type
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-ctkd", "f32", "-ctvd", "f32", "-fa", "off")
@@ -30,7 +27,7 @@ NOTES = {
     "q4_1": [CACHE],
 }
 ROOM = 64  # positions behind the longest text, so that drafting never meets the end of the context
-START, ANSWER = 120, 300  # seconds of patience
+START = 120  # seconds of patience
 THREADS = "1"  # two wait for one another at every barrier: ten times slower as soon as anything else runs, and speed is no question here
 
 FIRST = re.compile(r"\| n_gen = 1, n_remaining")  # a request's first token, from the prompt's own pass
@@ -43,56 +40,23 @@ class Rounds(NamedTuple):
     chains: list[list[int]]  # as many of the drafted tokens as were verified
 
 
-@contextmanager
-def server(job: dict[str, Any], chain: int, log: Path) -> Iterator[str]:
-    """The address of a llama-server (`chain` 0: without the draft), ended afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def command(job: dict[str, Any], chain: int, port: int) -> list[str]:
+    """llama-server's; `chain` 0: without the draft."""
     context = max(map(len, job["prompts"])) + job["max_tokens"] + ROOM
-    command = [os.environ["LLAMA_SERVER"], "-m", os.environ["TARGET_GGUF"], "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-np", "1", "-c", str(context), "-t", THREADS, "-lv", "5", "--log-colors", "off", "--offline", "--cache-ram", "0"]
+    words = [os.environ["LLAMA_SERVER"], "-m", os.environ["TARGET_GGUF"], "--host", "127.0.0.1", "--port", str(port)]
+    words += ["-np", "1", "-c", str(context), "-t", THREADS, "-lv", "5", "--log-colors", "off", "--offline", "--cache-ram", "0"]
     if chain:
-        command += ["-md", f"{job['draft']}/draft.gguf", "--spec-type", "draft-eagle3", "--spec-draft-n-max", str(chain), "-td", THREADS]
-    if job["precision"] == "fp32":
-        command += EXACT
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        wait(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + START
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            fetch(f"{address}/health", None, 5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"llama-server did not start (exit code {process.poll()}):\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def fetch(address: str, body: dict[str, Any] | None, patience: float) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(address, data, {"Content-Type": "application/json"}), timeout=patience) as reply:
-        return json.load(reply)
+        words += ["-md", f"{job['draft']}/draft.gguf", "--spec-type", "draft-eagle3", "--spec-draft-n-max", str(chain), "-td", THREADS]
+    return words + list(EXACT if job["precision"] == "fp32" else ())
 
 
 def answers(job: dict[str, Any], chain: int, log: Path) -> list[dict[str, Any]]:
     """The replies to all prompts; each says `tokens`, and in `timings` how many tokens were drafted and accepted."""
     asked = {"n_predict": job["max_tokens"], "temperature": 0, "return_tokens": True, "cache_prompt": False}
     found = []
-    with server(job, chain, log) as address:
+    with server(lambda port: command(job, chain, port), log, START) as address:
         for prompt in job["prompts"]:
-            reply = fetch(f"{address}/completion", asked | {"prompt": prompt}, ANSWER)
+            reply = ask(f"{address}/completion", asked | {"prompt": prompt})
             count, last = len(reply["tokens"]), reply["tokens"][-1]
             assert reply["tokens_evaluated"] == len(prompt) and not reply["truncated"], "the prompt is not what was sent"
             assert count == job["max_tokens"] or last in job["end_ids"], f"ended by token {last}, which is none of the job's end_ids"

@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common import HERE, compare, exported, make_job, options, report, run_child
+from harness import HERE, compare, exported, make_job, options, report, run_child
 
 from eyas.bench.environments import llama_cpp, llama_cpp_target, published_target, workplace
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common import HERE, compare, exported, make_job, options, report, run_child
+from harness import HERE, compare, exported, make_job, options, report, run_child
 
 from eyas.bench.environments import OPENVINO, environment, workplace
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, Job, draft_on_texts, exported, make_job, options, run_child, save
+from harness import HERE, Job, draft_on_texts, exported, make_job, options, run_child, save
 from safetensors.torch import load_file, save_file
 
 from eyas.bench.environments import environment, workplace

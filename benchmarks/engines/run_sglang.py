@@ -3,7 +3,7 @@
     python benchmarks/engines/run_sglang.py --prompts F.jsonl [--tree 8x2x4] [--precision fp32|bf16] [--serve]
 
 SGLang's CPU kernels are not packaged: sglang/README.md says what ran in their place. Runs nothing of SGLang itself
-(sglang/sglang_child.py does). Named run_sglang.py, since a file sglang.py beside the child would be what the child imports as sglang.
+(sglang_child.py does). Named run_sglang.py, since a file sglang.py beside the child would be what the child imports as sglang.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from common import HERE, Job, compare, exported, loaded, make_job, options, paths, report, run_child
+from harness import HERE, Job, compare, exported, loaded, make_job, options, paths, report, run_child
 from torch import Tensor
 
 from eyas.bench.environments import environment, workplace
@@ -127,7 +127,7 @@ def main() -> None:
     place = workplace("sglang")
     job = make_job(chosen, exported(chosen.draft, chosen.target, "sglang", place))
     environ = ENVIRON | {"EAGLE3_SERVE": "1" if chosen.serve else ""}
-    result = run_child(environment("sglang", INSTALLS), FOLDER / "sglang_child.py", job, place, **environ)
+    result = run_child(environment("sglang", INSTALLS), HERE / "sglang_child.py", job, place, **environ)
     report(name, chosen, job, result, compare(job, result, chosen.draft) | closer(job, result, chosen.draft, place / "record"))
 
 

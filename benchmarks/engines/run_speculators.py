@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from common import HERE, draft_on_texts, exported, make_job, options, run_child, save
+from harness import HERE, draft_on_texts, exported, make_job, options, run_child, save
 from safetensors.torch import load_file, save_file
 
 from eyas.bench.environments import environment, workplace

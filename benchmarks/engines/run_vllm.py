@@ -11,7 +11,7 @@ child would be what the child imports as vllm.
 
 from __future__ import annotations
 
-from common import HERE, compare, exported, make_job, options, report, run_child
+from harness import HERE, compare, exported, make_job, options, report, run_child
 
 from eyas.bench.environments import VLLM, environment, workplace
 

@@ -1,4 +1,6 @@
-"""The table of what engines made of our draft, from the results of their scripts: python benchmarks/engines/table.py
+"""The table of what engines made of our draft, from the results of their scripts.
+
+    python benchmarks/engines/table.py [FOLDER]      (default: the newest folder of such results)
 
 Knows the results' shape; runs nothing.
 """
@@ -6,8 +8,10 @@ Knows the results' shape; runs nothing.
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
-from common import RESULTS, row
+from harness import RESULTS, row
 
 HEAD = (
     "| engine | precision | drafted | text equals its plain's | its tau [accepted by position] | ours on its text | "
@@ -16,7 +20,8 @@ HEAD = (
 
 
 def main() -> None:
-    told = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    folder = Path(sys.argv[1]) if sys.argv[1:] else max(RESULTS.glob("*-engines"))
+    told = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     print(HEAD)
     for one in told:
         if "theirs" in one:

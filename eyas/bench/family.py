@@ -149,7 +149,10 @@ def save_picture(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         figures = [methods[name]["at"][place] for name in names]
         taus = [each["tau"] for each in figures]
         spans = [each["tau_interval"] for each in figures]
-        errors = [[tau - low for tau, (low, _) in zip(taus, spans)], [high - tau for tau, (_, high) in zip(taus, spans)]]
+        errors = [
+            [tau - low for tau, (low, _) in zip(taus, spans, strict=True)],
+            [high - tau for tau, (_, high) in zip(taus, spans, strict=True)],
+        ]
         heights = [number + shift for number in range(len(names))]
         left.barh(heights, [tau - 1 for tau in taus], 0.3, left=1, xerr=errors, color=colour, label=f"{place.split(',')[0]} rows")
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="tokens a round (tau), greedy", xlim=(1, None))

@@ -47,7 +47,7 @@ class Generation:
     @property
     def rounds_before_loop(self) -> list[Round]:
         ends = 1 + np.cumsum([each.committed for each in self.rounds])  # the first token was prefill's
-        return [each for each, end in zip(self.rounds, ends) if end <= self.loop_start]
+        return [each for each, end in zip(self.rounds, ends, strict=True) if end <= self.loop_start]
 
 
 Row = dict[str, Generation]  # one prompt: method as written -> what it did
@@ -57,7 +57,7 @@ def figures_of(method: str, rows: Sequence[Row], comparable: bool) -> dict[str, 
     """Everything measured of one method. Against "plain" where rows have it; texts only where they are `comparable`."""
     own = [row[method] for row in rows]
     plain = [row["plain"] for row in rows] if rows and "plain" in rows[0] else None
-    places = [first_difference(base.tokens, mine.tokens) for base, mine in zip(plain, own)] if plain and comparable else None
+    places = [first_difference(base.tokens, mine.tokens) for base, mine in zip(plain, own, strict=True)] if plain and comparable else None
     tokens, seconds = sum(len(each.tokens) for each in own), sum(each.seconds for each in own)
     return {
         **acceptance(own),
@@ -139,14 +139,14 @@ def sameness(own: Sequence[Generation], places: Sequence[int | None] | None) -> 
     """How many texts are plain's; a text is compared up to its first difference, that token included."""
     if places is None:
         return {"same_text": None, "divergences_per_1000_tokens": None}
-    compared = sum(len(each.tokens) if place is None else place + 1 for each, place in zip(own, places))
+    compared = sum(len(each.tokens) if place is None else place + 1 for each, place in zip(own, places, strict=True))
     parted = sum(place is not None for place in places)
     return {"same_text": len(places) - parted, "divergences_per_1000_tokens": 1000 * parted / compared}
 
 
 def first_difference(plain: Sequence[int], own: Sequence[int]) -> int | None:
     """Index of the first token that differs or that only one text has; None for equal texts."""
-    for place, (one, other) in enumerate(zip(plain, own)):
+    for place, (one, other) in enumerate(zip(plain, own, strict=False)):
         if one != other:
             return place
     return None if len(plain) == len(own) else min(len(plain), len(own))

@@ -7,6 +7,9 @@ Reads {"prompt": ids, "max_tokens": n} on standard input and writes {"tokens": i
 own environment, so it imports nothing but that engine (and the standard library), and knows nothing of the race.
 """
 
+# What it imports is each engine's own environment's.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json
@@ -29,7 +32,7 @@ def eyas(job: dict[str, Any]) -> tuple[str, Answer]:
     import eyas
 
     torch.set_num_threads(job["threads"])
-    engine = eyas.load(job["target"], job["draft"], precision=job["precision"])
+    engine: Any = eyas.load(job["target"], job["draft"], precision=job["precision"])
     request = {"method": job["method"], "tree": job.get("tree", "auto"), "raw": True}
     engine.encode = lambda prompt, raw=False: prompt  # prompts come as token ids
 
@@ -48,7 +51,7 @@ def transformers(job: dict[str, Any]) -> tuple[str, Answer]:
     import transformers
 
     torch.set_num_threads(job["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["target"], dtype=getattr(torch, job["dtype"])).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(job["target"], dtype=getattr(torch, job["dtype"])).eval()
     more = {"eos_token_id": job["end_ids"], "pad_token_id": job["end_ids"][0], "do_sample": False} | job.get("more", {})
 
     @torch.inference_mode()
@@ -132,7 +135,9 @@ def llama_cpp(job: dict[str, Any]) -> tuple[str, Answer]:
         return ask("completion", asked)["tokens"]
 
     said = subprocess.run([job["server"], "--version"], capture_output=True, text=True)
-    return re.search(r"version: (.*)", said.stdout + said.stderr)[1], answer
+    version = re.search(r"version: (.*)", said.stdout + said.stderr)
+    assert version is not None, said
+    return version[1], answer
 
 
 ENGINES = {each.__name__: each for each in (eyas, transformers, vllm, openvino, llama_cpp)}

@@ -166,12 +166,14 @@ class Runner:
         self.who, self.log = who, log
         with open(log, "w") as out:
             command = [str(who.python), "-I", str(WORKER), json.dumps({"engine": who.engine, **who.job})]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": out}
-            self.process = subprocess.Popen(command, text=True, env=environ, start_new_session=True, **pipes)
+            self.process = subprocess.Popen(
+                command, text=True, env=environ, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out
+            )
         self.version = self.said()["version"]
         self.pause()
 
     def said(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise EyasError(f"{self.who.name} ended; the end of {self.log}: {self.log.read_text(errors='replace')[-300:]!r}")
@@ -222,7 +224,7 @@ def race(
 
 def bits_a_weight(who: Contestant, weights: int) -> float:
     known = [each for each in who.weights if isinstance(each, float)]
-    return known[0] if known else round(8 * sum(file.stat().st_size for file in who.weights) / weights, 1)
+    return known[0] if known else round(8 * sum(file.stat().st_size for file in who.weights if isinstance(file, Path)) / weights, 1)
 
 
 def run_peers(
@@ -268,18 +270,20 @@ def count_weights(config: Any) -> int:
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens a second, texts that equal our bf16 greedy ones, and the ratios of PAIRS, with quartiles over prompts."""
     found: Mapping[str, Any] = result["contestants"]
-    rates = {name: [len(text) / seconds for text, seconds in zip(each["tokens"], each["seconds"])] for name, each in found.items()}
+    rates = {
+        name: [len(text) / seconds for text, seconds in zip(each["tokens"], each["seconds"], strict=True)] for name, each in found.items()
+    }
     reference = found[PLAIN_BF16]["tokens"]
     rows = {
         name: {
             "bits_a_weight": each["bits_a_weight"],
             "tokens_per_second": spread(rates[name]),
-            "texts_equal_bf16": sum(a == b for a, b in zip(each["tokens"], reference)),
+            "texts_equal_bf16": sum(a == b for a, b in zip(each["tokens"], reference, strict=True)),
             "version": each["version"],
         }
         for name, each in found.items()
     }
-    ratios = {f"{a} / {b}": spread([x / y for x, y in zip(rates[a], rates[b])]) for a, b in PAIRS if a in rates and b in rates}
+    ratios = {f"{a} / {b}": spread([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in PAIRS if a in rates and b in rates}
     return {"rows": rows, "ratios": ratios}
 
 

@@ -16,8 +16,8 @@ from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, TreeShape
-from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed, new_seed
+from eyas.decode.sequence import RoundRecord
 from eyas.engine import Engine, Prompt
 from eyas.methods import method_named
 
@@ -104,6 +104,7 @@ def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, R
             for text in names[first:] + names[:first]:
                 report(index * len(names) + len(row), len(prompts) * len(names), text)
                 plan = plans[text]
+                assert plan.seed is not None  # `run_bench` drew one
                 row[text] = measure(engine, item.prompt, replace(plan, seed=derived_seed(plan.seed, index)))
             rows.append(row)
         report(len(prompts) * len(names), len(prompts) * len(names), "done")
@@ -122,10 +123,6 @@ def round_of(record: RoundRecord) -> Round:
 
 def measure(engine: Engine, prompt: Prompt, request: Request) -> Generation:
     rounds: list[Round] = []
-    watch, engine.watch = engine.watch, lambda record: rounds.append(round_of(record))
-    try:
-        started = time.perf_counter()
-        result = engine.generate(prompt, request)
-        return Generation(result.tokens, time.perf_counter() - started, rounds)
-    finally:
-        engine.watch = watch
+    started = time.perf_counter()
+    result = engine.generate(prompt, request, watch=lambda record: rounds.append(round_of(record)))
+    return Generation(result.tokens, time.perf_counter() - started, rounds)

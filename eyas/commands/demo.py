@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from eyas.commands.common import engine_from
 from eyas.config import EyasError, Request
-from eyas.decode.generate import Result
+from eyas.decode.sequence import Result
 from eyas.engine import Engine, Prompt
 from eyas.model.rows import chain_rows
 from eyas.view.colour import write_coloured
@@ -76,7 +76,7 @@ def save_picture(path: str, shown: list[Any]) -> None:
 
 def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str) -> str:
     """Where two greedy texts part and how near the two tokens were: rounding flips near ties when passes have other shapes."""
-    pairs: Any = zip(plain.tokens, fast.tokens)
+    pairs: Any = zip(plain.tokens, fast.tokens, strict=False)
     place = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
     text = engine.encode(prompt) + plain.tokens[:place]
     with torch.inference_mode():

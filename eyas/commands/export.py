@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"chain must be at least 1, not {options.chain}")
     layout, out = layout_of(options.to), Path(options.out).expanduser()
     source = draft_directory(options.draft, Path())
+    assert source is not None  # the command line asks for one
     draft = own_draft(source)
     target = target_for(options.target, source)
     extra = {}

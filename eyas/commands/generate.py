@@ -11,7 +11,7 @@ from typing import Any
 
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError
-from eyas.decode.generate import Text, result_of
+from eyas.decode.sequence import Sequence, result_of
 from eyas.engine import Prompt
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     request, prompt = request_from(options), prompt_from(options)
     engine = engine_from(options)
     if options.json:
-        texts: list[Text] = []
+        texts: list[Sequence] = []
         try:
             for texts in engine.rounds(prompt, request):  # noqa: B007 (the last is wanted)
                 pass

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if (kind := draft.weights["fc.weight"].dtype) != torch.bfloat16:
         console.print(f"  weights are rounded from {str(kind).removeprefix('torch.')} to bfloat16, as eyas keeps drafts")
     if not options.dry_run:
+        assert out is not None
         save(out, draft, target)
         console.print(f"{out}: written as eyas's own; taps (inputs of layers) {', '.join(map(str, draft.config.taps))}", markup=False)
     return 0

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     for prompt in PRACTICE:  # so that prices and chances are of rounds that were served here
         engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw)
     planner = engine.planner("auto", method, sampling)
+    assert planner is not None  # `check` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)
     console = Console(highlight=False)
     prices = Table("rows of a pass", "milliseconds", title="What a pass costs here")

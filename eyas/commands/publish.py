@@ -25,6 +25,7 @@ KEPT = ("training.json", PICTURE)
 def run(options: argparse.Namespace) -> int:
     console, out = Console(highlight=False, soft_wrap=True), Path(options.out).expanduser()
     source = draft_directory(options.draft, Path())
+    assert source is not None  # the command line asks for one
     draft, target = own_draft(source), target_for(options.target, source)
     check_fits(draft.config, target.config)
     results = bench_results(options.bench)

@@ -49,6 +49,7 @@ class Drafter(Protocol):
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         """One tree a request, rooted at its last token; all of them computed together."""
+        ...
 
     def forget(self, sequence: int) -> None:
         """The sequence is finished."""

@@ -1,15 +1,15 @@
 """The round: propose trees, read them all in one pass of the target, walk along its draws, keep the path, repeat.
 
-Knows the target, the drafter protocol and a verifier; knows no drafter. One sequence, a ragged batch and a stream are the same loop, and
-plain decoding is the same round with an empty tree.
+And around it the turn that every caller drives: `admit` a sequence, `step`, `abort`. One sequence, a ragged batch, a stream and a server
+are the same turns, and plain decoding is the same round with an empty tree. Knows the target, the drafter protocol and a verifier; knows
+no drafter.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,277 +17,218 @@ from torch import Tensor
 
 from eyas.config import VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
-from eyas.decode.plan.planner import FixedPlan, Planner
-from eyas.decode.sampling import CHOICE, GUESS, NOISE_VERSION, Noise, draw, gumbel, law, uniforms
+from eyas.decode.plan.planner import FixedPlan, Plan
+from eyas.decode.sampling import Noise, draw
+from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
-from eyas.decode.verify import Accepted, Chance, Law, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
-from eyas.kernels.captured import Graph, synchronize
+from eyas.decode.verifiers import VERIFY
+from eyas.model.cache import Cache
 from eyas.model.mask import ancestor_mask
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.model.target import Target
 
-PREFILL = 256  # rows of a prompt read at once: bounds the mask and the activations
-
-
-@dataclass
-class Text:
-    """One text as it grows."""
-
-    number: int  # among the prompts of its call
-    slot: int  # where the caches keep it, while it grows
-    tokens: list[int]
-    prompt_length: int
-    limit: int  # total length at which it ends
-    seed: int
-    noise: Noise
-    stream: TextStream
-    finish_reason: str | None = None
-    rounds: int = 0
-    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
-    prefill_seconds: float = 0.0
-    seconds: float = 0.0  # from the call's start to this text's end
-
-    @property
-    def root(self) -> int:
-        return self.tokens[-1]
-
-    @property
-    def position(self) -> int:
-        return len(self.tokens) - 1
-
-    @property
-    def remaining(self) -> int:
-        return self.limit - len(self.tokens)
-
-    def guesses(self, node: int, count: int) -> Tensor:
-        """Noise of the draft's own for the children of a node of this round's tree: it knows nothing of the target's."""
-        return gumbel(self.seed, self.position, count, GUESS, node)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished text and how it came about."""
-
-    text: str
-    tokens: list[int]  # generated ids, an end-of-turn id included
-    tau: float  # tokens committed in rounds / rounds; the token that prefill draws does not count
-    rounds: int
-    accepted_lengths: dict[int, int]  # tokens committed by a round -> number of rounds
-    seconds: float  # from the call's start to this text's end
-    prefill_seconds: float  # of that, until its first token
-    seed: int
-    noise_version: int
-    finish_reason: str  # "stop", "length", or "interrupted" where the call was ended early
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What one sequence's round did, for those who watch (trace, demo, calibration)."""
-
-    sequence: int
-    tree: Tree
-    accepted: Accepted
-    committed: list[int]
-    logits: Tensor  # [nodes, V]
-
-
-Verify = Callable[[Tree, Tensor, Text, Sampling], Accepted]
-
-
-def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
-    """The target's draw at a node of depth d uses the noise of the position it fills (position + d + 1)."""
-
-    def draw_at(row: int) -> int:
-        noise = None if sampling.greedy else sequence.noise.at(sequence.position + tree.depths[row] + 1)
-        return draw(logits_NV[row], sampling, noise)
-
-    return walk(tree, draw_at)
-
-
-def verify_by(rule: Callable[[Tree, Law, Chance], Accepted]) -> Verify:
-    """Verification by a rule of acceptance, with uniforms of the sequence's own. Of greedy text only the walk's can be right."""
-
-    def verify(tree: Tree, logits_NV: Tensor, sequence: Text, sampling: Sampling) -> Accepted:
-        if sampling.greedy:
-            return verify_by_walk(tree, logits_NV, sequence, sampling)
-        stream = uniforms(sequence.seed, sequence.position, len(tree) + 1, CHOICE)
-        return rule(tree, lambda row: law(logits_NV[row], sampling), Uniforms(iter(stream.tolist())))
-
-    return verify
-
-
-RULES = (accept_reject, without_replacement, traversal, block, typical)
-VERIFY = dict(zip(VERIFIERS, (verify_by_walk, *map(verify_by, RULES))))
-DRAWS = ("without-replacement", "traversal", "block")  # those whose trees the draft draws with noise of its own
+PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activations and how long others wait
 
 
 class Decoder:
-    """A target and a drafter, and the round that joins them."""
+    """A target and a drafter, the round that joins them, and the sequences under way."""
 
-    def __init__(
-        self, target: Target, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], planner: Planner | None = None
-    ) -> None:
+    cache: Cache  # once there is room for sequences
+
+    def __init__(self, target: TargetModel, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], plan: Plan | None = None) -> None:
         if verifier not in VERIFY:
             raise EyasError(f"verifier {verifier!r} is unknown; choose {', '.join(VERIFIERS)}")
-        self.target, self.drafter, self.planner = target, drafter or NoDrafter(), planner
-        self.verify, self.shares_noise, self.draws = VERIFY[verifier], verifier == VERIFIERS[0], verifier in DRAWS
+        self.target, self.drafter, self.verifier = target, drafter or NoDrafter(), VERIFY[verifier]
+        self.plan: Plan = plan or FixedPlan()
         self.watch: Callable[[RoundRecord], None] | None = None
 
     # ---- the round ----
 
     @torch.inference_mode()
-    def round(self, sequences: Sequence[Text], shape: TreeShape, sampling: Sampling) -> None:
-        """One round of all sequences: at least one token each."""
-        plan, began, brought, graphs = self.planner or FixedPlan(), time.perf_counter(), 0, Graph.made
-        plan.begin([sequence.slot for sequence in sequences])
+    def round(self, sequences: list[Sequence]) -> None:
+        """One round of these sequences: at least one token each."""
+        plan, first, brought = self.plan, 0, 0
+        plan.begin(len(sequences))
+        trees = [Tree.root(sequence.root) for sequence in sequences]
         if plan.guesses:
-            trees = plan.cut(self.drafter.propose([self.request(sequence, shape, sampling) for sequence in sequences]))
-        else:
-            trees = [Tree.root(sequence.root) for sequence in sequences]
-        rows, read = self.rows(sequences, trees), time.perf_counter()
-        out = self.target(rows, self.cache, self.drafter.wants)
-        synchronize(self.target.device)  # its seconds are a price; what comes next waits for it anyway
-        first, read = 0, time.perf_counter() - read
-        for sequence, tree in zip(sequences, trees):
-            logits = out.logits[first : first + len(tree)]
-            accepted = self.verify(tree, logits, sequence, sampling)
-            self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions the next round reuses
-            tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
-            committed = commit(sequence, tokens, self.target.config.eos_token_ids)
-            sequence.rounds += 1
-            sequence.accepted_lengths[len(committed)] += 1
-            brought += len(committed)
-            plan.judge(tree, accepted.path)
-            if self.watch:
-                self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits))
-            if sequence.finish_reason:
-                self.drafter.forget(sequence.slot)
-            else:
-                features = picked(out.features, first, accepted.path) if self.drafter.wants else None
-                self.drafter.observe(sequence.slot, tokens, features)
-                sequence.noise.forget_before(sequence.position)
+            trees = plan.cut(self.drafter.propose([self.request(sequence) for sequence in sequences]))
+        plan.pass_begins()
+        out = self.target(self.rows(sequences, trees), self.cache, self.drafter.wants)
+        plan.pass_ends(self.target.device)
+        for sequence, tree in zip(sequences, trees, strict=True):
+            rows = slice(first, first + len(tree))
+            brought += self.advance(sequence, tree, out.logits[rows], None if out.features is None else out.features[rows])
             first += len(tree)
-        if Graph.made == graphs:
-            plan.served(first, read, brought, time.perf_counter() - began)
+        plan.ends(first, brought)
 
-    def request(self, sequence: Text, shape: TreeShape, sampling: Sampling) -> TreeRequest:
+    def request(self, sequence: Sequence) -> TreeRequest:
         """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
-        deepest = sequence.remaining - 1
-        noise = sequence.noise.at if self.shares_noise and not sampling.greedy else None
-        draws = sequence.guesses if self.draws and not sampling.greedy else None
-        place, shape = (sequence.slot, sequence.root, sequence.position), shape.cut(deepest)
-        return TreeRequest(*place, shape, sampling, noise, max(deepest, 0), self.planner, draws=draws)
+        sampling, deepest = sequence.sampling, sequence.remaining - 1
+        return TreeRequest(
+            sequence.slot,
+            sequence.root,
+            sequence.position,
+            sequence.shape.cut(deepest),
+            sampling,
+            noise=sequence.noise.at if self.verifier.shares_noise and not sampling.greedy else None,
+            deepest=max(deepest, 0),
+            planner=self.plan.planner,
+            draws=sequence.draft_noise if self.verifier.draws and not sampling.greedy else None,
+        )
 
-    def rows(self, sequences: Sequence[Text], trees: Sequence[Tree]) -> Rows:
+    def rows(self, sequences: list[Sequence], trees: list[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""
+        pairs = list(zip(sequences, trees, strict=True))
         tokens = [token for tree in trees for token in tree.tokens]
-        positions = [sequence.position + depth for sequence, tree in zip(sequences, trees) for depth in tree.depths]
-        segments = [
-            Segment(sequence.slot, len(tree), ancestor_mask(tree.parents) if len(tree) > 1 else None)
-            for sequence, tree in zip(sequences, trees)
-        ]
+        positions = [sequence.position + depth for sequence, tree in pairs for depth in tree.depths]
+        masks = [ancestor_mask(tree.parents) if len(tree) > 1 else None for tree in trees]
+        segments = [Segment(sequence.slot, len(tree), mask) for (sequence, tree), mask in zip(pairs, masks, strict=True)]
         return Rows(torch.tensor(tokens), torch.tensor(positions), segments)
 
-    # ---- before and around it ----
+    def advance(self, sequence: Sequence, tree: Tree, logits_NV: Tensor, features: Tensor | None) -> int:
+        """Verify a tree that was read, keep its path and commit the path's tokens; returns how many stayed."""
+        accepted = self.verifier.verify(tree, logits_NV, sequence)
+        self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
+        tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
+        committed = sequence.commit(tokens, self.target.config.eos_token_ids)
+        sequence.rounds += 1
+        sequence.accepted_lengths[len(committed)] += 1
+        self.plan.judge(tree, accepted.path)
+        if self.watch:
+            self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV))
+        if not sequence.finish_reason:
+            self.drafter.observe(sequence.slot, tokens, rows_of(features, accepted.path))
+            sequence.noise.forget_before(sequence.position)
+        return len(committed)
+
+    # ---- the turn: what a caller drives ----
+
+    def reserve(self, slots: int, longest: int, shapes: Iterable[TreeShape]) -> None:
+        """Make room for `slots` sequences at a time, of up to `longest` tokens and with such trees. Earlier ones are forgotten."""
+        shapes = list(shapes)
+        room = longest + max(shape.nodes for shape in shapes)
+        if hasattr(self, "cache"):
+            self.cache.release()  # what it held may serve the next one
+        self.cache = self.target.new_cache(slots, room)
+        self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))
+        self.free = list(range(slots))
+        self.waiting: deque[Sequence] = deque()  # for a slot
+        self.reading: deque[Sequence] = deque()  # their prompts
+        self.decoding: list[Sequence] = []
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take a sequence in. It waits until a slot is free; its clock starts now."""
+        sequence.admitted = time.perf_counter()
+        self.waiting.append(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reading or self.decoding)
+
+    def step(self) -> list[Sequence]:
+        """One turn: a part of the oldest prompt that is not read yet, else one round of all that decode. Returns whom it served.
+
+        A caller that will not let a long prompt hold others up calls `read_prompt` and `decode` itself, in turns of its own.
+        """
+        self.seat()
+        return self.read_prompt() if self.reading else self.decode()
+
+    def seat(self) -> None:
+        """Give free slots to those who wait, in the order they came."""
+        while self.waiting and self.free:
+            sequence = self.waiting.popleft()
+            sequence.slot = self.free.pop(0)
+            self.reading.append(sequence)
 
     @torch.inference_mode()
-    def prefill(self, sequence: Text, sampling: Sampling) -> None:
-        """Read the prompt and draw the first token."""
-        features = []
-        for start in range(0, sequence.prompt_length, PREFILL):
-            part = sequence.tokens[start : start + PREFILL]
-            rows = chain_rows(sequence.slot, part, start)
-            out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
-            self.cache.keep(sequence.slot, range(len(part)))
-            features.append(out.features)
-        noise = None if sampling.greedy else sequence.noise.at(sequence.prompt_length)
-        commit(sequence, [draw(out.logits[-1], sampling, noise)], self.target.config.eos_token_ids)
+    def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:
+        """Read up to `most` rows of the oldest unread prompt and hand them to the draft; behind the last one the first token is drawn."""
+        sequence = self.reading[0]
+        start, end = sequence.read, min(sequence.read + most, sequence.prompt_length)
+        rows = chain_rows(sequence.slot, sequence.tokens[start:end], start)
+        out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
+        self.cache.keep(sequence.slot, range(end - start))
+        sequence.read = end
+        if end == sequence.prompt_length:
+            token = draw(sequence.processed(out.logits[-1]), sequence.sampling, sequence.noise_at(end))
+            sequence.commit([token], self.target.config.eos_token_ids)
+            sequence.prefill_seconds = sequence.seconds
+            self.decoding.append(self.reading.popleft())
         if not sequence.finish_reason:
-            self.drafter.observe(sequence.slot, sequence.tokens, torch.cat(features) if self.drafter.wants else None)
+            self.drafter.observe(sequence.slot, sequence.tokens[start + (start > 0) : end + 1], out.features)
+        self.dismiss()
+        return [sequence]
+
+    def decode(self) -> list[Sequence]:
+        """One round of all sequences whose prompts are read."""
+        served = self.decoding
+        if served:
+            self.round(served)
+            self.dismiss()
+        return served
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence wherever it stands; what it got so far stays. Between turns only."""
+        if not sequence.finish_reason:
+            sequence.finish("aborted")
+            for queue in (self.waiting, self.reading):
+                if sequence in queue:
+                    queue.remove(sequence)
+            if sequence.slot >= 0 and sequence not in self.decoding:
+                self.release(sequence)
+            self.dismiss()
+
+    def dismiss(self) -> None:
+        """Take the slots of finished sequences back."""
+        for sequence in self.decoding:
+            if sequence.finish_reason:
+                self.release(sequence)
+        self.decoding = [sequence for sequence in self.decoding if not sequence.finish_reason]
+
+    def release(self, sequence: Sequence) -> None:
+        self.cache.clear(sequence.slot)
+        self.drafter.forget(sequence.slot)
+        self.free.append(sequence.slot)
+
+    # ---- a closed list of sequences ----
 
     def run(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Iterable[int]],
         shape: TreeShape,
         sampling: Sampling,
-        seeds: Sequence[int],
+        seeds: Iterable[int],
         max_new_tokens: int,
         tokenizer: Any = None,
-        stops: Sequence[str] = (),
+        stops: Iterable[str] = (),
         batch: int | None = None,
-    ) -> Iterator[list[Text]]:
-        """Decode all prompts together, or at most `batch` of them at a time: a finished text leaves at once and the next one takes its
-        slot. Yields all texts after prefill and after each round."""
-        context = self.target.config.max_position_embeddings
-        limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
-        room, free = max(limits) + shape.nodes, list(range(min(batch or len(prompts), len(prompts))))
-        self.cache = None  # what it held may serve this call
-        self.cache = self.target.new_cache(len(free), room)
-        self.drafter.reserve(len(free), room + (shape.depth + 1) * shape.top_k)
+    ) -> Iterator[list[Sequence]]:
+        """Decode all prompts together, or at most `batch` of them at a time. Yields all sequences after prefill and after each round."""
+        context, vocab, stops = self.target.config.max_position_embeddings, self.target.config.vocab_size, tuple(stops)
         everyone = []
-        for number, (prompt, limit, seed) in enumerate(zip(prompts, limits, seeds)):
-            noise = Noise(seed, self.target.config.vocab_size)
-            everyone.append(Text(number, -1, list(prompt), len(prompt), limit, seed, noise, TextStream(tokenizer, stops)))
-        waiting, active, started = deque(everyone), [], time.perf_counter()
-        while True:
-            while free and waiting:
-                sequence = waiting.popleft()
-                sequence.slot = free.pop(0)
-                self.prefill(sequence, sampling)
-                sequence.prefill_seconds = time.perf_counter() - started
-                active.append(sequence)
-            for sequence in active:
-                sequence.seconds = time.perf_counter() - started
-                if sequence.finish_reason:
-                    self.cache.clear(sequence.slot)
-                    free.append(sequence.slot)
-            active = [sequence for sequence in active if not sequence.finish_reason]
-            if free and waiting:
-                continue
-            yield everyone
-            if not active:
-                return
-            self.round(active, shape, sampling)
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds)):
+            tokens, stream = list(prompt), TextStream(tokenizer, stops)
+            limit = min(len(tokens) + max_new_tokens, context)
+            everyone.append(Sequence(tokens, limit, Noise(seed, vocab), sampling, shape, stream, number=number))
+        yield from self.run_all(everyone, batch)
+
+    def run_all(self, everyone: list[Sequence], batch: int | None = None) -> Iterator[list[Sequence]]:
+        """The same for sequences that are made already."""
+        slots = min(batch or len(everyone), len(everyone))
+        self.reserve(slots, max(sequence.limit for sequence in everyone), {sequence.shape for sequence in everyone})
+        for sequence in everyone:
+            self.admit(sequence)
+        while self.busy:
+            self.step()
+            if not (self.reading or (self.waiting and self.free)):
+                yield everyone
 
 
-def picked(rows: Tensor, first: int, path: Sequence[int]) -> Tensor:
-    """A path's rows of a pass, counted from `first`: a slice where they follow each other, as they mostly do."""
+def rows_of(features: Tensor | None, path: list[int]) -> Tensor | None:
+    """A path's rows: a slice where they follow each other, as they mostly do."""
+    if features is None:
+        return None
     if path[-1] == len(path) - 1:
-        return rows[first : first + len(path)]
-    return rows[torch.tensor(path, device=rows.device) + first]
-
-
-def commit(sequence: Text, tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """Append tokens until one ends the text (end of turn, stop string, length); what lies behind it is dropped. Returns what stayed."""
-    committed = []
-    for token in tokens:
-        sequence.tokens.append(token)
-        committed.append(token)
-        if token in end_ids or sequence.stream.push(token):
-            sequence.finish_reason = "stop"
-        elif sequence.remaining <= 0:
-            sequence.finish_reason = "length"
-        if sequence.finish_reason:
-            sequence.stream.finish()
-            break
-    return committed
-
-
-def result_of(sequence: Text) -> Result:
-    """The finished sequence as a result; one that was interrupted has what it got so far."""
-    committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
-    return Result(
-        text=sequence.stream.finish(),
-        tokens=sequence.tokens[sequence.prompt_length :],
-        tau=committed / sequence.rounds if sequence.rounds else 1.0,
-        rounds=sequence.rounds,
-        accepted_lengths=dict(sorted(sequence.accepted_lengths.items())),
-        seconds=sequence.seconds,
-        prefill_seconds=sequence.prefill_seconds,
-        seed=sequence.seed,
-        noise_version=NOISE_VERSION,
-        finish_reason=sequence.finish_reason or "interrupted",
-        prompt_tokens=sequence.prompt_length,
-    )
+        return features[: len(path)]
+    return features[torch.tensor(path, device=features.device)]

@@ -1,4 +1,4 @@
-"""Noise and the target's law: the token at a position is a pure function of (seed, position, target distribution).
+"""Noise and the target's distribution: the token at a position is a pure function of (seed, position, target distribution).
 
 At a position the noise is one Gumbel variable a token, from Philox words keyed by (seed, position); the token drawn is
 argmax(log p / T + g) over the tokens that the filters allow. So the text for a seed is the same with speculation on or off, with any
@@ -81,7 +81,7 @@ def best(scores: Tensor) -> int:
     return int(scores.argmax() if scores.is_cuda else scores.numpy().argmax())
 
 
-def law(logits_V: Tensor, sampling: Sampling) -> Tensor:
+def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """float64 [V]: the probabilities that `draw` realises; one-hot when greedy."""
     if sampling.greedy:
         return torch.zeros(logits_V.shape[0], dtype=torch.float64).index_fill_(0, logits_V.argmax().cpu(), 1.0)

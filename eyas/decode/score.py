@@ -27,7 +27,7 @@ class Children(NamedTuple):
 
     tokens: list[list[int]]  # the target's ids
     log_scores: list[list[float]]
-    laws: list[Tensor] | None = None  # [V] each, where the tokens were drawn from them without replacement
+    distributions: list[Tensor] | None = None  # [V] each, where the tokens were drawn from them without replacement
 
 
 def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
@@ -41,17 +41,19 @@ def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: 
 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
-    """Drawn without replacement from the draft's law: the largest of log q plus Gumbel noise, in order (Kool et al. 2019)."""
+    """Drawn without replacement from the draft's distribution: the largest of log q plus Gumbel noise, in order (Kool et al. 2019)."""
+    draws = request.draws
+    assert draws is not None
     log_q_RD = log_scores(logits_RD, request.sampling, None).double().cpu()
-    noise_RD = torch.stack([request.draws(node, log_q_RD.shape[1]) for node in nodes])
+    noise_RD = torch.stack([draws(node, log_q_RD.shape[1]) for node in nodes])
     ids = (log_q_RD + noise_RD).topk(min(request.shape.top_k, log_q_RD.shape[1]), -1).indices
     q_RD = log_q_RD.softmax(-1)
-    laws_RV = q_RD.new_zeros(len(nodes), vocab.vocab_size).index_copy_(1, vocab.ids, q_RD) if vocab else q_RD
-    return Children((vocab.to_target(ids) if vocab else ids).tolist(), log_q_RD.gather(1, ids).tolist(), list(laws_RV))
+    q_RV = q_RD.new_zeros(len(nodes), vocab.vocab_size).index_copy_(1, vocab.ids, q_RD) if vocab else q_RD
+    return Children((vocab.to_target(ids) if vocab else ids).tolist(), log_q_RD.gather(1, ids).tolist(), list(q_RV))
 
 
 def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:
-    """[R, D] log softmax(log q + noise); q: the draft's law at the same temperature and loosened filters.
+    """[R, D] log softmax(log q + noise); q: the draft's distribution at the same temperature and loosened filters.
 
     Greedy, or under a verifier that draws with other randomness (`noise_D` None): log q, as SafeAILab has it.
     """
@@ -65,7 +67,7 @@ def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) ->
 
 
 def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:
-    """Rule out what the target's filters surely will; the draft's law is only near the target's, hence the margin."""
+    """Rule out what the target's filters surely will; the draft's distribution is only near the target's, hence the margin."""
     loose = replace(sampling, top_k=2 * sampling.top_k, top_p=(1 + sampling.top_p) / 2, min_p=sampling.min_p / 2)
     if (loose.top_k, loose.top_p, loose.min_p) == (0, 1.0, 0.0):
         return scores_RD

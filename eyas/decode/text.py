@@ -55,7 +55,10 @@ class TextStream:
         return ready
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert self.tokenizer is not None  # without one nothing is pushed
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one text
+        return text
 
     def _append(self, piece: str) -> None:
         reach = max((len(stop) for stop in self.stops), default=1) - 1

@@ -20,7 +20,7 @@ class Tree:
     parents: list[int]  # -1 for the root
     depths: list[int]  # 0 for the root
     scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
-    laws: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # see `drawn`
+    distributions: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # see `drawn`
     children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
 
     def __post_init__(self) -> None:
@@ -36,9 +36,10 @@ class Tree:
 
     @property
     def drawn(self) -> bool:
-        """Whether every row's children were drawn, without replacement and in their order, from the law [V] that `laws` holds for the row,
-        in a shape fixed beforehand. What is left of a tree after a choice is not: a guess was then kept for being likely."""
-        return self.laws is not None or len(self) == 1
+        """Whether every row's children were drawn, without replacement and in their order, from the probabilities [V] that
+        `distributions` holds for the row, in a shape fixed beforehand. What is left of a tree after a choice is not: a guess was then kept
+        for being likely."""
+        return self.distributions is not None or len(self) == 1
 
     @classmethod
     def root(cls, token: int) -> Tree:
@@ -82,7 +83,7 @@ class Growth:
         self.tokens, self.parents, self.depths, self.scores = [root], [-1], [0], [0.0]
         self.width = width
         self.ranks = [0]  # of each node among its siblings
-        self.laws: dict[int, Tensor] = {}  # of nodes whose children were drawn from them
+        self.distributions: dict[int, Tensor] = {}  # of nodes whose children were drawn from them
         self.newest = [0]
         self.expanded: list[int] = []  # nodes whose followers were computed, in that order: the rows of the drafter's cache
         self.lines: list[set[int]] = [{0}]  # each node's ancestors and itself
@@ -101,9 +102,9 @@ class Growth:
         frontier: Sequence[int],
         tokens: Sequence[Sequence[int]],
         log_scores: Sequence[Sequence[float]],
-        laws: Sequence[Tensor] | None = None,
+        distributions: Sequence[Tensor] | None = None,
     ) -> None:
-        """Give each frontier node its children: tokens and log scores (at most 0), best first; `laws` where they were drawn from them."""
+        """Give each frontier node its children: tokens and log scores (at most 0), best first; and what they were drawn from, if so."""
         self.newest = []
         for node, its_tokens, its_scores in zip(frontier, tokens, log_scores):
             for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores)):
@@ -117,7 +118,7 @@ class Growth:
                 self.depths.append(self.depths[node] + 1)
                 self.scores.append(self.scores[node] + score)
         self.expanded += frontier
-        self.laws.update(zip(frontier, laws or ()))
+        self.distributions.update(zip(frontier, distributions or ()))
 
     def room(self, node: int) -> int | None:
         """How many children a node may have; None: all it is given."""
@@ -145,8 +146,8 @@ class StaticGrowth(Growth):
         return self.counts[self.place(node)]
 
     def tree(self, nodes: int) -> Tree:
-        laws = [self.laws.get(node) for node in range(len(self.tokens))] if self.laws else None
-        return Tree(self.tokens, self.parents, self.depths, self.scores, laws)
+        distributions = [self.distributions.get(node) for node in range(len(self.tokens))] if self.distributions else None
+        return Tree(self.tokens, self.parents, self.depths, self.scores, distributions)
 
 
 def merge(trees: Sequence[Tree]) -> Tree:

@@ -1,52 +1,20 @@
-"""Walk a draft tree along the target's own draws; or follow rules of acceptance that others use, for comparison.
+"""Walk a draft tree along the target's own draws.
 
-Knows parents, token ids and the laws that children were drawn from; knows nothing of models, caches or temperature: what the target draws
-at a node, or its law there, is a function it is handed, and so is chance.
+Knows parents and token ids; knows nothing of models, caches or temperature: what the target draws at a node is a function it is handed.
+Other rules of acceptance, for comparison, are rules.py's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from eyas.config import EyasError
 from eyas.decode.tree import Tree
-
-TYPICAL, TYPICAL_SHARE = 0.09, 0.3  # Medusa's own: a guess is typical above the less of the first and this share of exp(-entropy)
-
-Law = Callable[[int], Tensor]  # a tree's row -> the target's law [V] there
 
 
 class Accepted(NamedTuple):
     path: list[int]  # tree rows to keep, root first
     bonus: int  # the draw that left the tree
-
-
-class Chance(Protocol):
-    """What a rule of acceptance may leave to chance."""
-
-    def accepts(self, probability: float) -> bool: ...
-
-    def draws(self, weights_V: Tensor) -> int:
-        """A token with a chance in proportion to its weight."""
-
-
-class Uniforms:
-    """Chance from numbers in (0, 1)."""
-
-    def __init__(self, numbers: Iterator[float]) -> None:
-        self.numbers = numbers
-
-    def accepts(self, probability: float) -> bool:
-        return next(self.numbers) < probability
-
-    def draws(self, weights_V: Tensor) -> int:
-        cdf_V = weights_V.cumsum(0)
-        return min(int(torch.searchsorted(cdf_V, next(self.numbers) * cdf_V[-1], right=True)), len(cdf_V) - 1)
 
 
 def walk(tree: Tree, draw: Callable[[int], int]) -> Accepted:
@@ -61,128 +29,3 @@ def walk(tree: Tree, draw: Callable[[int], int]) -> Accepted:
         if child is None:
             return Accepted(path, token)
         path.append(child)
-
-
-def accept_reject(tree: Tree, law: Law, chance: Chance) -> Accepted:
-    """EAGLE's rule with draft probability 1 (SafeAILab): accept a child with the chance p(x), else strike x out and renormalise.
-
-    On trees whose candidates do not depend on `chance` it has exactly the law of `walk`; it accepts less, since the draft cannot know
-    what will be drawn.
-    """
-    path = [0]
-    while True:
-        left_V = law(path[-1]).clone()
-        for token, child in tree.children[path[-1]].items():
-            if chance.accepts(float(left_V[token] / left_V.sum())):
-                path.append(child)
-                break
-            left_V[token] = 0
-        else:
-            return Accepted(path, chance.draws(left_V))
-
-
-def without_replacement(tree: Tree, law: Law, chance: Chance) -> Accepted:
-    """Recursive rejection of children drawn without replacement (Jeon et al. 2024, arXiv 2402.14160; with one child Leviathan et al. 2023):
-    accept x with the chance p(x) / q(x), else go on with what p has above q, and with q less x.
-
-    Divides by q, so it is lossless only where the children really were drawn from q, in a shape that did not depend on them.
-    """
-    check_drawn(tree, "without-replacement")
-    path = [0]
-    while True:
-        p_V, children = law(path[-1]), tree.children[path[-1]]
-        q_V = tree.laws[path[-1]].clone() if children else p_V
-        for token, child in children.items():
-            if chance.accepts(min(1.0, float(p_V[token] / q_V[token]))):
-                path.append(child)
-                break
-            p_V = above(p_V, q_V)
-            q_V[token] = 0
-            q_V /= q_V.sum()
-        else:
-            return Accepted(path, chance.draws(p_V))
-
-
-def block(tree: Tree, law: Law, chance: Chance) -> Accepted:
-    """Block verification (Sun et al. 2024, arXiv 2403.10444): of one drawn chain no lossless verifier accepts more. It is what traversal
-    comes to on a chain."""
-    if any(len(children) > 1 for children in tree.children):
-        raise EyasError("verifier block reads chains: --tree chain:K; for trees there is verifier traversal")
-    return traversal(tree, law, chance)
-
-
-def traversal(tree: Tree, law: Law, chance: Chance) -> Accepted:
-    """Traversal verification (Weng et al. 2025, arXiv 2505.12398): whole paths are accepted, from the first leaf towards the root, so a
-    token too likely under the draft may be made good by later ones.
-
-    A leaf is accepted with the chance that its path's joint ratio p / q reached; a rejected one is struck out, its parent's law becomes
-    what it had above the draft's, and the parent, or its next child's first leaf, is tried.
-    """
-    check_drawn(tree, "traversal")
-    p = {0: law(0)}
-    q = {row: tree.laws[row].clone() for row in range(len(tree)) if tree.children[row]}
-    left = {row: list(tree.children[row].values()) for row in range(len(tree))}
-    reached = {0: 1.0}
-    row = 0
-    while True:
-        while left[row]:  # down to the first leaf
-            child = left[row][0]
-            token = tree.tokens[child]
-            reached[child] = min(1.0, reached[row] * float(p[row][token] / q[row][token]))
-            p[child] = law(child)
-            row = child
-        if row == 0 or chance.accepts(reached[row]):
-            return Accepted(path_to(tree, row), chance.draws(p[row]))
-        parent, token = tree.parents[row], tree.tokens[row]
-        left[parent].pop(0)
-        surplus_V = (reached[parent] * p[parent] - q[parent]).clamp(min=0)
-        total = float(surplus_V.sum())
-        p[parent] = surplus_V / total if total > 0 else p[parent]
-        reached[parent] = ratio(total, total + 1 - reached[parent])
-        q[parent][token] = 0
-        q[parent] /= q[parent].sum() if left[parent] else 1
-        row = parent
-
-
-def path_to(tree: Tree, row: int) -> list[int]:
-    path = [row]
-    while path[-1]:
-        path.append(tree.parents[path[-1]])
-    return path[::-1]
-
-
-def ratio(part: float, whole: float) -> float:
-    """part / whole, of nothing nothing."""
-    return part / whole if whole > 0 else 0.0
-
-
-def typical(tree: Tree, law: Law, chance: Chance) -> Accepted:
-    """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: a guess is good where the target finds it likely enough for how
-    unsure it is; the longest path of such guesses is kept."""
-    good, laws = {0}, {0: law(0)}
-    for row in range(1, len(tree)):
-        parent = tree.parents[row]
-        if parent in good:
-            if parent not in laws:
-                laws[parent] = law(parent)
-            p_V = laws[parent]
-            entropy = float(torch.special.entr(p_V).sum())
-            if float(p_V[tree.tokens[row]]) > min(TYPICAL, TYPICAL_SHARE * math.exp(-entropy)):
-                good.add(row)
-    best = max(good, key=lambda row: (tree.depths[row], -row))
-    return Accepted(path_to(tree, best), chance.draws(law(best)))
-
-
-def check_drawn(tree: Tree, verifier: str) -> None:
-    if not tree.drawn:
-        raise EyasError(
-            f"verifier {verifier} needs a draft that draws its guesses (not look-up) in a tree fixed beforehand: "
-            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's law"
-        )
-
-
-def above(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What p has more than q, as a law; where rounding leaves nothing, p."""
-    left_V = (p_V - q_V).clamp(min=0)
-    total = left_V.sum()
-    return left_V / total if total > 0 else p_V

@@ -74,10 +74,10 @@ def optional(url: str) -> Any:
 
 def vllm_counts(url: str) -> Counts | None:
     page = optional(f"{url}/metrics")
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = {}
     for name, value in VLLM.findall(page if isinstance(page, str) else ""):
-        totals[name] += float(value)
-    return Counts(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"]) if totals else None
+        totals[name] = totals.get(name, 0) + float(value)
+    return Counts(*(totals.get(name, 0) for name in ("drafts", "draft_tokens", "accepted_tokens"))) if totals else None
 
 
 def sglang_told(url: str) -> tuple[float, TreeShape] | None:
@@ -113,7 +113,7 @@ def ask(url: str) -> Served:
         drafted += int(timings.get("draft_n") or 0)
         accepted += int(timings.get("draft_n_accepted") or 0)
     if before is not None and (after := vllm_counts(url)) is not None:
-        counts = Counts(*(now - then for now, then in zip(after, before)))
+        counts = Counts(*(now - then for now, then in zip(after, before, strict=True)))
         return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
     if drafted:  # llama.cpp: each round writes one token more than it accepted, the first token comes from the prompt
         rounds = max(written - len(QUESTIONS) - accepted, 1)
@@ -132,7 +132,7 @@ def compare(url: str, draft: Draft, target: TargetFiles) -> dict[str, Any]:
     lines, differs = [], False
     if any(served.prompt_tokens) and served.prompt_tokens != own:
         differs = True
-        first = next(number for number, pair in enumerate(zip(served.prompt_tokens, own)) if pair[0] != pair[1])
+        first = next(number for number, pair in enumerate(zip(served.prompt_tokens, own, strict=True)) if pair[0] != pair[1])
         lines.append(
             f"chat template: it reads {served.prompt_tokens[first]} tokens where the target's template makes {own[first]} "
             f"({QUESTIONS[first]!r}): another template, system prompt or a doubled first token; the draft was trained on the target's"

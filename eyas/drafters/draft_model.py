@@ -15,24 +15,27 @@ from eyas.config import EyasError
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.model.cache import Cache
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
-from eyas.model.target import Target
 
 SHARE = 3  # of its layers the target's first one in so many draft, where no smaller model is named
 CATCH_UP = 256  # rows of committed text read at once
 
 
 class ModelDrafter:
+    cache: Cache  # once there is room for sequences
     wants: tuple[int, ...] = ()
 
-    def __init__(self, model: Target, vocab_size: int) -> None:
+    def __init__(self, model: TargetModel, vocab_size: int) -> None:
         if model.config.vocab_size != vocab_size:
             raise EyasError(f"the draft model has {model.config.vocab_size} tokens, the target {vocab_size}; they must share a vocabulary")
         self.model = model
         self.waiting: dict[int, list[int]] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        self.cache = None  # what it held may serve this call
+        if hasattr(self, "cache"):
+            self.cache.release()  # what it held may serve the next one
         self.cache = self.model.new_cache(sequences, capacity)
         self.waiting = {sequence: [] for sequence in range(sequences)}
 
@@ -42,6 +45,8 @@ class ModelDrafter:
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         self.waiting[sequence] += tokens
+        while len(tokens) >= CATCH_UP < len(self.waiting[sequence]):  # a part of a long prompt is read as it comes
+            self.read_waiting([sequence])
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, lambda level, logits_RV: logits_RV)
@@ -76,6 +81,6 @@ class ModelDrafter:
         return out.logits
 
 
-def alone(target: Target) -> ModelDrafter:
+def alone(target: TargetModel) -> ModelDrafter:
     """The cheapest draft model there is: the target's own first layers."""
     return ModelDrafter(target.shallow(max(1, target.config.num_hidden_layers // SHARE)), target.config.vocab_size)

@@ -12,7 +12,7 @@ are the same.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,8 @@ from eyas.files import draft_files
 from eyas.kernels.attention import Attend, PassAttention
 from eyas.kernels.layer import OneLayer
 from eyas.kernels.linear import Dense
-from eyas.model.adapter import AdaptedTarget
+from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import Borrowing, FrozenHead
-from eyas.model.target import Target
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
@@ -62,7 +61,7 @@ class Eagle1Network(Borrowing, nn.Module):
 
     @property
     def block(self) -> Eagle1Block:
-        return self.layers[0]
+        return cast("Eagle1Block", self.layers[0])
 
     def fuse(self, features_NH: Tensor) -> Tensor:
         return features_NH
@@ -118,7 +117,7 @@ def config_of(network: Eagle1Network, target_layers: int) -> dict[str, Any]:
 save = draft_files.saver("eagle1", config_of)
 
 
-def load(directory: Path, target: Target | AdaptedTarget) -> tuple[Eagle1Network, DraftVocab]:
+def load(directory: Path, target: TargetModel) -> tuple[Eagle1Network, DraftVocab]:
     fields, tensors, vocab = draft_files.read(directory, target.config)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_OURS}
     shape, embedding = draft_files.shape_of(fields, target.config), target.embedding.detach()

@@ -35,8 +35,8 @@ HELD = 1024  # rows at most that wait to be read: where drafting does not pay th
 
 
 @dataclass
-class Known:
-    """Committed text that the draft has not read yet, and where its reading stands."""
+class PendingRows:
+    """Committed text that the draft has not read yet."""
 
     tokens: list[int] = field(default_factory=list)  # t_{j+1} of the slots to come
     features: list[Tensor] = field(default_factory=list)
@@ -44,28 +44,34 @@ class Known:
 
 
 class Eagle3Drafter:
+    cache: KVCache  # once there is room for sequences
+
     def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
         self.wants, self.attention = network.wants, network.block.self_attn
         self.group = self.attention.heads // self.attention.kv_heads
-        self.known: dict[int, Known] = {}
+        self.pending: dict[int, PendingRows] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
-        pool, self.cache = self.network.pool, None  # what it held may serve this call
+        pool = self.network.pool
+        if hasattr(self, "cache"):
+            self.cache.release()  # what it held may serve the next one
         self.cache = pool.cache(1, *shape) if pool and sequences == 1 else KVCache(1, sequences, *shape)
-        self.known = {sequence: Known() for sequence in range(sequences)}
+        self.pending = {sequence: PendingRows() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:
-        self.known[sequence] = Known()
+        self.pending[sequence] = PendingRows()
         self.cache.clear(sequence)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        known = self.known[sequence]
-        known.tokens += tokens if known.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
-        known.begun = True
-        known.features.append(features)
-        while len(known.tokens) > HELD:
+        pending = self.pending[sequence]
+        pending.tokens += tokens if pending.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
+        pending.begun = True
+        assert features is not None, "what it wants it is given"
+        pending.features.append(features)
+        most = CATCH_UP if len(tokens) >= CATCH_UP else HELD  # a part of a long prompt is read as it comes
+        while len(pending.tokens) > most:
             self.catch_up_some([sequence])
 
     # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
@@ -87,20 +93,20 @@ class Eagle3Drafter:
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
         """Read all committed rows, from true features; returns a [S, H] of each sequence's last row."""
-        while late := [sequence for sequence in sequences if len(self.known[sequence].tokens) > CATCH_UP]:
+        while late := [sequence for sequence in sequences if len(self.pending[sequence].tokens) > CATCH_UP]:
             self.catch_up_some(late)
         return self.catch_up_some(sequences)
 
     def catch_up_some(self, sequences: Sequence[int]) -> Tensor:
         """The same for up to CATCH_UP rows a sequence."""
-        counts = [min(len(self.known[sequence].tokens), CATCH_UP) for sequence in sequences]
+        counts = [min(len(self.pending[sequence].tokens), CATCH_UP) for sequence in sequences]
         tokens, features, positions = [], [], []
         for sequence, count in zip(sequences, counts):
-            known = self.known[sequence]
-            tokens += known.tokens[:count]
-            held = torch.cat(known.features)
+            pending = self.pending[sequence]
+            tokens += pending.tokens[:count]
+            held = torch.cat(pending.features)
             features.append(held[:count])
-            known.tokens, known.features = known.tokens[count:], [held[count:]]
+            pending.tokens, pending.features = pending.tokens[count:], [held[count:]]
             start = self.cache.lengths[sequence]
             positions += range(start, start + count)
         g = self.network.fuse(torch.cat(features).to(self.network.dtype))
@@ -113,9 +119,11 @@ class Eagle3Drafter:
         if fits(self.cache, segments):
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
         else:
-            (a,) = step(self.network, *(part.to(g.device) for part in rows), self.cache.attention(segments, self.group), g)
+            tokens_N, positions_N = (part.to(g.device) for part in rows)
+            (a,) = step(self.network, tokens_N, positions_N, self.cache.attention(segments, self.group), g)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
+        assert a is not None
         return a
 
 

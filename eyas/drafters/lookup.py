@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 
 PATTERNS = (4, 3, 2)  # tokens that are looked up; what matched before them is compared in the text
 USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # share of right guesses, by how many tokens matched at least
@@ -25,7 +25,7 @@ OCCURRENCES = 4  # latest places looked at, so a much repeated pattern stays che
 
 
 @dataclass
-class Known:
+class TextIndex:
     """One sequence's text, where its patterns ended (latest last), and how its latest matches did."""
 
     text: list[int] = field(default_factory=list)
@@ -44,56 +44,56 @@ class LookupDrafter:
     wants: tuple[int, ...] = ()
 
     def __init__(self) -> None:
-        self.known: dict[int, Known] = {}
+        self.indexes: dict[int, TextIndex] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
         for sequence in range(sequences):
             self.forget(sequence)
 
     def forget(self, sequence: int) -> None:
-        self.known[sequence] = Known()
+        self.indexes[sequence] = TextIndex()
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        self.known[sequence].unread += tokens  # until something is looked up
+        self.indexes[sequence].unread += tokens  # until something is looked up
 
-    def read(self, known: Known) -> None:
+    def read(self, index: TextIndex) -> None:
         """Note where patterns end, and whether matches came true."""
-        for token in known.unread:
-            if known.matches:
-                end, matched = known.matches[0]
-                known.tried[class_of(matched)] += 1
-                known.right[class_of(matched)] += known.text[end] == token
-            known.text.append(token)
-            known.matches = []
+        for token in index.unread:
+            if index.matches:
+                end, matched = index.matches[0]
+                index.tried[class_of(matched)] += 1
+                index.right[class_of(matched)] += index.text[end] == token
+            index.text.append(token)
+            index.matches = []
             for length in PATTERNS:
-                if len(known.text) >= length:
-                    held = known.places.setdefault(tuple(known.text[-length:]), [])
-                    if held and not known.matches:
-                        known.matches = matches(known.text, held, length)
-                    held.append(len(known.text))
+                if len(index.text) >= length:
+                    held = index.places.setdefault(tuple(index.text[-length:]), [])
+                    if held and not index.matches:
+                        index.matches = matches(index.text, held, length)
+                    held.append(len(index.text))
                     del held[:-OCCURRENCES]
-        known.unread = []
+        index.unread = []
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         return [self.look_up(request, request.shape.levels) for request in requests]
 
     def look_up(self, request: TreeRequest, levels: int) -> Tree:
         """The continuations of the longest pattern that occurred before, the likeliest first, merged into one tree."""
-        known = self.known[request.sequence]
-        self.read(known)
+        index = self.indexes[request.sequence]
+        self.read(index)
         trees = []
-        for rank, (end, matched) in enumerate(known.matches[: request.shape.top_k] if levels else ()):
+        for rank, (end, matched) in enumerate(index.matches[: request.shape.top_k] if levels else ()):
             score, scores = 0.0, []
-            for depth in range(min(levels, len(known.text) - end)):
-                score += math.log(known.chance(matched + depth)) * (1 + rank)  # another occurrence is worth less
+            for depth in range(min(levels, len(index.text) - end)):
+                score += math.log(index.chance(matched + depth)) * (1 + rank)  # another occurrence is worth less
                 if score < FAINT and depth:
                     break
                 scores.append(score)
-            trees.append(Tree.chain(request.root, known.text[end : end + len(scores)], scores))
+            trees.append(Tree.chain(request.root, index.text[end : end + len(scores)], scores))
         return merge(trees).best(request.shape.nodes) if trees else Tree.root(request.root)
 
 
-def alone(target: Target) -> LookupDrafter:
+def alone(target: TargetModel) -> LookupDrafter:
     return LookupDrafter()
 
 

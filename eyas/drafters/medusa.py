@@ -27,9 +27,8 @@ from eyas.decode.plan.static_tree import tree_for
 from eyas.decode.tree import Tree
 from eyas.files import draft_files
 from eyas.kernels.linear import Dense
-from eyas.model.adapter import AdaptedTarget
+from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import Borrowing
-from eyas.model.target import Target
 from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab
 
@@ -49,14 +48,28 @@ class ResBlock(nn.Module):
         return x_NH + F.silu(self.product(x_NH))
 
 
+class MedusaHead(nn.Sequential):
+    """Residual blocks, then a product."""
+
+    @property
+    def last(self) -> nn.Linear:
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+
 class MedusaNetwork(Borrowing, nn.ModuleList):
     """Head k: residual blocks, then logits of the token k + 2 places behind the last one read; the target's own head says the next."""
 
     def __init__(self, width: int, draft_vocab_size: int, heads: int, blocks: int, embedding: Tensor) -> None:
         parts = [[ResBlock(width) for _ in range(blocks)] + [nn.Linear(width, draft_vocab_size, bias=False)] for _ in range(heads)]
-        super().__init__(nn.Sequential(*each) for each in parts)
+        super().__init__(MedusaHead(*each) for each in parts)
         self.borrow(embedding)  # which heads do not read
-        self.outputs = [Dense(head[-1]) for head in self]
+        self.outputs = [Dense(head.last) for head in self.heads]
+
+    @property
+    def heads(self) -> list[MedusaHead]:
+        return [head for head in self if isinstance(head, MedusaHead)]
 
     @property
     def levels(self) -> int:
@@ -64,7 +77,9 @@ class MedusaNetwork(Borrowing, nn.ModuleList):
 
     def before_head(self, level: int, x_NH: Tensor) -> Tensor:
         """What head `level` makes of last hidden states before its last product."""
-        return self[level][:-1](x_NH.to(self.dtype))
+        head = self[level]
+        assert isinstance(head, MedusaHead)
+        return head[:-1](x_NH.to(self.dtype))
 
     def logits_at(self, level: int, x_NH: Tensor) -> Tensor:
         """[N, D] of what lies one deeper than nodes at depth `level`, from the last hidden state before the root."""
@@ -75,10 +90,10 @@ class MedusaNetwork(Borrowing, nn.ModuleList):
 
     def prepare(self, bits: int = 16) -> MedusaNetwork:
         """Pack weights for inference."""
-        for head, output in zip(self, self.outputs):
+        for head, output in zip(self.heads, self.outputs, strict=True):
             pack(head, bits)
             self.pack_wide(output, bits)
-            head[-1].weight = None
+            head.last.register_parameter("weight", None)
         return self.packed([], bits)
 
 
@@ -94,6 +109,7 @@ class MedusaDrafter:
         self.last.pop(sequence, None)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        assert features is not None
         self.last[sequence] = features[-1]
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
@@ -123,13 +139,13 @@ check = draft_files.check_sizes
 
 def config_of(network: MedusaNetwork, target_layers: int) -> dict[str, Any]:
     width = network.embedding[0].shape[1]
-    return {"medusa_num_heads": len(network), "medusa_num_layers": len(network[0]) - 1, "hidden_size": width}
+    return {"medusa_num_heads": len(network), "medusa_num_layers": len(network.heads[0]) - 1, "hidden_size": width}
 
 
 save = draft_files.saver("medusa", config_of)
 
 
-def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MedusaNetwork, DraftVocab]:
+def load(directory: Path, target: TargetModel) -> tuple[MedusaNetwork, DraftVocab]:
     fields, tensors, vocab = draft_files.read(directory, target.config, *PUBLISHED)
     heads = len({name.split(".")[0] for name in tensors})  # published configs say fewer than there are
     blocks = fields.size("medusa_num_layers", 1)

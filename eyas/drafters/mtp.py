@@ -28,11 +28,10 @@ from eyas.decode.tree import Tree
 from eyas.files import draft_files
 from eyas.kernels.layer import OneLayer
 from eyas.kernels.linear import Dense
-from eyas.model.adapter import AdaptedTarget
 from eyas.model.cache import KVCache
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Segment
 from eyas.model.shared_weights import Borrowing, FrozenHead
-from eyas.model.target import Target
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
@@ -51,6 +50,13 @@ class MtpModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(shape.hidden_size, shape.rms_norm_eps)})
         self.joined = Dense(self.eh_proj)
 
+    @property
+    def norm(self) -> RMSNorm:
+        """What the head reads through."""
+        norm = self.shared_head["norm"]
+        assert isinstance(norm, RMSNorm)
+        return norm
+
 
 class MtpNetwork(Borrowing, nn.Module):
     """`embedding` [V, H] and `head` are the target's."""
@@ -58,22 +64,28 @@ class MtpNetwork(Borrowing, nn.Module):
     def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
         super().__init__()
         self.shape = shape
-        self.layers = nn.ModuleList(MtpModule(shape) for _ in range(modules))
+        layers = [MtpModule(shape) for _ in range(modules)]
+        self.layers = nn.ModuleList(layers)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
-        self.runs = [OneLayer(module, module.input_layernorm) for module in self.layers]
+        self.runs = [OneLayer(module, module.input_layernorm) for module in layers]
         self.borrow(embedding, head)
 
     @property
     def levels(self) -> int:
         return len(self.layers)
 
+    def module(self, level: int) -> MtpModule:
+        module = self.layers[level]
+        assert isinstance(module, MtpModule)
+        return module
+
     def join(self, level: int, tokens_N: Tensor, h_NH: Tensor) -> Tensor:
         """What module `level` (counted from 0) reads [N, H]: states, and the tokens that followed them."""
-        module = self.layers[level]
+        module = self.module(level)
         return module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
 
     def normed(self, level: int, h_NH: Tensor) -> Tensor:
-        return self.layers[level].shared_head["norm"](h_NH.to(self.dtype))
+        return self.module(level).norm(h_NH.to(self.dtype))
 
     def logits_at(self, level: int, h_NH: Tensor) -> Tensor:
         """[N, D]; of [N, .., H] the last state of each."""
@@ -94,7 +106,7 @@ class MtpDrafter:
         self.states: dict[int, list[list[Tensor]]] = {}  # of each module's input what it has not read: the target's, then each module's own
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        network, attention = self.network, self.network.layers[0].self_attn
+        network, attention = self.network, self.network.module(0).self_attn
         self.group = attention.heads // attention.kv_heads
         shape = (attention.kv_heads, attention.head_dim, network.dtype, network.device)
         self.caches = [KVCache(1, sequences, capacity + SPARE * network.levels, *shape) for _ in network.layers]
@@ -107,6 +119,7 @@ class MtpDrafter:
             cache.clear(sequence)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
+        assert features is not None
         self.tokens[sequence] += tokens
         self.states[sequence][0].append(features)
 
@@ -124,9 +137,9 @@ class MtpDrafter:
         """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
         for level in range(self.network.levels):
             while parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
-                tokens, states, segments, positions = zip(*parts)
+                tokens, states, segments, positions = zip(*parts, strict=True)
                 made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
-                for segment, rows in zip(segments, made.split([segment.count for segment in segments])):
+                for segment, rows in zip(segments, made.split([segment.count for segment in segments]), strict=True):
                     self.caches[level].keep(segment.slot, range(segment.count))
                     following = self.states[segment.slot][level + 1]
                     following.append(rows)
@@ -192,7 +205,7 @@ def named(name: str, target_layers: int) -> str:
 save = draft_files.saver("mtp", config_of, named)
 
 
-def load(directory: Path, target: Target | AdaptedTarget) -> tuple[MtpNetwork, DraftVocab]:
+def load(directory: Path, target: TargetModel) -> tuple[MtpNetwork, DraftVocab]:
     fields, found, vocab = draft_files.read(directory, target.config)
     layers, modules = fields.size("num_hidden_layers"), fields.size("num_nextn_predict_layers")
     if not 1 <= modules <= 16:

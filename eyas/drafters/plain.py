@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from eyas.decode.drafter import NoDrafter
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 
 
-def alone(target: Target) -> NoDrafter:
+def alone(target: TargetModel) -> NoDrafter:
     return NoDrafter()

@@ -24,13 +24,12 @@ def check_adaptable(directory: Path) -> Any:
     Reads config.json and no weights.
     """
     kind = read_json(directory / "config.json").get("model_type")
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
 
     def refused(why: str) -> EyasError:
         return EyasError(f"{directory} is a {kind!r} model: {why}")
 
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
     try:
         config = AutoConfig.from_pretrained(directory)
@@ -42,7 +41,7 @@ def check_adaptable(directory: Path) -> Any:
         raise refused("it wraps a text model with images or sound; give a directory with the text model alone")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise refused(f"transformers has no causal language model of this type; {CHOOSE}")
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)
     running = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
     if getattr(model, "_is_stateful", False) or running & set(odd):

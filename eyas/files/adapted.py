@@ -5,6 +5,7 @@ Knows how transformers loads a model and says what did not fit; what runs it is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device
     settings = {"dtype": dtype, "attn_implementation": NAME, "use_safetensors": True, "local_files_only": True}
     try:
         with no_progress_bars():
-            network, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+            network, report = loaded
     except Exception as error:  # transformers raises many kinds: no weights, damaged ones, a missing package
         raise EyasError(f"transformers cannot load {directory} ({first_line(error)})") from None
     ignored = ("rotary_emb.inv_freq", "attn.masked_bias")  # old checkpoints hold them; the config says them
@@ -46,7 +48,7 @@ def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device
 
 
 @contextmanager
-def no_progress_bars() -> Any:
+def no_progress_bars() -> Iterator[None]:
     """transformers draws a bar over the tensors it loads; eyas says itself what takes long."""
     from transformers.utils import logging
 

@@ -46,10 +46,11 @@ def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterat
         os.chmod(work, 0o755)
         for file in work.iterdir():  # safetensors leaves files that only their writer may read
             os.chmod(file, 0o644)
-        for other in final.iterdir() if ours is not None and final.exists() else ():
-            if other.name not in ours and not (work / other.name).exists():
-                copy = shutil.copytree if other.is_dir() else shutil.copy2
-                copy(other, work / other.name)
+        if ours is not None and final.exists():
+            for other in final.iterdir():
+                if other.name not in ours and not (work / other.name).exists():
+                    copy = shutil.copytree if other.is_dir() else shutil.copy2
+                    copy(other, work / other.name)
         old = work.with_name(work.name + "-old")
         if final.exists():
             os.replace(final, old)

@@ -10,17 +10,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eyas.config import EyasError, TargetConfig, rope_kind, short
 from eyas.files.eagle3_files import FACTS, tensors_hash
 from eyas.files.tensors import check_tensors, load_strictly, save_tensors
 from eyas.files.untrusted import Fields, tensors_of
+from eyas.model.protocols import DraftModule
+from eyas.model.shared_weights import Borrowing
 from eyas.model.vocab import DraftVocab
 
+Network = TypeVar("Network", bound=Borrowing)
 ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers -> config.json without eyas's facts
 
 
@@ -30,7 +33,7 @@ def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = l
 
     def save(
         directory: Path,
-        network: nn.Module,
+        network: DraftModule,
         vocab: DraftVocab,
         target_layers: int,
         weights: Mapping[str, Tensor] | None = None,
@@ -95,11 +98,11 @@ def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
         max_position_embeddings=fields.size("max_position_embeddings", target.max_position_embeddings),
         rms_norm_eps=fields.number("rms_norm_eps", target.rms_norm_eps),
         rope_theta=theta,
-        rope_scaling=scaling if scaling and rope_kind(scaling) is not None else None,
+        rope_scaling=dict(scaling) if scaling and rope_kind(scaling) is not None else None,
     )
 
 
-def filled(network: Any, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Any:
+def filled(network: Network, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Network:
     """A network made without memory, with these weights; in the target's number format and where its embedding lies."""
     check_tensors(network, tensors, f"draft {directory}")
     network = network.to(embedding.dtype).to_empty(device=embedding.device)

@@ -57,7 +57,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
             single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, bos)]
         )
     kinds = fields.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds):
+    for token, kind in zip(tokens, kinds, strict=False):
         if kind == SPECIAL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == USER_DEFINED:  # found in text like a special token, but part of the answer (<think>)

@@ -18,7 +18,7 @@ from eyas.files.embedded import embedded_target
 from eyas.files.gguf import convert_gguf
 from eyas.files.hf_config import has_own_blocks, own_config
 from eyas.files.tensors import load_strictly, read_tensors
-from eyas.model.adapter import AdaptedTarget
+from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
@@ -56,12 +56,12 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
         raise EyasError(f"could not fetch {name} from the hub ({str(error).splitlines()[0]}); give a local directory or .gguf") from None
 
 
-def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> Target | AdaptedTarget:
+def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> TargetModel:
     """The target with its weights in, not yet prepared for inference (its loose matrices can still be read).
 
     Families that our own blocks do not compute run through transformers.
@@ -82,8 +82,8 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
     return target
 
 
-def prepared(model: Target | AdaptedTarget, precision: str) -> Target | AdaptedTarget:
-    return model.prepare(BITS[precision]) if precision in BITS else model.prepare()
+def prepared(model: TargetModel, precision: str) -> TargetModel:
+    return model.prepare(BITS.get(precision, 16))
 
 
 def check_device(device: str) -> None:

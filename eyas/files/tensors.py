@@ -89,9 +89,9 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: i
                 shards.append({})
             shards[-1][name] = tensor
         names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-        for name, shard in zip(names, shards):
+        for name, shard in zip(names, shards, strict=True):
             save_file(shard, directory / name, metadata={"format": "pt"})
-        where = {key: name for name, shard in zip(names, shards) for key in shard}
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from None

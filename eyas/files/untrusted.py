@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class Fields:
             raise EyasError(f"{self.where} lacks {key}")
         return self.checked(key, value, 0, LARGEST_SIZE, whole=True)
 
+    @overload
+    def number(self, key: str, default: float) -> float: ...
+    @overload
+    def number(self, key: str, default: None = None) -> float | None: ...
     def number(self, key: str, default: float | None = None) -> float | None:
         value = self.raw.get(key)
         return default if value is None else self.checked(key, value, 0, 1e12)

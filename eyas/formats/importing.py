@@ -78,7 +78,7 @@ def measured(found: Found, target_layers: int, changes: Mapping[str, Any], evide
 
 
 def verdict(options: list[Reading], scores: list[Agreement], best: int) -> str:
-    beside = [f"{option.words}: {score.tau:.2f}" for option, score in zip(options, scores)]
+    beside = [f"{option.words}: {score.tau:.2f}" for option, score in zip(options, scores, strict=True)]
     others = [abs(scores[best].beats(score)) for number, score in enumerate(scores) if number != best]
     if not others:
         return f"{options[best].words} (the only reading that fits the target)"

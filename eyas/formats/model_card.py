@@ -85,7 +85,8 @@ def serving(draft: Draft, name: str) -> str:
 
 
 def training(told: dict[str, Any]) -> str:
-    data = told.get("data") if isinstance(told.get("data"), dict) else {}
+    found = told.get("data")
+    data: dict[str, Any] = found if isinstance(found, dict) else {}
     hours, slots = (told.get(name) if isinstance(told.get(name), (int, float)) else 0 for name in ("hours", "slots"))
     lines = [f"{hours:.2f} hours on {told.get('machine', 'an unnamed machine')}, {slots:,} answer tokens"]
     if isinstance(data.get("answer_tokens"), int) and isinstance(data.get("conversations", 0), int):

@@ -23,6 +23,9 @@ that ends `midlayer` becomes an output, and is what the next drafted token reads
 fed-back state is the one before the last norm, the residual is the bare feature, and nothing but three taps is possible.
 """
 
+# What it imports is that environment's, and `openvino` not the module beside this one, as a checker here would think.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +41,7 @@ SEED, ROWS, FIRST_PASS = 7, 24, 16  # of the check: tokens in all, and in the fi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("draft", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--taps", required=True, help="three target layers whose output is read, as 1,14,26")

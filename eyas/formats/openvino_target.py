@@ -5,6 +5,9 @@
 prints the directory that it wrote in FOLDER, or had written before from the same files.
 """
 
+# What it imports is that environment's, and `openvino` not the module beside this one, as a checker here would think.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import hashlib

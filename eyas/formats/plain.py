@@ -73,7 +73,7 @@ def read_plain(directory: Path) -> Found:
         raise EyasError(f"{directory} reads one vector of the target (use_aux_hidden_state false); eyas imports heads that read three")
     found = found_in(tensors_of(directory), fields, fields, str(directory))
     wrong, doubts = list(found.wrong), dict(found.doubts)
-    agree = bool(inputs and outputs) and tuple(number + 1 for number in outputs) == inputs
+    agree = inputs is not None and outputs is not None and tuple(number + 1 for number in outputs) == inputs
     if inputs and outputs and not agree:
         wrong.append(f"layer ids {list(inputs)} at the top and {list(outputs)} under eagle_config do not name the same layers")
     if (inputs or outputs) and not agree:
@@ -169,6 +169,7 @@ def vocabulary(
         told.append("it has no d2t: its vocabulary is the target's whole one")
         return DraftVocab(torch.arange(rows), size)
     if offsets is None:
+        assert mask is not None  # neither of the two: said above
         told.append("it has no d2t; the vocabulary is what t2d marks")
         return DraftVocab(mask.bool().nonzero()[:, 0], size)
     if len(offsets) != rows:

@@ -72,8 +72,9 @@ class NativeAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            lse = None if self.lses is None else torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
+            lse = None
             if self.lses is not None:
+                lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
                 self.lses.append(lse)
             return native.attention(q, k, v, keys, values, self.rows, lse)
 

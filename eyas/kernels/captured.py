@@ -64,8 +64,9 @@ class Graph:
 
     made = 0  # in this process: a round that makes one says nothing about rounds
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
-        self.run, self.inputs, self.graph = run, inputs, None
+    def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
+        self.run: Run | None = run
+        self.inputs, self.graph = inputs, None
         self.device = inputs[0].device
         Graph.made += 1
         if self.device.type != "cuda":
@@ -83,9 +84,10 @@ class Graph:
                     self.outputs = run(*inputs)
             self.run = None  # it holds the slabs that hold this
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def __call__(self) -> tuple[Tensor | None, ...]:
         """Of what the inputs hold now; the next call overwrites the outputs."""
         if self.graph is None:
+            assert self.run is not None
             return self.run(*self.inputs)
         with torch.cuda.device(self.device):
             self.graph.replay()
@@ -117,22 +119,22 @@ def fixed_pass(
     graph = graphs[key]
     graph.inputs[0].copy_(laid, non_blocking=True)
     graph.inputs[1].copy_(seen, non_blocking=True)
-    for held, given in zip(graph.inputs[2:], others):
+    for held, given in zip(graph.inputs[2:], others, strict=True):
         held[:count].copy_(given)
     return tuple(part if part is None else part[:count].clone() for part in graph())
 
 
 def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
     """`run` over inputs of its own, formed like those of one pass; it must hold no cache, or its slabs would never be idle."""
-    rows, kind = laid.shape[1], {"device": slabs.keys.device}
+    rows, device = laid.shape[1], slabs.keys.device
 
     def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         places, tokens, positions = laid
         return run(tokens, positions, StaticAttention(slabs, group, places, seen), *others)
 
     with torch.inference_mode(False):  # made inside a round, they may be written to outside one
-        inputs = [laid.to(**kind, copy=True), seen.to(**kind, copy=True)]  # a first run writes where this pass will
-        inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, **kind) for each in others]
+        inputs = [laid.to(device, copy=True), seen.to(device, copy=True)]  # a first run writes where this pass will
+        inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, device=device) for each in others]
     return Graph(whole, inputs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from eyas.kernels import native
 from eyas.kernels.attention import NativeAttention, PassAttention
 
 if TYPE_CHECKING:
+    from eyas.kernels.linear import Dense
+    from eyas.model.protocols import DecoderLayer
     from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary
 
 
@@ -28,9 +30,9 @@ class NativeLayer:
         qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
-        packed = [dense.weight for dense in (qkv, o, gate_up, down)]
+        packed = [packed_of(dense) for dense in (qkv, o, gate_up, down)]
         self.kept = (norms, packed, qkv.bias, o.bias)  # what the structure points to
-        width, inner, matrices = mlp_norm.weight.shape[0], down.weight.inputs, [weights.matrix for weights in packed]
+        width, inner, matrices = mlp_norm.weight.shape[0], packed[-1].inputs, [weights.matrix for weights in packed]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, qkv.bias, o.bias)]
         self.layer = native.Layer(width, inner, mlp_norm.eps, *pointers, *matrices)
         outs = sum(matrix.outputs for matrix in matrices[:3])
@@ -39,9 +41,15 @@ class NativeLayer:
     @staticmethod
     def fits(attention: Attention, mlp: MLP) -> bool:
         """Whether all its products are packed for the kernel, without norms of queries and keys or biases in the MLP."""
-        dense = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
-        whole = mlp.down.kind == "native" and mlp.down.weight.inputs % 8 == 0 and mlp.down.weight.outputs % 8 == 0
+        dense, down = (attention.qkv, attention.out, mlp.gate_up, mlp.down), mlp.down.weight
+        whole = isinstance(down, native.Packed) and down.inputs % 8 == 0 and down.outputs % 8 == 0
         return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
+
+
+def packed_of(dense: Dense) -> native.Packed:
+    """Its weights as the kernel reads them."""
+    assert isinstance(dense.weight, native.Packed), "`NativeLayer.fits` says where they are packed so"
+    return dense.weight
 
 
 class NativeLayers:
@@ -69,7 +77,7 @@ class NativeLayers:
         features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))
         given = None if beside_NH is None else beside_NH.data_ptr()
         pointers = [part.data_ptr() for part in (*rotation, keys, values)]
-        getattr(native.kernel(), f"eyas_layers_{native.format_of(keys)}")(
+        getattr(native.library(), f"eyas_layers_{native.format_of(keys)}")(
             plan, self.array, len(self.layers), x_NH.data_ptr(), given, *pointers, keys.stride(0),
             (ctypes.c_long * len(taps))(*sorted(taps)), len(taps), features.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -77,14 +85,15 @@ class NativeLayers:
 
     def normed(self, x_NH: Tensor) -> Tensor:
         """The final norm of float32 rows, in float32."""
+        assert self.norm is not None and self.norm_weight is not None, "these layers have no norm behind the last"
         return native.normed(x_NH, self.norm_weight, self.norm.eps)
 
 
 class OneLayer:
     """A layer on its own: one call of the kernel once it is prepared and where that can run it, else what the block computes."""
 
-    def __init__(self, block: Any, norm: RMSNorm | None) -> None:
-        """`block`: has `self_attn`, `mlp` and the norm between them, and computes x, rotation, attend -> x; `norm`: its first, if any."""
+    def __init__(self, block: DecoderLayer, norm: RMSNorm | None) -> None:
+        """`norm`: the block's first, if any."""
         self.block, self.norm = block, norm
         self.native: NativeLayers | None = None
 

@@ -71,8 +71,10 @@ class Dense:
         bits = bits if grouped.fits(weight) else 16
         self.kind = self.choose(weight, bits)
         if self.kind == "native":
-            weight, bias = native.packed(weight, bits, weight.dtype == torch.bfloat16), None if bias is None else bias.float()
-        elif bits < 16:
+            self.weight = native.packed(weight, bits, weight.dtype == torch.bfloat16)
+            self.bias = None if bias is None else bias.float()
+            return
+        if bits < 16:
             weight = grouped.grouped(weight, bits).weight.to(weight.dtype)
         if self.kind == "onednn":
             exact = self.result == torch.float32 or not cpu_multiplies_bfloat16()
@@ -100,7 +102,7 @@ class Dense:
         if self.weight is None:
             outputs = [layer(x) for layer in self.layers]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if self.kind == "native":
+        if isinstance(self.weight, native.Packed):
             y = native.product(x.float().contiguous(), self.weight)
             return (y if self.bias is None else y + self.bias).to(self.result)
         if self.kind == "onednn":

@@ -84,6 +84,13 @@ def kernel() -> ctypes.CDLL | None:
     return library
 
 
+def library() -> ctypes.CDLL:
+    """The kernel, for those who were told that it is there."""
+    loaded = kernel()
+    assert loaded is not None, "the native kernel was chosen and cannot be loaded"
+    return loaded
+
+
 def built(compiler: str) -> Path:
     """The compiled kernel of this source on this machine, made on first use."""
     flags = [*FLAGS, f"-march={'haswell' if os.environ.get('EYAS_NATIVE') == 'avx2' else 'native'}"]
@@ -163,14 +170,14 @@ def product(x_NI: Tensor, weights: Packed) -> Tensor:
     N, matrix = len(x_NI), weights.matrix
     y = torch.empty(N, matrix.outputs, dtype=torch.float32, device="cpu")
     scratch = torch.empty(N * weights.scratch, dtype=torch.float32, device="cpu")
-    kernel().eyas_product(x_NI.data_ptr(), matrix, y.data_ptr(), N, scratch.data_ptr(), torch.get_num_threads())
+    library().eyas_product(x_NI.data_ptr(), matrix, y.data_ptr(), N, scratch.data_ptr(), torch.get_num_threads())
     return y if matrix.outputs == weights.outputs else y[:, : weights.outputs].contiguous()
 
 
 def normed(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """RMSNorm of contiguous float32 rows with a float32 weight, row by row; a fifth of what PyTorch's takes for few rows."""
     y = torch.empty_like(x_NH)
-    kernel().eyas_norm(x_NH.data_ptr(), weight_H.data_ptr(), y.data_ptr(), *x_NH.shape, eps)
+    library().eyas_norm(x_NH.data_ptr(), weight_H.data_ptr(), y.data_ptr(), *x_NH.shape, eps)
     return y
 
 
@@ -203,7 +210,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pla
     rows = torch.cat([q, k, v], 1).float()
     out = torch.empty(N, heads * d, dtype=torch.float32, device="cpu")
     shape = plan.shape(heads, k.shape[1], rows.shape[1] * d, keys)
-    call = getattr(kernel(), f"eyas_attention_{format_of(keys)}")
+    call = getattr(library(), f"eyas_attention_{format_of(keys)}")
     pointers = (part.data_ptr() for part in (rows, keys, values, out))
     call(shape, *pointers, None if lse is None else lse.data_ptr(), torch.get_num_threads())
     return out.to(q.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from eyas.config import GREEDY, PLAIN, EyasError
 from eyas.decode.generate import Decoder
 from eyas.model.draft import DraftNetwork
+from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
 from eyas.train.features import Example, States, TargetStates
@@ -68,7 +69,7 @@ class Taken:
 
 
 @torch.inference_mode()
-def gather(target: Any, prompts: Sequence[list[int]], new_tokens: int) -> Evidence:
+def gather(target: TargetModel, prompts: Sequence[list[int]], new_tokens: int) -> Evidence:
     """Let the prepared target answer greedily, then read every layer's input along each text."""
     *_, texts = Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens)
     count = target.config.num_hidden_layers

@@ -16,8 +16,8 @@ from eyas.config import GREEDY, TreeShape
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree
 from eyas.decode.verify import walk
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import chain_rows
-from eyas.model.target import Target
 
 
 class Replay(NamedTuple):
@@ -28,12 +28,12 @@ class Replay(NamedTuple):
 
 
 @torch.inference_mode()
-def features_of(target: Target, tokens: Sequence[int], taps: Sequence[int], part: int = 256) -> Tensor:
+def features_of(target: TargetModel, tokens: Sequence[int], taps: Sequence[int], part: int = 256) -> Tensor:
     """[N, 3H]: what the prepared target knows at each token of a text, in passes of `part` rows."""
     cache, features = target.new_cache(1, len(tokens)), []
     for start in range(0, len(tokens), part):
         rows = chain_rows(0, tokens[start : start + part], start)
-        features.append(target(rows, cache, taps, slice(0, 0)).features)
+        features.append(target(rows, cache, taps, slice(0, 0)).tapped)
         cache.keep(0, range(len(rows.tokens)))
     return torch.cat(features)
 

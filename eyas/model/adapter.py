@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN, EyasError, TargetConfig
 from eyas.kernels.linear import Dense
-from eyas.model.cache import KVCache
+from eyas.model.cache import Cache
 from eyas.model.mask import ancestor_mask, behind_prefix, causal_mask
 from eyas.model.rows import Rows, Segment, chain_rows
 from eyas.model.target import Output
-from eyas.model.transformer import Block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "eyas"  # of our attention among transformers'
 # What layers tell an attention function that changes nothing here: the mask function holds the window, and nothing is packed or returned.
@@ -37,7 +39,7 @@ IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits",
 # ---- attention over the cache ----
 
 
-class LayeredCache(KVCache):
+class LayeredCache(Cache):
     """Keys and values whose heads and widths are each layer's own (made when it first writes), and the position of every row."""
 
     def __init__(self, layers: int, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,10 +61,11 @@ class LayeredCache(KVCache):
         start = self.lengths[slot]
         end, held = start + k_nhd.shape[0], []
         for slabs, rows_nhd in ((self.keys, k_nhd), (self.values, v_nhd)):
-            if slabs[layer] is None:
-                slabs[layer] = self.slab(rows_nhd.shape[1], rows_nhd.shape[2])
-            slabs[layer][slot, :, start:end] = rows_nhd.transpose(0, 1)
-            held.append(slabs[layer][slot, :, :end])
+            slab = slabs[layer]
+            if slab is None:
+                slab = slabs[layer] = self.slab(rows_nhd.shape[1], rows_nhd.shape[2])
+            slab[slot, :, start:end] = rows_nhd.transpose(0, 1)
+            held.append(slab[slot, :, :end])
         return held[0], held[1]
 
     def slab(self, heads: int, width: int) -> Tensor:
@@ -84,8 +87,10 @@ class LayeredCache(KVCache):
         for own, others in ((self.keys, other.keys), (self.values, other.values)):
             for layer, slab in enumerate(others):
                 if slab is not None:
-                    own[layer] = self.slab(slab.shape[1], slab.shape[3]) if own[layer] is None else own[layer]
-                    own[layer][slot, :, :length] = slab[source, :, :length]
+                    held = own[layer]
+                    if held is None:
+                        held = own[layer] = self.slab(slab.shape[1], slab.shape[3])
+                    held[slot, :, :length] = slab[source, :, :length]
         self.lengths[slot] = length
 
 
@@ -96,8 +101,9 @@ class Pass:
         self.cache, self.taps = cache, set(taps)
         self.features: list[Tensor] = []  # [N, H] each
         self.read: set[int] = set()  # layers that have attended
+        # one more than segments: where the last one ends
         starts = itertools.accumulate((segment.count for segment in rows.segments), initial=0)
-        self.parts = [(segment, slice(start, start + segment.count)) for start, segment in zip(starts, rows.segments)]
+        self.parts = [(segment, slice(start, start + segment.count)) for start, segment in zip(starts, rows.segments, strict=False)]
         self.q_positions = [rows.positions[part] for _, part in self.parts]
         self.k_positions = [cache.place(segment.slot, rows.positions[part]) for segment, part in self.parts]
 
@@ -107,7 +113,7 @@ class Pass:
         if bool(allowed(zero, zero, zero, zero + 1)):
             raise EyasError("this model's rows see later ones, as an encoder's do; choose a causal model")
         masks = []
-        for (segment, _), q_n, k_t in zip(self.parts, self.q_positions, self.k_positions):
+        for (segment, _), q_n, k_t in zip(self.parts, self.q_positions, self.k_positions, strict=True):
             among = causal_mask(segment.count) if segment.mask is None else segment.mask
             seen_nt = behind_prefix(among.cpu(), len(k_t) - among.shape[1]).to(self.cache.device)
             seen_nt = seen_nt & allowed(zero, zero, q_n[:, None], k_t[None])
@@ -120,7 +126,7 @@ class Pass:
             raise EyasError("this model runs one layer several times a pass, and eyas keeps one set of keys for each; choose another")
         self.read.add(layer)
         out = q_qNd.new_empty(q_qNd.shape[1], q_qNd.shape[0], v_kNd.shape[2])
-        for (segment, part), seen_nt in zip(self.parts, masks):
+        for (segment, part), seen_nt in zip(self.parts, masks, strict=True):
             keys, values = self.cache.write(layer, segment.slot, k_kNd[:, part].transpose(0, 1), v_kNd[:, part].transpose(0, 1))
             out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, **law).transpose(0, 1)
         return out
@@ -179,7 +185,9 @@ def attention(
     if unknown := sorted(name for name, given in others.items() if given is not None and name not in IGNORED):
         raise EyasError(f"this model's attention takes {', '.join(unknown)}, which eyas does not compute; choose another")
     law = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap, "sinks_q": s_aux}
-    return attention_mask.of.attend(module.layer_idx, query[0], key[0], value[0], attention_mask.masks, law)[None], None
+    layer = module.layer_idx
+    assert isinstance(layer, int), "transformers numbers the layers that attend"
+    return attention_mask.of.attend(layer, query[0], key[0], value[0], attention_mask.masks, law)[None], None
 
 
 def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
@@ -195,19 +203,20 @@ def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
 class AdaptedTarget(nn.Module):
     """A Hugging Face causal language model with the interface of `Target`."""
 
-    def __init__(self, network: nn.Module, config: TargetConfig) -> None:
+    def __init__(self, network: PreTrainedModel, config: TargetConfig) -> None:
         """`network` was loaded with attention implementation `NAME`; `config` is its `adapted_config`."""
         super().__init__()
         self.config, self.network = config, network
         trunk = next((part for part in network.children() if decoder_layers(part, config.num_hidden_layers)), None)
+        layers = None if trunk is None else decoder_layers(trunk, config.num_hidden_layers)
         lm_head = network.get_output_embeddings()
-        table, width = network.get_input_embeddings().weight, config.hidden_size
-        if trunk is None or not isinstance(lm_head, nn.Linear):
+        table, width = self.embedding, config.hidden_size
+        if trunk is None or layers is None or not isinstance(lm_head, nn.Linear):
             raise EyasError("this model is not a stack of decoder layers with a linear head on top; choose another")
         if not table.shape == lm_head.weight.shape == (config.vocab_size, width):
             shapes = f"{tuple(table.shape)} and {tuple(lm_head.weight.shape)}"
             raise EyasError(f"its embedding and head are {shapes}, not {(config.vocab_size, width)}, so no draft can share them")
-        for index, layer in enumerate(decoder_layers(trunk, config.num_hidden_layers)):
+        for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(tap(index), with_kwargs=True)
         self.trunk, self.lm_head, self.product = trunk, lm_head, Dense(lm_head)
         theirs = network.config
@@ -225,7 +234,9 @@ class AdaptedTarget(nn.Module):
     @property
     def embedding(self) -> Tensor:
         """[V, H], as it is stored: a family that scales what it looks up (Gemma) does so later."""
-        return self.network.get_input_embeddings().weight
+        table = self.network.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        return table
 
     @property
     def head_weight(self) -> Tensor:
@@ -238,15 +249,17 @@ class AdaptedTarget(nn.Module):
         return self.lm_head.bias
 
     @property
-    def blocks(self) -> list[Block] | None:
+    def blocks(self) -> None:
         """None: its layers are transformers', not ours."""
         return None
 
-    def prepare(self) -> AdaptedTarget:
-        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading."""
+    def prepare(self, bits: int = 16) -> AdaptedTarget:
+        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading. `bits`: 16, for its layers
+        stay as transformers made them."""
+        assert bits == 16, "a target of transformers' has no weights of fewer bits"
         self.product.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         if self.lm_head.weight is not self.embedding:
-            self.lm_head.weight = None
+            self.lm_head.register_parameter("weight", None)
         return self.eval().requires_grad_(False)
 
     def new_cache(self, slots: int, capacity: int) -> LayeredCache:
@@ -334,7 +347,7 @@ def compare(target: AdaptedTarget) -> None:
     states = torch.cat(own.hidden_states[:layers], -1)
     for what, ours, theirs in (
         ("logits", torch.cat([out.logits for out in read]), own.logits),
-        ("features", torch.cat([out.features for out in read]), states),
+        ("features", torch.cat([out.tapped for out in read]), states),
     ):
         where = {row: (i, place) for i, chain in enumerate(chains) for place, row in enumerate(chain)}
         wanted = torch.stack([theirs[where[row]] for row in range(len(tokens))])

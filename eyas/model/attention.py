@@ -56,7 +56,7 @@ class PlainAttention:
                 keys, values = self.cache.write(layer, self.loose[0][0].slot, k, v)
                 return grouped_attention(q, keys, values, self.biases[0])
             out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-            for (segment, rows), bias in zip(self.loose, self.biases):
+            for (segment, rows), bias in zip(self.loose, self.biases, strict=True):
                 keys, values = self.cache.write(layer, segment.slot, k[rows], v[rows])
                 out[rows] = grouped_attention(q[rows], keys, values, bias)
             if self.singles:
@@ -66,11 +66,12 @@ class PlainAttention:
         return attend
 
     def with_lse(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = []
-        for (segment, rows), bias in zip(self.loose, self.biases):
+        parts, lses = [], self.lses
+        assert lses is not None
+        for (segment, rows), bias in zip(self.loose, self.biases, strict=True):
             seen = None if bias is None else bias[: segment.count] == 0
             parts.append(attention_with_lse(q[rows], *self.cache.write(layer, segment.slot, k[rows], v[rows]), seen))
-        self.lses.append(torch.cat([lse for _, lse in parts]))
+        lses.append(torch.cat([lse for _, lse in parts]))
         return torch.cat([out for out, _ in parts])
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from eyas.kernels import captured, native
 from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.model.attention import PlainAttention
 from eyas.model.rows import Segment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KEPT = 2  # slabs without a cache that wait for the next call
 
@@ -27,11 +32,43 @@ class Slabs:
         with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled ones outlive the call that made them
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.pooled, self.graphs = pooled, {}
+        self.pooled = pooled
+        self.graphs: dict[tuple[object, ...], captured.Graph] = {}
 
 
-class KVCache:
-    """Slabs and a committed length for each slot."""
+class Cache(ABC):
+    """What a round asks of a target's cache: slots, each with a committed length. What a pass asks is between it and its own cache."""
+
+    lengths: list[int]
+    capacity: int  # rows of a slot
+
+    @property
+    def slots(self) -> int:
+        return len(self.lengths)
+
+    @abstractmethod
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
+
+    @abstractmethod
+    def copy_prefix(self, other: Self, source: int, slot: int, length: int) -> None:
+        """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
+
+    def cut(self, slot: int, length: int) -> None:
+        """Forget all rows behind the first `length`."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
+    def clear(self, slot: int) -> None:
+        self.lengths[slot] = 0
+
+    def release(self) -> None:  # noqa: B027 (most caches have nothing to give back)
+        """This cache is of no use afterwards: what it held may serve another, now and not when the collector finds it."""
+
+
+class KVCache(Cache):
+    """All layers' keys and values of one shape, in slabs."""
+
+    give_back: weakref.finalize | None = None  # to the pool that the slabs are from
 
     def __init__(
         self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -45,13 +82,13 @@ class KVCache:
         cache.hold(slabs, capacity)
         return cache
 
+    def release(self) -> None:
+        if self.give_back:
+            self.give_back()
+
     def hold(self, slabs: Slabs, capacity: int) -> None:
         self.slabs, self.keys, self.values = slabs, slabs.keys, slabs.values
         self.lengths, self.capacity = [0] * slabs.keys.shape[1], capacity
-
-    @property
-    def slots(self) -> int:
-        return len(self.lengths)
 
     def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
         """The attention of one pass over what this cache holds; `group`: query heads that share a key head.
@@ -74,7 +111,6 @@ class KVCache:
         return keys[:, :end], values[:, :end]
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
-        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
         start, count = self.lengths[slot], len(rows)
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
         if moved:
@@ -85,17 +121,9 @@ class KVCache:
         self.lengths[slot] = start + count
 
     def copy_prefix(self, other: KVCache, source: int, slot: int, length: int) -> None:
-        """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
         self.keys[:, slot, :, :length] = other.keys[:, source, :, :length]
         self.values[:, slot, :, :length] = other.values[:, source, :, :length]
         self.lengths[slot] = length
-
-    def cut(self, slot: int, length: int) -> None:
-        """Forget all rows behind the first `length`."""
-        self.lengths[slot] = min(length, self.lengths[slot])
-
-    def clear(self, slot: int) -> None:
-        self.lengths[slot] = 0
 
 
 class Pool:
@@ -116,7 +144,8 @@ class Pool:
                 (layers, 1, kv_heads, -(-(capacity + 1) // captured.WINDOW) * captured.WINDOW, head_dim), dtype, device, pooled=True
             )
         cache = KVCache.over(slabs, slabs.keys.shape[3] - 1)
-        weakref.finalize(cache, self.take_back, slabs).atexit = False
+        cache.give_back = weakref.finalize(cache, self.take_back, slabs)
+        cache.give_back.atexit = False
         return cache
 
     def take_back(self, slabs: Slabs) -> None:

@@ -131,7 +131,8 @@ class DraftNetwork(nn.Module):
             self.native = NativeLayers([NativeLayer(block.self_attn, block.mlp, *norms)], self.norm)
         self.fuse_product.pack(bits=bits)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
-        self.fc.weight = self.lm_head.weight = None
+        for layer in (self.fc, self.lm_head):
+            layer.register_parameter("weight", None)
         self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 

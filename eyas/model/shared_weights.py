@@ -5,7 +5,7 @@ Knows weights; knows nothing of what a draft computes between the two.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,17 @@ from eyas.kernels.linear import Dense
 from eyas.model.cache import Pool, pool_on
 from eyas.model.vocab import DraftVocab
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from eyas.model.protocols import TargetModel
+
 
 class FrozenHead(nn.Linear):
     """The target's own head, cut to a draft vocabulary: read by a draft, never trained, never saved."""
 
     @classmethod
-    def of(cls, target: Any, vocab: DraftVocab) -> FrozenHead:
+    def of(cls, target: TargetModel, vocab: DraftVocab) -> FrozenHead:
         """Of a target that is not yet prepared. A softcap is left out: it changes how sure a draft is, not what it prefers."""
         weight_VH, bias_V = target.head_weight.detach(), target.head_bias
         with torch.device("meta"):
@@ -32,8 +37,12 @@ class FrozenHead(nn.Linear):
         return head
 
 
-class Borrowing:
-    """Beside `nn.Module` among a network's bases. Borrowed parts lie in lists: they are not the network's own."""
+class Borrowing(nn.Module):
+    """First among a network's bases. Borrowed parts lie in lists: they are not the network's own."""
+
+    embedding: list[Tensor]  # [V, H]
+    frozen: list[nn.Linear]  # the head, where one is borrowed
+    head: Dense  # its product
 
     wants: tuple[int, ...] = LAST_HIDDEN  # what it reads of the target
     levels: int | None = None  # how deep it can guess; None: as deep as is asked for
@@ -41,8 +50,9 @@ class Borrowing:
     pool: Pool | None = None  # once prepared on CUDA, where steps may be captured
 
     def borrow(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
-        self.embedding, self.frozen = [embedding_VH], [head]
-        self.head = None if head is None else Dense(head)
+        self.embedding, self.frozen = [embedding_VH], [] if head is None else [head]
+        if head is not None:
+            self.head = Dense(head)
 
     @property
     def witness(self) -> Tensor:
@@ -65,11 +75,11 @@ class Borrowing:
         for product in products:
             product.pack(bits=bits)
             for layer in product.layers:
-                layer.weight = None
-        if self.head:
+                layer.register_parameter("weight", None)
+        if self.frozen:
             self.frozen[0].to(self.dtype)
             self.pack_wide(self.head, bits)
-            self.frozen[0].weight = None
+            self.frozen[0].register_parameter("weight", None)
         self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 

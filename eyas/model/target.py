@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,18 @@ class Output(NamedTuple):
     features: Tensor | None  # [N, taps * H]: the residual stream entering each tapped layer, in layer order; or `hidden`, for LAST_HIDDEN
     hidden: Tensor  # [N, H] last hidden state after the final norm
 
+    @property
+    def tapped(self) -> Tensor:
+        """The features, where some were asked for."""
+        assert self.features is not None
+        return self.features
+
 
 class Trunk(nn.Module):
     def __init__(self, config: TargetConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table_VH = torch.empty(config.vocab_size, config.hidden_size)  # a new table would be filled at random, which imports a compiler
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VH, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -41,8 +48,7 @@ class Trunk(nn.Module):
 class Target(nn.Module):
     """A Llama-shaped causal language model with Hugging Face's parameter names.
 
-    `AdaptedTarget` (model/adapter.py) has the same interface for other families; logits are
-    softcap * tanh(scale * (hidden @ head_weight.T + head_bias) / softcap), without the softcap where it is None.
+    What it shares with `AdaptedTarget` (model/adapter.py), which stands for other families, is `TargetModel` in model/protocols.py.
     """
 
     logit_scale: float = 1.0
@@ -85,9 +91,9 @@ class Target(nn.Module):
         return None
 
     @property
-    def blocks(self) -> list[Block] | None:
-        """The layers, where they are our own blocks (their weights are gone once prepared); None for a model run by transformers."""
-        return list(self.model.layers)
+    def blocks(self) -> list[Block]:
+        """The layers; their loose weights are gone once prepared."""
+        return cast("list[Block]", list(self.model.layers))
 
     def prepare(self, bits: int = 16) -> Target:
         """Pack weights for inference, as 8 or 4-bit ones (the head 8) where asked for; logits are float32 from here on. Call once."""
@@ -98,7 +104,7 @@ class Target(nn.Module):
             self.native = NativeLayers(layers, self.model.norm)
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, max(bits, 8))
         if not self.config.tie_word_embeddings:
-            self.lm_head.weight = None
+            self.lm_head.register_parameter("weight", None)
         self.pool, self.cuts = pool_on(self.device), {}
         return self.eval().requires_grad_(False)
 
@@ -115,7 +121,9 @@ class Target(nn.Module):
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         if logits_of is None and fits(cache, rows.segments):
             run = partial(self.read, taps=taps, logits_of=None)
-            return Output(*fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0]))
+            logits, features, hidden = fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0])
+            assert logits is not None and hidden is not None  # of what `read` gives only the features may be none
+            return Output(logits, features, hidden)
         rows = rows.on(self.device)
         return self.read(rows.tokens, rows.positions, cache.attention(rows.segments, group), taps, logits_of)
 
@@ -129,9 +137,11 @@ class Target(nn.Module):
     ) -> Output:
         """The same once it is known who sees whom."""
         x_NH = F.embedding(tokens_N, self.model.embed_tokens.weight)
-        fused = self.native and isinstance(attention, NativeAttention)
         inner = () if taps == LAST_HIDDEN else taps
-        hidden_NH, features = (self.native_layers if fused else self.plain_layers)(x_NH, positions_N, attention, inner)
+        if self.native and isinstance(attention, NativeAttention):
+            hidden_NH, features = self.native_layers(self.native, x_NH, positions_N, attention, inner)
+        else:
+            hidden_NH, features = self.plain_layers(x_NH, positions_N, attention, inner)
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
         hidden_NH = hidden_NH.to(x_NH.dtype)
@@ -149,12 +159,12 @@ class Target(nn.Module):
         return self.model.norm(x_NH), torch.cat(features, -1) if features else None
 
     def native_layers(
-        self, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
+        self, layers: NativeLayers, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """The same in float32, all layers as one call of the kernel."""
         wide_NH = x_NH.to(torch.float32, copy=True)
-        features = self.native(wide_NH, self.rotary(positions_N, torch.float32), attention, taps=taps)
-        return self.native.normed(wide_NH), features.to(x_NH.dtype) if taps else None
+        features = layers(wide_NH, self.rotary(positions_N, torch.float32), attention, taps=taps)
+        return layers.normed(wide_NH), features.to(x_NH.dtype) if taps else None
 
     def shallow(self, layers: int) -> Target:
         """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
@@ -166,7 +176,8 @@ class Target(nn.Module):
         cut = Target.__new__(Target)
         nn.Module.__init__(cut)
         cut.config = TargetConfig(**{**vars(self.config), "num_hidden_layers": layers})
-        cut.model = nn.Module()
+        cut.model = Trunk.__new__(Trunk)
+        nn.Module.__init__(cut.model)
         cut.model.embed_tokens, cut.model.norm = self.model.embed_tokens, self.model.norm
         cut.model.layers = self.model.layers[:layers]
         cut.lm_head, cut.head, cut.rotary = self.lm_head, self.head, self.rotary

@@ -141,4 +141,4 @@ def pack(module: nn.Module, bits: int = 16) -> None:
         for dense in [value for value in vars(child).values() if isinstance(value, Dense)]:
             dense.pack(bits=bits)
             for layer in dense.layers:
-                layer.weight = None
+                layer.register_parameter("weight", None)

@@ -11,13 +11,12 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eyas.config import GREEDY, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.methods import METHODS
-from eyas.model.adapter import AdaptedTarget
-from eyas.model.target import Target
+from eyas.model.protocols import DraftModule, TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
 from eyas.train.features import Example, StateSource
@@ -60,7 +59,7 @@ class Simulation(NamedTuple):
 
 @torch.no_grad()
 def simulate(
-    network: nn.Module,
+    network: DraftModule,
     vocab: DraftVocab,
     examples: Sequence[Example],
     source: StateSource,
@@ -79,7 +78,7 @@ def simulate(
         for i, step in enumerate(unroll(network, batch, steps)):
             guesses = vocab.to_target(network.logits_at(i, step.a).argmax(-1))
             hit, before = guesses == states.favourites[step.teacher_rows], good[step.slots]
-            for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit)):
+            for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit), strict=True):
                 row[:, i].index_add_(0, example_of[step.slots], marked.double())
             good[step.slots] = hit & before
         parts.append(counts)
@@ -89,7 +88,7 @@ def simulate(
 
 @torch.no_grad()
 def rank_accuracies(
-    network: nn.Module, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, unroll: Unroll, together: int = 8
+    network: DraftModule, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, unroll: Unroll, together: int = 8
 ) -> list[list[float]]:
     """[step][rank]: how often the guess of this rank is what the target says, where the text before was what the target says; from it
     decode/plan/static_tree.py makes the best tree of a fixed shape (Medusa, arXiv 2401.10774, 3.3)."""
@@ -113,7 +112,7 @@ class TreeTau:
 
     def __init__(
         self,
-        target: Target | AdaptedTarget,
+        target: TargetModel,
         vocab: DraftVocab,
         prompts: Sequence[list[int]],
         shape: TreeShape,
@@ -125,7 +124,7 @@ class TreeTau:
         self.target, self.vocab, self.prompts, self.shape, self.new_tokens = target, vocab, prompts, shape, new_tokens
 
     @torch.inference_mode()
-    def __call__(self, network: nn.Module) -> float:
+    def __call__(self, network: DraftModule) -> float:
         embedding = {id(network.embedding[0]): self.target.embedding.detach()}  # is the target's own, and in its number format
         own = deepcopy(network, embedding).to(self.target.device, self.target.dtype).prepare()  # a copy: preparing packs weights away
         decoder = Decoder(self.target, self.method.decoding().drafter(own, self.vocab))

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eyas.model.draft import DraftNetwork
+from eyas.model.protocols import DraftModule
 from eyas.train.features import Example, States, StateSource
 from eyas.train.unroll import Batch
 
 
-def make_batch(examples: Sequence[Example], source: StateSource, network: DraftNetwork) -> tuple[Batch, States]:
+def make_batch(examples: Sequence[Example], source: StateSource, network: DraftModule) -> tuple[Batch, States]:
     """Lay examples end to end where the network is; answers get numbers of their own."""
     device = network.device
     features, hidden, favourites = (tensor.to(device) for tensor in source.states(examples))

@@ -114,7 +114,9 @@ def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> 
 
 
 def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    assert isinstance(text, str)  # of one conversation, not tokenized
+    return text
 
 
 def _try_apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str | None:
@@ -200,7 +202,7 @@ def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, 
     _check_vocabulary(size, vocab_size, forced)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for document in documents:
-        said = np.array([token for token, answer in zip(document.tokens, document.answers) if answer >= 0], dtype=np.int64)
+        said = np.array([token for token, answer in zip(document.tokens, document.answers, strict=True) if answer >= 0], dtype=np.int64)
         if said.size and said.max() >= vocab_size:
             raise EyasError(f"token {said.max()} lies outside the target's vocabulary of {vocab_size}; use the target's own tokenizer")
         np.add.at(counts, said, 1)

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
-from eyas.model.target import Target
 from eyas.train.conversations import Document
 
 SCORED = 256  # rows whose logits over the whole vocabulary are held at once
@@ -59,7 +59,7 @@ def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
             tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
             numbers, temperatures = file.get_tensor("answers").tolist(), file.get_tensor("temperatures").tolist()
         place = row = 0  # of the shard's tokens, and of its states
-        for length, temperature in zip(lengths, temperatures):
+        for length, temperature in zip(lengths, temperatures, strict=True):
             kept = slice(place, place + min(length, max_length))
             if sum(number >= 0 for number in numbers[kept]) >= 8:
                 examples.append(Example(tokens[kept], numbers[kept], temperature == 0, path, row))
@@ -77,15 +77,16 @@ class ShardStates:
                 rows = slice(example.start, example.start + len(example.tokens) - 1)
                 part = [file.get_slice(name)[rows] for name in ("features", "hidden", "favourites")]
             # the last token has no state; a row of zeros keeps rows and tokens in step, and no slot reads it
-            parts.append(tuple(torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in part))
-        features, hidden, favourites = (torch.cat(column) for column in zip(*parts))
+            features, hidden, favourites = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in part)
+            parts.append((features, hidden, favourites))
+        features, hidden, favourites = (torch.cat(column) for column in zip(*parts, strict=True))
         return States(features, hidden, favourites.long())
 
 
 class TargetStates:
     """Runs the target over the documents, one flat pass of all of them."""
 
-    def __init__(self, target: Target, taps: Sequence[int]) -> None:
+    def __init__(self, target: TargetModel, taps: Sequence[int]) -> None:
         self.target, self.taps = target, taps
 
     @torch.no_grad()
@@ -105,7 +106,7 @@ class TargetStates:
         favourites = torch.full((len(tokens),), -1)
         for part in asked.split(SCORED):
             favourites[part] = self.target.head(out.hidden[part]).argmax(-1)
-        return States(out.features, out.hidden, favourites)
+        return States(out.tapped, out.hidden, favourites)
 
 
 def document_examples(documents: Sequence[Document]) -> list[Example]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from eyas.decode.sampling import derived_seed, uniforms
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.model.target import Target
 from eyas.train.openings import OPENINGS
 from eyas.train.template import Template
 
@@ -104,7 +104,7 @@ class Finished(NamedTuple):
 class Writer:
     """Keeps `slots` conversations in flight; what a conversation says is a function of (settings, index) alone."""
 
-    def __init__(self, target: Target, template: Template, settings: SelfPlay, questions: Sequence[Asked], slots: int) -> None:
+    def __init__(self, target: TargetModel, template: Template, settings: SelfPlay, questions: Sequence[Asked], slots: int) -> None:
         self.target, self.template, self.settings, self.questions = target, template, settings, questions
         self.capacity = min(settings.longest, target.config.max_position_embeddings)
         self.cache = target.new_cache(slots, self.capacity)
@@ -119,11 +119,11 @@ class Writer:
         self.opening_states = torch.empty(0, width, dtype=torch.bfloat16)
         if opening:
             read = target(chain_rows(0, opening, 0), self.opening, settings.taps, slice(0, 1))
-            self.opening_states = torch.cat([read.features, read.hidden], -1).to(torch.bfloat16)
+            self.opening_states = torch.cat([read.tapped, read.hidden], -1).to(torch.bfloat16)
 
     def write(self, indices: Iterator[int]) -> Iterator[tuple[int, Finished | None]]:
         """Write conversations of these indices; yields (index, conversation, or None for one without enough of an answer) as they end."""
-        rows = {slot: self.begin(slot, index) for slot, index in zip(range(self.cache.slots), indices)}
+        rows = {slot: self.begin(slot, index) for slot, index in zip(range(self.cache.slots), indices, strict=False)}
         while rows:
             for slot, outcome in list(self.step(rows)):
                 yield rows[slot].index, outcome
@@ -179,15 +179,15 @@ class Writer:
         slots = list(rows)
         counts = [len(row.waiting) for row in rows.values()]
         tokens = torch.tensor([token for row in rows.values() for token in row.waiting])
-        positions = torch.cat([torch.arange(row.read, row.read + count) for row, count in zip(rows.values(), counts)])
+        positions = torch.cat([torch.arange(row.read, row.read + count) for row, count in zip(rows.values(), counts, strict=True)])
         last = torch.tensor(np.cumsum(counts) - 1)
-        pass_rows = Rows(tokens, positions, [Segment(slot, count) for slot, count in zip(slots, counts)])
+        pass_rows = Rows(tokens, positions, [Segment(slot, count) for slot, count in zip(slots, counts, strict=True)])
         out = self.target(pass_rows, self.cache, self.settings.taps, last)
-        self.hand_over(rows, counts, torch.cat([out.features, out.hidden], -1))
-        ends = torch.tensor([row.read + count - 1 for row, count in zip(rows.values(), counts)])
+        self.hand_over(rows, counts, torch.cat([out.tapped, out.hidden], -1))
+        ends = torch.tensor([row.read + count - 1 for row, count in zip(rows.values(), counts, strict=True)])
         self.favourites[torch.tensor(slots), ends] = out.logits.argmax(-1).int()
         chosen = self.choose(out.logits, list(rows.values()))
-        for (slot, row), token, count in zip(rows.items(), chosen, counts):
+        for (slot, row), token, count in zip(rows.items(), chosen, counts, strict=True):
             self.cache.keep(slot, range(count))
             row.tokens += row.waiting
             row.read += count
@@ -200,7 +200,7 @@ class Writer:
         if all(count == 1 for count in counts):
             self.handed_over[torch.tensor(list(rows)), torch.tensor([row.read for row in rows.values()])] = states
             return
-        for (slot, row), part in zip(rows.items(), states.split(counts)):
+        for (slot, row), part in zip(rows.items(), states.split(counts), strict=True):
             self.handed_over[slot, row.read : row.read + len(part)] = part
 
     def choose(self, logits: Tensor, rows: list[Conversation]) -> list[int]:

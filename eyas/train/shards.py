@@ -61,7 +61,7 @@ class Counts:
     bytes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(ours + theirs for ours, theirs in zip(asdict(self).values(), asdict(other).values())))
+        return Counts(*(ours + theirs for ours, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
 def counts_of(path: Path) -> Counts:

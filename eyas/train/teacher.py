@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eyas.model.adapter import AdaptedTarget
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 
 
@@ -26,7 +25,7 @@ class Teacher:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, target: Target | AdaptedTarget, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
+    def of(cls, target: TargetModel, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
         """Of a target that is not yet prepared: then its head is still there to read."""
         head, bias = target.head_weight.detach(), target.head_bias
         cut = None if bias is None else bias.detach()[vocab.ids].to(dtype)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from eyas.config import Request
-from eyas.decode.generate import Result, RoundRecord, result_of
+from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
 from eyas.decode.text import TextStream
 from eyas.engine import Engine, Prompt
 
@@ -41,13 +41,10 @@ class Colouring:
 def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Console) -> tuple[Result, Styled]:
     """Stream one answer to the console; returns it as a result and as it was shown."""
     colouring = Colouring(console, engine.tokenizer)
-    engine.watch = colouring.round
-    texts: Any = None
-    try:
-        for texts in engine.rounds(prompt, request):
-            if texts[0].rounds == 0:
-                colouring.token(texts[0].tokens[-1], False)
-    finally:
-        engine.watch = None
+    sequence: Sequence | None = None
+    for (sequence,) in engine.rounds(prompt, request, colouring.round):
+        if sequence.rounds == 0:
+            colouring.token(sequence.tokens[-1], False)
+    assert sequence is not None, "a prompt is one sequence"
     console.print()
-    return result_of(texts[0]), colouring.written
+    return result_of(sequence), colouring.written

@@ -45,7 +45,7 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
     newest, drafting = [1.0], 0.0
     for level in range(1, MOST.levels + 1):
         drafting += planner.steps.of(batch * len(newest))
-        children = [sum(ranked) / LATELY for ranked in zip(*planner.calibration.children[min(level, DEPTHS) - 1])]
+        children = [sum(ranked) / LATELY for ranked in zip(*planner.calibration.children[min(level, DEPTHS) - 1], strict=True)]
         made = [parent * chance for parent in newest for chance in children]
         chances = sorted(chances + made, reverse=True)
         newest = sorted(made, reverse=True)[: MOST.top_k]
@@ -88,7 +88,7 @@ def save_picture(planner: Planner, rounds: Sequence[Typical], path: Path) -> Non
     right.axhline(1, color="#555555", linewidth=0.8)
     right.set(xlabel="sequences in a pass", ylabel="times plain decoding", title="what trees would bring")
     last.plot([0, 1], [0, 1], color="#555555", linewidth=0.8)
-    for depth, colour in zip(SHOWN, ("#c8553d", "#588b8b", "#8fa3ad")):
+    for depth, colour in zip(SHOWN, ("#c8553d", "#588b8b", "#8fa3ad"), strict=True):
         enough = [each for each in reliability(planner.calibration, (depth,)) if each.tried >= FEWEST]
         sizes = [4 + 4 * math.log10(each.tried) for each in enough]
         last.plot([each.guessed for each in enough], [each.right for each in enough], color=colour, linewidth=0.8, label=f"depth {depth}")

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.tree import Tree as Drawing
 
 from eyas.config import VERIFIERS, Request
-from eyas.decode.generate import RoundRecord, Text
 from eyas.decode.sampling import draw
+from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
 from eyas.engine import Engine, Prompt
 
@@ -27,24 +27,19 @@ class Story:
 
     def tell(self, prompt: Prompt, request: Request, rounds: int) -> None:
         """Run `rounds` rounds and tell each."""
-        self.engine.watch = self.records.append
-        try:
-            for number, texts in enumerate(self.engine.rounds(prompt, request)):
-                text = texts[0]
-                if number == 0:
-                    self.setup(text)
-                else:
-                    self.round(number, text, request)
-                if number == rounds or text.finish_reason:
-                    break
-        finally:
-            self.engine.watch = None
+        for number, (text,) in enumerate(self.engine.rounds(prompt, request, self.records.append)):
+            if number == 0:
+                self.setup(text)
+            else:
+                self.round(number, text, request)
+            if number == rounds or text.finish_reason:
+                break
         written = self.engine.tokenizer.decode(text.tokens[text.prompt_length :])
         self.say(f"\nWritten in {text.rounds} rounds: [bold]{escape(repr(written))}[/bold]")
 
     # ---- the parts of the story ----
 
-    def setup(self, text: Text) -> None:
+    def setup(self, text: Sequence) -> None:
         prompt = text.tokens[: text.prompt_length]
         taps = self.engine.drafter("eagle3").wants
         self.say("[bold]The target reads the prompt.[/bold]")
@@ -53,7 +48,7 @@ class Story:
         self.say(f"  The draft's fc fuses l, m and h of each into one vector g: {self.vectors('g', prompt[-3:])}.")
         self.say(f"  From its logits the target draws {self.word(text.tokens[-1])}. Its g does not exist yet: the target has not read it.")
 
-    def round(self, number: int, text: Text, request: Request) -> None:
+    def round(self, number: int, text: Sequence, request: Request) -> None:
         record = self.records[-1]
         end = len(text.tokens) - len(record.committed)
         self.say(f"\n[bold]Round {number}[/bold]")
@@ -94,7 +89,7 @@ class Story:
         children = sorted(tree.children[row].values(), key=lambda child: -tree.scores[child])
         return ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
 
-    def drawing(self, record: RoundRecord, text: Text, position: int, request: Request) -> Drawing:
+    def drawing(self, record: RoundRecord, text: Sequence, position: int, request: Request) -> Drawing:
         """The tree with scores; the kept path in green, each node with the target's own draw."""
 
         def label(row: int) -> str:

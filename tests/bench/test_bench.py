@@ -24,8 +24,8 @@ from eyas.bench.speed import Method, parse_methods, round_of, run_bench
 from eyas.cli import main
 from eyas.commands import bench as command
 from eyas.config import EyasError, Request, Sampling
-from eyas.decode.generate import RoundRecord
 from eyas.decode.sampling import derived_seed
+from eyas.decode.sequence import RoundRecord
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 from eyas.engine import Engine
@@ -144,7 +144,12 @@ def test_methods_of_a_prompt_share_a_seed_so_texts_are_plain_s(engine, temperatu
 
 def test_prompts_have_seeds_of_their_own_and_methods_take_turns(engine, monkeypatch):
     seen = []
-    monkeypatch.setattr(engine, "generate", lambda prompt, request: seen.append(request) or Engine.generate(engine, prompt, request))
+
+    def generate(prompt, request, watch=None):
+        seen.append(request)
+        return Engine.generate(engine, prompt, request, watch=watch)
+
+    monkeypatch.setattr(engine, "generate", generate)
     bench(engine, "plain,lookup", max_new_tokens=2)
     assert [request.seed for request in seen[2:]] == [derived_seed(5, index) for index in (0, 0, 1, 1, 2, 2)]  # two warmed up
     assert [request.method for request in seen[2:]] == ["plain", "lookup", "lookup", "plain", "plain", "lookup"]

@@ -27,7 +27,9 @@ def load(name: str, file: Path) -> ModuleType:
 
 
 kernels = load("sglang_standin", FOLDER / "standin" / "sgl_kernel" / "__init__.py")
-child = load("sglang_child_tested", FOLDER / "sglang_child.py")
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(FOLDER.parent))
+    child = load("sglang_child_tested", FOLDER.parent / "sglang_child.py")
 
 
 class Cache:

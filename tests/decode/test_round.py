@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
-from eyas.decode.generate import Decoder, Result, result_of
-from eyas.decode.sampling import derived_seed, law
+from eyas.decode.generate import Decoder
+from eyas.decode.sampling import derived_seed, distribution
+from eyas.decode.sequence import Result, result_of
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
@@ -286,9 +287,8 @@ def test_a_drafter_hears_every_committed_token_of_a_growing_text_and_then_that_i
 
     drafter, asked = Listening(), prompts(12, 1)
     results = decode(ENDING, drafter, asked, "8x2x3", Sampling(1.0), range(12))
-    ended_later = [slot for slot, result in enumerate(results) if result.rounds]
-    assert sorted(drafter.forgotten) == ended_later
-    for slot in ended_later:
+    assert sorted(drafter.forgotten) == list(range(12))
+    for slot in (slot for slot, result in enumerate(results) if result.rounds):
         whole = asked[slot] + results[slot].tokens
         assert drafter.heard[slot] == whole[: len(drafter.heard[slot])] and len(drafter.heard[slot]) < len(whole)
 
@@ -341,7 +341,7 @@ def exact_law(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
         for text, chance in texts.items():
             read = [*PREFIX, *text]
             logits = target(chain_rows(0, read, 0), target.new_cache(1, len(read)), (), slice(-1, None)).logits[0]
-            longer |= {(*text, token): chance * p for token, p in enumerate(law(logits, sampling).tolist())}
+            longer |= {(*text, token): chance * p for token, p in enumerate(distribution(logits, sampling).tolist())}
         texts = longer
     return texts
 
@@ -387,7 +387,7 @@ def test_accept_reject_writes_what_the_target_may_write(name):
         text = prompt + result.tokens
         logits = ENDING(chain_rows(0, text, 0), ENDING.new_cache(1, len(text))).logits
         for place, token in enumerate(result.tokens, len(prompt) - 1):
-            assert law(logits[place], sampling)[token] > 0
+            assert distribution(logits[place], sampling)[token] > 0
     greedy = decode(ENDING, make(ENDING), asked, shape, Sampling(), range(6), verifier="accept-reject")
     assert said(greedy) == said(plainly(ENDING, asked, Sampling(), range(6)))
 

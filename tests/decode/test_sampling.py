@@ -20,8 +20,8 @@ from eyas.decode.sampling import (
     NOISE_VERSION,
     Noise,
     derived_seed,
+    distribution,
     draw,
-    law,
     nucleus,
     philox_words,
     uniforms,
@@ -110,7 +110,7 @@ def much_noise() -> list[torch.Tensor]:
 def test_draws_follow_the_law(sampling):
     logits = random_logits(1, SIZE, 1.5)
     seen = Counter(draw(logits, sampling, noise) for noise in much_noise())
-    assert surprise(seen, dict(enumerate(law(logits, sampling).tolist()))) < 1
+    assert surprise(seen, dict(enumerate(distribution(logits, sampling).tolist()))) < 1
 
 
 def test_greedy_ties_go_to_the_lowest_id():
@@ -119,8 +119,8 @@ def test_greedy_ties_go_to_the_lowest_id():
         best = (torch.randperm(5003, generator=torch.Generator().manual_seed(seed))[:3]).sort().values
         logits[best] = 9.0
         assert draw(logits, Sampling(), None) == best[0]
-        assert law(logits, Sampling()).argmax() == best[0]
-    assert law(torch.tensor([0.0, 4.0, 4.0]), Sampling()).tolist() == [0.0, 1.0, 0.0]
+        assert distribution(logits, Sampling()).argmax() == best[0]
+    assert distribution(torch.tensor([0.0, 4.0, 4.0]), Sampling()).tolist() == [0.0, 1.0, 0.0]
 
 
 # ---- filters ----
@@ -150,7 +150,7 @@ def test_law_is_transformers_chain_of_filters(spread):
     supports = set()
     for number, sampling in enumerate(GRID):
         logits = random_logits(number, 60, spread)
-        ours = law(logits, sampling)
+        ours = distribution(logits, sampling)
         assert torch.allclose(ours, transformers_law(logits, sampling), rtol=1e-12, atol=1e-15), sampling
         supports.add(int((ours > 0).sum()))
     assert len(supports) > 10, "the grid must filter in many ways"
@@ -158,11 +158,11 @@ def test_law_is_transformers_chain_of_filters(spread):
 
 def test_ties_at_a_filters_boundary_go_to_the_lower_ids():
     logits = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 1.0], dtype=torch.float64)
-    kept = {k: law(logits, Sampling(1.0, top_k=k)).nonzero()[:, 0].tolist() for k in range(1, 6)}
+    kept = {k: distribution(logits, Sampling(1.0, top_k=k)).nonzero()[:, 0].tolist() for k in range(1, 6)}
     assert kept == {1: [1], 2: [1, 3], 3: [0, 1, 3], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3, 4]}
     even = torch.zeros(8, dtype=torch.float64)
-    assert law(even, Sampling(1.0, top_p=0.3)).nonzero()[:, 0].tolist() == [0, 1, 2]
-    assert law(even, Sampling(1.0, min_p=1.0)).count_nonzero() == 8
+    assert distribution(even, Sampling(1.0, top_p=0.3)).nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert distribution(even, Sampling(1.0, min_p=1.0)).count_nonzero() == 8
 
 
 def test_nucleus_of_the_likely_is_the_nucleus_of_all():

@@ -59,15 +59,17 @@ def test_drawn_children_are_drawn_without_replacement_from_the_law_they_carry():
     for seed in range(20):
         found = children(drawing("static:2", seed=seed), 0, range(200), logits.expand(200, 5), vocab)
         seen.update(map(tuple, found.tokens))
-        torch.testing.assert_close(torch.stack(found.laws)[:, vocab.ids], q.expand(200, 5))
-        assert all(law.shape == (12,) and float(law.sum()) == pytest.approx(1) for law in found.laws)
+        torch.testing.assert_close(torch.stack(found.distributions)[:, vocab.ids], q.expand(200, 5))
+        assert all(law.shape == (12,) and float(law.sum()) == pytest.approx(1) for law in found.distributions)
     ids = vocab.ids.tolist()
     exact = {(ids[i], ids[j]): float(q[i] * q[j] / (1 - q[i])) for i in range(5) for j in range(5) if i != j}
     assert surprise(seen, exact) < 1
 
 
 def test_children_are_drawn_only_where_the_shape_was_fixed_before_and_with_noise_of_the_node_s_own():
-    assert children(drawing("8x2x3"), 0, [0], LOGITS[:1], None).laws is None, "the best of a level would be kept: chosen, not drawn"
+    assert children(drawing("8x2x3"), 0, [0], LOGITS[:1], None).distributions is None, (
+        "the best of a level would be kept: chosen, not drawn"
+    )
     static = children(drawing("static:3"), 0, [4, 5], LOGITS[:1].expand(2, -1), None)
     assert static.tokens[0] != static.tokens[1]
     assert static.tokens[1] == children(drawing("static:3"), 0, [5], LOGITS[:1], None).tokens[0]

@@ -9,8 +9,9 @@ import torch
 
 from eyas import reference
 from eyas.config import EyasError, TreeShape
+from eyas.decode.rules import Uniforms, accept_reject, block, traversal, typical, without_replacement
 from eyas.decode.tree import StaticGrowth, Tree
-from eyas.decode.verify import Accepted, Uniforms, accept_reject, block, traversal, typical, walk, without_replacement
+from eyas.decode.verify import Accepted, walk
 from tests.enumeration import Script, depths_of, distance, every_way, law_of_accept_reject, law_of_walk, random_law, random_tree
 
 

@@ -7,8 +7,9 @@ import torch
 
 from eyas.config import EyasError, Sampling, TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.generate import Decoder, Result, result_of
+from eyas.decode.generate import Decoder
 from eyas.decode.sampling import Noise, draw
+from eyas.decode.sequence import Result, result_of
 from eyas.drafters import draft_model
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.model.rows import chain_rows

@@ -126,7 +126,7 @@ def test_asking_twice_gives_the_same_tree_once_text_was_added():
 def test_long_prompts_are_read_in_parts_and_give_the_references_tree(prompt):
     pair, text = Pair(room=prompt + 100), Text(prompt, prompt)
     pair.drafter.observe(0, *text.news)
-    assert len(pair.drafter.known[0].tokens) <= eagle3.HELD, "what waits is bounded"
+    assert len(pair.drafter.pending[0].tokens) <= eagle3.HELD, "what waits is bounded"
     pair.check(text, TreeShape.parse("8x2x3"), SAMPLED)
     pair.drafter.observe(0, *text.round())
     pair.check(text, TreeShape.chain(2), GREEDY)

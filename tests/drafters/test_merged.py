@@ -108,7 +108,7 @@ def test_what_a_match_is_worth_is_counted_in_the_text():
     lookup.reserve(2, 100)
     lookup.observe(0, [1, 2, 3] * 20, None)  # every match is right
     lookup.observe(1, [token for other in range(10, 40) for token in (1, 2, other)], None)  # none is
-    for known in lookup.known.values():
+    for known in lookup.indexes.values():
         lookup.read(known)
-    chances = [lookup.known[sequence].chance(2) for sequence in (0, 1)]
-    assert chances[1] < USUAL[2] / 2 and lookup.known[0].chance(40) > USUAL[12]
+    chances = [lookup.indexes[sequence].chance(2) for sequence in (0, 1)]
+    assert chances[1] < USUAL[2] / 2 and lookup.indexes[0].chance(40) > USUAL[12]

@@ -139,9 +139,9 @@ def test_a_round_that_makes_a_graph_is_not_taken_for_a_usual_one():
             self.served_rounds += 1
 
     target = pooled_target()
-    decoder = Decoder(target, planner=Counting())
+    decoder = Decoder(target, plan=Counting())
     *_, texts = decoder.run([[1, 2, 3]], PLAIN, Sampling(), [5], 40)
-    assert 0 < texts[0].rounds - decoder.planner.served_rounds <= len(decoder.cache.slabs.graphs)
+    assert 0 < texts[0].rounds - decoder.plan.served_rounds <= len(decoder.cache.slabs.graphs)
 
 
 def test_slabs_made_in_inference_mode_may_be_written_to_outside_it():

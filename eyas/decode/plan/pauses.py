@@ -7,7 +7,7 @@ cheap for few and dear for many. Knows tokens and seconds; knows no trees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 TRIAL = 200  # rounds of one sequence, or so much fewer of many, until what guessing brings is believed; as many are remembered
 FEWEST = 10  # rounds at least
@@ -15,63 +15,51 @@ SHORTEST, LONGEST = 48, 768  # rounds of a pause
 
 
 @dataclass
-class Pauses:
-    """Of all sizes of a batch, those within a factor of two together; one object serves many calls."""
-
-    sizes: dict[int, Pause] = field(default_factory=dict)
-    now: Pause | None = None
-
-    def anew(self) -> None:
-        """A call begins: its text may be another, so guessing is tried again, if not for long where it lost lately."""
-        for each in self.sizes.values():
-            each.left = 0
-
-    def begin(self, batch: int, price: float) -> bool:
-        """Whether the round that comes, with this price of a plain pass in seconds, shall guess nothing."""
-        self.now = self.sizes.setdefault(batch.bit_length(), Pause())
-        return self.now.begin(batch, price)
-
-    def served(self, guessing: bool, tokens: int, seconds: float) -> None:
-        """The round is over; `guessing`: as `begin` had it."""
-        if self.now:
-            self.now.served(guessing, tokens, seconds)
-
-
-@dataclass
-class Pause:
-    """Of one size of batch."""
+class Gain:
+    """What guessing brought, for numbers of sequences within a factor of two; calls share it."""
 
     brought: float = 0.0  # by the last rounds with guesses: tokens a sequence, older rounds fading
     took: float = 0.0  # by the same: seconds over a plain round's
     plain: float = 1.0  # seconds of a plain round over the price of its pass
     tried: int = 0  # rounds since the last pause
-    left: int = 0  # rounds of the pause that is on
-    length: int = SHORTEST  # of the next one
-    batch: int = 0
-    price: float = 0.0
+    length: int = SHORTEST  # rounds of the next pause
+
+
+class Pauses:
+    """One call's pauses. `gains`, by size of batch, is what was learned: it may be another call's too, whose pauses are its own."""
+
+    def __init__(self, gains: dict[int, Gain] | None = None) -> None:
+        self.gains = {} if gains is None else gains
+        self.left: dict[int, int] = {}  # rounds of the pause that is on, by size of batch
+        self.gain, self.batch, self.price = Gain(), 1, 1.0  # of the round under way
 
     @property
     def window(self) -> int:
-        """Rounds."""
+        """Rounds that are remembered."""
         return max(FEWEST, TRIAL // self.batch)
 
     def begin(self, batch: int, price: float) -> bool:
+        """Whether the round that comes, with this price of a plain pass in seconds, shall guess nothing."""
+        size = batch.bit_length()
+        gain = self.gain = self.gains.setdefault(size, Gain())
         self.batch, self.price = batch, price
-        if self.left:
-            self.left -= 1
+        if self.left.get(size):
+            self.left[size] -= 1
             return True
-        if self.tried >= (self.window if self.length == SHORTEST else max(FEWEST, self.window // 4)):
-            if self.brought < self.took:
-                self.left, self.length = self.length - 1, min(2 * self.length, LONGEST)
-                self.tried, self.brought, self.took = 0, 0.0, 0.0
+        if gain.tried >= (self.window if gain.length == SHORTEST else max(FEWEST, self.window // 4)):
+            if gain.brought < gain.took:
+                self.left[size], gain.length = gain.length - 1, min(2 * gain.length, LONGEST)
+                gain.tried, gain.brought, gain.took = 0, 0.0, 0.0
                 return True
-            self.length = SHORTEST
-        self.tried += 1
+            gain.length = SHORTEST
+        gain.tried += 1
         return False
 
     def served(self, guessing: bool, tokens: int, seconds: float) -> None:
+        """The round is over; `guessing`: as `begin` had it."""
+        gain = self.gain
         if guessing:
-            self.brought += (tokens / self.batch - self.brought) / self.window
-            self.took += (seconds / (self.price * self.plain) - self.took) / self.window
+            gain.brought += (tokens / self.batch - gain.brought) / self.window
+            gain.took += (seconds / (self.price * gain.plain) - gain.took) / self.window
         else:
-            self.plain += (seconds / self.price - self.plain) / self.window
+            gain.plain += (seconds / self.price - gain.plain) / self.window

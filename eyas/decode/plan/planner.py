@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from eyas.config import TreeShape
 from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.clock import RoundClock
 from eyas.decode.plan.pauses import Pauses
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Tree
@@ -32,60 +33,83 @@ LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
 class Guesses(Protocol):
     """What a tree and its growth have in common."""
 
-    parents: list[int]
-    depths: list[int]
-    scores: list[float]
+    @property
+    def parents(self) -> list[int]: ...
+    @property
+    def depths(self) -> list[int]: ...
+    @property
+    def scores(self) -> list[float]: ...
 
 
-class FixedPlan:
-    """No plan: every tree is checked as it was asked for and drawn up."""
+class Plan(RoundClock):
+    """What a round asks of a plan: its clock, which trees to check, and to learn from what came of it."""
 
-    guesses = True
+    guesses = True  # whether the round that comes may guess at all
+    planner: Planner | None = None  # whom drafters ask before each level, where trees are planned
 
-    def begin(self, sequences: Sequence[int]) -> None:
-        return None
+    def begin(self, batch: int) -> None:
+        """A round of so many sequences comes."""
+        self.start()
 
-    def cut(self, trees: Sequence[Tree]) -> Sequence[Tree]:
+    def cut(self, trees: list[Tree]) -> list[Tree]:
+        """What is left of the trees that were drawn up."""
         return trees
 
-    def judge(self, tree: Tree, path: Sequence[int]) -> None:
-        return None
+    def judge(self, tree: Tree, path: list[int]) -> None:
+        """What a walk says of its tree's guesses."""
+
+    def ends(self, rows: int, tokens: int) -> None:
+        """The round is over: its pass read so many rows, and it brought so many tokens."""
+        if seconds := self.stop():
+            self.served(rows, seconds[0], tokens, seconds[1])
 
     def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
-        return None
+        """Learn from a usual round."""
+
+
+class FixedPlan(Plan):
+    """No plan: every tree is checked as it was asked for and drawn up."""
 
 
 @dataclass
-class Planner:
-    """One call's plan; prices and calibration may be shared with others'."""
+class RecentRounds:
+    """What the last rounds of one number of sequences were like, older ones fading."""
 
-    passes: Prices  # of the target, by rows
-    steps: Prices  # of the draft, by rows of a level
-    calibration: Calibration
-    batch: int = 0
-    rows: float = 0.0  # of the last rounds' passes
-    tokens: float = 0.0  # of the last rounds, older ones fading, and their seconds
+    rows: float  # of their passes
+    tokens: float = 0.0
     seconds: float = 0.0
-    rate: float = 0.0  # tokens a second
-    silent: int = 0  # rounds since the draft was asked
-    guesses: bool = True  # whether this round may have any
-    pauses: Pauses = field(default_factory=Pauses)
+
+
+class Planner(Plan):
+    """One call's plan; prices, calibration and what pauses learned may be shared with others'."""
+
+    def __init__(self, passes: Prices, steps: Prices, calibration: Calibration, pauses: Pauses | None = None) -> None:
+        """`passes`: prices of the target's, by rows; `steps`: of the draft's, by rows of a level."""
+        self.passes, self.steps, self.calibration = passes, steps, calibration
+        self.pauses = pauses or Pauses()
+        self.sizes: dict[int, RecentRounds] = {}  # by number of sequences: one that joins or leaves makes nothing forgotten
+        self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # of the round under way; rate in tokens a second
+        self.silent = 0  # rounds since the draft was asked
+
+    @property
+    def planner(self) -> Planner:
+        return self
 
     # ---- before and while drafting ----
 
-    def begin(self, sequences: Sequence[int]) -> None:
-        """A round of these sequences comes. What it has to beat is what the last rounds brought, at first a little more than plain
-        decoding, and never less than that."""
-        if len(sequences) != self.batch:
-            self.batch, self.rows, self.tokens, self.seconds = len(sequences), 3.0 * len(sequences), 0.0, 0.0
-        alone = self.passes.of(self.batch)
-        plain, some = self.batch / alone, FIRST_ROUNDS * MEMORY * alone
-        self.rate = max(plain, (self.tokens + HOPE * plain * some) / (self.seconds + some))
-        self.guesses = not self.pauses.begin(self.batch, alone)
+    def begin(self, batch: int) -> None:
+        """A round of so many sequences comes. What it has to beat is what the last rounds of as many brought, at first a little more than
+        plain decoding, and never less than that."""
+        super().begin(batch)
+        self.batch, self.recent = batch, self.sizes.setdefault(batch, RecentRounds(3.0 * batch))
+        alone = self.passes.of(batch)
+        plain, some = batch / alone, FIRST_ROUNDS * MEMORY * alone
+        self.rate = max(plain, (self.recent.tokens + HOPE * plain * some) / (self.recent.seconds + some))
+        self.guesses = not self.pauses.begin(batch, alone)
 
     def row(self) -> float:
         """What one row more of a pass has to bring, in tokens."""
-        rows = max(self.batch, round(self.rows))
+        rows = max(self.batch, round(self.recent.rows))
         return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
 
     def pays(self, covered: Sequence[float]) -> list[bool]:
@@ -137,7 +161,7 @@ class Planner:
             own[node] *= own[parent] / max(1.0, together[parent])
         return own
 
-    def cut(self, trees: Sequence[Tree]) -> list[Tree]:
+    def cut(self, trees: list[Tree]) -> list[Tree]:
         """Of all trees the nodes that are worth their rows of the pass they share."""
         ranked = sorted(
             ((chance, -row, place) for place, tree in enumerate(trees) for row, chance in enumerate(self.chances(tree)) if row),
@@ -157,8 +181,7 @@ class Planner:
 
     # ---- after it ----
 
-    def judge(self, tree: Tree, path: Sequence[int]) -> None:
-        """What a walk says of its tree's guesses."""
+    def judge(self, tree: Tree, path: list[int]) -> None:
         for place, row in enumerate(path):
             children = list(tree.children[row].values())
             if children:
@@ -166,12 +189,13 @@ class Planner:
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
     def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
-        """A round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
+        """A usual round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
         self.passes.served(rows, pass_seconds)
         self.pauses.served(self.guesses, tokens, seconds)
-        self.rows += MEMORY * (rows - self.rows)
-        self.tokens += MEMORY * (tokens - self.tokens)
-        self.seconds += MEMORY * (seconds - self.seconds)
+        recent = self.recent
+        recent.rows += MEMORY * (rows - recent.rows)
+        recent.tokens += MEMORY * (tokens - recent.tokens)
+        recent.seconds += MEMORY * (seconds - recent.seconds)
 
 
 def guess(guesses: Guesses, node: int) -> float:

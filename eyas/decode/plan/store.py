@@ -17,14 +17,14 @@ import torch
 
 from eyas.config import EyasError, Sampling, cache_dir
 from eyas.decode.plan.calibration import Calibration
-from eyas.decode.plan.pauses import Pauses
+from eyas.decode.plan.pauses import Gain, Pauses
 from eyas.decode.plan.planner import Planner
 from eyas.decode.plan.prices import Prices
 from eyas.files.disk import replace_text
 from eyas.kernels.captured import synchronize
 from eyas.kernels.linear import capability
+from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.model.target import Target
 
 ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
 CONTEXT = 160  # rows of text before those that are timed
@@ -35,30 +35,31 @@ STEP = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is
 class PlanStore:
     """Prices and calibrations of one target and draft; what they say moves while they are used, `save` keeps it."""
 
-    def __init__(self, target: Target, directory: Path, draft: Path | None, precision: str) -> None:
+    def __init__(self, target: TargetModel, directory: Path, draft: Path | None, precision: str) -> None:
         """`directory`: the target's; `draft`: the draft's, where there is one. Both, and the precision, tell one store from another."""
         self.target, self.path = target, cache_dir() / "plans.json"
         where = (machine(), target.device, torch.get_num_threads())
         self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision)))
         self.known: dict[str, Any] = self.read().get(self.key, {})
-        self.planned: dict[str, tuple[Prices, Calibration, Pauses]] = {}
+        self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain]]] = {}
         self.passes: Prices | None = None
         self.frozen = False  # a measurement: nothing is learned
 
     def planner(self, method: str, sampling: Sampling) -> Planner:
+        """A planner for one call. Calls share prices, calibration and what pauses learned; a pause that is on is the call's own."""
         if self.passes is None:
             self.passes = prices(self.known.get("passes")) or self.time()
         name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
         if name not in self.planned:
-            known = self.known.get(name) if isinstance(self.known.get(name), dict) else {}
+            found = self.known.get(name)
+            known: dict[str, Any] = found if isinstance(found, dict) else {}
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
             counts = known.get("calibration")
-            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), Pauses()
-        steps, calibration, pauses = self.planned[name]
+            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}
+        steps, calibration, gains = self.planned[name]
         calibration.frozen = self.frozen
-        pauses.anew()
-        return Planner(self.passes, steps, calibration, pauses=copy.deepcopy(pauses) if self.frozen else pauses)
+        return Planner(self.passes, steps, calibration, Pauses(copy.deepcopy(gains) if self.frozen else gains))
 
     def time(self) -> Prices:
         print("timing passes (once on this machine) ...", file=sys.stderr, flush=True)
@@ -94,7 +95,7 @@ def prices(table: Any) -> Prices | None:
 
 
 @torch.inference_mode()
-def time_passes(target: Target) -> dict[int, float]:
+def time_passes(target: TargetModel) -> dict[int, float]:
     """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
     config = target.config
     context = min(CONTEXT, max(1, config.max_position_embeddings // 2))

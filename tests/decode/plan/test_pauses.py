@@ -39,7 +39,7 @@ def test_what_pays_again_is_not_paused_again():
     pauses = Pauses()
     rounds(pauses, 300, 8, 0.9)
     after = rounds(pauses, 3000, 8, 1.1)
-    assert sum(after) <= LONGEST and not any(after[LONGEST:]) and pauses.now.length == SHORTEST
+    assert sum(after) <= LONGEST and not any(after[LONGEST:]) and pauses.gain.length == SHORTEST
 
 
 def test_plain_rounds_are_counted_with_the_work_around_their_pass():
@@ -51,7 +51,7 @@ def test_plain_rounds_are_counted_with_the_work_around_their_pass():
 
 def test_few_sequences_do_not_wait_for_what_many_could_not_afford():
     pauses = Pauses()
-    assert any(rounds(pauses, 40, 16, 0.9)) and pauses.now.left > 5
+    assert any(rounds(pauses, 40, 16, 0.9)) and pauses.left[(16).bit_length()] > 5
     assert pauses.begin(17, PLAIN)
     assert not pauses.begin(7, PLAIN)
 
@@ -60,8 +60,8 @@ def test_the_next_call_tries_again_for_a_quarter_as_long():
     """Its text may be another; where guessing loses as it did before, that is seen sooner."""
     pauses = Pauses()
     first = rounds(pauses, 60, 4, 0.9)
-    pauses.anew()
+    pauses = Pauses(pauses.gains)
     again = rounds(pauses, 60, 4, 0.9)
     assert first.index(True) == 50 and again.index(True) == 12
-    pauses.anew()
+    pauses = Pauses(pauses.gains)
     assert not any(rounds(pauses, 2000, 4, 1.1))

@@ -23,7 +23,8 @@ from tests.tiny import tiny_draft, tiny_target
 
 def planner(passes: dict[int, float], step: float = 0.1, batch: int = 1, rate: float = 1.0) -> Planner:
     made = Planner(Prices(passes), Prices({1: step}), Calibration(frozen=True))
-    made.batch, made.rate, made.rows = batch, rate, float(batch)
+    made.begin(batch)
+    made.rate, made.recent.rows = rate, float(batch)
     return made
 
 

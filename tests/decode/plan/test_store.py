@@ -66,7 +66,7 @@ def test_calls_share_what_pauses_learned_but_not_a_pause(timed):
     def pauses_after(rounds: int, gain: float) -> list[bool]:
         plan, paused = held.planner("eagle3", Sampling()), []
         for _ in range(rounds):
-            plan.begin(range(4))
+            plan.begin(4)
             paused.append(not plan.guesses)
             plan.served(4, 1.0, 4, 1.0 if paused[-1] else 1.0 / gain)
         return paused

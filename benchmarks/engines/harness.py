@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from eyas.model.vocab import DraftVocab
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = HERE.parent / "results"  # a folder a day
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def options(text: str, precisions: Sequence[str] = ("fp32", "bf16")) -> argparse
     parser.add_argument("--target", help="default: the embedded target")
     parser.add_argument("--draft", help="default: the bundled one")
     parser.add_argument("--precision", choices=precisions, default=precisions[0])
-    parser.add_argument("--out", type=Path, help="JSON of the result (default: benchmarks/engines/results/)")
+    parser.add_argument("--out", type=Path, help="JSON of the result (default: benchmarks/results/TODAY-engines/)")
     return parser
 
 
@@ -205,7 +206,7 @@ def counts(steps: Sequence[Sequence[int]], shape: Any) -> dict[str, Any]:
 
 
 def save(told: Mapping[str, Any], chosen: argparse.Namespace, name: str) -> None:
-    out = chosen.out or RESULTS / f"{name}.json"
+    out = chosen.out or RESULTS / f"{date.today()}-engines" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(told, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""A short run of the campaign that damages drafts: benchmarks/fuzz_drafts.py runs a thousand."""
+"""A short run of the campaign that damages drafts: tests/fuzz_drafts.py runs a thousand."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "fuzz_drafts.py"
+ROOT = Path(__file__).parents[1]
 
 
 def test_damaged_drafts_give_one_line_run_nothing_and_leave_what_was_there(tmp_path):
     out = tmp_path / "told.json"
     done = subprocess.run(
-        [sys.executable, str(CAMPAIGN), "--cases", "80", "--seed", "7", "--out", str(out)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.fuzz_drafts", "--cases", "80", "--seed", "7", "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     told = json.loads(out.read_text())
     assert told["wrong"] == [] and done.returncode == 0, done.stderr[-2000:]

@@ -1,23 +1,20 @@
 """Plain and drafted text by SGLang on the CPU, one request at a time, with the tree of each round.
 
-    PYTHONPATH=FOLDER/standin:FOLDER VENV/bin/python FOLDER/sglang_child.py JOB.json RESULT.json      (FOLDER: where this file lies)
+    PYTHONPATH=sglang/standin:sglang VENV/bin/python sglang_child.py JOB.json RESULT.json
 
-With EAGLE3_SERVE=1 its OpenAI server is asked one question too. With a draft SGLang loads recorder/eagle3.py, which leaves a directory
-`record` beside the result. Knows nothing of eyas.
+With EAGLE3_SERVE=1 its OpenAI server is asked one question too. With a draft SGLang loads sglang/recorder/eagle3.py, which leaves a
+directory `record` beside the result. Knows nothing of eyas.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
+
+from local_server import ask, server
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 QUESTION = [{"role": "user", "content": "Name three rivers of Europe."}]
@@ -98,47 +95,22 @@ def served(job: dict[str, Any], log: Path) -> dict[str, Any]:
 
     question = AutoTokenizer.from_pretrained(job["target"]).apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     (plain,), _ = answers(job, [question], False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = flags(job, True) | {"host": "127.0.0.1", "port": port}
-    options = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in given.items()]
-    with open(log, "w") as out:
-        command = [sys.executable, "-m", "sglang.launch_server", *options]
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        await_health(server, address)
+
+    def command(port: int) -> list[str]:
+        given = flags(job, True) | {"host": "127.0.0.1", "port": port}
+        options = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in given.items()]
+        return [sys.executable, "-m", "sglang.launch_server", *options]
+
+    with server(command, log, PATIENCE) as address:
         asked = {"model": "default", "messages": QUESTION, "temperature": 0, "max_tokens": job["max_tokens"]}
-        said = fetch(f"{address}/v1/chat/completions", asked)
-        answer, state = said["choices"][0]["message"]["content"], fetch(f"{address}/server_info")["internal_states"][0]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        said = ask(f"{address}/v1/chat/completions", asked)
+        answer, state = said["choices"][0]["message"]["content"], ask(f"{address}/server_info")["internal_states"][0]
     return {
         "answer": answer,
         "equals_plain_engine": answer == plain["text"].removesuffix("<|im_end|>"),
         "usage": said["usage"],
         "avg_spec_accept_length": state["avg_spec_accept_length"],
     }
-
-
-def await_health(server: subprocess.Popen[bytes], address: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        assert server.poll() is None, f"the server ended with {server.returncode}"
-        try:
-            urlopen(f"{address}/health", timeout=10).close()
-            return
-        except OSError:
-            time.sleep(2)
-    raise TimeoutError(f"no server at {address} within {PATIENCE} s")
-
-
-def fetch(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(address, data, {"Content-Type": "application/json"}), timeout=PATIENCE) as reply:
-        return json.load(reply)
 
 
 def main() -> None:

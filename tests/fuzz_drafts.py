@@ -1,6 +1,6 @@
 """Damages drafts in every layout and imports them: each must give one line or a draft, never a traceback, run nothing and take no memory.
 
-    python benchmarks/fuzz_drafts.py [--cases 1000] [--seed 0] [--out F.json]
+    python -m tests.fuzz_drafts [--cases 1000] [--seed 0] [--out F.json]
 
 A tiny random draft is written in each layout, then damaged in a seeded way: bytes flipped, files cut, keys of a config dropped, retyped or
 inflated, tensors dropped, renamed, reshaped or made another number format, archives that claim more than they hold, pickles with code in
@@ -31,6 +31,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from eyas import cli
+from tests.tiny import save_tiny_draft, save_tiny_target
 
 LAYOUTS = ("sglang", "vllm", "speculators", "safeailab-bin", "llama_cpp")
 MEMORY = 1 << 30  # bytes above what the process has when the campaign begins
@@ -194,11 +197,9 @@ NO_CONFIG = {"bytes flipped", "file cut", "length inflated"}  # what a layout of
 
 def import_over(folder: Path, out: Path) -> tuple[int, str]:
     """`eyas import FOLDER OUT --force`: status and what it said on the standard error."""
-    from eyas.cli import main
-
     said = io.StringIO()
     with redirect_stderr(said), redirect_stdout(io.StringIO()):
-        status = main(["import", str(folder), str(out), "--target-layers", str(LAYERS), "--force"])
+        status = cli.main(["import", str(folder), str(out), "--target-layers", str(LAYERS), "--force"])
     return status, said.getvalue()
 
 
@@ -241,16 +242,12 @@ def run_case(base: Path, name: str, draw: random.Random, room: Path) -> tuple[st
 
 def make_bases(folder: Path) -> dict[str, Path]:
     """A tiny random target and draft, written in every layout."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from eyas.cli import main
-    from tests.tiny import save_tiny_draft, save_tiny_target
-
     target = save_tiny_target(folder / "target", num_hidden_layers=LAYERS)
     draft = save_tiny_draft(folder / "draft", target, taps=None)  # the default ones, which every engine can read
     bases = {"eyas": draft}
     for layout in LAYOUTS:
         with redirect_stdout(io.StringIO()):
-            status = main(["export", str(draft), str(folder / layout), "--to", layout, "--target", str(target)])
+            status = cli.main(["export", str(draft), str(folder / layout), "--to", layout, "--target", str(target)])
         assert status == 0, f"{layout} could not be written"
         bases[layout] = folder / layout
     return bases

@@ -1,0 +1,33 @@
+"""The clock of a round: what the whole took, and the target's pass alone. A plan owns it, so the round itself reads no time.
+
+Knows time, devices and captured graphs; knows nothing of trees.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from eyas.kernels.captured import Graph, synchronize
+
+
+class RoundClock:
+    """Start it, mark the pass, stop it; a round that had to capture a graph says nothing about rounds and is left out."""
+
+    began = pass_began = pass_seconds = 0.0
+    graphs = 0
+
+    def start(self) -> None:
+        self.began, self.graphs = time.perf_counter(), Graph.made
+
+    def pass_begins(self) -> None:
+        self.pass_began = time.perf_counter()
+
+    def pass_ends(self, device: torch.device) -> None:
+        synchronize(device)  # its seconds are a price; what comes next waits for it anyway
+        self.pass_seconds = time.perf_counter() - self.pass_began
+
+    def stop(self) -> tuple[float, float] | None:
+        """Seconds of the pass and of the round; None for a round that is not a usual one."""
+        return (self.pass_seconds, time.perf_counter() - self.began) if Graph.made == self.graphs else None

@@ -1,0 +1,147 @@
+"""One sequence from its prompt to the result it becomes.
+
+Knows tokens, what is drawn with which settings, and how a text ends; knows nothing of models, caches or drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from eyas.config import GREEDY, PLAIN, Sampling, TreeShape
+from eyas.decode.sampling import GUESS, NOISE_VERSION, Noise, gumbel
+from eyas.decode.text import TextStream
+from eyas.decode.tree import Tree
+from eyas.decode.verify import Accepted
+
+# All tokens before a place and the target's logits [V] there -> the logits to draw from.
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+
+
+@dataclass
+class Sequence:
+    """One sequence while it grows, with settings of its own: a batch may mix them."""
+
+    tokens: list[int]  # the prompt, then what was committed
+    limit: int  # total length at which it ends
+    noise: Noise
+    sampling: Sampling = GREEDY
+    shape: TreeShape = PLAIN  # the largest tree a round may draw up for it
+    stream: TextStream = field(default_factory=lambda: TextStream(None))
+    processors: tuple[LogitsProcessor, ...] = ()
+    number: int = 0  # among those of its call
+    slot: int = -1  # where the caches keep it, once it has a place there
+    read: int = 0  # tokens of the prompt that the target has read
+    prompt_length: int = field(init=False)
+    finish_reason: str | None = None
+    rounds: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
+    admitted: float = 0.0  # when, on the clock of time.perf_counter
+    prefill_seconds: float = 0.0  # from then until its first token
+    seconds: float = 0.0  # from then until its last token so far
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def seed(self) -> int:
+        return self.noise.seed
+
+    @property
+    def root(self) -> int:
+        """The last token: the root of the next tree."""
+        return self.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        """Of the last token."""
+        return len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        return self.limit - len(self.tokens)
+
+    def noise_at(self, position: int) -> Tensor | None:
+        """What the token at this position is drawn with; greedy text is drawn with none."""
+        return None if self.sampling.greedy else self.noise.at(position)
+
+    def draft_noise(self, node: int, count: int) -> Tensor:
+        """Noise of the draft's own for the children of a node of this round's tree: it says nothing about the target's."""
+        return gumbel(self.seed, self.position, count, GUESS, node)
+
+    def processed(self, logits_V: Tensor, path: Iterable[int] = ()) -> Tensor:
+        """The logits to draw from behind the text and `path`, the tokens of a tree's nodes below its root."""
+        if self.processors:
+            before = [*self.tokens, *path]
+            for process in self.processors:
+                logits_V = process(before, logits_V)
+        return logits_V
+
+    def commit(self, tokens: Iterable[int], end_ids: Collection[int]) -> list[int]:
+        """Append tokens until one ends the text (end of turn, stop string, length); what lies behind it is dropped. Returns what stayed."""
+        committed: list[int] = []
+        for token in tokens:
+            self.tokens.append(token)
+            committed.append(token)
+            if token in end_ids or self.stream.push(token):
+                self.finish("stop")
+            elif self.remaining <= 0:
+                self.finish("length")
+            if self.finish_reason:
+                break
+        self.seconds = time.perf_counter() - self.admitted
+        return committed
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self.stream.finish()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished text and how it came about."""
+
+    text: str
+    tokens: list[int]  # generated ids, an end-of-turn id included
+    tau: float  # tokens committed in rounds / rounds; the token that prefill draws does not count
+    rounds: int
+    accepted_lengths: dict[int, int]  # tokens committed by a round -> number of rounds
+    seconds: float  # from the call's start to this text's end
+    prefill_seconds: float  # of that, until its first token
+    seed: int
+    noise_version: int
+    finish_reason: str  # "stop", "length", "aborted", or "interrupted" where the call was ended early
+    prompt_tokens: int
+
+
+def result_of(sequence: Sequence) -> Result:
+    """The finished sequence as a result; one that was interrupted has what it got so far."""
+    committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
+    return Result(
+        text=sequence.stream.finish(),
+        tokens=sequence.tokens[sequence.prompt_length :],
+        tau=committed / sequence.rounds if sequence.rounds else 1.0,
+        rounds=sequence.rounds,
+        accepted_lengths=dict(sorted(sequence.accepted_lengths.items())),
+        seconds=sequence.seconds,
+        prefill_seconds=sequence.prefill_seconds,
+        seed=sequence.seed,
+        noise_version=NOISE_VERSION,
+        finish_reason=sequence.finish_reason or "interrupted",
+        prompt_tokens=sequence.prompt_length,
+    )
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one sequence's round did, for those who watch (trace, demo, benchmarks)."""
+
+    sequence: int  # its number among those of its call
+    tree: Tree
+    accepted: Accepted
+    committed: list[int]
+    logits: Tensor  # [nodes, V]

@@ -1,0 +1,157 @@
+"""Every script of `benchmarks/` runs: with --quick, on tiny random models, it finds what it would find on real ones, if not how much."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from eyas import cli
+from eyas.kernels import native
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+    """Scripts import what they share by its bare name, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Run a script with --quick; what it wrote."""
+
+    def run(name: str):
+        script(name).main(["--quick", "--out", str(tmp_path / "found")])
+        text = (tmp_path / "found").read_text()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    return run
+
+
+def test_every_script_has_a_claim_here():
+    assert {f"test_{name}" for name in SCRIPTS} <= set(globals())
+
+
+def test_a_script_says_what_it_needs_where_there_is_no_quick(capsys):
+    with pytest.raises(SystemExit):
+        script("round_profile").main([])
+    assert "give prompts, or --quick" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.kernel() is None, reason="times the native kernel's products, which cannot be built here")
+def test_round_profile(found):
+    """Shares of a round are shares of the whole, and what was replaced to time them is put back."""
+    from eyas.decode.generate import Decoder
+
+    before = Decoder.round, native.product
+    told = found("round_profile")
+    assert sum(told["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert {"target's layers", "target's head", "draft's layer", "round, rest"} <= set(told["shares"])
+    assert told["rounds"] > 0 and told["over_bare"] > 1 and told["tau"] >= 1
+    assert (Decoder.round, native.product) == before
+
+
+def test_startup(found, monkeypatch):
+    """A fresh process is what it measures; importing PyTorch again takes long, so here this one answers."""
+
+    def here(command, **_):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            if command[1] == "-c":
+                exec(command[2], {})
+            else:
+                assert command[1:3] == ["-m", "eyas"] and cli.main(command[3:]) == 0
+        return SimpleNamespace(stdout=said.getvalue())
+
+    script("startup")
+    monkeypatch.setattr(subprocess, "run", here)
+    (told,) = found("startup").values()
+    assert set(told) == {"import_s", "load_s", "generate_16_tokens_s", "peak_memory_mb"} and told["peak_memory_mb"] > 0
+
+
+def test_planner_regret(found):
+    rows = found("planner_regret")["rows"]
+    assert [(row["batch"], row["kind"]) for row in rows] == [(2, "chat"), (2, "code"), (2, "math")]
+    for row in rows:
+        low, high = row["planner_over_best"][1:]
+        assert 0 < low <= row["planner_over_best"][0] <= high
+
+
+def test_sameness(found):
+    rows = found("sameness")
+    assert len(rows) == 6 and all(row["tokens"] > row["texts"] for row in rows)
+    if native.kernel() is not None:
+        assert [row["different"] for row in rows] == [0] * 6
+
+
+def test_verifiers(found):
+    rows = found("verifiers")["rows"]
+    assert {row["verifier"] for row in rows} == {"walk", "accept-reject", "without-replacement", "traversal"}
+    assert all(row["tau"] >= 1 and row["nodes"] <= 16 for row in rows)
+    assert [row["tree"] for row in rows if row["chosen"]] == ["16x4x4"] * 2  # rules that divide by q may not have one
+
+
+def test_precisions(found):
+    told = found("precisions")
+    assert [(row["precision"], row["drafted"]) for row in told["rows"]] == [
+        (name, drafted) for name in ("bf16", "int8", "q4") for drafted in ("plain", "chain:2")
+    ]
+    assert told["nearness"]["bf16"]["equal"] == 1 and told["nearness"]["bf16"]["nats"] == 0 < told["nearness"]["q4"]["nats"]
+
+
+def test_long_context(found):
+    short, long = found("long_context").values()
+    assert 150 <= short["mean_length"] < 300 <= long["mean_length"] and min(short["tau"], long["tau"]) >= 1
+
+
+def test_gpu_round(found):
+    told = found("gpu_round")
+    assert list(told["passes_ms"]) == ["1", "8"]
+    for form in ("launched", "captured", "captured, temperature 1"):
+        assert all(each["over_plain"] > 0 for each in told[form]["rounds"].values()) and list(told[form]["rounds"]) == ["8"]
+
+
+def test_training_speed(found):
+    told = found("training_speed")
+    assert told["steps"] == 2 and told["share"] > 0 and told["mflop_per_slot"] > 0
+
+
+def test_generation_speed(found):
+    told = found("generation_speed")
+    assert told["ours"][0] > 0 and told["transformers"][0] > 0 and told["ratio"][0] > 0
+
+
+def test_data_scaling(found):
+    half, whole = found("data_scaling").values()
+    assert half["answer_tokens"] < whole["answer_tokens"] and half["steps"] > 0
+    assert min(half["held_out"]["tau"], whole["held_out"]["tau"]) >= 1
+
+
+def test_family_tables(found):
+    """Of the quick figures; those of the page are what docs/family.md shows, line by line."""
+    assert "| eagle3 |" in found("family_tables")
+    page = (FOLDER.parent / "docs" / "family.md").read_text()
+    figures = json.loads((FOLDER / "results" / "2026-11-26-family" / "full.json").read_text())
+    tables = script("family_tables")
+    for _, methods in tables.titled(figures):
+        assert tables.tables(methods) in page
+
+
+def test_options_of_the_shell_are_taken_where_none_are_given(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["family_tables.py", "--quick"])
+    script("family_tables").main()
+    assert capsys.readouterr().out.startswith("### Equal training tokens")
