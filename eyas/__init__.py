@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from eyas.engine import Engine, load
     from eyas.formats.portable import Draft
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Draft", "Engine", "EyasError", "Message", "Request", "Result", "RoundRecord", "Sampling", "TreeShape", "load"]
 
 if not TYPE_CHECKING:  # a type checker shall see the names above and no others
@@ -31,4 +32,15 @@ if not TYPE_CHECKING:  # a type checker shall see the names above and no others
             from importlib import import_module
 
             return getattr(import_module(HEAVY[name]), name)
+        if name == "__version__":
+            return installed_version()
         raise AttributeError(f"module 'eyas' has no attribute {name!r}")
+
+    def installed_version() -> str:
+        """What the installed package says of itself: pyproject.toml holds the version, and nothing else does."""
+        from importlib import metadata
+
+        try:
+            return metadata.version("eyas")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"  # run from a source tree that is not installed
