@@ -6,7 +6,7 @@ Knows names alone and imports nothing, so that `eyas --help` is quick. What the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eyas.decode.drafter import Drafter
     from eyas.model.protocols import DraftModule, TargetModel
     from eyas.model.vocab import DraftVocab
-    from eyas.train.unroll import Batch, Lesson, Step
+    from eyas.train.unroll import Batch, Step, Supervision
 
 
 class Decoding(Protocol):
@@ -38,10 +38,10 @@ class Decoding(Protocol):
 class Teaching(Protocol):
     """A module that teaches a method's draft."""
 
-    SETTINGS: Mapping[str, Any]
-    new_network: Callable[[TargetModel, tuple[int, int, int], DraftVocab, TrainSettings], DraftModule]
+    SETTINGS: dict[str, Any]
+    new_network: Callable[[TargetModel, tuple[int, ...], DraftVocab, TrainSettings], DraftModule]
     unroll: Callable[..., Iterator[Step]]  # network, batch, steps, depths=None
-    loss: Callable[[Any, Batch, Lesson], tuple[Tensor, list[Tensor]]]
+    loss: Callable[[Any, Batch, Supervision], tuple[Tensor, list[Tensor]]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -184,6 +184,7 @@ def held_out_questions(family: Family, text: Text) -> list[PromptItem]:
 def trained_draft(family: Family, text: Text, row: Row, name: str, minutes: float | None = None) -> Path:
     """The directory of a row's draft, trained on so many tokens (or for so many minutes) where it is not there yet."""
     out, scale = family.folder / slug(name), family.scale
+    assert row.trains is not None  # one without a draft has none to train
     if (out / "done").exists():
         return out
     vocab = min(TrainSettings.draft_vocab_size, family.studied.config.vocab_size)
@@ -241,7 +242,7 @@ def measured(family: Family, row: Row, draft: Path | None, items: list[PromptIte
         found = bench(engine, row, items, trees, Sampling(temperature), family)
         if not found.get("complete", True):
             raise KeyboardInterrupt
-        for nodes, written in zip(BUDGETS, names_of(row, trees)):
+        for nodes, written in zip(BUDGETS, names_of(row, trees), strict=True):
             at[f"{nodes}, T={temperature:g}"] = {key: value for key, value in found["methods"][written].items() if key != "prompts"}
     told = {**at[f"{BUDGETS[0]}, T=0"], "method": row.method, "at": at, "teaches": row.teaches, "prompt_count": len(items)}
     own = parameters(draft) if draft else 0
@@ -268,7 +269,7 @@ def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int,
     """Milliseconds of drafting in a round of the smaller budget: the median over rounds of a few prompts, greedy."""
     seconds: list[float] = []
     make: Callable[[], Drafter] = engine.makers[row.method]
-    engine.makers[row.method] = lambda: Timed(make(), seconds)
+    engine.makers[row.method] = lambda: cast("Drafter", Timed(make(), seconds))  # whose other members are the drafter's
     for item in items[:4]:
         engine.generate(item.prompt, replace(request_of(family), method=row.method, tree=trees[BUDGETS[0]]))
     return round(1e3 * sorted(seconds)[len(seconds) // 2], 3) if seconds else 0.0
@@ -276,7 +277,7 @@ def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int,
 
 def memory_mb(engine: Engine, row: Row, own: int) -> float:
     """Of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
-    drafter = engine.drafter(row.method)
+    drafter: Any = engine.drafter(row.method)  # its caches are no part of what a drafter has to have
     drafter.reserve(1, 1000)
     drafter = getattr(drafter, "draft", drafter)  # of look-up and a draft, the latter
     caches: list[KVCache] = getattr(drafter, "caches", [drafter.cache] if hasattr(drafter, "cache") else [])

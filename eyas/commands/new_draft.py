@@ -25,7 +25,7 @@ from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
 from eyas.commands.follow import follow
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
-from eyas.engine import Engine, load
+from eyas.engine import Engine, Prompt, load
 from eyas.files.disk import recover_directory, replace_text
 from eyas.files.target import load_target, target_directory
 from eyas.train import trainer as training
@@ -245,7 +245,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     (out / CARD).write_text(card(told, result, command(options), use(options, out, chat)))
 
 
-def fits(engine: Engine, question: str, request: Request) -> bool:
+def fits(engine: Engine, question: Prompt, request: Request) -> bool:
     """Whether a question, read back as text, leaves room for an answer: odd tokens may be longer when read again."""
     try:
         return len(engine.encode(question, request.raw)) + request.max_new_tokens <= engine.target.config.max_position_embeddings

@@ -55,7 +55,7 @@ class Eagle1Network(Borrowing, nn.Module):
         self.shape, self.token_left_out = shape, token_left_out
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layers = nn.ModuleList([Eagle1Block(shape)])
-        self.fused, self.run = Dense(self.fc), OneLayer(self.layers[0], None)
+        self.fused, self.run = Dense(self.fc), OneLayer(self.blocks[0], None)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
         self.borrow(embedding, head)
 

@@ -23,11 +23,10 @@ from eyas.decode.tree import Tree
 from eyas.files.eagle3_files import check_fits, config_from_file, load_draft, save_draft
 from eyas.kernels.attention import PassAttention
 from eyas.kernels.captured import fits, fixed_pass
-from eyas.model.adapter import AdaptedTarget
 from eyas.model.cache import KVCache
 from eyas.model.draft import DraftNetwork
+from eyas.model.protocols import EagleModule, TargetModel
 from eyas.model.rows import Segment
-from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
 CATCH_UP = 256  # rows of committed text read at once
@@ -46,7 +45,7 @@ class PendingRows:
 class Eagle3Drafter:
     cache: KVCache  # once there is room for sequences
 
-    def __init__(self, network: DraftNetwork, vocab: DraftVocab) -> None:
+    def __init__(self, network: EagleModule, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
         self.wants, self.attention = network.wants, network.blocks[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads
@@ -118,6 +117,7 @@ class Eagle3Drafter:
         rows = torch.tensor(tokens), torch.tensor(positions)
         if fits(self.cache, segments):
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
+            assert a is not None
         else:
             tokens_N, positions_N = (part.to(g.device) for part in rows)
             (a,) = step(self.network, tokens_N, positions_N, self.cache.attention(segments, self.group), g)
@@ -127,7 +127,7 @@ class Eagle3Drafter:
         return a
 
 
-def step(network: DraftNetwork, tokens: Tensor, positions: Tensor, attention: PassAttention, g: Tensor) -> tuple[Tensor]:
+def step(network: EagleModule, tokens: Tensor, positions: Tensor, attention: PassAttention, g: Tensor) -> tuple[Tensor]:
     return (network.step(tokens, g, positions, attention),)
 
 
@@ -146,7 +146,7 @@ def check(directory: Path, target: TargetConfig) -> None:
     check_fits(config_from_file(directory), target)
 
 
-def load(directory: Path, target: Target | AdaptedTarget) -> tuple[DraftNetwork, DraftVocab]:
+def load(directory: Path, target: TargetModel) -> tuple[DraftNetwork, DraftVocab]:
     """A saved draft for a target that is not yet prepared."""
     embedding = target.embedding.detach()
     return load_draft(directory, embedding, embedding.dtype)

@@ -88,7 +88,12 @@ class DraftNetwork(nn.Module):
     @property
     def blocks(self) -> list[DraftBlock | Block]:
         """The decoder layers: the first reads what `join` gives, each other what the one before made."""
-        return [self.midlayer, *(self.layers.values() if self.config.draft_layers > 1 else ())]
+        return [self.midlayer, *self.others]
+
+    @property
+    def others(self) -> list[Block]:
+        """The layers behind the first."""
+        return [block for block in self.layers.values() if isinstance(block, Block)] if self.config.draft_layers > 1 else []
 
     def fuse(self, features_NF: Tensor) -> Tensor:
         """g [N, H] from the features of all taps side by side: low, middle and high (EAGLE-3, inference pipeline)."""
@@ -96,7 +101,7 @@ class DraftNetwork(nn.Module):
             features_NF = self.input_norm(features_NF)
         if self.config.fc_norm:
             parts = features_NF.chunk(len(self.fc_norm), -1)
-            features_NF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+            features_NF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
         return self.fuse_product(features_NF)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
@@ -108,12 +113,12 @@ class DraftNetwork(nn.Module):
         e_NH = self.embed(tokens_N)
         if self.native and isinstance(attention, NativeAttention):
             wide_NH, rotation = g_NH.to(torch.float32, copy=True), self.rotary(positions_N, torch.float32)
-            for layers, beside_NH in zip(self.native, (e_NH.float(), None)):
+            for layers, beside_NH in zip(self.native, (e_NH.float(), None), strict=False):
                 layers(wide_NH, rotation, attention, beside_NH=beside_NH)
             return wide_NH
         rotation = self.rotary(positions_N, self.dtype)
         a_NH = self.midlayer(e_NH, g_NH, rotation, attention.layer(0))
-        for number, block in enumerate(self.blocks[1:], 1):
+        for number, block in enumerate(self.others, 1):
             a_NH = block(a_NH, rotation, attention.layer(number))
         return a_NH
 
@@ -134,7 +139,7 @@ class DraftNetwork(nn.Module):
 
         Logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal.
         """
-        first, *others = self.blocks
+        first, others = self.midlayer, self.others
         for block in self.blocks:
             pack(block, bits)
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks) and not self.config.norm_before_residual:

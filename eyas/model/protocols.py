@@ -125,7 +125,7 @@ class EagleModule(DraftModule, Protocol):
     """A network that guesses on from its own output: EAGLE-1's and EAGLE-3's. g: what it reads in a feature's place."""
 
     @property
-    def block(self) -> DraftLayer: ...
+    def blocks(self) -> Sequence[DraftLayer]: ...  # the first reads what `join` gives, each other what the one before made
     @property
     def rotary(self) -> Rotary: ...
     @property

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import eyas
 from eyas.config import PRECISIONS, EyasError, TargetConfig, TrainSettings, TreeShape, check_taps, default_taps
@@ -28,9 +27,8 @@ from eyas.files.target import load_target, target_config
 from eyas.files.tokenizer import chat_template_hash
 from eyas.kernels.linear import capability
 from eyas.methods import METHODS
-from eyas.model.adapter import AdaptedTarget
 from eyas.model.draft import DraftNetwork
-from eyas.model.target import Target
+from eyas.model.protocols import DraftModule, TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import TreeTau
 from eyas.train.conversations import Document, draft_vocabulary
@@ -76,7 +74,7 @@ class Studied:
 class Setup:
     """What a run is built from. The target is not yet prepared."""
 
-    target: Target | AdaptedTarget
+    target: TargetModel
     taps: tuple[int, ...]
     examples: list[Example]
     source: StateSource | None  # None: the target reads the examples beside the training
@@ -139,8 +137,8 @@ def usual_taps(layers: int) -> tuple[int, ...]:
 
 
 def new_draft(
-    target: Target | AdaptedTarget, taps: tuple[int, ...], kept: list[Example], settings: TrainSettings, method: str = "eagle3"
-) -> tuple[nn.Module, DraftVocab]:
+    target: TargetModel, taps: tuple[int, ...], kept: list[Example], settings: TrainSettings, method: str = "eagle3"
+) -> tuple[DraftModule, DraftVocab]:
     """A draft for these conversations' tokens that begins with what the target knows."""
     documents, config = [Document(example.tokens, example.answers) for example in kept], target.config
     ids = draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids)
@@ -148,9 +146,7 @@ def new_draft(
     return METHODS[method].training().new_network(target, taps, vocab, settings), vocab
 
 
-def earlier_draft(
-    directory: Path, target: Target | AdaptedTarget, taps: tuple[int, ...], settings: TrainSettings
-) -> tuple[DraftNetwork, DraftVocab]:
+def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], settings: TrainSettings) -> tuple[DraftNetwork, DraftVocab]:
     """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
     config = config_from_file(directory)
     check_fits(config, target.config)

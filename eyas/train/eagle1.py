@@ -16,9 +16,8 @@ from torch import Tensor
 from eyas.config import TrainSettings
 from eyas.drafters.eagle1 import Eagle1Network
 from eyas.files.draft_files import one_layer
-from eyas.model.adapter import AdaptedTarget
+from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import FrozenHead
-from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Supervision, unroll
@@ -28,11 +27,12 @@ OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
 NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
+def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
     """It begins as the feature it is given, which says the token already drawn."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
-    begin_as_feature(network.layers[0], network.fc, settings.seed)
+    (block,) = network.blocks
+    begin_as_feature(block, network.fc, settings.seed)
     torch.nn.init.zeros_(network.fc.bias)
     return network
 
@@ -40,7 +40,7 @@ def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: Dr
 def loss(network: Eagle1Network, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
     """Mean over slots of both terms; the second's mean is what is shown."""
     generator = torch.Generator().manual_seed(supervision.seed)
-    true_MH = batch.hidden
+    true_MH = batch.wanted(network.wants)
     noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()
     found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), supervision.steps, supervision.depths))
     guessed = torch.cat([step.a for step in found])

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from eyas.config import TrainSettings
-from eyas.model.adapter import AdaptedTarget
 from eyas.model.draft import DraftNetwork, draft_config
-from eyas.model.target import Target
+from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train import unroll as steps
 from eyas.train.initialise import initialise
@@ -20,7 +19,7 @@ SETTINGS = {"unroll_steps": 7}  # its steps; the rest as TrainSettings has it
 unroll, loss = steps.unroll, steps.unrolled_loss
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
+def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
     """A draft of the target's own shape that begins with what the target knows."""
     asked = {name: getattr(settings, name) for name in ("fc_norm", "norm_output", "draft_layers")}
     shape = draft_config(target.config, len(vocab), taps, **asked)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import nn
 
-from eyas.model.adapter import AdaptedTarget
 from eyas.model.draft import DraftBlock, DraftNetwork
+from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 from eyas.model.transformer import Block
 from eyas.model.vocab import DraftVocab
@@ -19,7 +19,7 @@ from eyas.model.vocab import DraftVocab
 FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
 
 
-def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
+def initialise(network: DraftNetwork, target: TargetModel, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
     """Start from the target: its head, and fc as the last tap's feature; where its layers are our own blocks also the last of them and the
     final norm. The rest is small and random, but that a layer behind the first begins by adding nothing.
 
@@ -32,7 +32,7 @@ def initialise(network: DraftNetwork, target: Target | AdaptedTarget, vocab: Dra
             if parameter.dim() == 2:
                 parameter.normal_(0.0, 0.2 / math.sqrt(parameter.shape[1]), generator=generator)
         network.lm_head.weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
-        if target.blocks is not None:
+        if isinstance(target, Target):
             copy_last_layer(network.midlayer, target.blocks[-1], width)
             network.norm.weight.copy_(target.model.norm.weight)
         for block in network.blocks[1:]:

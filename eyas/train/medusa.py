@@ -12,39 +12,40 @@ import torch
 from torch import Tensor
 
 from eyas.config import TrainSettings
-from eyas.drafters.medusa import MedusaNetwork
-from eyas.model.adapter import AdaptedTarget
-from eyas.model.target import Target
+from eyas.drafters.medusa import MedusaNetwork, ResBlock
+from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Step, Supervision
 
 SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # heads, and how much deeper ones weigh, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
+def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
     """Heads that begin as the target's own: their residual blocks add nothing yet."""
     network = MedusaNetwork(target.config.hidden_size, len(vocab), settings.unroll_steps, 1, target.embedding.detach())
     with torch.no_grad():
-        for head in network:
-            head[0].linear.weight.zero_()
-            head[0].linear.bias.zero_()
-            head[1].weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
+        for head in network.heads:
+            first = head[0]
+            assert isinstance(first, ResBlock)
+            first.linear.weight.zero_()
+            first.linear.bias.zero_()
+            head.last.weight.copy_(target.head_weight[vocab.ids] * target.logit_scale)
     return network
 
 
 def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
     """Each head's hidden states at the slots whose answer reaches so far."""
-    slots, counted = batch.slots()
+    hidden_MH, (slots, counted) = batch.wanted(network.wants), batch.slots()
     counted = counted if depths is None else torch.minimum(counted, depths)
     for step in range(min(steps, network.levels)):
         slots, counted = slots[counted > step], counted[counted > step]
         if len(slots):
-            yield Step(slots, batch.hidden[slots], slots + 1 + step)
+            yield Step(slots, hidden_MH[slots], slots + 1 + step)
 
 
 def loss(network: MedusaNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
     total, means = torch.zeros(()), []
     for number, step in enumerate(unroll(network, batch, supervision.steps, supervision.depths)):
-        part, mean = supervision.of([step], network.before_head(number, step.a), network[number][-1], first=number)
+        part, mean = supervision.of([step], network.before_head(number, step.a), network.heads[number].last, first=number)
         total, means = total + part, means + mean
     return total, supervision.padded(means)

@@ -15,7 +15,7 @@ from torch import Tensor
 from eyas.config import TrainSettings
 from eyas.drafters.mtp import MtpNetwork
 from eyas.files.draft_files import one_layer
-from eyas.model.adapter import AdaptedTarget
+from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
@@ -25,14 +25,15 @@ from eyas.train.unroll import Batch, Step, Supervision, comb_attention
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
 
 
-def new_network(target: Target | AdaptedTarget, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
+def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin as the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
-    for number, module in enumerate(network.layers):
+    for number in range(network.levels):
+        module = network.module(number)
         begin_as_feature(module, module.eh_proj, settings.seed + number)
-        if target.blocks is not None:
+        if isinstance(target, Target):
             gain = target.model.norm.weight.detach()  # which the state it is given has already
-            torch.nn.init.constant_(module.shared_head["norm"].weight, float(gain.square().mean().sqrt()))
+            torch.nn.init.constant_(module.norm.weight, float(gain.square().mean().sqrt()))
     return network
 
 
@@ -47,7 +48,7 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return comb_attention(q, k, v, (), everywhere, batch.lengths)
 
-    h_MH = batch.hidden
+    h_MH = batch.wanted(network.wants)
     for step in range(min(steps, network.levels)):
         x_MH = network.join(step, following[1 + step : len(h_MH) + 1 + step], h_MH)
         h_MH = network.layers[step](x_MH, network.rotary(place, network.dtype), attend)

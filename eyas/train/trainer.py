@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eyas.config import EyasError, TrainSettings
 from eyas.files.disk import atomic_directory
 from eyas.methods import METHODS
+from eyas.model.draft import DraftNetwork
+from eyas.model.protocols import DraftModule
 from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import rank_accuracies, simulate
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
@@ -89,7 +91,7 @@ class Progress:
 class Run:
     """What is trained, on what, how, and where it goes."""
 
-    network: nn.Module
+    network: DraftModule
     vocab: DraftVocab
     teacher: Teacher
     examples: Sequence[Example]
@@ -101,7 +103,7 @@ class Run:
     target_layers: int
     workers: int = 1
     peers: Peers = ALONE
-    tree_tau: Callable[[nn.Module], float] | None = None
+    tree_tau: Callable[[DraftModule], float] | None = None
     method: str = "eagle3"
 
 
@@ -172,7 +174,7 @@ class Trainer:
         rule = self.settings.loss if spent >= self.settings.loss_from else "soft"
         parts = [part for part in split_evenly(examples, self.workers * self.peers.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
-        depths = [self.depths(part, seed) for part, seed in zip(parts, seeds)]
+        depths = [self.depths(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         numbers = [random.Random(f"{seed}-chance").getrandbits(62) for seed in seeds]
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
         own = slice(self.peers.rank, None, self.peers.count)  # of the parts; the others are for the other processes
@@ -183,9 +185,11 @@ class Trainer:
         for index, parameter in enumerate(self.parameters):
             shares = [gradients[index] for gradients, _ in results]
             parameter.grad = sum(shares[1:], shares[0]) if shares else torch.zeros_like(parameter)
-        self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters)])
+        self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
         if self.settings.top_layer_only:  # these columns begin at 0 and stay there
-            self.network.fc.weight.grad[:, : -self.network.config.target_hidden_size] = 0
+            network = self.network
+            assert isinstance(network, DraftNetwork) and network.fc.weight.grad is not None, "of an EAGLE-3 draft, which has just learned"
+            network.fc.weight.grad[:, : -network.config.target_hidden_size] = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm) or losses[0] > EXPLODED * math.log(len(self.vocab) + 1):
             raise EyasError(self.explosion(examples))
@@ -324,7 +328,9 @@ class Trainer:
         With as many workers and the same budget this equals a run that never stopped, to the last bit, unless the budget counts minutes.
         A run that spent its budget may go on to a larger one; its learning rate then rises again.
         """
-        state = state or read_checkpoint(self.out)
+        if not state:
+            assert self.out is not None, "a run that saves nothing has no checkpoint"
+            state = read_checkpoint(self.out)
         ours, theirs, usual = asdict(self.settings), state["settings"], asdict(TrainSettings())
         told = [
             f"{key} {theirs.get(key, usual[key])} there, {ours[key]} here"

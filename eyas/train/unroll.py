@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN
-from eyas.model.draft import DraftBlock, DraftNetwork
+from eyas.model.draft import DraftNetwork
+from eyas.model.protocols import DraftLayer, EagleModule
 from eyas.model.transformer import Block
 from eyas.train.losses import Columns, head_loss
 
@@ -40,7 +41,9 @@ class Batch:
 
     def wanted(self, wants: Sequence[int]) -> Tensor:
         """What a draft reads of the target at each row."""
-        return self.hidden if wants == LAST_HIDDEN else self.features
+        wanted = self.hidden if wants == LAST_HIDDEN else self.features
+        assert wanted is not None, "last hidden states are kept for those who read them"
+        return wanted
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
@@ -72,7 +75,7 @@ class Step(NamedTuple):
     teacher_rows: Tensor  # [N] rows of the batch whose law is the teacher: slot + 1 + step
 
 
-def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
+def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
     """Yield each step; gradients flow through all. `depths` [N]: steps after which a slot drops out (default: none does early)."""
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
@@ -100,7 +103,7 @@ def unroll(network: DraftNetwork, batch: Batch, steps: int, depths: Tensor | Non
 class Layer:
     """One decoder layer of the comb: its keys and values of step 0 at every row, and of each later step at the slots still counted."""
 
-    def __init__(self, block: DraftBlock | Block, lengths: list[int]) -> None:
+    def __init__(self, block: DraftLayer, lengths: list[int]) -> None:
         self.block, self.lengths = block, lengths
         self.spine: tuple[Tensor, Tensor] | None = None  # of step 0: k, v [M, k, d]
         self.own: list[tuple[Tensor, Tensor]] = []  # of each later step: [N, k, d]
@@ -122,12 +125,13 @@ def through(layers: list[Layer], read: Tensor, residual: Tensor, rotation: tuple
     everywhere = slots if layers[-1].spine else torch.arange(len(residual))
     for number, layer in enumerate(layers):
         if number:
+            assert isinstance(layer.block, Block), "those behind the first are ordinary ones"
             read = layer.block.input_layernorm(residual)
         residual = layer(read, residual, rotation, slots if layer is layers[-1] else everywhere)
     return residual
 
 
-def heads(block: DraftBlock | Block, read: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def heads(block: DraftLayer, read: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending."""
     caught: list[Tensor] = []
 
@@ -147,7 +151,7 @@ def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor
     own_scores = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in own], -1) if own else q.new_zeros(*q.shape[:-1], 0)  # [N,k,g,own]
     outputs, start, first = [], 0, 0
     ends = torch.searchsorted(slots, torch.tensor(lengths).cumsum(0)).tolist()
-    for length, end in zip(lengths, ends):
+    for length, end in zip(lengths, ends, strict=True):
         if end > first:
             rows = slots[first:end] - start
             last = int(rows[-1]) + 1  # keys behind the last slot are seen by none
@@ -195,7 +199,7 @@ class Supervision(NamedTuple):
         sizes = [len(step.slots) for step in found]
         shares = [self.decay**i / max(over, 1) for i, over in enumerate((self.counts or [0] * first + sizes)[first:], first)]
         rows = torch.cat([step.teacher_rows for step in found])
-        weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares)])
+        weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares, strict=True)])
         head_DH = head.weight
         if head.bias is not None:  # as one input more, which is always 1
             x_NH, head_DH = torch.cat([x_NH, torch.ones_like(x_NH[:, :1])], -1), torch.cat([head_DH, head.bias[:, None]], -1)
