@@ -56,7 +56,8 @@ LOSSES: dict[str, Rule] = {"soft": cross_entropy, "lk-alpha": lk_alpha, "lk-lamb
 
 
 def register(name: str, loss: Loss | None = None, rule: Rule | None = None) -> None:
-    """Add a loss of one's own, from a plugin: as it stands in a paper, or with a slope derived by hand, which takes half the memory."""
+    """Add a loss of one's own, from a plugin: as it stands in a paper, or as a rule that brings its slope. By autograd the head's part of a
+    step takes 1.1 times as long with cross-entropy, 1.4 times with -log acceptance."""
     if name in LOSSES:
         raise EyasError(f"loss {name!r} exists already; choose another name")
     if rule is None and loss is not None:
