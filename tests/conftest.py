@@ -6,8 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from eyas.config import EyasError
+
+settings.register_profile(  # the same examples on every machine, and none that is judged by a clock
+    "eyas", max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("eyas")
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,60 @@ def test_no_circle_of_files():
     assert not arrows, f"among these lies a circle: {', '.join(sorted(arrows))}"
 
 
+NEWER = {  # than Python 3.10, by where it would be imported from
+    "asyncio": {"Runner", "TaskGroup", "timeout"},
+    "contextlib": {"chdir"},
+    "datetime": {"UTC"},
+    "enum": {"EnumCheck", "ReprEnum", "StrEnum", "member", "nonmember", "verify"},
+    "hashlib": {"file_digest"},
+    "itertools": {"batched"},
+    "math": {"cbrt", "exp2", "fma", "sumprod"},
+    "operator": {"call"},
+    "typing": {
+        *("Buffer", "LiteralString", "Never", "NoDefault", "NotRequired", "ReadOnly", "Required", "Self", "TypeAliasType", "TypeIs"),
+        *("TypeVarTuple", "Unpack", "assert_never", "assert_type", "clear_overloads", "dataclass_transform", "get_overloads"),
+        *("get_protocol_members", "is_protocol", "override", "reveal_type"),
+    },
+}
+NEWER_MODULES = {"tomllib", "annotationlib", "concurrent.interpreters", "compression.zstd"}
+NEWER_BUILTINS = {"BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError"}
+
+
+def newer_names(text: str) -> list[str]:
+    """What a module needs that Python 3.10 lacks; what only type checkers read does not count."""
+    found, waiting = [], [ast.parse(text, feature_version=(3, 10))]  # refuses `except*`, `type X = ..` and type parameters
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in NEWER_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in NEWER.get(node.module or "", ())]
+            found += [node.module] if node.module in NEWER_MODULES else []
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [ast.unparse(node)] if node.attr in NEWER.get(node.value.id, ()) else []
+        elif isinstance(node, ast.Name) and node.id in NEWER_BUILTINS:
+            found.append(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_needs_a_newer_python_than_is_promised(path):
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text(), "NEWER is what 3.10 lacks"
+    assert newer_names(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_newer_python_would_be_seen():
+    text = "from typing import Any, Self\nimport tomllib, enum\nclass A(enum.StrEnum): ..."
+    assert sorted(newer_names(text)) == ["enum.StrEnum", "tomllib", "typing.Self"]
+    with pytest.raises(SyntaxError):
+        newer_names("try: pass\nexcept* ValueError: pass")
+    assert newer_names("if TYPE_CHECKING:\n    from typing import Self\n") == []
+
+
 def test_tree_and_verify_know_no_model():
     allowed = {"numpy", "torch", *sys.stdlib_module_names}
     for name in ("tree.py", "verify.py"):

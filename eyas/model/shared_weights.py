@@ -5,7 +5,7 @@ Knows weights; knows nothing of what a draft computes between the two.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Borrowing:
     def embed(self, tokens_N: Tensor) -> Tensor:
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
-    def packed(self, products: list[Dense], bits: int) -> Self:
+    def packed(self, products: list[Dense], bits: int) -> Any:
         """Ready for inference: these products packed, and the head, whose logits stay wide."""
         for product in products:
             product.pack(bits=bits)

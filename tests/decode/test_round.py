@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eyas.config import PLAIN, VERIFIERS, EyasError, Sampling, TreeShape
+from eyas.decode import sampling as noise_of
 from eyas.decode.generate import Decoder, Result, result_of
 from eyas.decode.sampling import derived_seed, law
 from eyas.drafters.draft_model import ModelDrafter
@@ -291,6 +293,23 @@ def test_a_drafter_hears_every_committed_token_of_a_growing_text_and_then_that_i
     for slot in ended_later:
         whole = asked[slot] + results[slot].tokens
         assert drafter.heard[slot] == whole[: len(drafter.heard[slot])] and len(drafter.heard[slot]) < len(whole)
+
+
+def test_noise_that_the_text_has_passed_is_forgotten(monkeypatch):
+    """A vector of the vocabulary's size for every position of a long text would be the largest thing in memory."""
+    drawn: list[weakref.ref] = []
+    own = noise_of.gumbel
+
+    def watched(*given):
+        vector = own(*given)
+        drawn.append(weakref.ref(vector))
+        return vector
+
+    monkeypatch.setattr(noise_of, "gumbel", watched)
+    held = []
+    for _ in Decoder(TARGET, eagle3(TARGET)).run(prompts(2, 1), TreeShape.parse("8x2x3"), Sampling(1.0), [1, 2], 40):
+        held.append(sum(vector() is not None for vector in drawn))
+    assert len(drawn) >= 80 and max(held) <= 2 * 5, "what the round's tree looks at, three levels and what lies behind, for two texts"
 
 
 # ---- what is counted ----

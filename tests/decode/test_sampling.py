@@ -162,6 +162,7 @@ def test_ties_at_a_filters_boundary_go_to_the_lower_ids():
     assert kept == {1: [1], 2: [1, 3], 3: [0, 1, 3], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3, 4]}
     even = torch.zeros(8, dtype=torch.float64)
     assert law(even, Sampling(1.0, top_p=0.3)).nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert law(even, Sampling(1.0, top_p=0.25)).nonzero()[:, 0].tolist() == [0, 1], "two hold a quarter: a third is not wanted"
     assert law(even, Sampling(1.0, min_p=1.0)).count_nonzero() == 8
 
 
