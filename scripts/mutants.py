@@ -9,6 +9,7 @@ stays as it is. torch is imported once, before the children part, so a fault cos
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.machinery
 import os
 import signal
@@ -88,8 +89,8 @@ def outcome(mutant: Mutant) -> str:
 
 
 def main(words: list[str]) -> int:
-    for name in ("torch", "transformers", "pytest"):
-        __import__(name)
+    for name in ("torch", "pytest", "hypothesis", "transformers.tokenization_utils_fast", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
     sys.path.insert(0, str(ROOT))
     listed = mutants((Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8"))
     chosen = [each for each in listed if not words or any(word in " ".join((each.file, *each.tests)) for word in words)]

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ ROOMS = [  # each uses those above it and its own; those of one line do not use 
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}
 
 
+@cache
 def modules() -> list[Path]:
     return sorted((ROOT / "eyas").rglob("*.py"))
 
@@ -41,9 +43,14 @@ def room(path: Path) -> str:
     return parts[0]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of all that a module imports, inside functions too; not what only type checkers read."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    waiting: list[ast.AST] = [parsed(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -78,11 +85,10 @@ def name_of(path: Path) -> str:
 
 def modules_imported(path: Path, known: set[str]) -> set[str]:
     """Modules of eyas that a module imports, the attribute of a `from` import taken off; its own packages aside."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {name for name in imported(path) if name in known}
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("eyas"):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known & {*found, *map(name_of, modules())}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known
     return {name for name in found if name_of(path) != name and not name_of(path).startswith(f"{name}.")}
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from eyas.bench import environments
-from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, WORKER, Contestant, Runner, count_weights, figures, race, spread, table_rows
+from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, Contestant, Runner, count_weights, figures, race, spread, table_rows
 from eyas.config import EyasError
 from eyas.files.target import target_config
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_config, tiny_target
@@ -51,8 +52,7 @@ def test_contestants_take_turns_and_answer_alike(models):
         [32.0],
         {"target": str(models[0]), "dtype": "float32", "threads": 1, "end_ids": ends or [0]},
     )
-    broken = ours(models, "plain", target="/nowhere")
-    broken.name = "broken"
+    broken = Contestant("broken", "nowhere", Path(sys.executable), [32.0], {})
     result = race([ours(models, "plain"), ours(models, "eagle3"), theirs, broken], PROMPTS, 12, 1, lambda said: None)
     answers = {name: each["tokens"] for name, each in result["contestants"].items()}
     assert answers["eyas plain"] == answers["eyas eagle3"] and len(answers["eyas plain"]) == len(PROMPTS)
@@ -61,23 +61,28 @@ def test_contestants_take_turns_and_answer_alike(models):
     assert list(result["left_out"]) == ["broken"] and "nowhere" in result["left_out"]["broken"]
 
 
-def test_a_contestant_is_stopped_while_it_is_not_asked(models, tmp_path):
+def test_a_contestant_is_stopped_while_it_is_not_asked_and_says_nothing_but_its_answers(models, tmp_path):
     runner = Runner(ours(models, "plain"), 1, tmp_path / "log")
     try:
         state = Path(f"/proc/{runner.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         assert state == "T"
         assert len(runner.ask(PROMPTS[0], 5)["tokens"]) == 5
+        os.killpg(runner.process.pid, signal.SIGCONT)
+        runner.process.stdin.close()
+        assert runner.process.stdout.read() == "" and runner.process.wait(120) == 0
+        with pytest.raises(ProcessLookupError):
+            runner.pause()
     finally:
-        runner.end()
-    assert runner.process.poll() is not None
+        if runner.process.poll() is None:
+            runner.end()
 
 
-def test_the_worker_says_nothing_else_on_its_output(models):
-    job = json.dumps({"engine": "eyas", **ours(models, "plain").job})
-    asked = json.dumps({"prompt": PROMPTS[0], "max_tokens": 3}) + "\n"
-    done = subprocess.run([sys.executable, "-I", str(WORKER), job], input=asked, capture_output=True, text=True, timeout=120)
-    first, second = map(json.loads, done.stdout.splitlines())
-    assert set(first) == {"version"} and len(second["tokens"]) == 3
+def test_a_contestant_that_is_ended_is_gone(tmp_path):
+    (idle := tmp_path / "idle").write_text('#!/bin/sh\necho \'{"version": "1"}\'\nsleep 600\n')
+    idle.chmod(0o755)
+    runner = Runner(Contestant("idle", "eyas", idle, [32.0], {}), 1, tmp_path / "log")
+    runner.end()
+    assert runner.version == "1" and runner.process.poll() is not None
 
 
 def test_figures_are_medians_over_prompts_of_ratios_within_a_prompt():
@@ -107,9 +112,25 @@ def test_weights_are_counted_as_the_matrices_have_them():
     assert count_weights(config) == sum(p.numel() for name, p in target.named_parameters() if p.dim() > 1)
 
 
-def test_an_environment_is_made_once_and_a_failure_is_one_line(tmp_path, capfd):
+def test_an_environment_is_made_once_and_a_failure_is_one_line(monkeypatch, capfd):
+    own, commands = environments.run, []
+
+    def run(command, **environ) -> None:
+        """A venv is made quickly: with this Python for its own."""
+        commands.append(list(map(str, command)))
+        if "venv" in commands[-1]:
+            shutil.rmtree(command[-1], ignore_errors=True)
+            (Path(command[-1]) / "bin").mkdir(parents=True)
+            (Path(command[-1]) / "bin" / "python").symlink_to(sys.executable)
+        else:
+            own(command, **environ)
+
+    monkeypatch.setattr(environments, "run", run)
     python = environments.environment("nothing", [])
     assert python.exists() and environments.environment("nothing", []) == python
-    with pytest.raises(EyasError, match="could not be made"):
-        environments.environment("broken", [("install", "--no-index", "no-such-package-of-eyas")])
-    assert not (environments.workplace("broken") / "complete").exists()
+    assert [command[:3] for command in commands] == [[sys.executable, "-m", "venv"]]
+    for _ in range(2):
+        with pytest.raises(EyasError, match="could not be made") as caught:
+            environments.environment("broken", [("install", "--no-index", "no-such-package-of-eyas")])
+        assert "\n" not in str(caught.value)
+    assert len(commands) == 5 and not list(environments.workplace("broken").rglob("complete")), "what failed is tried again"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from eyas import cli
 from eyas.commands import new_draft
 from eyas.train import card, forecast
 from eyas.train import trainer as training
+from tests.commands.words import environment
 from tests.tiny import save_tiny_target
 
-HOURS = "0.006"  # 22 seconds
+HOURS = "0.001"  # three seconds: one shard, and the steps that fit
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,7 @@ def own_cache(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("EYAS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(new_draft, "LEAST_HOURS", 0.001)
     monkeypatch.setattr(new_draft, "METHODS", "plain,eagle3@chain:2")
+    monkeypatch.setattr(new_draft, "MEASURED", 3)
     return tmp_path
 
 
@@ -43,7 +46,7 @@ def words(target: Path, out: Path, *more: str) -> list[str]:
     return ["new-draft", str(target), "--hours", HOURS, "--out", str(out), *more]
 
 
-def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, capsys):
+def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, writes_here, capsys):
     out = own_cache / "draft"
     assert cli.main(words(target, out)) == 0
     said = capsys.readouterr().out
@@ -64,35 +67,51 @@ def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, caps
     assert "is finished" in capsys.readouterr().out and (out / "model.safetensors").read_bytes() == before
 
 
+KILLED_HOURS = 0.004
+QUICK = make_dataclass("Quick", [("checkpoint_minutes", float, 0.001)], bases=(new_draft.TrainSettings,), frozen=True)
+PROGRAM = """
+import sys
+from eyas import cli
+from eyas.commands import new_draft
+from tests.commands.test_new_draft import KILLED_HOURS, QUICK
+new_draft.LEAST_HOURS, new_draft.METHODS, new_draft.TrainSettings = 0, "plain,eagle3@chain:2", QUICK
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def test_a_killed_run_goes_on_where_it_was(target, own_cache, monkeypatch):
-    """Killed once while the target writes and once in training: what was written and trained is used, and time is not spent again."""
+    """Killed once while the target writes and once in training: what was written and trained is used, not made again."""
     out = own_cache / "draft"
-    program = (
-        "import sys; from dataclasses import make_dataclass; from eyas import cli; from eyas.commands import new_draft as n; "
-        "n.LEAST_HOURS = 0; n.METHODS = 'plain,eagle3@chain:2'; "
-        "n.TrainSettings = make_dataclass('Quick', [('checkpoint_minutes', float, 0.01)], bases=(n.TrainSettings,), frozen=True); "
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
+    command = ["new-draft", str(target), "--hours", str(KILLED_HOURS), "--out", str(out)]
 
     def killed_when(condition) -> None:
-        process = subprocess.Popen([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 90
-        while not condition() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stderr=subprocess.DEVNULL, env=environment())
+        while not condition() and process.poll() is None:
+            time.sleep(0.05)
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
 
     killed_when(lambda: any(own_cache.glob("cache/selfplay/*/*.safetensors")))
-    written = json.loads((out / new_draft.RUN).read_text())["written_minutes"]
-    assert written > 0
+    assert json.loads((out / new_draft.RUN).read_text())["written_minutes"] > 0 and not (out / training.CHECKPOINT).exists()
+    first = {path.name: path.stat().st_mtime_ns for path in own_cache.glob("cache/selfplay/*/*.safetensors")}
     killed_when(lambda: (out / training.CHECKPOINT).exists())
-    shards = sorted(f"{path.parent.name}/{path.name}" for path in own_cache.glob("cache/selfplay/*/*.safetensors"))
-    trained = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["minutes"]
-    assert subprocess.run([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    shards = sorted(own_cache.glob("cache/selfplay/*/*.safetensors"))
+    assert first.items() <= {path.name: path.stat().st_mtime_ns for path in shards}.items(), "what was written is not written again"
+    before = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]
+    assert not json.loads((out / new_draft.RUN).read_text())["finished"]
+
+    monkeypatch.setattr(new_draft, "TrainSettings", QUICK)
+    monkeypatch.setattr(new_draft, "write", lambda *_: pytest.fail("wrote again"))
+    resumed = []
+    own = training.Trainer.resume
+    monkeypatch.setattr(training.Trainer, "resume", lambda self, state: (own(self, state), resumed.append(self.progress.steps)))
+    assert cli.main(command) == 0
     told = json.loads((out / "training.json").read_text())
-    assert told["data"]["shards"] == shards and json.loads((out / new_draft.RUN).read_text())["finished"]
-    assert trained < told["minutes"] < 60 * float(HOURS)
+    assert resumed == [before["steps"]] and told["steps"] >= before["steps"] > 0
+    assert told["minutes"] >= before["minutes"] > 0, "the time that was spent counts"
+    assert told["data"]["shards"] == [f"{path.parent.name}/{path.name}" for path in shards]
+    assert json.loads((out / new_draft.RUN).read_text())["finished"]
 
 
 def test_wishes_that_cannot_be_met_are_one_line(target, own_cache, capsys, monkeypatch):
@@ -128,7 +147,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, own_cache, 
     assert "GB are free" in lines[3] and not (own_cache / "draft").exists() and not (own_cache / "cache" / "selfplay").exists()
 
 
-def test_a_model_of_another_family_gets_a_draft_too(own_cache, capsys):
+def test_a_model_of_another_family_gets_a_draft_too(own_cache, writes_here, capsys):
     """A GPT-NeoX, run by transformers, writes, trains its draft and is sped up by it: same text, real rounds."""
     base = save_tiny_target(own_cache / "llama", 0, num_hidden_layers=7)
     torch.manual_seed(0)

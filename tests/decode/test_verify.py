@@ -207,6 +207,12 @@ def test_a_guess_is_typical_above_the_less_of_a_fixed_chance_and_a_share_of_what
     assert accepted.path == ([0, 1] if taken else [0])
 
 
+def test_a_typical_guess_behind_one_that_is_not_is_lost():
+    law = even(3, 0.02)
+    tree = tree_of([9, 0, 1, 1], [-1, 0, 1, 2])
+    assert typical(tree, lambda row: law, Uniforms(iter([0.5]))).path == [0]
+
+
 def test_of_typical_paths_as_long_the_first_is_kept():
     law = torch.full((3,), 1 / 3).double()
     tree = tree_of([9, 0, 1, 2, 0, 0], [-1, 0, 0, 0, 1, 2])
