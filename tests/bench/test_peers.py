@@ -13,6 +13,7 @@ from eyas.bench import environments
 from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, Contestant, Runner, count_weights, figures, race, spread, table_rows
 from eyas.config import EyasError
 from eyas.files.target import target_config
+from tests.own_cache import own_cache
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_config, tiny_target
 
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5], [9, 8, 9, 8]]
@@ -27,7 +28,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
 
 
 def ours(models, method: str, **more) -> Contestant:

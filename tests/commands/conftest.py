@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from eyas import cli
-from eyas.files.target import load_target
-from eyas.files.tokenizer import load_tokenizer
 from eyas.train import writers
-from eyas.train.selfplay import Writer
-from eyas.train.shards import write_shards
-from eyas.train.template import Template
+from tests.own_cache import own_cache
 from tests.tiny import save_tiny_draft, save_tiny_target
+from tests.train.writing import write_here
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +28,8 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory) -> None:
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write_here(directory, shards, settings, questions, workers, slots, done, report, wanted) -> None:
-    """What one writing process does, in this one, shard by shard; the processes themselves are tests/train/test_shards.py's."""
-    with torch.inference_mode():
-        target = load_target(directory, writers.writing_precision()).prepare()
-        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
-        there = frozenset(shards.counts)
-        missing = (number for number in itertools.count() if number not in there)
-        for _ in write_shards(Writer(target, template, settings, list(questions), slots), shards, missing):
-            report(int(min(shards.look().total().answer_tokens, wanted)))
-            if done():
-                break
-    shards.look()
+def cache_of_its_own(monkeypatch, tmp_path_factory) -> None:
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")

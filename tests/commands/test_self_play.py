@@ -13,6 +13,7 @@ from eyas import cli
 from eyas.train.decontaminate import questions
 from eyas.train.features import shard_examples
 from eyas.train.template import Template
+from tests.own_cache import own_cache
 from tests.tiny import byte_tokenizer, save_tiny_target
 
 TAPS = ["--taps", "1,2,4", "--draft-vocab", "200", "--unroll", "3", "--workers", "1"]
@@ -25,7 +26,7 @@ def cache(tmp_path_factory, writes_here) -> Path:
     save_tiny_target(root / "target", 0)
     save_tiny_target(root / "other", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EYAS_CACHE", str(root / "cache"))
+        patch.setenv("EYAS_CACHE", own_cache(root / "cache"))
         assert cli.main(words(root, "first", "--self-play", "1500", "--steps", "3")) == 0
     return root
 
