@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from eyas.config import EyasError
+
+settings.register_profile(  # the same examples on every machine, and none that is judged by a clock
+    "eyas", max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("eyas")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +32,9 @@ def embedded() -> Path:
     from eyas.files.embedded import embedded_target
 
     try:
-        return embedded_target()
+        with open(Path(tempfile.gettempdir()) / f"eyas-tests-{os.getuid()}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one fetches, the others wait for it
+            return embedded_target()
     except EyasError as error:
         if os.environ.get("EYAS_REQUIRE_REAL"):
             pytest.fail(f"EYAS_REQUIRE_REAL is set, and {error}")

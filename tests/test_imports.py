@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ ROOMS = [  # each uses those above it and its own; those of one line do not use 
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}
 
 
+@cache
 def modules() -> list[Path]:
     return sorted((ROOT / "eyas").rglob("*.py"))
 
@@ -41,9 +43,14 @@ def room(path: Path) -> str:
     return parts[0]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of all that a module imports, inside functions too; not what only type checkers read."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    waiting: list[ast.AST] = [parsed(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -78,11 +85,10 @@ def name_of(path: Path) -> str:
 
 def modules_imported(path: Path, known: set[str]) -> set[str]:
     """Modules of eyas that a module imports, the attribute of a `from` import taken off; its own packages aside."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {name for name in imported(path) if name in known}
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("eyas"):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known & {*found, *map(name_of, modules())}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known
     return {name for name in found if name_of(path) != name and not name_of(path).startswith(f"{name}.")}
 
 
@@ -94,6 +100,60 @@ def test_no_circle_of_files():
         for name in leaves:
             del arrows[name]
     assert not arrows, f"among these lies a circle: {', '.join(sorted(arrows))}"
+
+
+NEWER = {  # than Python 3.10, by where it would be imported from
+    "asyncio": {"Runner", "TaskGroup", "timeout"},
+    "contextlib": {"chdir"},
+    "datetime": {"UTC"},
+    "enum": {"EnumCheck", "ReprEnum", "StrEnum", "member", "nonmember", "verify"},
+    "hashlib": {"file_digest"},
+    "itertools": {"batched"},
+    "math": {"cbrt", "exp2", "fma", "sumprod"},
+    "operator": {"call"},
+    "typing": {
+        *("Buffer", "LiteralString", "Never", "NoDefault", "NotRequired", "ReadOnly", "Required", "Self", "TypeAliasType", "TypeIs"),
+        *("TypeVarTuple", "Unpack", "assert_never", "assert_type", "clear_overloads", "dataclass_transform", "get_overloads"),
+        *("get_protocol_members", "is_protocol", "override", "reveal_type"),
+    },
+}
+NEWER_MODULES = {"tomllib", "annotationlib", "concurrent.interpreters", "compression.zstd"}
+NEWER_BUILTINS = {"BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError"}
+
+
+def newer_names(text: str) -> list[str]:
+    """What a module needs that Python 3.10 lacks; what only type checkers read does not count."""
+    found, waiting = [], [ast.parse(text, feature_version=(3, 10))]  # refuses `except*`, `type X = ..` and type parameters
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in NEWER_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in NEWER.get(node.module or "", ())]
+            found += [node.module] if node.module in NEWER_MODULES else []
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [ast.unparse(node)] if node.attr in NEWER.get(node.value.id, ()) else []
+        elif isinstance(node, ast.Name) and node.id in NEWER_BUILTINS:
+            found.append(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_needs_a_newer_python_than_is_promised(path):
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text(), "NEWER is what 3.10 lacks"
+    assert newer_names(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_newer_python_would_be_seen():
+    text = "from typing import Any, Self\nimport tomllib, enum\nclass A(enum.StrEnum): ..."
+    assert sorted(newer_names(text)) == ["enum.StrEnum", "tomllib", "typing.Self"]
+    with pytest.raises(SyntaxError):
+        newer_names("try: pass\nexcept* ValueError: pass")
+    assert newer_names("if TYPE_CHECKING:\n    from typing import Self\n") == []
 
 
 def test_tree_and_verify_know_no_model():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,6 +30,7 @@ FRAMES = (
     "Compare {} with something very different, step by step: 1, 2, 3.",
 )
 PROMPTS = [frame.format(subject) for subject in SUBJECTS for frame in FRAMES]
+FEW = PROMPTS[::3][:15]
 TREE = TreeShape(8, 3, 3)
 
 
@@ -75,10 +73,8 @@ def test_fp32_logits_are_transformers_logits(embedded):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_fp32_text_of_eagle3_is_plain_text(fp32, temperature):
     sampling = Sampling(temperature)
-    plain = texts(fp32, None, PLAIN, sampling, PROMPTS, 32)
-    fast = texts(fp32, fp32.drafter("eagle3"), TREE, sampling, PROMPTS, 32)
-    assert len(plain) == 50
-    assert fast == plain
+    plain = texts(fp32, None, PLAIN, sampling, FEW, 32)
+    assert texts(fp32, fp32.drafter("eagle3"), TREE, sampling, FEW, 32) == plain
 
 
 def test_the_bundled_draft_accepts(fp32):
@@ -171,11 +167,3 @@ def logit_change(engine: Engine, plain: list[list[int]]) -> float:
         changes.append((whole.gather(1, favourites) - torch.cat(parts).gather(1, favourites)).abs().flatten())
     ordered = torch.cat(changes).sort().values
     return 2 * float(ordered[math.ceil(0.999 * (len(ordered) - 1))])  # a gap is between two logits, and both move
-
-
-def test_demo_prints_one_object(embedded):
-    command = [sys.executable, "-m", "eyas", "demo", "--json", "--precision", "fp32", "--tree", "8x3x3", "--max-new-tokens", "48"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["same_text"] is True
-    assert found["tau"] > 1
-    assert set(found) == {"same_text", "tau", "ratio", "tokens"}

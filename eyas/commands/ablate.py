@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
                 method=method_of(options),
                 workers=options.workers or os.cpu_count() or 1,
             )
-            found[variant.name] = trained(setup, variant, budget, options.seeds, lambda *run: with_bar(*run, console))
+            found[variant.name] = trained(setup, variant, budget, options.seeds, lambda trainer, budget: with_bar(trainer, budget, console))
             result["variants"][variant.name] = told(variant, found[variant.name], found[BASE])
             if out:
                 write(out, result)

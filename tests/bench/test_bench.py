@@ -30,7 +30,7 @@ from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 from eyas.engine import Engine
 from eyas.files.eagle3_files import save_draft
-from tests.tiny import byte_tokenizer, tiny_draft, tiny_target
+from tests.tiny import byte_tokenizer, save_tiny_draft, save_tiny_target, tiny_draft, tiny_target
 
 PROMPTS = [PromptItem(line, text) for line, text in enumerate(("Hello there", "One, two", "A hawk"), start=1)]
 SPECS = "plain,eagle3@chain:3,eagle3@8x2x3,lookup,eagle3@chain:2+accept-reject"
@@ -185,7 +185,15 @@ def test_a_method_may_name_its_tree_and_verifier():
     assert Method.parse("eagle3+accept-reject")[1:] == ("eagle3", None, "accept-reject")
 
 
-@pytest.mark.parametrize("text", ["medusa", "eagle3@", "eagle3@big", "eagle3+luck", "plain@chain:2", "plain,plain", ",", "@chain:3"])
+def test_a_method_that_another_draft_serves_is_refused_in_one_line(lines, tmp_path, capsys):
+    target = save_tiny_target(tmp_path / "target")
+    models = ["--target", str(target), "--draft", str(save_tiny_draft(tmp_path / "draft", target)), "--precision", "fp32"]
+    assert main(["bench", *models, "--prompts", str(lines({"prompt": "x"})), "--methods", "medusa"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("eyas: ") and "is no medusa draft, which medusa needs" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["eagle3@", "eagle3@big", "eagle3+luck", "plain@chain:2", "plain,plain", ",", "@chain:3"])
 def test_a_method_that_is_none_is_refused_in_one_line(text, lines, capsys):
     assert main(["bench", "--prompts", str(lines({"prompt": "x"})), "--methods", text]) == 2
     said = capsys.readouterr().err

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
+import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from eyas.bench import environments
-from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, WORKER, Contestant, Runner, count_weights, figures, race, spread, table_rows
+from eyas.bench.peers import LLAMA, OURS, PLAIN_BF16, Contestant, Runner, count_weights, figures, race, spread, table_rows
 from eyas.config import EyasError
 from eyas.files.target import target_config
+from tests.own_cache import own_cache
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_config, tiny_target
 
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5], [9, 8, 9, 8]]
@@ -28,7 +28,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
 
 
 def ours(models, method: str, **more) -> Contestant:
@@ -52,8 +52,7 @@ def test_contestants_take_turns_and_answer_alike(models):
         [32.0],
         {"target": str(models[0]), "dtype": "float32", "threads": 1, "end_ids": ends or [0]},
     )
-    broken = ours(models, "plain", target="/nowhere")
-    broken.name = "broken"
+    broken = Contestant("broken", "nowhere", Path(sys.executable), [32.0], {})
     result = race([ours(models, "plain"), ours(models, "eagle3"), theirs, broken], PROMPTS, 12, 1, lambda said: None)
     answers = {name: each["tokens"] for name, each in result["contestants"].items()}
     assert answers["eyas plain"] == answers["eyas eagle3"] and len(answers["eyas plain"]) == len(PROMPTS)
@@ -62,30 +61,30 @@ def test_contestants_take_turns_and_answer_alike(models):
     assert list(result["left_out"]) == ["broken"] and "nowhere" in result["left_out"]["broken"]
 
 
-def comes_to(process: int, state: str, seconds: float = 30) -> bool:
-    """Whether a process gets into this state of the kernel's: a signal is sent at once and acted on a little later."""
-    until = time.monotonic() + seconds
-    while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != state and time.monotonic() < until:
-        time.sleep(0.01)
-    return time.monotonic() < until
+ECHO = """#!/bin/sh
+echo '{"version": "1"}'
+while read -r asked; do echo '{"tokens": [1, 2, 3]}'; done
+"""
 
 
-def test_a_contestant_is_stopped_while_it_is_not_asked(models, tmp_path):
-    runner = Runner(ours(models, "plain"), 1, tmp_path / "log")
+def state(runner: Runner) -> str:
+    """Of its process, as the kernel has it."""
+    return Path(f"/proc/{runner.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_contestant_is_stopped_while_it_is_not_asked_and_ended_with_the_race(tmp_path):
+    """A program that answers at once stands for an engine: what is tried is who runs when."""
+    (program := tmp_path / "engine").write_text(ECHO)
+    program.chmod(0o755)
+    runner = Runner(Contestant("echo", "eyas", program, [32.0], {}), 1, tmp_path / "log")
     try:
-        assert comes_to(runner.process.pid, "T")
-        assert len(runner.ask(PROMPTS[0], 5)["tokens"]) == 5
+        for _ in range(3):
+            os.waitid(os.P_PID, runner.process.pid, os.WSTOPPED | os.WNOWAIT)  # a signal takes a moment to arrive
+            assert state(runner) == "T"
+            assert runner.ask(PROMPTS[0], 5)["tokens"] == [1, 2, 3]
     finally:
         runner.end()
-    assert runner.process.poll() is not None
-
-
-def test_the_worker_says_nothing_else_on_its_output(models):
-    job = json.dumps({"engine": "eyas", **ours(models, "plain").job})
-    asked = json.dumps({"prompt": PROMPTS[0], "max_tokens": 3}) + "\n"
-    done = subprocess.run([sys.executable, "-I", str(WORKER), job], input=asked, capture_output=True, text=True, timeout=120)
-    first, second = map(json.loads, done.stdout.splitlines())
-    assert set(first) == {"version"} and len(second["tokens"]) == 3
+    assert runner.version == "1" and runner.process.poll() is not None
 
 
 def test_figures_are_medians_over_prompts_of_ratios_within_a_prompt():
@@ -115,9 +114,25 @@ def test_weights_are_counted_as_the_matrices_have_them():
     assert count_weights(config) == sum(p.numel() for name, p in target.named_parameters() if p.dim() > 1)
 
 
-def test_an_environment_is_made_once_and_a_failure_is_one_line(tmp_path, capfd):
+def test_an_environment_is_made_once_and_a_failure_is_one_line(monkeypatch, capfd):
+    own, commands = environments.run, []
+
+    def run(command, **environ) -> None:
+        """A venv is made quickly: with this Python for its own."""
+        commands.append(list(map(str, command)))
+        if "venv" in commands[-1]:
+            shutil.rmtree(command[-1], ignore_errors=True)
+            (Path(command[-1]) / "bin").mkdir(parents=True)
+            (Path(command[-1]) / "bin" / "python").symlink_to(sys.executable)
+        else:
+            own(command, **environ)
+
+    monkeypatch.setattr(environments, "run", run)
     python = environments.environment("nothing", [])
     assert python.exists() and environments.environment("nothing", []) == python
-    with pytest.raises(EyasError, match="could not be made"):
-        environments.environment("broken", [("install", "--no-index", "no-such-package-of-eyas")])
-    assert not (environments.workplace("broken") / "complete").exists()
+    assert [command[:3] for command in commands] == [[sys.executable, "-m", "venv"]]
+    for _ in range(2):
+        with pytest.raises(EyasError, match="could not be made") as caught:
+            environments.environment("broken", [("install", "--no-index", "no-such-package-of-eyas")])
+        assert "\n" not in str(caught.value)
+    assert len(commands) == 5 and not list(environments.workplace("broken").rglob("complete")), "what failed is tried again"

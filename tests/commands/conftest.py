@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from eyas import cli
+from eyas.train import writers
+from tests.own_cache import own_cache
 from tests.tiny import save_tiny_draft, save_tiny_target
+from tests.train.writing import write_here
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +28,16 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory) -> None:
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+def cache_of_its_own(monkeypatch, tmp_path_factory) -> None:
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def writes_here():
+    """Text that a target writes itself is written in this process: starting another takes longer than all that is written here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "write_in_processes", write_here)
+        yield
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def target(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, writes_here):
     monkeypatch.setattr(compare, "QUICK", TINY)
     monkeypatch.setattr(compare, "FULL", compare.Scale(1500, 1200, 2, 12, True))
 

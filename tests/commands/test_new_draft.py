@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from eyas import cli
 from eyas.commands import new_draft
 from eyas.train import card, forecast
 from eyas.train import trainer as training
+from tests.commands.words import environment
+from tests.own_cache import own_cache
 from tests.tiny import save_tiny_target
 
-HOURS = "0.006"  # 22 seconds
+HOURS = "0.001"  # three seconds: one shard, and the steps that fit
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,11 @@ def target(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path) -> Path:
-    monkeypatch.setenv("EYAS_CACHE", str(tmp_path / "cache"))
+def place(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path / "cache"))
     monkeypatch.setattr(new_draft, "LEAST_HOURS", 0.001)
     monkeypatch.setattr(new_draft, "METHODS", "plain,eagle3@chain:2")
+    monkeypatch.setattr(new_draft, "MEASURED", 3)
     return tmp_path
 
 
@@ -43,8 +47,8 @@ def words(target: Path, out: Path, *more: str) -> list[str]:
     return ["new-draft", str(target), "--hours", HOURS, "--out", str(out), *more]
 
 
-def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, capsys):
-    out = own_cache / "draft"
+def test_one_command_makes_a_draft_that_tells_what_it_is(target, place, writes_here, capsys):
+    out = place / "draft"
     assert cli.main(words(target, out)) == 0
     said = capsys.readouterr().out
     assert said.strip().endswith(f"eyas generate 'Tell me about hawks.' --target {target} --draft {out}")
@@ -64,39 +68,57 @@ def test_one_command_makes_a_draft_that_tells_what_it_is(target, own_cache, caps
     assert "is finished" in capsys.readouterr().out and (out / "model.safetensors").read_bytes() == before
 
 
-def test_a_killed_run_goes_on_where_it_was(target, own_cache, monkeypatch):
-    """Killed once while the target writes and once in training: what was written and trained is used, and time is not spent again."""
-    out = own_cache / "draft"
-    program = (
-        "import sys; from dataclasses import make_dataclass; from eyas import cli; from eyas.commands import new_draft as n; "
-        "n.LEAST_HOURS = 0; n.METHODS = 'plain,eagle3@chain:2'; "
-        "n.TrainSettings = make_dataclass('Quick', [('checkpoint_minutes', float, 0.01)], bases=(n.TrainSettings,), frozen=True); "
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
+KILLED_HOURS = 0.004
+QUICK = make_dataclass("Quick", [("checkpoint_minutes", float, 0.001)], bases=(new_draft.TrainSettings,), frozen=True)
+PROGRAM = f"""
+import sys
+from dataclasses import make_dataclass
+from eyas import cli
+from eyas.commands import new_draft as n
+n.LEAST_HOURS, n.METHODS = 0, "plain,eagle3@chain:2"
+field = ("checkpoint_minutes", float, {QUICK.checkpoint_minutes})
+n.TrainSettings = make_dataclass("Quick", [field], bases=(n.TrainSettings,), frozen=True)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(target, place, monkeypatch):
+    """Killed once while the target writes and once in training: what was written and trained is used, not made again."""
+    out = place / "draft"
+    command = ["new-draft", str(target), "--hours", str(KILLED_HOURS), "--out", str(out)]
 
     def killed_when(condition) -> None:
-        process = subprocess.Popen([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 90
-        while not condition() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stderr=subprocess.DEVNULL, env=environment())
+        while not condition() and process.poll() is None:
+            time.sleep(0.05)
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
 
-    killed_when(lambda: any(own_cache.glob("cache/selfplay/*/*.safetensors")))
-    written = json.loads((out / new_draft.RUN).read_text())["written_minutes"]
-    assert written > 0
+    killed_when(lambda: any(place.glob("cache/selfplay/*/*.safetensors")))
+    assert json.loads((out / new_draft.RUN).read_text())["written_minutes"] > 0 and not (out / training.CHECKPOINT).exists()
+    first = {path.name: path.stat().st_mtime_ns for path in place.glob("cache/selfplay/*/*.safetensors")}
     killed_when(lambda: (out / training.CHECKPOINT).exists())
-    shards = sorted(f"{path.parent.name}/{path.name}" for path in own_cache.glob("cache/selfplay/*/*.safetensors"))
-    trained = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]["minutes"]
-    assert subprocess.run([sys.executable, "-c", program, *words(target, out)], stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    shards = sorted(place.glob("cache/selfplay/*/*.safetensors"))
+    assert first.items() <= {path.name: path.stat().st_mtime_ns for path in shards}.items(), "what was written is not written again"
+    before = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]
+    assert not json.loads((out / new_draft.RUN).read_text())["finished"]
+
+    monkeypatch.setattr(new_draft, "TrainSettings", QUICK)
+    monkeypatch.setattr(new_draft, "write", lambda *_: pytest.fail("wrote again"))
+    resumed = []
+    own = training.Trainer.resume
+    monkeypatch.setattr(training.Trainer, "resume", lambda self, state: (own(self, state), resumed.append(self.progress.steps)))
+    assert cli.main(command) == 0
     told = json.loads((out / "training.json").read_text())
-    assert told["data"]["shards"] == shards and json.loads((out / new_draft.RUN).read_text())["finished"]
-    assert trained < told["minutes"] < 60 * float(HOURS)
+    assert resumed == [before["steps"]] and told["steps"] >= before["steps"] > 0
+    assert told["minutes"] >= before["minutes"] > 0, "the time that was spent counts"
+    assert told["data"]["shards"] == [f"{path.parent.name}/{path.name}" for path in shards]
+    assert json.loads((out / new_draft.RUN).read_text())["finished"]
 
 
-def test_wishes_that_cannot_be_met_are_one_line(target, own_cache, capsys, monkeypatch):
-    out = own_cache / "draft"
+def test_wishes_that_cannot_be_met_are_one_line(target, place, capsys, monkeypatch):
+    out = place / "draft"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
 
@@ -110,40 +132,40 @@ def test_wishes_that_cannot_be_met_are_one_line(target, own_cache, capsys, monke
     (out / "notes.txt").unlink()
     new_draft.Run("another", float(HOURS), "").save(out)
     assert "was begun otherwise (target_sha256 another there" in refused(*words(target, out))
-    assert "is too short to train anything" in refused("new-draft", target, "--hours", "0.0001", "--out", own_cache / "x")
-    assert "is too short to train anything" in refused("new-draft", target, "--hours", "nan", "--out", own_cache / "x")
-    assert "too shallow for the default taps" in refused(*words(target.parent / "shallow", own_cache / "y"))
-    assert not (own_cache / "x").exists() and not (own_cache / "y").exists()
+    assert "is too short to train anything" in refused("new-draft", target, "--hours", "0.0001", "--out", place / "x")
+    assert "is too short to train anything" in refused("new-draft", target, "--hours", "nan", "--out", place / "x")
+    assert "too shallow for the default taps" in refused(*words(target.parent / "shallow", place / "y"))
+    assert not (place / "x").exists() and not (place / "y").exists()
 
 
-def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, own_cache, capsys, monkeypatch):
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, place, capsys, monkeypatch):
     monkeypatch.setattr(forecast.writing_rate, "__defaults__", (0.4,))
     monkeypatch.setattr(forecast.forecast, "__defaults__", (0.4,))
-    assert cli.main(words(target, own_cache / "draft", "--dry-run")) == 0
+    assert cli.main(words(target, place / "draft", "--dry-run")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"the draft trains [\d.]+ million parameters: [\d.]+ GB of memory beside the target's", lines[0])
     told = r"0 minutes of {} at {} answer tokens a second: \d+ thousand, [\d.]+ {}"
     assert re.fullmatch(told.format("writing", r"\d+", "GB of disk"), lines[1])
     assert re.fullmatch(told.format("training", r"[1-9]\d*", "passes over what was written"), lines[2])
-    assert "GB are free" in lines[3] and not (own_cache / "draft").exists() and not (own_cache / "cache" / "selfplay").exists()
+    assert "GB are free" in lines[3] and not (place / "draft").exists() and not (place / "cache" / "selfplay").exists()
 
 
-def test_a_model_of_another_family_gets_a_draft_too(own_cache, capsys):
+def test_a_model_of_another_family_gets_a_draft_too(place, writes_here, capsys):
     """A GPT-NeoX, run by transformers, writes, trains its draft and is sped up by it: same text, real rounds."""
-    base = save_tiny_target(own_cache / "llama", 0, num_hidden_layers=7)
+    base = save_tiny_target(place / "llama", 0, num_hidden_layers=7)
     torch.manual_seed(0)
     sizes = {"vocab_size": 263, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 4}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=256, eos_token_id=257, bos_token_id=261))
-    model.save_pretrained(own_cache / "neox")
+    model.save_pretrained(place / "neox")
     for file in base.glob("*token*"):
-        (own_cache / "neox" / file.name).write_bytes(file.read_bytes())
+        (place / "neox" / file.name).write_bytes(file.read_bytes())
     for file in base.glob("chat_template*"):
-        (own_cache / "neox" / file.name).write_bytes(file.read_bytes())
-    assert cli.main(words(own_cache / "neox", own_cache / "draft")) == 0
-    assert json.loads((own_cache / "draft" / "bench.json").read_text())["methods"]["eagle3@chain:2"]["tau"] >= 1
-    command = ["generate", "hi", "--target", own_cache / "neox", "--max-new-tokens", "12", "--precision", "fp32", "--json"]
+        (place / "neox" / file.name).write_bytes(file.read_bytes())
+    assert cli.main(words(place / "neox", place / "draft")) == 0
+    assert json.loads((place / "draft" / "bench.json").read_text())["methods"]["eagle3@chain:2"]["tau"] >= 1
+    command = ["generate", "hi", "--target", place / "neox", "--max-new-tokens", "12", "--precision", "fp32", "--json"]
     told = []
-    for more in (["--draft", own_cache / "draft", "--tree", "8x2x3"], ["--plain"]):
+    for more in (["--draft", place / "draft", "--tree", "8x2x3"], ["--plain"]):
         capsys.readouterr()
         assert cli.main([*map(str, command), *map(str, more)]) == 0
         told.append(json.loads(capsys.readouterr().out))

@@ -13,19 +13,20 @@ from eyas import cli
 from eyas.train.decontaminate import questions
 from eyas.train.features import shard_examples
 from eyas.train.template import Template
+from tests.own_cache import own_cache
 from tests.tiny import byte_tokenizer, save_tiny_target
 
 TAPS = ["--taps", "1,2,4", "--draft-vocab", "200", "--unroll", "3", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
+def cache(tmp_path_factory, writes_here) -> Path:
     """A cache in which a first run of three steps left its shards."""
     root = tmp_path_factory.mktemp("selfplay")
     save_tiny_target(root / "target", 0)
     save_tiny_target(root / "other", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EYAS_CACHE", str(root / "cache"))
+        patch.setenv("EYAS_CACHE", own_cache(root / "cache"))
         assert cli.main(words(root, "first", "--self-play", "1500", "--steps", "3")) == 0
     return root
 
@@ -117,7 +118,7 @@ def test_a_tokenizer_that_does_not_belong_is_refused(tmp_path, capsys):
     assert "tokens, its model 200: they do not belong together; put the model's own tokenizer there" in capsys.readouterr().err
 
 
-def test_a_model_without_a_chat_template_writes_plain_text_and_says_so(tmp_path, capsys):
+def test_a_model_without_a_chat_template_writes_plain_text_and_says_so(tmp_path, capsys, writes_here):
     base = save_tiny_target(tmp_path / "base")
     tokenizer = byte_tokenizer(None)
     for file in base.glob("chat_template*"):
@@ -133,8 +134,9 @@ def test_what_an_evaluation_asks_is_left_out_of_training(cache, tmp_path):
     folder = shards(cache)[0].parent
     template = Template(byte_tokenizer(), (257,))
     examples = shard_examples(shards(cache), 1024)
-    asked = [byte_tokenizer().decode(turn)[:14] for example in examples for turn in questions(example, template)]
-    opening = next(text for text in asked if len(text) == 14 and text.isascii())  # what follows may be no text: the target is a random one
+    asked = [turn[:14] for example in examples for turn in questions(example, template)]  # a given opening; behind it may be no text
+    texts = [(byte_tokenizer().decode(turn), turn) for turn in asked]
+    opening = next(text for text, turn in texts if text.strip() == text and template.tokens(text) == turn and len(turn) == 14)
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": opening}) + "\n")
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "nobody asked this of anybody"}) + "\n")
     files = ("--apart", tmp_path / "eval.jsonl", "--apart", tmp_path / "other.jsonl")  # as good as both after one

@@ -189,6 +189,62 @@ def test_typical_acceptance_keeps_the_longest_path_of_guesses_likely_enough_for_
     assert typical(tree_of([9, 0], [-1, 0]), laws.__getitem__, Uniforms(iter([0.5]))) == Accepted([0], 1), "0.02 is too little"
 
 
+def even(count: int, first: float) -> torch.Tensor:
+    """A law of `count` tokens: the first has this chance, the others share the rest."""
+    return torch.tensor([first, *[(1 - first) / (count - 1)] * (count - 1)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("law", "taken"),
+    [
+        (even(3, 0.1), True),  # a sure target: 0.09 decides, though 0.3 exp(-entropy) is above a tenth
+        (even(3, 0.08), False),
+        (even(40, 0.02), True),  # an unsure one: exp(-entropy) is about 1/40, and 0.3 of it decides
+        (even(40, 0.005), False),
+    ],
+)
+def test_a_guess_is_typical_above_the_less_of_a_fixed_chance_and_a_share_of_what_an_even_law_would_give(law, taken):
+    accepted = typical(tree_of([9, 0], [-1, 0]), {0: law, 1: law}.__getitem__, Uniforms(iter([0.5])))
+    assert accepted.path == ([0, 1] if taken else [0])
+
+
+def test_a_typical_guess_behind_one_that_is_not_is_lost():
+    law = even(3, 0.02)
+    tree = tree_of([9, 0, 1, 1], [-1, 0, 1, 2])
+    assert typical(tree, lambda row: law, Uniforms(iter([0.5]))).path == [0]
+
+
+def test_of_typical_paths_as_long_the_first_is_kept():
+    law = torch.full((3,), 1 / 3).double()
+    tree = tree_of([9, 0, 1, 2, 0, 0], [-1, 0, 0, 0, 1, 2])
+    assert typical(tree, lambda row: law, Uniforms(iter([0.5]))).path == [0, 1, 4]
+
+
+def test_a_number_on_the_border_of_two_tokens_draws_the_second():
+    """As intervals that begin with their border: so no number draws a token without weight."""
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5], dtype=torch.float64)
+    assert [Uniforms(iter([number])).draws(weights) for number in (0.0, 0.2, 0.25, 0.4, 0.5, 0.75, 0.999)] == [1, 1, 3, 3, 4, 4, 4]
+    assert Uniforms(iter([1 - 2**-53])).draws(torch.tensor([0.5, 0.5])) == 1, "in float32 this number is 1"
+
+
+class Refusing:
+    """Chance that accepts nothing and draws the likeliest."""
+
+    def accepts(self, probability: float) -> bool:
+        return False
+
+    def draws(self, weights: torch.Tensor) -> int:
+        assert float(weights.sum()) == pytest.approx(1), "what is left to draw from is a law"
+        return int(weights.argmax())
+
+
+@pytest.mark.parametrize("verifier", [without_replacement, traversal])
+def test_where_rounding_refuses_a_guess_that_was_sure_the_targets_law_is_left(verifier):
+    law = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    tree = Tree([9, 0], [-1, 0], [0, 1], [0.0, 0.0], [law, None])
+    assert verifier(tree, {0: law, 1: law}.__getitem__, Refusing()) == Accepted([0], 1)
+
+
 def test_it_accepts_more_than_a_guess_that_ignores_q_and_all_where_the_draft_is_the_target():
     rejected = 0.0
     for seed in range(4):

@@ -18,29 +18,48 @@ ROOT = Path(__file__).parents[2]
 KEPT = ("eagle3", "plain")  # what the project is for, and what everything is compared with
 
 PROGRAM = """
-import importlib, pkgutil, sys
-import eyas
-from eyas.methods import METHODS
-assert {gone!r} not in METHODS
-skipped = ("eyas.formats.openvino_", "eyas.__main__")
-for module in pkgutil.walk_packages(eyas.__path__, "eyas."):
-    if not module.name.startswith(skipped):
-        importlib.import_module(module.name)
-from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.generate import Decoder
-from tests.tiny import tiny_target
-from tests.tiny_family import makers
-def said(drafter, shape):
-    *_, texts = Decoder(tiny_target(), drafter).run([[3, 14, 15, 9]], shape, Sampling(1.0), [0], 12)
-    return texts[0].tokens
-for name, make in makers().items():
-    assert said(make(), TreeShape.parse("chain:3")) == said(None, PLAIN), name
-from eyas.bench.family import chosen_rows
-from eyas.cli import parser
-parser()
-assert {{row.method for row in chosen_rows(None, False)}} == set(METHODS)
-print(*METHODS)
+import importlib, os, pkgutil, sys
+import torch, transformers.models.llama.modeling_llama, transformers.tokenization_utils_fast  # once for all trees
+
+def check(tree, gone):
+    os.chdir(tree)
+    sys.path.insert(0, tree)
+    import eyas
+    from eyas.methods import METHODS
+    assert eyas.__file__.startswith(tree) and gone not in METHODS
+    skipped = ("eyas.formats.openvino_", "eyas.__main__")
+    for module in pkgutil.walk_packages(eyas.__path__, "eyas."):
+        if not module.name.startswith(skipped):
+            importlib.import_module(module.name)
+    from eyas.config import PLAIN, Sampling, TreeShape
+    from eyas.decode.generate import Decoder
+    from tests.tiny import tiny_target
+    from tests.tiny_family import makers
+    def said(drafter, shape):
+        *_, texts = Decoder(tiny_target(), drafter).run([[3, 14, 15, 9]], shape, Sampling(1.0), [0], 12)
+        return texts[0].tokens
+    for name, make in makers().items():
+        assert said(make(), TreeShape.parse("chain:3")) == said(None, PLAIN), name
+    from eyas.bench.family import chosen_rows
+    from eyas.cli import parser
+    parser()
+    assert {row.method for row in chosen_rows(None, False)} == set(METHODS)
+    with open(os.path.join(tree, "left"), "w") as file:
+        file.write(" ".join(METHODS))
+
+for gone in sys.argv[2:]:
+    tree = os.path.join(sys.argv[1], gone)
+    if (child := os.fork()) == 0:
+        log = os.open(os.path.join(tree, "said"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 2)
+        try:
+            check(tree, gone)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(0)
+    os.waitpid(child, 0)
 """
+REMOVABLE = [name for name in METHODS if name not in KEPT]
 
 
 def files_of(name: str) -> set[Path]:
@@ -48,27 +67,35 @@ def files_of(name: str) -> set[Path]:
     return {Path(*module.split(".")).with_suffix(".py") for module in (method.drafter, method.teaching) if module}
 
 
-@pytest.mark.parametrize("gone", [name for name in METHODS if name not in KEPT])
-def test_everything_else_works_without_it(gone, tmp_path):
+def gone_with(name: str) -> set[str]:
     """Those that decode with its draft, or in whose tree it guesses, go with it."""
-    shutil.copytree(ROOT / "eyas", tmp_path / "eyas", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    with_it = {name for name in METHODS if name == gone or (METHODS[name].draft == gone and METHODS[gone].teaching)}
-    with_it |= {"eagle3-lookup"} if gone == "lookup" else set()
-    registry = tmp_path / "eyas" / "methods.py"
-    for name in with_it:
-        for file in files_of(name):
-            (tmp_path / file).unlink()
-        registry.write_text(re.sub(rf'    "{name}": Method\(.*\),\n', "", registry.read_text()))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(gone=gone)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment() | {"PYTHONPATH": "."},
-    )
-    assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == METHODS.keys() - with_it
+    with_it = {each for each in METHODS if each == name or (METHODS[each].draft == name and METHODS[name].teaching)}
+    return with_it | ({"eagle3-lookup"} if name == "lookup" else set())
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory) -> Path:
+    """A copy of the source without each method, every one of them tried in a process of its own."""
+    root = tmp_path_factory.mktemp("without")
+    for gone in REMOVABLE:
+        for folder in ("eyas", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__", "bundled", "test_*.py", "fixtures")
+            shutil.copytree(ROOT / folder, root / gone / folder, ignore=ignored)
+        registry = root / gone / "eyas" / "methods.py"
+        for name in gone_with(gone):
+            for file in files_of(name):
+                (root / gone / file).unlink()
+            registry.write_text(re.sub(rf'    "{name}": Method\(.*\),\n', "", registry.read_text()))
+    environ = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-I", "-c", PROGRAM, str(root), *REMOVABLE], check=True, env=environ)
+    return root
+
+
+@pytest.mark.parametrize("gone", REMOVABLE)
+def test_everything_else_works_without_it(gone, trees):
+    left = trees / gone / "left"
+    assert left.exists(), (trees / gone / "said").read_text()
+    assert set(left.read_text().split()) == METHODS.keys() - gone_with(gone)
 
 
 def code_lines(path: Path) -> int:

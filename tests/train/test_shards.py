@@ -20,7 +20,7 @@ from eyas.train.shards import PATTERN, Counts, Folder, claim_folder, counts_of, 
 from eyas.train.writers import Limit, write_own_data
 from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
 from tests.train import writing
-from tests.train.writing import END, QUESTIONS, template
+from tests.train.writing import END, QUESTIONS, template, write_here
 
 SETTINGS = replace(writing.SETTINGS, per_shard=5)
 SHARDED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
@@ -177,7 +177,8 @@ def test_a_file_of_questions_is_answered_whole_and_then_there_is_no_more(tmp_pat
     assert all(sum(f"<|im_start|>user\n{question.turns[0]}<" in text for question in questions) == 1 for text in found)
 
 
-def test_a_disk_budget_ends_the_writing_with_one_line(tmp_path, saved):
+def test_a_disk_budget_ends_the_writing_with_one_line(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(writers, "write_in_processes", write_here)
     directory, settings = saved
     limit = Limit(tokens=10**9, bytes=30_000)
     told = r"has used its share of the disk .* at \d+ answer tokens; ask for fewer, or give more with --disk"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas import reference
-from eyas.train.unroll import Batch, Supervision, unroll, unrolled_loss
+from eyas.train.unroll import Batch, Supervision, loss_slots, unroll, unrolled_loss
 from tests.tiny import reference_weights, tiny_draft, tiny_target
 
 STEPS, DECAY = 5, 0.8
@@ -88,6 +88,16 @@ def test_every_slot_of_every_step_equals_the_reference():
         document = torch.searchsorted(starts, step.slots, right=True) - 1
         for d, slot, a in zip(document.tolist(), step.slots.tolist(), step.a):
             torch.testing.assert_close(a, expected[d][i, slot - starts[d]], rtol=1e-10, atol=1e-10)
+
+
+def test_a_documents_last_row_never_counts_even_where_the_next_begins_with_an_answer():
+    lengths = [3, 4, 1, 3]
+    answers = torch.tensor([-1, 0, 0, 1, 1, 1, -1, 2, 3, 3, 3])
+    slots, counted = loss_slots(answers, lengths)
+    for step in range(3):
+        alone = torch.cat([reference.loss_slots(part, step) for part in answers.split(lengths)])
+        assert slots[counted > step].tolist() == alone.nonzero()[:, 0].tolist()
+    assert slots.tolist() == [0, 3, 8]
 
 
 def test_slots_that_drop_out_leave_the_others_as_they_were():

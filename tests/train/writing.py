@@ -1,10 +1,18 @@
-"""What the tests of self-written data share: a template of bytes, two questions, settings under which a tiny target says enough."""
+"""What the tests of self-written data share: a template of bytes, two questions, settings under which a tiny target says
+enough, and writing without other processes."""
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
-from eyas.train.selfplay import Asked, SelfPlay
+import torch
+
+from eyas.files.target import load_target
+from eyas.files.tokenizer import load_tokenizer
+from eyas.train import writers
+from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.shards import write_shards
 from eyas.train.template import Template
 from tests.tiny import byte_tokenizer
 
@@ -17,3 +25,17 @@ QUESTIONS = [Asked(("How can a hawk see?",)), Asked(("Why do owls fly at night a
 @cache
 def template() -> Template:
     return Template(byte_tokenizer(), (END,))
+
+
+def write_here(directory, shards, settings, questions, workers, slots, done, report, wanted) -> None:
+    """What one writing process does, in this one, shard by shard; the processes themselves are tests/train/test_shards.py's."""
+    with torch.inference_mode():
+        target = load_target(directory, writers.writing_precision()).prepare()
+        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
+        there = frozenset(shards.counts)
+        missing = (number for number in itertools.count() if number not in there)
+        for _ in write_shards(Writer(target, template, settings, list(questions), slots), shards, missing):
+            report(int(min(shards.look().total().answer_tokens, wanted)))
+            if done():
+                break
+    shards.look()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from eyas.config import Sampling
+from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.calibration import LATELY, Calibration
 from eyas.decode.plan.planner import MOST, PROBE, Planner
@@ -18,6 +20,7 @@ from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
 from eyas.drafters.merged import MergedDrafter
+from eyas.model.rows import chain_rows
 from tests.tiny import tiny_draft, tiny_target
 
 
@@ -104,7 +107,54 @@ def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
     assert planner({1: 1.0, 64: 3.0}, step=1.0).frontiers([growth], [[1, 2]]) == [[]]
 
 
+def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_ones_what_the_last_brought():
+    """Six tokens a round are believed only after some rounds; less than plain decoding is never expected."""
+    made = Planner(Prices({1: 1.0, 64: 1.0}), Prices({1: 0.1}), Calibration(frozen=True))
+    made.begin([0, 1])
+    plain = 2.0
+    assert plain < made.rate < 1.5 * plain
+    rates = []
+    for _ in range(200):
+        made.served(2, 1.0, 12, 1.0)
+        made.begin([0, 1])
+        rates.append(made.rate)
+    assert rates == sorted(rates) and rates[0] < 2.5 * plain, "one good round is not yet a rule"
+    assert rates[-1] == pytest.approx(12, rel=0.05)
+    for _ in range(200):
+        made.served(2, 1.0, 1, 1.0)
+        made.begin([0, 1])
+    assert made.rate == pytest.approx(plain), "a round without guesses would bring as much"
+
+
+def test_a_row_more_is_priced_where_the_last_passes_were():
+    """Rows are dear from the tenth on: one more costs little behind short passes and much behind long ones."""
+    prices = {1: 1.0, 10: 1.0, 64: 55.0}
+    made = planner(prices, rate=1.0)
+    assert made.row() == pytest.approx(0)
+    made.rows = 20.4
+    assert made.row() == pytest.approx(1.0)
+    many = planner(prices, batch=30, rate=2.0)
+    many.rows = 3.0
+    assert many.row() == pytest.approx(2.0), "a pass of thirty sequences has thirty rows at least"
+
+
 # ---- what is learned ----
+
+
+def test_every_level_that_is_drafted_moves_the_price_of_a_step():
+    heard = []
+
+    class Listening(Planner):
+        def stepped(self, rows, seconds):
+            assert seconds > 0
+            heard.append(rows)
+
+    cheap = Listening(Prices({1: 1.0, 64: 1.001}), Prices({1: 1e-6}), Calibration(frozen=True))
+    drafter, request = eagle3_with_a_text([[1, 2, 3], [4, 5]])
+    trees = drafter.propose([replace(each, planner=cheap) for each in request])
+    levels = max(max(tree.depths) for tree in trees)
+    assert levels > 1 and len(heard) == levels, "the roots' level and each one below it"
+    assert heard[0] == 2 and all(2 <= rows <= 2 * MOST.top_k for rows in heard[1:])
 
 
 def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
@@ -143,6 +193,18 @@ def test_damaged_counts_are_left_out(counts):
 # ---- and the text ----
 
 TARGET = tiny_target()
+
+
+def eagle3_with_a_text(texts: list[list[int]]) -> tuple[Eagle3Drafter, list[TreeRequest]]:
+    """A drafter that has read these texts, and the request for a tree behind each."""
+    drafter = Eagle3Drafter(*tiny_draft(TARGET))
+    drafter.reserve(len(texts), 64)
+    for sequence, text in enumerate(texts):
+        rows = chain_rows(0, text[:-1], 0)
+        drafter.observe(sequence, text, TARGET(rows, TARGET.new_cache(1, len(text)), drafter.wants).features)
+    return drafter, [TreeRequest(i, text[-1], len(text) - 1, MOST, Sampling(), None) for i, text in enumerate(texts)]
+
+
 DRAFTERS = {
     "eagle3": lambda: Eagle3Drafter(*tiny_draft(TARGET)),
     "lookup": LookupDrafter,
