@@ -82,4 +82,5 @@ class FieldComments(griffe.Extension):
         lines = attr.parent.module.lines[node.lineno - 1 : node.end_lineno]
         for token in tokenize.generate_tokens(io.StringIO("\n".join(lines).strip() + "\n").readline):
             if token.type == tokenize.COMMENT:
-                attr.docstring = griffe.Docstring(token.string.lstrip("# "), lineno=node.lineno, parent=attr)
+                words = re.sub(r"(`[^`]*`)|\*", lambda found: found[1] or r"\*", token.string.lstrip("# "))  # a star is a star
+                attr.docstring = griffe.Docstring(words, lineno=node.lineno, parent=attr)
