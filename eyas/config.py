@@ -220,7 +220,7 @@ class TreeShape:
         if levels <= 0:
             return PLAIN
         if self.counts:
-            return TreeShape.static([count for count, depth in zip(self.counts, depths_of(self.counts), strict=True) if depth < levels])
+            return TreeShape.static([count for count, depth in zip(self.counts, depths_of(self.counts), strict=False) if depth < levels])
         return replace(self, depth=levels - 1)
 
     def __str__(self) -> str:

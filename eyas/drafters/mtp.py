@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,42 +50,29 @@ class MtpModule(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(shape.hidden_size, shape.rms_norm_eps)})
         self.joined = Dense(self.eh_proj)
 
-    @property
-    def norm(self) -> RMSNorm:
-        """What the head reads through."""
-        norm = self.shared_head["norm"]
-        assert isinstance(norm, RMSNorm)
-        return norm
-
 
 class MtpNetwork(Borrowing, nn.Module):
     """`embedding` [V, H] and `head` are the target's."""
 
     def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
         super().__init__()
-        self.shape = shape
-        layers = [MtpModule(shape) for _ in range(modules)]
-        self.layers = nn.ModuleList(layers)
+        self.shape, self.stack = shape, [MtpModule(shape) for _ in range(modules)]
+        self.layers = nn.ModuleList(self.stack)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
-        self.runs = [OneLayer(module, module.input_layernorm) for module in layers]
+        self.runs = [OneLayer(module, module.input_layernorm) for module in self.stack]
         self.borrow(embedding, head)
 
     @property
     def levels(self) -> int:
         return len(self.layers)
 
-    def module(self, level: int) -> MtpModule:
-        module = self.layers[level]
-        assert isinstance(module, MtpModule)
-        return module
-
     def join(self, level: int, tokens_N: Tensor, h_NH: Tensor) -> Tensor:
         """What module `level` (counted from 0) reads [N, H]: states, and the tokens that followed them."""
-        module = self.module(level)
+        module = self.stack[level]
         return module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
 
     def normed(self, level: int, h_NH: Tensor) -> Tensor:
-        return self.module(level).norm(h_NH.to(self.dtype))
+        return cast("RMSNorm", self.stack[level].shared_head["norm"])(h_NH.to(self.dtype))
 
     def logits_at(self, level: int, h_NH: Tensor) -> Tensor:
         """[N, D]; of [N, .., H] the last state of each."""
@@ -106,7 +93,7 @@ class MtpDrafter:
         self.states: dict[int, list[list[Tensor]]] = {}  # of each module's input what it has not read: the target's, then each module's own
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        network, attention = self.network, self.network.module(0).self_attn
+        network, attention = self.network, self.network.stack[0].self_attn
         self.group = attention.heads // attention.kv_heads
         shape = (attention.kv_heads, attention.head_dim, network.dtype, network.device)
         self.caches = [KVCache(1, sequences, capacity + SPARE * network.levels, *shape) for _ in network.layers]
@@ -119,9 +106,8 @@ class MtpDrafter:
             cache.clear(sequence)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        assert features is not None
         self.tokens[sequence] += tokens
-        self.states[sequence][0].append(features)
+        self.states[sequence][0].append(cast("Tensor", features))
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         most = self.network.levels  # and module k reads nothing before k tokens are there

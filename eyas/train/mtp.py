@@ -8,6 +8,7 @@ and batches; knows nothing of optimisers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from eyas.files.draft_files import one_layer
 from eyas.model.protocols import TargetModel
 from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
+from eyas.model.transformer import RMSNorm
 from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Step, Supervision, comb_attention
@@ -28,12 +30,11 @@ SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin as the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
-    for number in range(network.levels):
-        module = network.module(number)
+    for number, module in enumerate(network.stack):
         begin_as_feature(module, module.eh_proj, settings.seed + number)
         if isinstance(target, Target):
             gain = target.model.norm.weight.detach()  # which the state it is given has already
-            torch.nn.init.constant_(module.norm.weight, float(gain.square().mean().sqrt()))
+            torch.nn.init.constant_(cast("RMSNorm", module.shared_head["norm"]).weight, float(gain.square().mean().sqrt()))
     return network
 
 
