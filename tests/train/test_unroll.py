@@ -93,7 +93,7 @@ def test_a_step_that_no_answer_reaches_has_a_mean_of_nothing():
     taught, place = batch.taught()
     lesson = Lesson(torch.full((len(taught), len(vocab)), 1 / len(vocab)).double(), place, torch.ones(len(batch.tokens)) > 0, STEPS, DECAY)
     loss, means = unrolled_loss(network, batch, lesson)
-    assert len(means) == STEPS and float(means[0]) == pytest.approx(float(loss)) > 0
+    assert len(means) == STEPS and float(loss) > 0 and float(means[0]) == pytest.approx(float(loss))
     assert [float(mean) for mean in means[1:]] == [0.0] * (STEPS - 1)
 
 
