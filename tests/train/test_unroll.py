@@ -93,8 +93,8 @@ def test_a_step_that_no_answer_reaches_has_a_mean_of_nothing():
     taught, place = batch.taught()
     lesson = Lesson(torch.full((len(taught), len(vocab)), 1 / len(vocab)).double(), place, torch.ones(len(batch.tokens)) > 0, STEPS, DECAY)
     loss, means = unrolled_loss(network, batch, lesson)
-    assert len(means) == STEPS and float(loss) > 0 and float(means[0]) == pytest.approx(float(loss))
-    assert [float(mean) for mean in means[1:]] == [0.0] * (STEPS - 1)
+    assert len(means) == STEPS and loss.item() > 0 and means[0].item() == pytest.approx(loss.item())
+    assert [mean.item() for mean in means[1:]] == [0.0] * (STEPS - 1)
 
 
 def test_a_documents_last_row_never_counts_even_where_the_next_begins_with_an_answer():

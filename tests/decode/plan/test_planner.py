@@ -118,7 +118,7 @@ def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_one
         made.begin([0, 1])
         rates.append(made.rate)
     assert rates == sorted(rates) and rates[0] < 2.5 * plain, "one good round is not yet a rule"
-    assert rates[-1] == pytest.approx(12, rel=0.05)
+    assert 10 < rates[-1] < 12, "the first belief weighs little beside many rounds"
     for _ in range(200):
         made.served(2, 1.0, 1, 1.0)
         made.begin([0, 1])
