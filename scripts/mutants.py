@@ -49,34 +49,38 @@ def mutants(text: str) -> list[Mutant]:
 
 
 def plant(mutant: Mutant) -> bool:
-    """Let the module be imported with its fault; False where the text is not there exactly once."""
+    """Let the module be imported with its fault; False where the text is not there exactly once, or what comes of it is no Python."""
     path = str(ROOT / mutant.file)
     source = Path(path).read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
         return False
-    code = compile(source.replace(mutant.old, mutant.new), path, "exec", dont_inherit=True)
+    try:
+        code = compile(source.replace(mutant.old, mutant.new), path, "exec", dont_inherit=True)
+    except SyntaxError:
+        return False
     own = importlib.machinery.SourceFileLoader.get_code
     importlib.machinery.SourceFileLoader.get_code = lambda self, name: code if self.path == path else own(self, name)
     return True
 
 
-def child(mutant: Mutant) -> int:
+def child(mutant: Mutant | None, tests: list[str]) -> int:
     import pytest
 
     os.chdir(ROOT)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        if not plant(mutant):
+        if mutant and not plant(mutant):
             return UNSUITED
-        return SURVIVED if pytest.main(["-x", "-q", "-p", "no:cacheprovider", *mutant.tests]) == 0 else KILLED
+        return SURVIVED if pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]) == 0 else KILLED
 
 
-def outcome(mutant: Mutant) -> str:
+def outcome(mutant: Mutant | None, tests: list[str]) -> str:
+    """What the tests say of a fault, or of the source as it is."""
     process = os.fork()
     if process == 0:
         os.setsid()
         status = KILLED
         with contextlib.suppress(BaseException):
-            status = child(mutant)
+            status = child(mutant, tests)
         os._exit(status)
     deadline = time.monotonic() + LIMIT
     while (ended := os.waitpid(process, os.WNOHANG))[0] == 0:
@@ -88,6 +92,13 @@ def outcome(mutant: Mutant) -> str:
     return {SURVIVED: "survived", KILLED: "killed", UNSUITED: "NOT THERE"}.get(os.waitstatus_to_exitcode(ended[1]), "killed (crash)")
 
 
+def sound_without(known: dict[tuple[str, ...], bool], tests: tuple[str, ...]) -> bool:
+    """Whether these tests pass where there is no fault."""
+    if tests not in known:
+        known[tests] = outcome(None, list(tests)) == "survived"
+    return known[tests]
+
+
 def main(words: list[str]) -> int:
     for name in ("torch", "pytest", "hypothesis", "transformers.tokenization_utils_fast", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
@@ -95,12 +106,17 @@ def main(words: list[str]) -> int:
     listed = mutants((Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8"))
     chosen = [each for each in listed if not words or any(word in " ".join((each.file, *each.tests)) for word in words)]
     survivors = 0
+    sound: dict[tuple[str, ...], bool] = {}
     for mutant in chosen:
+        key = tuple(mutant.tests)
+        if not mutant.why and not sound_without(sound, key):
+            print(f"BROKEN    {' '.join(key)} fail without any fault")
+            return 2
         if mutant.why:
             print(f"equal     {mutant} ({mutant.why})", flush=True)
             continue
         started = time.monotonic()
-        told = outcome(mutant)
+        told = outcome(mutant, mutant.tests)
         survivors += not told.startswith("killed")
         print(f"{told:9} {mutant} ({time.monotonic() - started:.0f} s)", flush=True)
     print(f"{len(chosen)} faults, {survivors} not seen")

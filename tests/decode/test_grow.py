@@ -101,6 +101,12 @@ def test_trees_of_shared_passes_are_eagle2s_and_each_has_its_own_shape():
     assert draft.passes == [3 + 2 + 1 + 2, 3 + 1 + 2, 3 + 1 + 2, 3 + 2, 2, 2, 2], "none is read for a tree that is deep enough"
 
 
+def test_a_static_tree_has_the_shape_that_was_fixed_whatever_the_scores():
+    tree = grown([request(0, "static:3.1.0.2"), request(1, "9x2x3")])[0][0]
+    assert tree.parents == [-1, 0, 0, 0, 1, 3, 3]
+    assert tree.tokens[1:4] == logits_of(0, (), 0).argsort(descending=True)[:3].tolist()
+
+
 def test_a_drafts_own_ids_become_the_targets():
     ids = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
     mine, theirs = (grown([request(0, "chain:1")], vocab)[0][0] for vocab in (None, DraftVocab(ids, 40)))

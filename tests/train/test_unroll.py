@@ -90,6 +90,18 @@ def test_every_slot_of_every_step_equals_the_reference():
             torch.testing.assert_close(a, expected[d][i, slot - starts[d]], rtol=1e-10, atol=1e-10)
 
 
+def test_a_step_that_no_answer_reaches_has_a_mean_of_nothing():
+    target = tiny_target()
+    network, vocab = tiny_draft(target)
+    docs = documents(target.config.vocab_size)[2:3]  # an answer of two tokens: one slot, for one step
+    batch = packed(docs, random_features(documents(target.config.vocab_size))[2:3])
+    taught, place = batch.taught()
+    lesson = Lesson(torch.full((len(taught), len(vocab)), 1 / len(vocab)).double(), place, torch.ones(len(batch.tokens)) > 0, STEPS, DECAY)
+    loss, means = unrolled_loss(network, batch, lesson)
+    assert len(means) == STEPS and loss.item() > 0 and means[0].item() == pytest.approx(loss.item())
+    assert [mean.item() for mean in means[1:]] == [0.0] * (STEPS - 1)
+
+
 def test_a_documents_last_row_never_counts_even_where_the_next_begins_with_an_answer():
     lengths = [3, 4, 1, 3]
     answers = torch.tensor([-1, 0, 0, 1, 1, 1, -1, 2, 3, 3, 3])

@@ -119,7 +119,7 @@ def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_one
         made.begin([0, 1])
         rates.append(made.rate)
     assert rates == sorted(rates) and rates[0] < 2.5 * plain, "one good round is not yet a rule"
-    assert rates[-1] == pytest.approx(12, rel=0.05)
+    assert 10 < rates[-1] < 12, "the first belief weighs little beside many rounds"
     for _ in range(200):
         made.served(2, 1.0, 1, 1.0)
         made.begin([0, 1])
@@ -219,8 +219,11 @@ def test_planned_rounds_write_the_text_of_plain_decoding(name, sampling):
     prompts = [[1, 2, 3, 1, 2, 3, 1], [5], [9, 8, 7, 6, 9, 8]]
     settings = (MOST, sampling, [3, 4, 5], 40)
 
+    accepted: list[int] = []
+
     def tokens(*made) -> list[list[int]]:
         *_, texts = Decoder(TARGET, *made).run(prompts, *settings)
+        accepted.append(max(length for text in texts for length in text.accepted_lengths))
         return [text.tokens for text in texts]
 
     cheap = Planner(Prices({1: 1.0, 64: 1.5}), Prices({1: 1e-3}), Calibration())
@@ -228,6 +231,7 @@ def test_planned_rounds_write_the_text_of_plain_decoding(name, sampling):
     plain = tokens()
     assert tokens(DRAFTERS[name](), "walk", cheap) == plain
     assert tokens(DRAFTERS[name](), "walk", dear) == plain
+    assert name != "itself" or accepted[1] > 1, "with cheap rows, guesses that are right were made and taken"
 
 
 def test_a_draft_that_is_always_right_is_used_deeply_and_one_that_never_is_is_left():
