@@ -1,10 +1,10 @@
-"""What each precision costs and brings: speed, plain and with the draft, interleaved; bits a weight; how near its law is to bf16's.
+"""What each precision costs and brings: speed, plain and with the draft, interleaved; bits a weight; how near its text is to bf16's.
 
     python benchmarks/precisions.py --prompts F.jsonl [--limit 20] [--precisions bf16,int8,q4] [--trees chain:2,6x2x3]
 
 Every prompt is answered greedily by every precision and method in a rotating order. Prints a table; ratios are of times for equal numbers
 of tokens, median over prompts. "Nearness" reads bf16's own plain texts with every precision: share of equal first choices, and mean
-divergence in nats from bf16's law.
+divergence in nats from bf16's distribution.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def bits(engine: Engine) -> float | str:
 
 
 @torch.inference_mode()
-def law(engine: Engine, text: list[int]) -> Tensor:
+def distribution(engine: Engine, text: list[int]) -> Tensor:
     """Log probabilities [N, V] along a text."""
     return engine.target(chain_rows(0, text, 0), engine.target.new_cache(1, len(text))).logits.log_softmax(-1)
 
@@ -131,7 +131,7 @@ def law(engine: Engine, text: list[int]) -> Tensor:
 def nearness(first: Engine, other: Engine, texts: list[list[int]]) -> dict[str, float]:
     nats, equal = [], []
     for text in texts:
-        p, q = law(first, text), law(other, text)
+        p, q = distribution(first, text), distribution(other, text)
         nats.append((p.exp() * (p - q)).sum(-1))
         equal.append(p.argmax(-1) == q.argmax(-1))
     return {"equal": float(torch.cat(equal).float().mean()), "nats": float(torch.cat(nats).mean())}

@@ -126,7 +126,7 @@ def watched(engine: Engine, parts: Parts) -> Called:
     parts.watch(NativeLayers, "__call__", lambda self, *_: "target's layers" if self is target else "draft's layer")
     parts.watch(native, "product", lambda x, weights: "target's head" if weights is head else "draft's head and fc")
     parts.watch(verifiers, "draw", "sampling")
-    for name in ("begin", "pays", "frontiers", "grew", "cut", "judge", "served"):
+    for name in ("begin", "worth_drafting", "frontiers", "record_level", "cut", "judge", "record"):
         parts.watch(Planner, name, "planner")
     parts.watch(Eagle3Drafter, "propose", "drafting, rest")
     parts.watch(Growing, "commit", "text")

@@ -53,22 +53,22 @@ def main(words: Sequence[str] | None = None) -> None:
     trainer = new_trainer(target_for(given), examples_of(given.shards, settings.max_length), settings, given.workers)
     batches = list(islice(trainer.remaining(), given.steps))
     trainer.step(batches[0])
-    seconds, bare, flops, slots = [], [], [], []
+    seconds, bare, flops, anchors = [], [], [], []
     for batch in batches:
         before, started = trainer.progress.slots, time.perf_counter()
         trainer.step(batch)
         seconds.append(time.perf_counter() - started)
-        slots.append(trainer.progress.slots - before)
+        anchors.append(trainer.progress.slots - before)
         calls, counted = products_of(trainer, batch)
         flops.append(counted)
         bare.append(replay(calls, given.workers))
     found = {
-        "slots_per_second": sum(slots) / sum(seconds),
+        "slots_per_second": sum(anchors) / sum(seconds),
         "gflop_per_second": sum(flops) / sum(seconds) / 1e9,
         "bare_products_gflop_per_second": sum(flops) / sum(bare) / 1e9,
         "share": sum(bare) / sum(seconds),
         "share_median": statistics.median(b / s for b, s in zip(bare, seconds)),
-        "mflop_per_slot": sum(flops) / sum(slots) / 1e6,
+        "mflop_per_slot": sum(flops) / sum(anchors) / 1e6,
         "workers": given.workers,
         "steps": len(batches),
     }

@@ -27,7 +27,7 @@ from eyas.files import draft_files
 from eyas.kernels.linear import Dense
 from eyas.methods import Method, register
 from eyas.model.protocols import TargetModel
-from eyas.model.shared_weights import Borrowing, FrozenHead
+from eyas.model.shared_weights import FrozenHead, SharedWeights
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Step, Supervision
 
@@ -36,7 +36,7 @@ register("hydra", Method(__name__, __name__, draft="hydra"))  # this file is bot
 # ---- the network: what one guess is computed from ----
 
 
-class HydraNetwork(Borrowing, nn.Module):
+class HydraNetwork(SharedWeights, nn.Module):
     """Head k reads a row [h ; e_0 ; .. ; e_k]: the last hidden state, the drawn token's embedding, those of the k guesses behind it."""
 
     def __init__(self, heads: int, embedding: Tensor, head: nn.Linear) -> None:
@@ -44,7 +44,7 @@ class HydraNetwork(Borrowing, nn.Module):
         H = embedding.shape[1]
         linears = [nn.Linear((2 + k) * H, H) for k in range(heads)]
         self.heads, self.products = nn.ModuleList(linears), [Dense(each) for each in linears]
-        self.borrow(embedding, head)  # the target's own: neither trained nor saved
+        self.share(embedding, head)  # the target's own: neither trained nor saved
 
     @property
     def levels(self) -> int:  # how deep it can guess
@@ -96,7 +96,7 @@ drafter = HydraDrafter
 
 # ---- teaching ----
 
-SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all slots, how much deeper heads weigh
+SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 0.8}  # of its training: heads, all anchors, how much deeper heads weigh
 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> HydraNetwork:
@@ -111,16 +111,16 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def unroll(network: HydraNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Step i at slot j: the row of f_j and t_{j+1} .. t_{j+1+i}, which is to say the law of t_{j+2+i}."""
-    slots, counted = batch.slots()
+    """Step i at anchor j: the row of f_j and t_{j+1} .. t_{j+1+i}, which is to say the distribution of t_{j+2+i}."""
+    anchors, counted = batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
-    rows = batch.wanted(network.wants)[slots]
+    rows = batch.wanted(network.wants)[anchors]
     for step in range(min(steps, network.levels)):
         going = counted > step
-        slots, counted, rows = slots[going], counted[going], rows[going]
-        if len(slots):
-            rows = torch.cat([rows, network.embed(batch.tokens[slots + 1 + step])], -1)
-            yield Step(slots, rows, slots + 1 + step)
+        anchors, counted, rows = anchors[going], counted[going], rows[going]
+        if len(anchors):
+            rows = torch.cat([rows, network.embed(batch.tokens[anchors + 1 + step])], -1)
+            yield Step(anchors, rows, anchors + 1 + step)
 
 
 def loss(network: HydraNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:

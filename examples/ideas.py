@@ -15,7 +15,7 @@ from eyas.train import losses
 
 
 def reverse_kl(log_q: Tensor, p: Tensor) -> Tensor:
-    """[n] from the draft's log law and the target's law [n, D]: it costs to say what the target would not."""
+    """[n] from the draft's log distribution and the target's distribution [n, D]: it costs to say what the target would not."""
     return (log_q.exp() * (log_q - p.clamp_min(1e-9).log())).sum(-1)
 
 

@@ -137,7 +137,7 @@ def short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The filters between the target's logits and its law, in transformers' order; temperature 0 is greedy."""
+    """The filters between the target's logits and its distribution, in transformers' order; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: off
@@ -244,7 +244,7 @@ def depths_of(counts: Sequence[int]) -> list[int]:
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
-LOSSY = ("typical-lossy",)  # those that change the text's law
+LOSSY = ("typical-lossy",)  # those that change the text's distribution
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 
 
@@ -293,11 +293,15 @@ class TrainSettings:
     """How a draft is trained; each default is the one that measured best here (docs/architecture.md says how)."""
 
     unroll_steps: int = 7
-    step_keep: float = 0.5  # share of slots that go on from a step to the next: deep steps on fewer slots, 2.8 times the slots a second
+    step_keep: float = (
+        0.5  # share of anchors that go on from a step to the next: deep steps on fewer anchors, 2.8 times the anchors a second
+    )
     loss: str = "soft"  # the paper's cross-entropy; lk-alpha and lk-lambda are about acceptance itself (train/losses.py)
     loss_from: float = 0.0  # share of the budget before which `loss` is the cross-entropy whatever it says
     sampled_columns: int = 1024  # tokens a loss draws beside those likely in its batch; 0: all count, 1.4 times slower, same tau
-    step_decay: float = 0.55  # weight of step i is step_decay ** i; deep steps have few slots, and 0.8 (SafeAILab's) made them mostly noise
+    step_decay: float = (
+        0.55  # weight of step i is step_decay ** i; deep steps have few anchors, and 0.8 (SafeAILab's) made them mostly noise
+    )
     draft_vocab_size: int = 8192
     tokens_per_batch: int = 640  # three minutes from scratch reached simulated tau 1.09 with 2048, 1.25 with 640
     learning_rate: float = 2e-3  # at 640 tokens: 1.26 with 2e-3, 1.23 with 1e-3

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from eyas.config import PLAIN, PRECISIONS, EyasError, Message, Request, Sampling, Settings, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
-from eyas.decode.plan.planner import MOST, Planner
+from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
 from eyas.decode.sampling import Noise, derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
@@ -177,7 +177,7 @@ class Engine:
         if isinstance(tree, TreeShape):
             return tree
         if tree == "auto":
-            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MOST
+            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MAX_TREE
         return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:

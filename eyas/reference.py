@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eyas.config import DraftConfig, TreeShape
 
-# Axes: N rows (M of them hold the target's features), n tokens of a document, S = n - 1 slots, I steps of the unroll,
+# Axes: N rows (M of them hold the target's features), n tokens of a document, S = n - 1 anchors, I steps of the unroll,
 #       H draft width, 3H three features side by side, V target vocabulary, D draft vocabulary, A heads, K key-value heads, C head width
 Weights = Mapping[str, Tensor]  # float64, under the published names, with the target's `embed_tokens.weight` [V, H]
 
@@ -132,10 +132,10 @@ def ancestor_mask(parents: Sequence[int]) -> Tensor:
     return mask_NN
 
 
-# The alignment. The target has read t_0 .. t_{P-1} and drawn t_P; slot j pairs what it knew after t_j with what came next:
+# The alignment. The target has read t_0 .. t_{P-1} and drawn t_P; anchor j pairs what it knew after t_j with what came next:
 #
-#   row        slot 0  slot 1  slot 2  ..  slot P-1  |  depth 1   depth 2
-#   hidden      g_0     g_1     g_2    ..  g_{P-1}   |     a         a      its parent's; depth 1 hangs from slot P-1,
+#   row        anchor 0  anchor 1  anchor 2  ..  anchor P-1  |  depth 1   depth 2
+#   hidden      g_0     g_1     g_2    ..  g_{P-1}   |     a         a      its parent's; depth 1 hangs from anchor P-1,
 #   token       t_1     t_2     t_3    ..  t_P       |     x         y      whose token t_P is the tree's root
 #   position     0       1       2     ..  P-1       |     P        P+1     = the row's number of ancestors
 #   predicts    t_2     t_3     t_4    ..  t_{P+1}   |  t_{P+2}   t_{P+3}
@@ -172,7 +172,7 @@ class Tree(NamedTuple):
 
 
 def tree_outputs(weights: Weights, config: DraftConfig, tokens: Sequence[int], features_P3H: Tensor, tree: Tree) -> Tensor:
-    """a for every row of a tree under the committed tokens t_0 .. t_P: the table above, in one call. The root's row is slot P-1."""
+    """a for every row of a tree under the committed tokens t_0 .. t_P: the table above, in one call. The root's row is anchor P-1."""
     P = len(features_P3H)
     assert len(tokens) == P + 1 and tree.tokens[0] == tokens[P], "features end one token before the tokens do; the root is the last token"
     rows = torch.tensor([*tokens[1:], *tree.tokens[1:]])
@@ -240,7 +240,7 @@ def walk(tokens: Sequence[int], parents: Sequence[int], draws: Sequence[int]) ->
     """Follow the target's own draws, one for each node, from the root; where no child carries the draw, it is the bonus.
 
     The draft cannot influence a draw, so what is committed is what the target alone would have written. On a tree of fixed
-    candidates this has exactly the law of `accept_reject`; greedy decoding is the case where each draw is an argmax.
+    candidates this has exactly the distribution of `accept_reject`; greedy decoding is the case where each draw is an argmax.
     """
     path = [0]
     while True:
@@ -271,38 +271,38 @@ def accept_reject(tokens: Sequence[int], parents: Sequence[int], target_probs_NV
 
 # ---- The training-time test (paper, draft model training) --------------------------------------------------------------
 # Step 0 is the table above over a whole document. Step i >= 1 runs the draft on its own output, as decoding will, while the
-# tokens stay those of the document. At step i, slot j:
+# tokens stay those of the document. At step i, anchor j:
 #
-#   hidden     g_j for i = 0, then a of step i-1 at the same slot (never shifted)
+#   hidden     g_j for i = 0, then a of step i-1 at the same anchor (never shifted)
 #   token      t_{j+1+i}
 #   position   j + i
-#   teacher    p_{j+1+i}, the target's law after t_{j+1+i}; so the step predicts t_{j+2+i}
+#   teacher    p_{j+1+i}, the target's distribution after t_{j+1+i}; so the step predicts t_{j+2+i}
 
 
-def comb_parents(slots: int, steps: int) -> list[int]:
-    """The unroll as a tree, row = step * slots + slot: a spine of step-0 rows, from each of which one chain of later steps hangs.
+def comb_parents(anchors: int, steps: int) -> list[int]:
+    """The unroll as a tree, row = step * anchors + anchor: a spine of step-0 rows, from each of which one chain of later steps hangs.
 
-    (0, j) has parent (0, j-1), and (i, j) has parent (i-1, j). The ancestors of (i, j) are thus its own slot's earlier steps
+    (0, j) has parent (0, j-1), and (i, j) has parent (i-1, j). The ancestors of (i, j) are thus its own anchor's earlier steps
     and the step-0 rows 0 .. j, never a later step-0 row, whose feature the target would not have computed yet. Decoding has
     the same rows above it under the prefix t_0 .. t_{j+1}; and j + i, the position, is their number.
     """
-    return [*range(-1, slots - 1), *range((steps - 1) * slots)]
+    return [*range(-1, anchors - 1), *range((steps - 1) * anchors)]
 
 
 def unroll(weights: Weights, config: DraftConfig, tokens_n: Tensor, features_n3H: Tensor, steps: int) -> Tensor:
-    """a_ISH for every step and slot of a document. Gradients flow through all steps.
+    """a_ISH for every step and anchor of a document. Gradients flow through all steps.
 
     Rows past the end of the document read token 0. No loss counts them, and only rows further past the end see them.
     """
-    slots = len(tokens_n) - 1  # the last token has a feature but no next token to pair it with
+    anchors = len(tokens_n) - 1  # the last token has a feature but no next token to pair it with
     padded = torch.cat([tokens_n, tokens_n.new_zeros(steps)])
-    rows = torch.cat([padded[1 + step : 1 + step + slots] for step in range(steps)])
-    a_NH = draft_rows(weights, config, rows, comb_parents(slots, steps), fuse(weights, config, features_n3H[:slots]))
-    return a_NH.view(steps, slots, config.hidden_size)
+    rows = torch.cat([padded[1 + step : 1 + step + anchors] for step in range(steps)])
+    a_NH = draft_rows(weights, config, rows, comb_parents(anchors, steps), fuse(weights, config, features_n3H[:anchors]))
+    return a_NH.view(steps, anchors, config.hidden_size)
 
 
-def loss_slots(answer_n: Tensor, step: int) -> Tensor:
-    """bool [n]: slot j counts at step i iff t_{j+1} and t_{j+2+i} lie in the same answer.
+def loss_anchors(answer_n: Tensor, step: int) -> Tensor:
+    """bool [n]: anchor j counts at step i iff t_{j+1} and t_{j+2+i} lie in the same answer.
 
     `answer_n` holds the answer's number at each of its tokens, end-of-turn included, and -1 elsewhere. So the token drawn
     before drafting and the token predicted are both the target's own. (eyas's rule; SafeAILab counts by t_{j+i} alone.)
@@ -327,18 +327,18 @@ def unrolled_loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """Sum of decay**i times the cross-entropy of step i, and the steps' losses (paper, draft model training; SafeAILab's weights).
 
-    The teacher is the target's law within the draft vocabulary (softmax over its columns alone). A slot where the
-    target's favourite token lies outside adds nothing to the sum, but stays in the number that the sum is divided by.
+    The teacher is the target's distribution within the draft vocabulary (softmax over its columns alone). An anchor where the
+    target's likeliest token lies outside adds nothing to the sum, but stays in the number that the sum is divided by.
     """
     a_ISH = unroll(weights, config, tokens_n, features_n3H, steps)
     losses = []
     for step in range(steps):
-        slots = loss_slots(answer_n, step).nonzero().squeeze(-1)
-        teacher_logits = target_logits_nV[slots + 1 + step]
+        anchors = loss_anchors(answer_n, step).nonzero().squeeze(-1)
+        teacher_logits = target_logits_nV[anchors + 1 + step]
         teacher = teacher_logits[:, vocab_ids].softmax(-1)
-        cross_entropy = -(teacher * draft_logits(weights, config, a_ISH[step, slots]).log_softmax(-1)).sum(-1)
+        cross_entropy = -(teacher * draft_logits(weights, config, a_ISH[step, anchors]).log_softmax(-1)).sum(-1)
         within = torch.isin(teacher_logits.argmax(-1), vocab_ids)
-        losses.append((cross_entropy * within).sum() / max(len(slots), 1))
+        losses.append((cross_entropy * within).sum() / max(len(anchors), 1))
     return sum((decay**step * loss for step, loss in enumerate(losses)), torch.zeros(())), losses
 
 
@@ -356,16 +356,16 @@ def draft_accepts(
     a_ISH = unroll(weights, config, tokens_n, features_n3H, steps)
     accepted = torch.zeros(steps, len(tokens_n), dtype=torch.bool)
     for step in range(steps):
-        slots = loss_slots(answer_n, step).nonzero().squeeze(-1)
-        guesses = vocab_ids[draft_logits(weights, config, a_ISH[step, slots]).argmax(-1)]
-        accepted[step, slots] = guesses == target_logits_nV[slots + 1 + step].argmax(-1)
+        anchors = loss_anchors(answer_n, step).nonzero().squeeze(-1)
+        guesses = vocab_ids[draft_logits(weights, config, a_ISH[step, anchors]).argmax(-1)]
+        accepted[step, anchors] = guesses == target_logits_nV[anchors + 1 + step].argmax(-1)
     return accepted
 
 
 def simulated_tau(accepted_In: Tensor, answer_n: Tensor) -> float:
     """Acceptance length of a chain of I tokens on a greedy answer of the target: 1 + the mean number of *leading* steps right.
 
-    The mean is over the slots that count at step 0; a chain that would run past its answer's end is cut there.
+    The mean is over the anchors that count at step 0; a chain that would run past its answer's end is cut there.
     """
     leading_n = accepted_In.long().cumprod(0).sum(0)
-    return 1 + leading_n[loss_slots(answer_n, 0)].double().mean().item()
+    return 1 + leading_n[loss_anchors(answer_n, 0)].double().mean().item()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eyas import reference
 
-Law = Mapping[tuple[int, ...], float]  # what is committed -> its probability
+Distribution = Mapping[tuple[int, ...], float]  # what is committed -> its probability
 
 
 def random_parents(rng: random.Random, size: int) -> list[int]:
@@ -37,31 +37,33 @@ def depths_of(parents: Sequence[int]) -> list[int]:
     return depths
 
 
-def random_law(rng: random.Random, nodes: int, vocab: int) -> list[list[float]]:
+def random_distribution(rng: random.Random, nodes: int, vocab: int) -> list[list[float]]:
     """One target distribution for each node; some tokens have no chance at all."""
     rows = [[rng.random() * (rng.random() < 0.8) for _ in range(vocab)] for _ in range(nodes)]
     return [[p / (sum(row) or 1) if sum(row) else 1 / vocab for p in row] for row in rows]
 
 
-def law_of_walk(tokens: Sequence[int], parents: Sequence[int], law: Sequence[Sequence[float]], walk: Callable = reference.walk) -> Law:
+def distribution_of_walk(
+    tokens: Sequence[int], parents: Sequence[int], distribution: Sequence[Sequence[float]], walk: Callable = reference.walk
+) -> Distribution:
     """Every way the target can draw at every node, followed by `walk(tokens, parents, draws)`."""
     total: dict[tuple[int, ...], float] = defaultdict(float)
-    for draws in itertools.product(range(len(law[0])), repeat=len(tokens)):
+    for draws in itertools.product(range(len(distribution[0])), repeat=len(tokens)):
         chance = 1.0
         for node, draw in enumerate(draws):
-            chance *= law[node][draw]
+            chance *= distribution[node][draw]
         if chance:
             path, bonus = walk(tokens, parents, draws)
             total[(*(tokens[node] for node in path[1:]), bonus)] += chance
     return total
 
 
-def law_of_accept_reject(tokens: Sequence[int], parents: Sequence[int], law: Sequence[Sequence[float]]) -> Law:
+def distribution_of_accept_reject(tokens: Sequence[int], parents: Sequence[int], distribution: Sequence[Sequence[float]]) -> Distribution:
     """Every way the children can be accepted or rejected, with the distribution really renormalised."""
     total: dict[tuple[int, ...], float] = defaultdict(float)
 
     def visit(node: int, committed: tuple[int, ...], chance: float) -> None:
-        p = list(law[node])
+        p = list(distribution[node])
         for child in [k for k, parent in enumerate(parents) if parent == node]:
             x = tokens[child]
             visit(child, (*committed, x), chance * p[x]) if p[x] else None
@@ -103,8 +105,8 @@ class Script:
         return self.choose([weight / sum(weights) for weight in weights])
 
 
-def every_way(run: Callable[[Script], tuple[int, ...]]) -> Law:
-    """The exact law of what `run` returns: it is run once for every way that chance can turn out."""
+def every_way(run: Callable[[Script], tuple[int, ...]]) -> Distribution:
+    """The exact distribution of what `run` returns: it is run once for every way that chance can turn out."""
     total: dict[tuple[int, ...], float] = defaultdict(float)
     scripts: list[list[int]] = [[]]
     while scripts:
@@ -114,8 +116,8 @@ def every_way(run: Callable[[Script], tuple[int, ...]]) -> Law:
     return total
 
 
-def distance(one: Law, other: Law) -> float:
-    """The largest difference of two laws at any text."""
+def distance(one: Distribution, other: Distribution) -> float:
+    """The largest difference of two distributions at any text."""
     return max(abs(one.get(text, 0.0) - other.get(text, 0.0)) for text in {*one, *other})
 
 

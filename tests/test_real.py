@@ -163,7 +163,7 @@ def logit_change(engine: Engine, plain: list[list[int]]) -> float:
             for start in range(len(ids)):
                 parts.append(engine.target(chain_rows(0, ids[start : start + 1], start), cache).logits)
                 cache.keep(0, [0])
-        favourites = whole.topk(8, -1).indices  # the tokens that could win
-        changes.append((whole.gather(1, favourites) - torch.cat(parts).gather(1, favourites)).abs().flatten())
+        target_argmax = whole.topk(8, -1).indices  # the tokens that could win
+        changes.append((whole.gather(1, target_argmax) - torch.cat(parts).gather(1, target_argmax)).abs().flatten())
     ordered = torch.cat(changes).sort().values
     return 2 * float(ordered[math.ceil(0.999 * (len(ordered) - 1))])  # a gap is between two logits, and both move

@@ -14,7 +14,15 @@ import torch
 
 from eyas import reference as R
 from eyas.config import DraftConfig, TreeShape
-from tests.enumeration import distance, law_of_accept_reject, law_of_walk, random_law, random_parents, random_tree, surprise
+from tests.enumeration import (
+    distance,
+    distribution_of_accept_reject,
+    distribution_of_walk,
+    random_distribution,
+    random_parents,
+    random_tree,
+    surprise,
+)
 
 H, D, V = 8, 7, 11
 CONFIG = DraftConfig(V, D, H, 12, 2, 1, 4, H, (1, 2, 3), 64)
@@ -94,50 +102,50 @@ def test_ancestor_mask_is_being_an_ancestor():
 
 
 def test_comb_mask_is_step_0_causal_plus_own_slot_diagonals():
-    slots, steps = 5, 4
-    mask = R.ancestor_mask(R.comb_parents(slots, steps)).view(steps, slots, steps, slots)
-    for i, j, s, k in itertools.product(range(steps), range(slots), range(steps), range(slots)):
+    anchors, steps = 5, 4
+    mask = R.ancestor_mask(R.comb_parents(anchors, steps)).view(steps, anchors, steps, anchors)
+    for i, j, s, k in itertools.product(range(steps), range(anchors), range(steps), range(anchors)):
         allowed = k <= j if s == 0 else (k == j and s <= i)
         assert mask[i, j, s, k] == allowed, "trap 11: never a later step-0 key"
 
 
 def test_comb_positions_are_slot_plus_step():
-    slots, steps = 5, 4
-    positions = R.ancestor_mask(R.comb_parents(slots, steps)).sum(-1) - 1
-    assert positions.view(steps, slots).tolist() == [[j + i for j in range(slots)] for i in range(steps)]
+    anchors, steps = 5, 4
+    positions = R.ancestor_mask(R.comb_parents(anchors, steps)).sum(-1) - 1
+    assert positions.view(steps, anchors).tolist() == [[j + i for j in range(anchors)] for i in range(steps)]
 
 
 # ---- verification ----
 
 
-def test_walk_has_the_law_of_accept_reject():
+def test_walk_has_the_distribution_of_accept_reject():
     rng = random.Random(1)
     for _ in range(100):
         vocab = rng.randint(2, 4)
         tokens, parents = random_tree(rng, rng.randint(1, 5), vocab)
-        law = random_law(rng, len(tokens), vocab)
-        walked, rejected = law_of_walk(tokens, parents, law), law_of_accept_reject(tokens, parents, law)
+        distribution = random_distribution(rng, len(tokens), vocab)
+        walked, rejected = distribution_of_walk(tokens, parents, distribution), distribution_of_accept_reject(tokens, parents, distribution)
         assert abs(sum(walked.values()) - 1) < 1e-12
         assert distance(walked, rejected) < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_accept_reject_draws_from_its_law(seed: int):
+def test_accept_reject_draws_from_its_distribution(seed: int):
     rng = random.Random(seed)
     tokens, parents = random_tree(rng, 6, 4)
-    law = random_law(rng, 6, 4)
-    exact = law_of_accept_reject(tokens, parents, law)
+    distribution = random_distribution(rng, 6, 4)
+    exact = distribution_of_accept_reject(tokens, parents, distribution)
     uniforms, seen = iter(rng.random, None), Counter()
     for _ in range(6000):
-        path, bonus = R.accept_reject(tokens, parents, torch.tensor(law), uniforms)
+        path, bonus = R.accept_reject(tokens, parents, torch.tensor(distribution), uniforms)
         seen[(*(tokens[node] for node in path[1:]), bonus)] += 1
     assert surprise(seen, exact) < 1
 
 
 def test_accept_reject_never_commits_what_the_target_cannot_draw():
-    tokens, parents, law = [0, 2, 1], [-1, 0, 0], torch.tensor([[0.0, 1.0, 0.0]] * 3)
+    tokens, parents, distribution = [0, 2, 1], [-1, 0, 0], torch.tensor([[0.0, 1.0, 0.0]] * 3)
     for u in [0.0, 0.5, 1 - 2**-53]:
-        assert R.accept_reject(tokens, parents, law, itertools.repeat(u)) == ([0, 2], 1)
+        assert R.accept_reject(tokens, parents, distribution, itertools.repeat(u)) == ([0, 2], 1)
 
 
 def test_walk_of_a_lone_root_is_plain_decoding():
@@ -157,22 +165,22 @@ def test_unroll_equals_generation(norm_output: bool):
     config, steps = replace(CONFIG, norm_output=norm_output), 4
     weights, (tokens, features, _) = random_weights(), random_document()
     unrolled = R.unroll(weights, config, tokens, features, steps)
-    for slot in range(n - 1):
-        inside = min(steps, n - 1 - slot)  # steps whose input token exists
-        follow = tokens[slot + 2 : slot + 1 + inside].tolist()
-        chain = drafted_step_by_step(weights, config, tokens[: slot + 2], features[: slot + 1], follow)
-        assert (unrolled[:inside, slot] - chain).abs().max() < 1e-10
+    for anchor in range(n - 1):
+        inside = min(steps, n - 1 - anchor)  # steps whose input token exists
+        follow = tokens[anchor + 2 : anchor + 1 + inside].tolist()
+        chain = drafted_step_by_step(weights, config, tokens[: anchor + 2], features[: anchor + 1], follow)
+        assert (unrolled[:inside, anchor] - chain).abs().max() < 1e-10
 
 
 def test_slot_reads_the_next_token_and_not_the_one_after():
     weights, (tokens, features, _) = random_weights(), random_document()
-    steps, slot = 3, 4
+    steps, anchor = 3, 4
     before = R.unroll(weights, CONFIG, tokens, features, steps)
     for position in range(n):
         changed = tokens.clone()
         changed[position] = (changed[position] + 1) % V
-        moved = (R.unroll(weights, CONFIG, changed, features, steps)[:, slot] - before[:, slot]).abs().amax(-1) > 1e-9
-        assert moved.tolist() == [1 <= position <= slot + 1 + step for step in range(steps)]
+        moved = (R.unroll(weights, CONFIG, changed, features, steps)[:, anchor] - before[:, anchor]).abs().amax(-1) > 1e-9
+        assert moved.tolist() == [1 <= position <= anchor + 1 + step for step in range(steps)]
 
 
 def test_no_step_reads_a_later_feature():
@@ -182,17 +190,17 @@ def test_no_step_reads_a_later_feature():
         changed = features.clone()
         changed[position] += 1
         moved = (R.unroll(weights, CONFIG, tokens, changed, 4) - before).abs().amax(-1) > 1e-9
-        assert all(moved[step, slot] == (position <= slot) for step in range(4) for slot in range(n - 1))
+        assert all(moved[step, anchor] == (position <= anchor) for step in range(4) for anchor in range(n - 1))
 
 
 def test_teacher_of_step_i_slot_j_is_the_targets_row_j_1_i():
     weights, (tokens, features, logits) = random_weights(), random_document()
-    logits[:, VOCAB_IDS[0]] += 20  # every slot's favourite lies in the draft vocabulary
-    slot = 3
+    logits[:, VOCAB_IDS[0]] += 20  # every slot's likeliest lies in the draft vocabulary
+    anchor = 3
     for step in range(3):
         answer = torch.full((n,), -1)
-        answer[slot + 1 : slot + 3 + step] = 0  # at this step only this slot counts
-        assert R.loss_slots(answer, step).nonzero().flatten().tolist() == [slot]
+        answer[anchor + 1 : anchor + 3 + step] = 0  # at this step only this anchor counts
+        assert R.loss_anchors(answer, step).nonzero().flatten().tolist() == [anchor]
 
         def loss(target_logits, answer=answer, step=step):
             return R.unrolled_loss(weights, CONFIG, tokens, features, target_logits, answer, VOCAB_IDS, step + 1, 0.8)[1][step]
@@ -200,7 +208,7 @@ def test_teacher_of_step_i_slot_j_is_the_targets_row_j_1_i():
         for row in range(n):
             peculiar = logits.clone()
             peculiar[row, VOCAB_IDS[1]] += 40
-            assert (abs(loss(peculiar) - loss(logits)) > 1e-6) == (row == slot + 1 + step)
+            assert (abs(loss(peculiar) - loss(logits)) > 1e-6) == (row == anchor + 1 + step)
 
 
 def test_loss_slots_are_those_whose_drawn_and_predicted_token_share_an_answer():
@@ -212,7 +220,7 @@ def test_loss_slots_are_those_whose_drawn_and_predicted_token_share_an_answer():
             expected = [
                 j + 2 + step < len(answer) and answer[j + 1] >= 0 and answer[j + 1] == answer[j + 2 + step] for j in range(len(answer))
             ]
-            assert R.loss_slots(torch.tensor(answer), step).tolist() == expected
+            assert R.loss_anchors(torch.tensor(answer), step).tolist() == expected
 
 
 def test_loss_is_the_cross_entropy_written_out_slot_by_slot():
@@ -223,15 +231,15 @@ def test_loss_is_the_cross_entropy_written_out_slot_by_slot():
     outside = 0
     for step in range(4):
         terms = []
-        for slot in R.loss_slots(answer, step).nonzero().flatten().tolist():
-            row = logits[slot + 1 + step]
-            q = R.draft_logits(weights, CONFIG, a[step, slot]).log_softmax(-1)
+        for anchor in R.loss_anchors(answer, step).nonzero().flatten().tolist():
+            row = logits[anchor + 1 + step]
+            q = R.draft_logits(weights, CONFIG, a[step, anchor]).log_softmax(-1)
             p = row[VOCAB_IDS].exp() / row[VOCAB_IDS].exp().sum()
             within = row.argmax().item() in VOCAB_IDS.tolist()
             outside += not within
             terms.append(-(p * q).sum().item() if within else 0.0)
         assert losses[step].item() == pytest.approx(sum(terms) / len(terms) if terms else 0.0, abs=1e-12)
-    assert outside > 0, "the case must hold a slot whose favourite lies outside the draft vocabulary"
+    assert outside > 0, "the case must hold an anchor whose likeliest lies outside the draft vocabulary"
     assert losses[3] == 0, "no answer is long enough for step 3"
     assert total.item() == pytest.approx(sum(0.8**i * loss.item() for i, loss in enumerate(losses)), abs=1e-12)
 
@@ -261,7 +269,7 @@ def test_every_weight_learns_and_gradients_are_finite_differences(variant: dict)
 
 def test_simulated_tau_counts_leading_steps_only():
     accepted = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    answer = torch.zeros(5, dtype=torch.long)  # slots 0, 1, 2 count at step 0
+    answer = torch.zeros(5, dtype=torch.long)  # anchors 0, 1, 2 count at step 0
     assert R.simulated_tau(accepted, answer) == pytest.approx(1 + (3 + 1 + 0) / 3)
 
 
@@ -270,11 +278,11 @@ def test_draft_accepts_compares_target_ids_over_the_full_vocabulary():
     answer, steps = torch.zeros(n, dtype=torch.long), 3
     guesses = VOCAB_IDS[R.draft_logits(weights, CONFIG, R.unroll(weights, CONFIG, tokens, features, steps)).argmax(-1)]
     agreeing = logits.clone()
-    for slot in range(n - 2):
-        agreeing[slot + 1, guesses[0, slot]] = 100.0
+    for anchor in range(n - 2):
+        agreeing[anchor + 1, guesses[0, anchor]] = 100.0
     accepted = R.draft_accepts(weights, CONFIG, tokens, features, agreeing, answer, VOCAB_IDS, steps)
     assert accepted[0].tolist() == [True] * (n - 2) + [False] * 2
-    agreeing[:, 2] = 200.0  # id 2 is not in the draft vocabulary: every slot is a miss
+    agreeing[:, 2] = 200.0  # id 2 is not in the draft vocabulary: every anchor is a miss
     assert not R.draft_accepts(weights, CONFIG, tokens, features, agreeing, answer, VOCAB_IDS, steps).any()
 
 

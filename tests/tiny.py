@@ -46,7 +46,7 @@ def tiny_config(**changes) -> TargetConfig:
 
 
 def tiny_target(seed: int = 0, dtype: torch.dtype = torch.float64, prepare: bool = True, **changes) -> Target:
-    """A target whose law is peaked but not degenerate; the weights are the same for a seed in every `dtype`, up to rounding."""
+    """A target whose distribution is peaked but not degenerate; the weights are the same for a seed in every `dtype`, up to rounding."""
     target = Target(tiny_config(**changes)).double()
     randomize(target, seed)
     target = target.to(dtype).eval().requires_grad_(False)

@@ -58,7 +58,7 @@ DIFFERS = (
     "at step i speculators counts slot j if t_{j+1+i} counts, so also slots that begin before the answer; we count it only if t_{j+1} and "
     "t_{j+2+i} lie in one answer. The mask it is given makes step 0 the same on both sides",
     "loss: speculators' default is KL(target | draft) over the draft vocabulary, ours its cross-entropy: they differ by the target's "
-    "entropy, a constant; ours adds nothing where the target's favourite is outside the draft vocabulary; steps weigh 1 there, 0.55^i here",
+    "entropy, a constant; ours adds nothing where the target's likeliest is outside the draft vocabulary; steps weigh 1 there, 0.55^i here",
     "speculators normalises the target's last hidden state itself; shards hold it normalised, so it is divided by the norm's weight first",
     "speculators' defaults norm_before_residual, norm_before_fc, norm_output and its sliding window are off: the network is the paper's, "
     "as ours is",

@@ -68,23 +68,23 @@ class Ours:
         return Turn(*(sum(values) for values in zip(*(asdict(turn).values() for turn in done))))
 
     def losses(self, example: Example) -> tuple[list[float], Tensor, Tensor, float]:
-        """Mean KL(target | draft) of each step over our slots, those slots as marks [steps, M] of the token read last, slots a step, and
-        the share of slots whose favourite is outside the draft vocabulary."""
+        """Mean KL(target | draft) of each step over our anchors, these as marks [steps, M] of the token read last, anchors a step, and the
+        share of anchors whose likeliest is outside the draft vocabulary."""
         trainer, steps = self.trainer, self.trainer.settings.unroll_steps
         batch, states = make_batch([example], trainer.source, trainer.network)
         taught, teacher_of = batch.taught()
-        law = trainer.teacher.law(states.hidden[taught])
+        distribution = trainer.teacher.distribution(states.hidden[taught])
         all_count = torch.ones(len(batch.tokens), dtype=torch.bool)
         with torch.no_grad():
-            _, means = unrolled_loss(trainer.network, batch, Supervision(law, teacher_of, all_count, steps, 1.0))
-        slots, counted = batch.slots()
-        entropy = torch.special.entr(law).sum(-1)
+            _, means = unrolled_loss(trainer.network, batch, Supervision(distribution, teacher_of, all_count, steps, 1.0))
+        anchors, counted = batch.anchors()
+        entropy = torch.special.entr(distribution).sum(-1)
         found, marks = [], torch.zeros(steps, len(batch.tokens), dtype=torch.bool)
         for step in range(steps):
-            rows = slots[counted > step] + 1 + step
+            rows = anchors[counted > step] + 1 + step
             found.append(float(means[step] - entropy[teacher_of[rows]].mean()))
             marks[step, rows] = True
-        outside = 1 - float(trainer.teacher.within(states.favourites[slots + 1]).float().mean())
+        outside = 1 - float(trainer.teacher.within(states.target_argmax[anchors + 1]).float().mean())
         return found, marks, marks.sum(1), outside
 
 

@@ -50,7 +50,7 @@ def tell(console: Console, found: Diagnosis, tokens: int) -> None:
     if found.as_is:
         steps = ", ".join(f"{value:.2f}" for value in found.as_is.acceptance)
         console.print(f"as it is: tau {found.as_is.tau:.2f} for a chain of {len(found.as_is.acceptance)}, acceptance by step {steps}")
-        console.print(f"(on {tokens} tokens that the target wrote, every slot counted, fed with the text)")
+        console.print(f"(on {tokens} tokens that the target wrote, every anchor counted, fed with the text)")
         table = Table("if this were so", "tau", "better by, standard errors")
         for says, tau, better in found.measured:
             table.add_row(says, f"{tau:.2f}", f"{better:.1f}")

@@ -26,7 +26,7 @@ from eyas.train import trainer as training
 from eyas.train.build import Setup, Studied, build, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
-from eyas.train.parallel import Peers
+from eyas.train.parallel import Ranks
 
 EAGLE_3 = ("top_layer_only", "random_head", "fc_norm", "norm_output", "draft_layers")
 ONLY_OF = dict.fromkeys(EAGLE_3, "eagle3") | {"token_left_out": "eagle1"}
@@ -36,24 +36,24 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     budget = budget_from(options)
     check_device(options.device)
-    peers = Peers.join(options.device)
+    ranks = Ranks.join(options.device)
     try:
-        return train(options, settings, budget, peers)
+        return train(options, settings, budget, ranks)
     finally:
-        peers.leave()
+        ranks.leave()
 
 
-def train(options: argparse.Namespace, settings: TrainSettings, budget: training.Budget, peers: Peers) -> int:
+def train(options: argparse.Namespace, settings: TrainSettings, budget: training.Budget, ranks: Ranks) -> int:
     out = Path(options.out).expanduser().resolve()
-    if peers.first:
+    if ranks.first:
         check_out(out, options.resume)
     studied = Studied.at(target_directory(options.target), taps_from(options.taps))
     check_together(options, settings, studied)
-    console = Console(stderr=True, highlight=False, quiet=not peers.first)
+    console = Console(stderr=True, highlight=False, quiet=not ranks.first)
     before = training.read_checkpoint(out) if options.resume else None
-    examples, source, facts = data_of(options, studied, settings, console, peers, before)
+    examples, source, facts = data_of(options, studied, settings, console, ranks, before)
     method, start = method_of(options), Path(options.start).expanduser() if options.start else None
-    device = device_of(options.device, peers)
+    device = device_of(options.device, ranks)
     setup = Setup(
         target=load_target(studied.directory, "fp32", device),  # not before: while workers write, each holds its own
         taps=studied.taps,
@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         facts={**facts, "method": method, **studied.facts(), **earlier_facts(start)},
         method=method,
         workers=workers_of(options),
-        peers=peers,
+        ranks=ranks,
         start=start,
         say=lambda line: console.print(line, soft_wrap=True),
     )
@@ -78,25 +78,25 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     except KeyboardInterrupt:
         print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
         raise
-    if peers.first:
+    if ranks.first:
         where = f" --target {shlex.quote(options.target)}" if options.target else ""
         print(f"draft written to {out}; try: eyas generate 'Tell me about hawks.'{where} --draft {shlex.quote(str(out))}")
     return 0
 
 
 def data_of(
-    options: argparse.Namespace, studied: Studied, settings: TrainSettings, console: Console, peers: Peers, before: dict[str, Any] | None
+    options: argparse.Namespace, studied: Studied, settings: TrainSettings, console: Console, ranks: Ranks, before: dict[str, Any] | None
 ) -> tuple[list[Example], StateSource | None, dict[str, Any]]:
     """Examples, where their states come from (None: the target reads them beside the training), and what they are."""
     if options.data and not options.regenerate:
         examples, facts = from_conversations(Path(options.data), studied.directory, settings, console, options.apart)
         return examples, None, facts
     words = own_words(studied, options.seed_prompts, options.data, console)
-    if not peers.first:
-        peers.wait()  # while the first lets the target write; then what it needs is there
+    if not ranks.first:
+        ranks.wait()  # while the first lets the target write; then what it needs is there
     examples, facts = from_self_play(options, words, settings, options.self_play or SELF_PLAY_TOKENS, workers_of(options), before)
-    if peers.first:
-        peers.wait()
+    if ranks.first:
+        ranks.wait()
     return examples, ShardStates(), facts
 
 
@@ -178,9 +178,9 @@ def setting(text: str) -> tuple[str, Any]:
     return name, found
 
 
-def device_of(device: str, peers: Peers) -> str:
+def device_of(device: str, ranks: Ranks) -> str:
     """Each process of torchrun has a CUDA device of its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and peers.count > 1 else device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and ranks.count > 1 else device
 
 
 def budget_from(options: argparse.Namespace, usual: float = TRAIN_MINUTES) -> training.Budget:

@@ -47,7 +47,7 @@ Logits = Callable[[int, Tensor], Tensor]  # depth, outputs [R, ...] -> logits [R
 def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logits, vocab: DraftVocab | None = None) -> list[Tree]:
     """One tree a request; without `vocab` the draft's ids are the target's. Where an empty tree is asked for the drafter is left alone:
     committed text waits until it is next needed."""
-    wanted = paying([request for request in requests if request.shape.nodes > 1])
+    wanted = worth_drafting([request for request in requests if request.shape.nodes > 1])
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
         grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, logits, vocab)
@@ -55,11 +55,11 @@ def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logi
     return list(trees.values())
 
 
-def paying(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
+def worth_drafting(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
     """Those for which drafting is worth its time, where that is planned."""
     if not requests or requests[0].planner is None:
         return requests
-    return [request for request, pays in zip(requests, requests[0].planner.pays([each.covered for each in requests])) if pays]
+    return [request for request, pays in zip(requests, requests[0].planner.worth_drafting([each.covered for each in requests])) if pays]
 
 
 def grow_levels(
@@ -85,9 +85,9 @@ def grow_levels(
                 growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab))
                 kept.update(zip(frontier, rows))
                 if planner:
-                    planner.grew(growth, frontier, before)
+                    planner.record_level(growth, frontier, before)
         if planner:
-            planner.stepped(len(outputs), time.perf_counter() - started)
+            planner.record_step(len(outputs), time.perf_counter() - started)
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
 
 

@@ -25,7 +25,7 @@ from eyas.kernels.attention import Attend, PassAttention
 from eyas.kernels.layer import OneLayer
 from eyas.kernels.linear import Dense
 from eyas.model.protocols import TargetModel
-from eyas.model.shared_weights import Borrowing, FrozenHead
+from eyas.model.shared_weights import FrozenHead, SharedWeights
 from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
@@ -47,7 +47,7 @@ class Eagle1Block(nn.Module):
         return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
 
 
-class Eagle1Network(Borrowing, nn.Module):
+class Eagle1Network(SharedWeights, nn.Module):
     """`embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that never sees the drawn token."""
 
     def __init__(self, shape: TargetConfig, embedding: Tensor, head: nn.Linear, bias: bool = True, token_left_out: bool = False) -> None:
@@ -57,7 +57,7 @@ class Eagle1Network(Borrowing, nn.Module):
         self.layers = nn.ModuleList([Eagle1Block(shape)])
         self.fused, self.run = Dense(self.fc), OneLayer(self.blocks[0], None)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
-        self.borrow(embedding, head)
+        self.share(embedding, head)
 
     @property
     def blocks(self) -> list[Eagle1Block]:

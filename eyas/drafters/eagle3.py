@@ -1,6 +1,6 @@
 """EAGLE-3 as a drafter: fuse the target's features, catch up on committed text, grow a dynamic tree (arXiv 2503.01840).
 
-The draft's cache holds one row a slot: slot j pairs feature f_j with token t_{j+1} at position j. Prefix rows always come from true
+The draft's cache holds one row a position: row j pairs feature f_j with token t_{j+1} at position j. Prefix rows always come from true
 features; rows of a tree, whose features are the draft's own outputs, are discarded after the walk. Knows the network and growth; knows
 nothing of verification.
 """
@@ -37,7 +37,7 @@ HELD = 1024  # rows at most that wait to be read: where drafting does not pay th
 class PendingRows:
     """Committed text that the draft has not read yet."""
 
-    tokens: list[int] = field(default_factory=list)  # t_{j+1} of the slots to come
+    tokens: list[int] = field(default_factory=list)  # t_{j+1} of the rows to come
     features: list[Tensor] = field(default_factory=list)
     begun: bool = False
 
@@ -65,7 +65,7 @@ class Eagle3Drafter:
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         pending = self.pending[sequence]
-        pending.tokens += tokens if pending.begun else tokens[1:]  # slot j pairs f_j with t_{j+1}: t_0 has no slot
+        pending.tokens += tokens if pending.begun else tokens[1:]  # row j pairs f_j with t_{j+1}: t_0 has no row
         pending.begun = True
         assert features is not None, "what it wants it is given"
         pending.features.append(features)
@@ -78,7 +78,7 @@ class Eagle3Drafter:
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, self.network.logits_at, self.vocab)
         for request in requests:
-            self.cache.cut(request.sequence, request.position)  # slots 0 .. P-1 hold the text; the tree's rows go
+            self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's go
         return trees
 
     def read_level(self, levels: list[Level]) -> Tensor:

@@ -3,8 +3,8 @@
 All heads read the same last hidden state, so drafting is one product a head and costs next to nothing. But no head knows what the others
 said, nor which token the target really drew: the guesses of a level are the same whatever stands before them, and the tree that combines
 them is of a shape fixed beforehand, by how often each head's best, second best, ... guess is right. Feeding back what was drawn is what
-EAGLE added. The published rule of acceptance ("typical") changes the text's law; here the walk checks Medusa's trees like any others, and
-`--verifier typical-lossy` is there to compare.
+EAGLE added. The published rule of acceptance ("typical") changes the text's distribution; here the walk checks Medusa's trees like any
+others, and `--verifier typical-lossy` is there to compare.
 
 The network's tensors have the published names. Knows heads and hidden states; keeps no cache.
 """
@@ -28,7 +28,7 @@ from eyas.decode.tree import Tree
 from eyas.files import draft_files
 from eyas.kernels.linear import Dense
 from eyas.model.protocols import TargetModel
-from eyas.model.shared_weights import Borrowing
+from eyas.model.shared_weights import SharedWeights
 from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab
 
@@ -58,13 +58,13 @@ class MedusaHead(nn.Sequential):
         return last
 
 
-class MedusaNetwork(Borrowing, nn.ModuleList):
+class MedusaNetwork(SharedWeights, nn.ModuleList):
     """Head k: residual blocks, then logits of the token k + 2 places behind the last one read; the target's own head says the next."""
 
     def __init__(self, width: int, draft_vocab_size: int, heads: int, blocks: int, embedding: Tensor) -> None:
         parts = [[ResBlock(width) for _ in range(blocks)] + [nn.Linear(width, draft_vocab_size, bias=False)] for _ in range(heads)]
         super().__init__(MedusaHead(*each) for each in parts)
-        self.borrow(embedding)  # which heads do not read
+        self.share(embedding)  # which heads do not read
         self.outputs = [Dense(head.last) for head in self.heads]
 
     @property

@@ -31,7 +31,7 @@ from eyas.kernels.linear import Dense
 from eyas.model.cache import KVCache
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Segment
-from eyas.model.shared_weights import Borrowing, FrozenHead
+from eyas.model.shared_weights import FrozenHead, SharedWeights
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
@@ -51,7 +51,7 @@ class MtpModule(Block):
         self.joined = Dense(self.eh_proj)
 
 
-class MtpNetwork(Borrowing, nn.Module):
+class MtpNetwork(SharedWeights, nn.Module):
     """`embedding` [V, H] and `head` are the target's."""
 
     def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
@@ -60,7 +60,7 @@ class MtpNetwork(Borrowing, nn.Module):
         self.layers = nn.ModuleList(self.stack)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings)
         self.runs = [OneLayer(module, module.input_layernorm) for module in self.stack]
-        self.borrow(embedding, head)
+        self.share(embedding, head)
 
     @property
     def levels(self) -> int:

@@ -20,10 +20,10 @@ from eyas.files.eagle3_files import FACTS, tensors_hash
 from eyas.files.tensors import check_tensors, load_strictly, save_tensors
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.model.protocols import DraftModule
-from eyas.model.shared_weights import Borrowing
+from eyas.model.shared_weights import SharedWeights
 from eyas.model.vocab import DraftVocab
 
-Network = TypeVar("Network", bound=Borrowing)
+Network = TypeVar("Network", bound=SharedWeights)
 ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers -> config.json without eyas's facts
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eyas.config import EyasError
 from eyas.formats.portable import Draft, Found
-from eyas.measure.agreement import CLEAR, Agreement, Evidence, agreement
+from eyas.measure.agreement import CLEAR_ERRORS, Agreement, Evidence, agreement
 
 READS = {"inputs": 0, "outputs": 1}
 
@@ -82,7 +82,9 @@ def verdict(options: list[Reading], scores: list[Agreement], best: int) -> str:
     others = [abs(scores[best].beats(score)) for number, score in enumerate(scores) if number != best]
     if not others:
         return f"{options[best].words} (the only reading that fits the target)"
-    sure = f"{min(others):.0f} standard errors apart" if min(others) >= CLEAR else "no clear difference, the file's own reading stands"
+    sure = (
+        f"{min(others):.0f} standard errors apart" if min(others) >= CLEAR_ERRORS else "no clear difference, the file's own reading stands"
+    )
     if not scores[best].telling:
         sure = "it agrees with this target in none of them, so the file's own reading stands"
     return f"{options[best].words} ({'; '.join(beside)} tokens a round; {sure})"

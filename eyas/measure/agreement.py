@@ -1,6 +1,6 @@
 """How well a draft agrees with its target on the target's own greedy text: step by step, teacher-forced, under any settings.
 
-One text and one target pass serve every variant of a draft, so variants are compared on the same slots. Knows targets, drafts and the
+One text and one target pass serve every variant of a draft, so variants are compared on the same anchors. Knows targets, drafts and the
 unroll; knows nothing of files.
 """
 
@@ -33,8 +33,8 @@ QUESTIONS = (
     "Name five instruments of an orchestra and say how each makes sound.",
 )
 STEPS = 3
-CLEAR = 4.0  # standard errors between two readings of a draft before one overrules the other
-TELLING = 0.1  # acceptance of the first step under which nothing can be concluded
+CLEAR_ERRORS = 4.0  # standard errors between two readings of a draft before one overrules the other
+TELLING_ACCEPTANCE = 0.1  # acceptance of the first step under which nothing can be concluded
 UNSAYABLE = -20.0  # log probability given to a token outside the draft vocabulary
 
 
@@ -44,7 +44,7 @@ class Evidence:
 
     examples: list[Example]
     layers: list[Tensor]  # each example's [layers, N, H]: the input of every layer
-    favourites: list[Tensor]  # [N] the target's likeliest next token, where that is of an answer; else -1
+    target_argmax: list[Tensor]  # [N] the target's likeliest next token, where that is of an answer; else -1
 
     @property
     def answer_tokens(self) -> int:
@@ -64,8 +64,8 @@ class Taken:
         if self.late:
             parts = [torch.cat([part[:1].expand(self.late, -1), part[: -self.late]]) for part in parts]
         features = torch.cat(parts)
-        favourites = torch.cat([self.evidence.favourites[number] for number in numbers])
-        return States(features, features.new_zeros(len(features), 1), favourites)
+        target_argmax = torch.cat([self.evidence.target_argmax[number] for number in numbers])
+        return States(features, features.new_zeros(len(features), 1), target_argmax)
 
 
 @torch.inference_mode()
@@ -73,55 +73,55 @@ def gather(target: TargetModel, prompts: Sequence[list[int]], new_tokens: int) -
     """Let the prepared target answer greedily, then read every layer's input along each text."""
     *_, texts = Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens)
     count = target.config.num_hidden_layers
-    source, examples, layers, favourites = TargetStates(target, range(count)), [], [], []
+    source, examples, layers, target_argmax = TargetStates(target, range(count)), [], [], []
     for text in texts:
         answers = [0 if place >= text.prompt_length else -1 for place in range(len(text.tokens))]
         if sum(number == 0 for number in answers) > STEPS:
             examples.append(Example(text.tokens, answers, greedy=True))
             states = source.states(examples[-1:])
             layers.append(states.features.float().view(len(text.tokens), count, -1).transpose(0, 1))
-            favourites.append(states.favourites)
+            target_argmax.append(states.target_argmax)
     if not examples:
         raise EyasError("the target's answers end at once: there is nothing to measure a draft on")
-    return Evidence(examples, layers, favourites)
+    return Evidence(examples, layers, target_argmax)
 
 
 class Agreement(NamedTuple):
-    """What a draft says at every slot of the texts, fed with the texts' own tokens."""
+    """What a draft says at every anchor of the texts, fed with the texts' own tokens."""
 
     acceptance: list[float]  # P(step k right | the steps before right)
     tau: float  # 1 + mean number of leading steps right
-    log_q: Tensor  # [R] log probability of the target's favourite, over all steps and slots: finer than right or wrong
+    log_q: Tensor  # [R] log probability of the target's likeliest, over all steps and anchors: finer than right or wrong
 
     @property
     def telling(self) -> bool:
         """Whether it agrees at all: what does not has not learned this, and one way of being wrong is no better than another."""
-        return self.acceptance[0] >= TELLING
+        return self.acceptance[0] >= TELLING_ACCEPTANCE
 
     def beats(self, other: Agreement) -> float:
-        """How many standard errors lie between the mean log probabilities, slot by slot; positive where this one is better."""
+        """How many standard errors lie between the mean log probabilities, anchor by anchor; positive where this one is better."""
         gain = (self.log_q - other.log_q).double()
         return float(gain.mean() / (gain.std() / len(gain) ** 0.5).clamp_min(1e-12))
 
     def overrules(self, other: Agreement) -> bool:
         """Whether this reading is so much the better one that what a file says must be wrong."""
-        return self.telling and self.beats(other) >= CLEAR
+        return self.telling and self.beats(other) >= CLEAR_ERRORS
 
 
 @torch.no_grad()
 def agreement(network: DraftNetwork, vocab: DraftVocab, evidence: Evidence, late: int = 0, steps: int = STEPS) -> Agreement:
-    """Draft at every slot of the texts' answers with this network (loose weights, float32), its taps and its vocabulary."""
+    """Draft at every anchor of the texts' answers with this network (loose weights, float32), its taps and its vocabulary."""
     batch, states = make_batch(evidence.examples, Taken(evidence, network.config.taps, late), network)
     place = torch.full((vocab.vocab_size,), -1).index_copy_(0, vocab.ids, torch.arange(len(vocab)))  # draft id of a target token
     good = torch.ones_like(batch.tokens, dtype=torch.bool)
-    log_q, acceptance, leading, slots = [], [], 0, 0
+    log_q, acceptance, leading, anchors = [], [], 0, 0
     for step in unroll(network, batch, steps):
-        logits, wanted = network.logits(step.a), states.favourites[step.teacher_rows]
-        hit, before = vocab.to_target(logits.argmax(-1)) == wanted, good[step.slots]
+        logits, wanted = network.logits(step.a), states.target_argmax[step.teacher_rows]
+        hit, before = vocab.to_target(logits.argmax(-1)) == wanted, good[step.anchors]
         said = logits.log_softmax(-1).gather(1, place[wanted].clamp_min(0)[:, None])[:, 0]
         log_q.append(torch.where(place[wanted] >= 0, said, UNSAYABLE))
         right = int((hit & before).sum())
         acceptance.append(right / max(int(before.sum()), 1))
-        leading, slots = leading + right, slots or len(wanted)
-        good[step.slots] = hit & before
-    return Agreement(acceptance, 1 + leading / max(slots, 1), torch.cat(log_q))
+        leading, anchors = leading + right, anchors or len(wanted)
+        good[step.anchors] = hit & before
+    return Agreement(acceptance, 1 + leading / max(anchors, 1), torch.cat(log_q))

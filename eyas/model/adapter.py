@@ -120,7 +120,9 @@ class Pass:
             masks.append(None if bool(seen_nt.all()) else seen_nt)
         return Sight(self, masks)
 
-    def attend(self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Tensor | None], law: dict[str, Any]) -> Tensor:
+    def attend(
+        self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Tensor | None], distribution: dict[str, Any]
+    ) -> Tensor:
         """[N, q, d]; each segment's rows over the rows of its slot and their own."""
         if layer in self.read:
             raise EyasError("this model runs one layer several times a pass, and eyas keeps one set of keys for each; choose another")
@@ -128,7 +130,7 @@ class Pass:
         out = q_qNd.new_empty(q_qNd.shape[1], q_qNd.shape[0], v_kNd.shape[2])
         for (segment, part), seen_nt in zip(self.parts, masks, strict=True):
             keys, values = self.cache.write(layer, segment.slot, k_kNd[:, part].transpose(0, 1), v_kNd[:, part].transpose(0, 1))
-            out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, **law).transpose(0, 1)
+            out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, **distribution).transpose(0, 1)
         return out
 
 
@@ -184,10 +186,10 @@ def attention(
         raise EyasError("this model's layers make a mask of their own, so no tree mask can be handed in; choose another")
     if unknown := sorted(name for name, given in others.items() if given is not None and name not in IGNORED):
         raise EyasError(f"this model's attention takes {', '.join(unknown)}, which eyas does not compute; choose another")
-    law = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap, "sinks_q": s_aux}
+    distribution = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap, "sinks_q": s_aux}
     layer = module.layer_idx
     assert isinstance(layer, int), "transformers numbers the layers that attend"
-    return attention_mask.of.attend(layer, query[0], key[0], value[0], attention_mask.masks, law)[None], None
+    return attention_mask.of.attend(layer, query[0], key[0], value[0], attention_mask.masks, distribution)[None], None
 
 
 def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:

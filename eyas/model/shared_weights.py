@@ -37,7 +37,7 @@ class FrozenHead(nn.Linear):
         return head
 
 
-class Borrowing(nn.Module):
+class SharedWeights(nn.Module):
     """First among a network's bases. Borrowed parts lie in lists: they are not the network's own."""
 
     embedding: list[Tensor]  # [V, H]
@@ -49,7 +49,7 @@ class Borrowing(nn.Module):
     accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, where they were measured
     pool: Pool | None = None  # once prepared on CUDA, where steps may be captured
 
-    def borrow(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
+    def share(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
         self.embedding, self.frozen = [embedding_VH], [] if head is None else [head]
         if head is not None:
             self.head = Dense(head)

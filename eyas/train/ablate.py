@@ -36,13 +36,13 @@ class Trained(NamedTuple):
 
     simulations: list[Simulation]
     steps: int  # of all seeds together
-    slots: int
+    anchors: int
     minutes: float
 
 
 def trained(setup: Setup, variant: Variant, budget: Budget, seeds: int, run: Callable[[Trainer, Budget], None]) -> Trained:
     """Train a variant once a seed and measure it. `setup`: the base's, with what is held out; `run` lets a trainer train."""
-    simulations, steps, slots, minutes = [], 0, 0, 0.0
+    simulations, steps, anchors, minutes = [], 0, 0, 0.0
     for seed in range(seeds):
         settings = replace(setup.settings, **{**variant.settings, **QUIET, "seed": setup.settings.seed + seed})
         trainer = build(replace(setup, settings=settings, taps=variant.taps or setup.taps, out=None))
@@ -53,21 +53,21 @@ def trained(setup: Setup, variant: Variant, budget: Budget, seeds: int, run: Cal
             told = (trainer.network, trainer.vocab, trainer.held_out, trainer.source, chain)
             simulations.append(simulate(*told, unroll=trainer.teaching.unroll))
         progress = trainer.progress
-        steps, slots, minutes = steps + progress.steps, slots + progress.slots, minutes + progress.minutes
-    return Trained(simulations, steps, slots, minutes)
+        steps, anchors, minutes = steps + progress.steps, anchors + progress.slots, minutes + progress.minutes
+    return Trained(simulations, steps, anchors, minutes)
 
 
 def tau_of(simulations: Sequence[Simulation], chosen: Tensor | None = None) -> Tensor:
     """Tau [..] over examples (all of them, or those of each row of `chosen` [.., E]), seeds taken together."""
     right = torch.stack([each.right.sum(1) for each in simulations]).mean(0)
-    slots = simulations[0].slots
-    everyone = torch.arange(len(slots)) if chosen is None else chosen
-    return 1 + right[everyone].sum(-1) / slots[everyone].sum(-1).clamp_min(1)
+    anchors = simulations[0].anchors
+    everyone = torch.arange(len(anchors)) if chosen is None else chosen
+    return 1 + right[everyone].sum(-1) / anchors[everyone].sum(-1).clamp_min(1)
 
 
 def difference(one: Sequence[Simulation], base: Sequence[Simulation], seed: int = 0) -> tuple[float, float, float]:
     """How much more tau than the base's, and its 95% interval: the same conversations are drawn for both."""
-    count = len(base[0].slots)
+    count = len(base[0].anchors)
     chosen = torch.randint(0, count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
     drawn = tau_of(one, chosen) - tau_of(base, chosen)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
@@ -84,7 +84,7 @@ def told(variant: Variant, found: Trained, base: Trained) -> dict[str, Any]:
         "by_seed": [round(each.tau(), 4) for each in found.simulations],
         "acceptance": [round(value, 4) for value in acceptance],
         "steps": found.steps // count,
-        "slots": found.slots // count,
+        "slots": found.anchors // count,
         "minutes": round(found.minutes / count, 2),
     }
     if variant.name != BASE:

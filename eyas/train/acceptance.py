@@ -28,17 +28,17 @@ Unroll = Callable[[Any, Batch, int], Iterator[Step]]
 
 
 class Simulation(NamedTuple):
-    """Counts over E examples and K steps of a chain drafted at every slot of their answers, fed with the text's own tokens."""
+    """Counts over E examples and K steps of a chain drafted at every anchor of their answers, fed with the text's own tokens."""
 
-    slots: Tensor  # [E]
-    counted: Tensor  # [E, K] slots whose answer reaches so far
+    anchors: Tensor  # [E]
+    counted: Tensor  # [E, K] anchors whose answer reaches so far
     alive: Tensor  # [E, K] of those, where all steps before were right
     right: Tensor  # [E, K] of those, where this step is right too: it says what the target finds likeliest
     forced: Tensor  # [E, K] of the counted, where this step is right, whatever came before
 
     def tau(self) -> float:
-        """1 + mean number of leading steps right, over all slots."""
-        return 1 + float(self.right.sum()) / max(float(self.slots.sum()), 1)
+        """1 + mean number of leading steps right, over all anchors."""
+        return 1 + float(self.right.sum()) / max(float(self.anchors.sum()), 1)
 
     def acceptance(self) -> list[float]:
         """P(step k right | steps before right)."""
@@ -51,8 +51,8 @@ class Simulation(NamedTuple):
     def interval(self, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
         """95% of tau, by bootstrap over examples."""
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(0, len(self.slots), (draws, len(self.slots)), generator=generator)
-        taus = 1 + self.right.sum(1)[chosen].sum(1) / self.slots[chosen].sum(1).clamp_min(1)
+        chosen = torch.randint(0, len(self.anchors), (draws, len(self.anchors)), generator=generator)
+        taus = 1 + self.right.sum(1)[chosen].sum(1) / self.anchors[chosen].sum(1).clamp_min(1)
         low, high = taus.quantile(torch.tensor([0.025, 0.975], dtype=taus.dtype)).tolist()
         return low, high
 
@@ -67,7 +67,7 @@ def simulate(
     together: int = 8,
     unroll: Unroll = unroll,
 ) -> Simulation:
-    """Draft at every slot of the examples' answers, by the method's `unroll`; `favourites` of the source are what the target would say."""
+    """Draft at every anchor of the examples' answers, by the method's `unroll`; the source's `target_argmax` is what the target says."""
     parts = []
     for first in range(0, len(examples), together):
         batch, states = make_batch(examples[first : first + together], source, network)
@@ -77,10 +77,10 @@ def simulate(
         good = torch.ones_like(batch.tokens, dtype=torch.bool)
         for i, step in enumerate(unroll(network, batch, steps)):
             guesses = vocab.to_target(network.logits_at(i, step.a).argmax(-1))
-            hit, before = guesses == states.favourites[step.teacher_rows], good[step.slots]
+            hit, before = guesses == states.target_argmax[step.teacher_rows], good[step.anchors]
             for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit), strict=True):
-                row[:, i].index_add_(0, example_of[step.slots], marked.double())
-            good[step.slots] = hit & before
+                row[:, i].index_add_(0, example_of[step.anchors], marked.double())
+            good[step.anchors] = hit & before
         parts.append(counts)
     counted, alive, right, forced = torch.cat(parts, 1).cpu()
     return Simulation(counted[:, 0], counted, alive, right, forced)
@@ -99,11 +99,11 @@ def rank_accuracies(
         following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps + 2)])
         for i, step in enumerate(unroll(network, batch, steps)):
             ranked = vocab.to_target(network.logits_at(i, step.a).topk(min(RANKS, len(vocab)), -1).indices)
-            said = states.favourites[step.teacher_rows]
-            along = good[step.slots]
+            said = states.target_argmax[step.teacher_rows]
+            along = good[step.anchors]
             taken[i, : ranked.shape[1]] += (ranked == said[:, None])[along].sum(0).cpu()
             tried[i] += int(along.sum())
-            good[step.slots] = along & (following[step.slots + 2 + i] == said)
+            good[step.anchors] = along & (following[step.anchors + 2 + i] == said)
     return [[round(share, 4) for share in row] for row in (taken / tried.clamp_min(1)).tolist()]
 
 

@@ -18,11 +18,11 @@ from eyas.train.unroll import Batch
 def make_batch(examples: Sequence[Example], source: StateSource, network: DraftModule) -> tuple[Batch, States]:
     """Lay examples end to end where the network is; answers get numbers of their own."""
     device = network.device
-    features, hidden, favourites = (tensor.to(device) for tensor in source.states(examples))
+    features, hidden, target_argmax = (tensor.to(device) for tensor in source.states(examples))
     tokens = torch.tensor([token for example in examples for token in example.tokens], device=device)
     lengths = [len(example.tokens) for example in examples]
     batch = Batch(tokens, features.to(network.dtype), numbered_answers(examples).to(device), lengths, hidden.to(network.dtype))
-    return batch, States(features, hidden, favourites)
+    return batch, States(features, hidden, target_argmax)
 
 
 def numbered_answers(examples: Sequence[Example]) -> Tensor:

@@ -33,7 +33,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import TreeTau
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, StateSource, TargetStates
-from eyas.train.parallel import ALONE, Peers
+from eyas.train.parallel import ALONE, Ranks
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Run, Trainer
 
@@ -83,7 +83,7 @@ class Setup:
     facts: dict[str, Any] = field(default_factory=dict)
     method: str = "eagle3"
     workers: int = 1
-    peers: Peers = ALONE
+    ranks: Ranks = ALONE
     start: Path | None = None  # a draft whose weights it begins with
     held_out: list[Example] | None = None  # what measures; None: some of the examples are taken for it
     say: Callable[[str], None] = lambda line: None
@@ -110,7 +110,7 @@ def build(setup: Setup) -> Trainer:
         facts=setup.facts,
         target_layers=target.config.num_hidden_layers,
         workers=setup.workers,
-        peers=setup.peers,
+        ranks=setup.ranks,
         method=setup.method,
     )
     return Trainer(run)

@@ -21,7 +21,7 @@ from eyas.files.chat_data import CHAT_KEYS, Message, messages_of, read_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MIN_ANSWER_TOKENS = 4  # a slot's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
+MIN_ANSWER_TOKENS = 4  # an anchor's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
 PROBE = "\ue000eyas\ue000"  # private-use characters: stands in for an answer while the template shows where it puts answers
 # What chat templates begin a turn with: a turn's own text that does so is already rendered, by this model's template or another's.
 MARKS = ("<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>", "[INST]", "<s>", "<start_of_turn>", "<|assistant|>", "<|user|>")

@@ -38,14 +38,14 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def loss(network: Eagle1Network, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
-    """Mean over slots of both terms; the second's mean is what is shown."""
+    """Mean over anchors of both terms; the second's mean is what is shown."""
     generator = torch.Generator().manual_seed(supervision.seed)
     true_MH = batch.wanted(network.wants)
     noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()
     found = list(unroll(network, replace(batch, hidden=true_MH + noise_MH), supervision.steps, supervision.depths))
     guessed = torch.cat([step.a for step in found])
     total, means = supervision.of(found, guessed, network.frozen[0])
-    counts = supervision.counts or [len(step.slots) for step in found]
+    counts = supervision.counts or [len(step.anchors) for step in found]
     total = OF_HEAD * total
     for i, step in enumerate(found):
         distance = F.smooth_l1_loss(step.a, true_MH[step.teacher_rows], reduction="none").mean(-1).sum() / max(counts[i], 1)

@@ -1,7 +1,7 @@
 """Where training examples and what the target knew about them come from: shards that self-play wrote, or a target pass on the fly.
 
 Knows documents, shards and the target's pass; knows nothing of the draft. Either way an example is tokens with answer numbers, and
-`states` gives features [M, taps * H], last hidden states [M, H] and the target's favourite tokens [M] for a list of examples.
+`states` gives features [M, taps * H], last hidden states [M, H] and the target's likeliest tokens [M] for a list of examples.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Example:
 class States(NamedTuple):
     features: Tensor  # [M, 3H]
     hidden: Tensor  # [M, H] after the target's final norm
-    favourites: Tensor  # [M] int64, the target's argmax; -1 where not computed
+    target_argmax: Tensor  # [M] int64, the target's argmax; -1 where not computed
 
 
 class StateSource(Protocol):
@@ -76,11 +76,11 @@ class ShardStates:
             with safe_open(example.source, framework="pt") as file:
                 rows = slice(example.start, example.start + len(example.tokens) - 1)
                 part = [file.get_slice(name)[rows] for name in ("features", "hidden", "favourites")]
-            # the last token has no state; a row of zeros keeps rows and tokens in step, and no slot reads it
-            features, hidden, favourites = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in part)
-            parts.append((features, hidden, favourites))
-        features, hidden, favourites = (torch.cat(column) for column in zip(*parts, strict=True))
-        return States(features, hidden, favourites.long())
+            # the last token has no state; a row of zeros keeps rows and tokens in step, and no anchor reads it
+            features, hidden, target_argmax = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in part)
+            parts.append((features, hidden, target_argmax))
+        features, hidden, target_argmax = (torch.cat(column) for column in zip(*parts, strict=True))
+        return States(features, hidden, target_argmax.long())
 
 
 class TargetStates:
@@ -103,10 +103,10 @@ class TargetStates:
         asked = torch.cat([answers[1:] >= 0, torch.tensor([False])]).nonzero()[:, 0]  # rows whose next token is an answer's
         rows = Rows(tokens, positions, [Segment(slot, length) for slot, length in enumerate(lengths)])
         out = self.target(rows, cache, self.taps, slice(0, 0))
-        favourites = torch.full((len(tokens),), -1)
+        target_argmax = torch.full((len(tokens),), -1)
         for part in asked.split(SCORED):
-            favourites[part] = self.target.head(out.hidden[part]).argmax(-1)
-        return States(out.tapped, out.hidden, favourites)
+            target_argmax[part] = self.target.head(out.hidden[part]).argmax(-1)
+        return States(out.tapped, out.hidden, target_argmax)
 
 
 class TapsOf:

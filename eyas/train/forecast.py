@@ -55,7 +55,7 @@ def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> floa
 
 
 def training_rate(trainer: Trainer, seconds: float = SECONDS) -> float:
-    """Answer slots a second, after one step that is not counted. The trainer is of no use afterwards."""
+    """Anchors a second, after one step that is not counted. The trainer is of no use afterwards."""
     batch = next(trainer.batches(0))
     trainer.step(batch)
     before, started = trainer.progress.slots, time.monotonic()

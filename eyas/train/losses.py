@@ -1,11 +1,11 @@
-"""What a draft is taught with: the paper's cross-entropy against the target's law, or losses of acceptance itself.
+"""What a draft is taught with: the paper's cross-entropy against the target's distribution, or losses of acceptance itself.
 
-Knows states, a head and laws over the draft vocabulary; knows nothing of documents or steps. The head is the training's largest matrix,
-so its gradient is taken in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
+Knows states, a head and distributions over the draft vocabulary; knows nothing of documents or steps. The head is the training's largest
+matrix, so its gradient is taken in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
 
 A loss of one's own is `register`ed by a plugin: a plain function of log q and p, or a rule with its slope, as those here are.
 
-p is the teacher's law, q the draft's, and acceptance sum_v min(p_v, q_v) the chance that EAGLE's rule keeps a token drawn from q.
+p is the teacher's distribution, q the draft's, and acceptance sum_v min(p_v, q_v) the chance that EAGLE's rule keeps a token drawn from q.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Columns(NamedTuple):
 
 
 def choose_columns(teacher_RD: Tensor, likeliest: int, drawn: int, seed: int) -> Columns:
-    """All tokens among the `likeliest` of some row's law, and `drawn` of the others by chance: sums over columns by weight then estimate
-    sums over all tokens without bias."""
+    """All tokens among the `likeliest` of some row's distribution, and `drawn` of the others by chance: sums over columns by weight then
+    estimate sums over all tokens without bias."""
     D = teacher_RD.shape[1]
     certain = torch.zeros(D, dtype=torch.bool, device=teacher_RD.device)
     certain[teacher_RD.topk(min(likeliest, D)).indices.flatten()] = True
@@ -109,7 +109,9 @@ class HeadLoss(torch.autograd.Function):
     """sum over n of weight_n * loss(softmax(x_n W^T), teacher of n), and its terms [N] to look at; teacher rows sum to 1."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # a law wants float32, whatever the layer below computed in
+    @torch.amp.custom_fwd(
+        device_type="cuda", cast_inputs=torch.float32
+    )  # a distribution wants float32, whatever the layer below computed in
     def forward(
         ctx: Any,
         x_NH: Tensor,
@@ -160,7 +162,7 @@ def head_loss(
     loss: str = "soft",
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's law, and its terms [N].
+    """Weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's distribution, and its terms [N].
 
     Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0. With `columns` only those tokens are looked at, each as often as it
     stands for: the head is the largest product, and most of its tokens matter to no row of a batch.

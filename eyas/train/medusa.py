@@ -1,4 +1,4 @@
-"""How Medusa's heads learn (arXiv 2401.10774, 2.2.1): each the law of one token further ahead, all from the same hidden state.
+"""How Medusa's heads learn (arXiv 2401.10774, 2.2.1): each the distribution of one token further ahead, all from the same hidden state.
 
 Head k at row j learns what the target says at row j + 1 + k: of the token two places behind j, three places, and so on. Deeper heads weigh
 less (`step_decay`), for they see less. Knows heads and batches; knows nothing of optimisers.
@@ -34,13 +34,13 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Each head's hidden states at the slots whose answer reaches so far."""
-    hidden_MH, (slots, counted) = batch.wanted(network.wants), batch.slots()
+    """Each head's hidden states at the anchors whose answer reaches so far."""
+    hidden_MH, (anchors, counted) = batch.wanted(network.wants), batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     for step in range(min(steps, network.levels)):
-        slots, counted = slots[counted > step], counted[counted > step]
-        if len(slots):
-            yield Step(slots, hidden_MH[slots], slots + 1 + step)
+        anchors, counted = anchors[counted > step], counted[counted > step]
+        if len(anchors):
+            yield Step(anchors, hidden_MH[anchors], anchors + 1 + step)
 
 
 def loss(network: MedusaNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:

@@ -1,8 +1,8 @@
 """How multi-token prediction's modules learn (DeepSeek-V3, arXiv 2412.19437, 2.2), here after the fact, on a frozen target.
 
 Module k reads what module k - 1 made of every place of a document, so nothing is unrolled: what it sees in training is what it will see in
-use. Its loss is the cross-entropy against the target's law of the token k + 1 places behind; the modules' losses are added. Knows modules
-and batches; knows nothing of optimisers.
+use. Its loss is the cross-entropy against the target's distribution of the token k + 1 places behind; the modules' losses are added. Knows
+modules and batches; knows nothing of optimisers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Each module's states at the slots whose answer reaches so far; all places of a document are read, as in use."""
-    slots, counted = batch.slots()
+    """Each module's states at the anchors whose answer reaches so far; all places of a document are read, as in use."""
+    anchors, counted = batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
@@ -53,9 +53,9 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
     for step in range(min(steps, network.levels)):
         x_MH = network.join(step, following[1 + step : len(h_MH) + 1 + step], h_MH)
         h_MH = network.layers[step](x_MH, network.rotary(place, network.dtype), attend)
-        slots, counted = slots[counted > step], counted[counted > step]
-        if len(slots):
-            yield Step(slots, h_MH[slots], slots + 1 + step)
+        anchors, counted = anchors[counted > step], counted[counted > step]
+        if len(anchors):
+            yield Step(anchors, h_MH[anchors], anchors + 1 + step)
 
 
 def loss(network: MtpNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:

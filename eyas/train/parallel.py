@@ -1,7 +1,7 @@
 """Several processes that train one draft, as `torchrun` starts them: each takes a part of every batch, gradients are summed.
 
 Knows ranks and tensors; knows nothing of drafts. Each gradient is a share of one mean over the whole batch, so the sum over processes is
-the gradient of one process on that batch; DistributedDataParallel would average means over parts, which differ in their slots.
+the gradient of one process on that batch; DistributedDataParallel would average means over parts, which differ in their anchors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WAIT = timedelta(hours=48)  # the others wait while the first lets the target wr
 
 
 @dataclass(frozen=True)
-class Peers:
+class Ranks:
     """This process among those that train together."""
 
     rank: int = 0
@@ -30,7 +30,7 @@ class Peers:
         return self.rank == 0
 
     @classmethod
-    def join(cls, device: str = "cpu") -> Peers:
+    def join(cls, device: str = "cpu") -> Ranks:
         """Meet the other processes, where `torchrun` started several."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -67,4 +67,4 @@ class Peers:
             distributed.destroy_process_group()
 
 
-ALONE = Peers()
+ALONE = Ranks()

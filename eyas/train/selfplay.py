@@ -98,7 +98,7 @@ class Finished(NamedTuple):
     row: Conversation
     features: Tensor  # [n, taps * H] bfloat16
     hidden: Tensor  # [n, H] bfloat16, after the final norm
-    favourites: Tensor  # [n] int32: the target's argmax over its full vocabulary, at rows the target was asked about (others -1)
+    target_argmax: Tensor  # [n] int32: the target's argmax over its full vocabulary, at rows the target was asked about (others -1)
 
 
 class Writer:
@@ -110,7 +110,7 @@ class Writer:
         self.cache = target.new_cache(slots, self.capacity)
         width = (len(settings.taps) + 1) * target.config.hidden_size
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
-        self.favourites = torch.full((slots, self.capacity), -1, dtype=torch.int32)
+        self.target_argmax = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.openings = [template.tokens(text) for text in settings.openings]
         self.root = int(settings.digest(), 16)  # other settings, other conversations: folders may train together
         # Every conversation begins with the same tokens: they are read once, their rows copied to each.
@@ -151,7 +151,7 @@ class Writer:
             before, opened = template.before_with(asked.system), 0
         self.cache.copy_prefix(self.opening, 0, slot, opened)
         self.handed_over[slot, :opened] = self.opening_states[:opened]
-        self.favourites[slot] = -1
+        self.target_argmax[slot] = -1
         row = Conversation(index, seed, temperature, turns, before[:opened], before[opened:], opened, len(before))
         if asked is not None:
             row.asked = asked.turns
@@ -185,7 +185,7 @@ class Writer:
         out = self.target(pass_rows, self.cache, self.settings.taps, last)
         self.hand_over(rows, counts, torch.cat([out.tapped, out.hidden], -1))
         ends = torch.tensor([row.read + count - 1 for row, count in zip(rows.values(), counts, strict=True)])
-        self.favourites[torch.tensor(slots), ends] = out.logits.argmax(-1).int()
+        self.target_argmax[torch.tensor(slots), ends] = out.logits.argmax(-1).int()
         chosen = self.choose(out.logits, list(rows.values()))
         for (slot, row), token, count in zip(rows.items(), chosen, counts, strict=True):
             self.cache.keep(slot, range(count))
@@ -209,12 +209,12 @@ class Writer:
         asking = torch.tensor([row.asking for row in rows])
         temperature = torch.tensor([1.0 if row.asking else row.temperature for row in rows])
         values, ids = logits.float().topk(min(settings.candidates, logits.shape[-1]), -1)
-        law = (values / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
-        above = law.cumsum(-1) - law
+        distribution = (values / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
+        above = distribution.cumsum(-1) - distribution
         top_p = torch.where(asking, settings.question_top_p, settings.answer_top_p)
-        law = law.masked_fill(above >= top_p[:, None], 0.0)
+        distribution = distribution.masked_fill(above >= top_p[:, None], 0.0)
         u = torch.tensor([uniforms(row.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
-        place = (law.cumsum(-1) <= (u * law.sum(-1))[:, None]).sum(-1).clamp_max(law.shape[-1] - 1)
+        place = (distribution.cumsum(-1) <= (u * distribution.sum(-1))[:, None]).sum(-1).clamp_max(distribution.shape[-1] - 1)
         place = torch.where(temperature > 0, place, 0)  # at 0 the best, however near the second is
         return ids.gather(1, place[:, None])[:, 0].tolist()
 
@@ -254,7 +254,7 @@ class Writer:
         row.read = len(row.tokens) - 1
         states = self.handed_over[slot, : row.read]
         width = len(self.settings.taps) * self.target.config.hidden_size
-        return Finished(row, states[:, :width].clone(), states[:, width:].clone(), self.favourites[slot, : row.read].clone())
+        return Finished(row, states[:, :width].clone(), states[:, width:].clone(), self.target_argmax[slot, : row.read].clone())
 
 
 def pick(items: Sequence[T], u: float) -> T:

@@ -41,7 +41,7 @@ def save_shard(path: Path, conversations: Sequence[Finished | None], width: int,
         "temperatures": torch.tensor([row.temperature for row in rows], dtype=torch.float32),
         "features": torch.cat([nothing.new_empty(0, taps * width), *(finished.features for finished in kept)]),
         "hidden": torch.cat([nothing, *(finished.hidden for finished in kept)]),
-        "favourites": torch.cat([torch.empty(0, dtype=torch.int32), *(finished.favourites for finished in kept)]),
+        "favourites": torch.cat([torch.empty(0, dtype=torch.int32), *(finished.target_argmax for finished in kept)]),
     }
     answers = int((tensors["answers"] >= 0).sum())
     counted = {"answer_tokens": answers, "dropped": len(conversations) - len(kept), "looped": sum(row.looped for row in rows)}

@@ -1,4 +1,4 @@
-"""What the target would say next, from its last hidden state, as a law over the draft vocabulary.
+"""What the target would say next, from its last hidden state, as a distribution over the draft vocabulary.
 
 Knows the target's head and what stands between it and the logits; knows nothing of drafts or documents.
 """
@@ -16,7 +16,7 @@ from eyas.model.vocab import DraftVocab
 
 @dataclass
 class Teacher:
-    """The target's head, cut to D tokens; its law is renormalised among them (EAGLE-3, draft model training)."""
+    """The target's head, cut to D tokens; its distribution is renormalised among them (EAGLE-3, draft model training)."""
 
     head_DH: Tensor
     member_V: Tensor
@@ -32,7 +32,7 @@ class Teacher:
         member = vocab.member().to(head.device)
         return cls(head[vocab.ids].to(dtype), member, cut, target.logit_scale, target.logit_softcap)
 
-    def law(self, hidden_MH: Tensor) -> Tensor:
+    def distribution(self, hidden_MH: Tensor) -> Tensor:
         """[M, D]"""
         logits = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
         if self.bias_D is not None:
@@ -42,6 +42,6 @@ class Teacher:
             logits = self.softcap * (logits / self.softcap).tanh()
         return logits.softmax(-1)
 
-    def within(self, favourites_M: Tensor) -> Tensor:
-        """[M] whether the target's favourite token is among the D."""
-        return self.member_V[favourites_M.clamp_min(0)]
+    def within(self, argmax_M: Tensor) -> Tensor:
+        """[M] whether the target's likeliest token is among the D."""
+        return self.member_V[argmax_M.clamp_min(0)]

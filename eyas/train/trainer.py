@@ -34,14 +34,14 @@ from eyas.train.acceptance import rank_accuracies, simulate
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
-from eyas.train.parallel import ALONE, Peers
+from eyas.train.parallel import ALONE, Ranks
 from eyas.train.teacher import Teacher
-from eyas.train.unroll import Supervision, loss_slots
+from eyas.train.unroll import Supervision, loss_anchors
 
 CHECKPOINT = "checkpoint"
 MEASURED = 7  # steps of a chain
 EXPLODED = 10  # times the loss of a draft that knows nothing
-LIKELIEST = 8  # tokens of each law that are always among a batch's columns
+LIKELIEST = 8  # tokens of each distribution that are always among a batch's columns
 CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
 SAME_FACTS = {  # of a run and its resumption
@@ -56,7 +56,7 @@ class Budget:
     """When training ends: whichever of these is reached first."""
 
     steps: int | None = None
-    tokens: int | None = None  # answer slots trained
+    tokens: int | None = None  # answer anchors trained
     minutes: float | None = None
 
     def told(self) -> str:
@@ -73,8 +73,8 @@ class Budget:
 @dataclass
 class Progress:
     steps: int = 0
-    slots: int = 0
-    unrolled: int = 0  # slots of all steps together
+    slots: int = 0  # anchors of step 0; the name that training.json has
+    unrolled: int = 0  # anchors of all steps together
     minutes: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ class Run:
     facts: dict[str, Any]  # of data, target and machine, for training.json
     target_layers: int
     workers: int = 1
-    peers: Peers = ALONE
+    ranks: Ranks = ALONE
     tree_tau: Callable[[DraftModule], float] | None = None
     method: str = "eagle3"
 
@@ -115,7 +115,7 @@ class Trainer:
         self.method, self.teaching = run.method, METHODS[run.method].training()
         self.network, self.vocab, self.teacher, self.source = run.network, run.vocab, run.teacher, run.source
         self.examples, self.held_out, self.settings, self.out, self.facts = run.examples, run.held_out, settings, run.out, run.facts
-        self.target_layers, self.workers, self.peers = run.target_layers, workers, run.peers
+        self.target_layers, self.workers, self.ranks = run.target_layers, workers, run.ranks
         self.parameters = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -135,7 +135,7 @@ class Trainer:
         rng = random.Random(f"{self.settings.seed}-{epoch}")
         order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
         found: list[list[Example]] = [[]]
-        together = min(self.workers * self.peers.count, 4)  # on many cores some wait rather than batches grow
+        together = min(self.workers * self.ranks.count, 4)  # on many cores some wait rather than batches grow
         for start in range(0, len(order), together):
             dealt = order[start : start + together]
             if found[-1] and sum(len(example.tokens) for example in found[-1] + dealt) > self.settings.tokens_per_batch:
@@ -145,8 +145,8 @@ class Trainer:
         yield from found
 
     def depths(self, examples: list[Example], seed: str) -> Tensor:
-        """For how many steps each slot [N] of some examples counts: to its answer's end, or until a coin of `step_keep` drops it."""
-        _, counted = loss_slots(numbered_answers(examples), [len(example.tokens) for example in examples])
+        """For how many steps each anchor [N] of some examples counts: to its answer's end, or until a coin of `step_keep` drops it."""
+        _, counted = loss_anchors(numbered_answers(examples), [len(example.tokens) for example in examples])
         if self.settings.step_keep >= 1:
             return counted
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
@@ -161,23 +161,25 @@ class Trainer:
         with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
             batch, states = make_batch(examples, self.source, self.network)
             taught, teacher_of = batch.taught()
-            law = self.teacher.law(states.hidden[taught])
+            distribution = self.teacher.distribution(states.hidden[taught])
             drawn = settings.sampled_columns
-            columns = choose_columns(law, LIKELIEST, drawn, self.progress.steps) if drawn else None
-            within = self.teacher.within(states.favourites)
+            columns = choose_columns(distribution, LIKELIEST, drawn, self.progress.steps) if drawn else None
+            within = self.teacher.within(states.target_argmax)
             steps = (settings.unroll_steps, settings.step_decay, depths.to(device), counts)
-            loss, losses = self.teaching.loss(self.network, batch, Supervision(law, teacher_of, within, *steps, rule, columns, seed))
+            loss, losses = self.teaching.loss(
+                self.network, batch, Supervision(distribution, teacher_of, within, *steps, rule, columns, seed)
+            )
         return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True)), losses
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
         """One step of the optimiser; `spent`: share of the budget. Returns the mean loss of each unroll step and the gradients' norm."""
         rule = self.settings.loss if spent >= self.settings.loss_from else "soft"
-        parts = [part for part in split_evenly(examples, self.workers * self.peers.count) if part]
+        parts = [part for part in split_evenly(examples, self.workers * self.ranks.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
         depths = [self.depths(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         numbers = [random.Random(f"{seed}-chance").getrandbits(62) for seed in seeds]
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
-        own = slice(self.peers.rank, None, self.peers.count)  # of the parts; the others are for the other processes
+        own = slice(self.ranks.rank, None, self.ranks.count)  # of the parts; the others are for the other processes
         each = (parts[own], depths[own], repeat(counts), repeat(rule), numbers[own])
         results = list((self.pool.map if self.pool else map)(self.gradients, *each))
         zero = torch.zeros((), device=self.network.device)
@@ -185,7 +187,7 @@ class Trainer:
         for index, parameter in enumerate(self.parameters):
             shares = [gradients[index] for gradients, _ in results]
             parameter.grad = sum(shares[1:], shares[0]) if shares else torch.zeros_like(parameter)
-        self.peers.sum([*losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
+        self.ranks.sum([*losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
         if self.settings.top_layer_only:  # these columns begin at 0 and stay there
             network = self.network
             assert isinstance(network, DraftNetwork) and network.fc.weight.grad is not None, "of an EAGLE-3 draft, which has just learned"
@@ -226,7 +228,7 @@ class Trainer:
                     self.measure()  # here, so that a run stopped while it measures does so when it goes on
                 if self.progress.overfits(self.settings.patience):
                     break
-                spent = self.peers.agree(budget.spent(self.progress), self.network.device)
+                spent = self.ranks.agree(budget.spent(self.progress), self.network.device)
                 if spent >= 1:
                     break
                 for group in self.optimiser.param_groups:
@@ -302,7 +304,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the draft, as it was when it accepted most, and what a resumed run needs, all or nothing."""
-        if self.out is None or not self.peers.first:
+        if self.out is None or not self.ranks.first:
             return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
             METHODS[self.method].decoding().save(work, self.network, self.vocab, self.target_layers, self.best, self.facts)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eyas.decode.plan.calibration import DEPTHS, EDGES, LATELY, Calibration
-from eyas.decode.plan.planner import MOST, Planner
+from eyas.decode.plan.calibration import DEPTHS, EDGES, RECENT_NODES, Calibration
+from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.view import pictures
 
 SHOWN, FEWEST = (1, 2, 3), 20  # depths in the picture; guesses without which a share says nothing
@@ -43,13 +43,13 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
     found = [Typical(batch, 0, 1, 1.0, plain, plain)]
     chances: list[float] = []
     newest, drafting = [1.0], 0.0
-    for level in range(1, MOST.levels + 1):
+    for level in range(1, MAX_TREE.levels + 1):
         drafting += planner.steps.of(batch * len(newest))
-        children = [sum(ranked) / LATELY for ranked in zip(*planner.calibration.children[min(level, DEPTHS) - 1], strict=True)]
+        children = [sum(ranked) / RECENT_NODES for ranked in zip(*planner.calibration.children[min(level, DEPTHS) - 1], strict=True)]
         made = [parent * chance for parent in newest for chance in children]
         chances = sorted(chances + made, reverse=True)
-        newest = sorted(made, reverse=True)[: MOST.top_k]
-        for nodes in range(1, min(len(chances), MOST.nodes - 1) + 1):
+        newest = sorted(made, reverse=True)[: MAX_TREE.top_k]
+        for nodes in range(1, min(len(chances), MAX_TREE.nodes - 1) + 1):
             seconds = drafting + planner.passes.of(batch * (1 + nodes))
             found.append(Typical(batch, level, 1 + nodes, 1 + sum(chances[:nodes]), seconds, plain))
     return found

@@ -124,7 +124,7 @@ class Plan:
     def __init__(self, levels: int) -> None:
         self.levels, self.asked, self.left, self.stepped_rows, self.heard = levels, [], 0, [], []
 
-    def pays(self, covered):
+    def worth_drafting(self, covered):
         self.asked = list(covered)
         return [chance < 0.5 for chance in covered]
 
@@ -132,11 +132,11 @@ class Plan:
         self.levels -= 1
         return [nodes[:1] if self.levels >= 0 else [] for nodes in frontiers]
 
-    def grew(self, growth, frontier, before):
+    def record_level(self, growth, frontier, before):
         assert [growth.parents[node] for node in range(before, len(growth.tokens))] == [node for node in frontier for _ in range(3)]
         self.heard.append(list(frontier))
 
-    def stepped(self, rows, seconds):
+    def record_step(self, rows, seconds):
         assert seconds > 0
         self.stepped_rows.append(rows)
 

@@ -336,7 +336,7 @@ def test_the_round_that_a_stop_cuts_counts_as_cut():
     assert result.tau == place / result.rounds
 
 
-# ---- the law of the text ----
+# ---- the distribution of the text ----
 
 PREFIX = [0, 3, 1]
 
@@ -352,8 +352,8 @@ def small():
     return target, Eagle3Drafter(network.prepare(), DraftVocab([0, 1, 2, 4], 5))
 
 
-def exact_law(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
-    """The joint law of the first three tokens after PREFIX, from the target's own law at every text."""
+def exact_distribution(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """The joint distribution of the first three tokens after PREFIX, from the target's own distribution at every text."""
     texts = {(): 1.0}
     for _ in range(3):
         longer = {}
@@ -376,8 +376,8 @@ def exact_law(target, sampling: Sampling) -> dict[tuple[int, ...], float]:
     ],
     ids=str,
 )
-def test_three_tokens_of_tree_decoding_follow_the_exact_joint_law(verifier, shape, sampling):
-    """That each rule keeps the law is tests/decode/test_verify.py's, exactly; here, that it is handed the right laws and chance."""
+def test_three_tokens_of_tree_decoding_follow_the_exact_joint_distribution(verifier, shape, sampling):
+    """That each rule keeps the distribution is tests/decode/test_verify.py's, exactly; here, that it is handed the right ones."""
     target, drafter = small()
     seen: Counter[tuple[int, ...]] = Counter()
     lengths: Counter[int] = Counter()
@@ -385,7 +385,7 @@ def test_three_tokens_of_tree_decoding_follow_the_exact_joint_law(verifier, shap
         seen[tuple(result.tokens[:3])] += 1
         lengths.update(result.accepted_lengths)
     assert lengths[2] > 90 and lengths[3] > 20, "the tree must have been followed, to both levels"
-    exact = exact_law(target, sampling)
+    exact = exact_distribution(target, sampling)
     assert sum(exact.values()) == pytest.approx(1, abs=1e-12)
     assert surprise(seen, exact) < 1
 
@@ -416,7 +416,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another():
 
 
 @pytest.mark.parametrize(("name", "shape"), [("eagle3-tree", "8x2x3"), ("merged", "static:2.1"), ("lookup", "chain:2")])
-def test_guesses_that_are_not_drawn_are_refused_by_a_verifier_that_divides_by_their_law(name, shape):
+def test_guesses_that_are_not_drawn_are_refused_by_a_verifier_that_divides_by_their_distribution(name, shape):
     make = DRAFTERS[name][0]
     with pytest.raises(EyasError, match="needs a draft that draws its guesses"):
         decode(TARGET, make(TARGET), prompts(4, 2), shape, Sampling(1.0), range(4), 20, verifier="without-replacement")

@@ -1,4 +1,4 @@
-"""Noise and the target's law: known answers, streams that never meet, transformers' filters, and draws that follow the law."""
+"""Noise and the target's distribution: known answers, streams that never meet, transformers' filters, and draws that follow it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def much_noise() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_draws_follow_the_law(sampling):
+def test_draws_follow_the_distribution(sampling):
     logits = random_logits(1, SIZE, 1.5)
     seen = Counter(draw(logits, sampling, noise) for noise in much_noise())
     assert surprise(seen, dict(enumerate(distribution(logits, sampling).tolist()))) < 1
@@ -141,7 +141,7 @@ GRID = [
 ]
 
 
-def transformers_law(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def transformers_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The chain that `generate` builds, in its order."""
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -156,12 +156,12 @@ def transformers_law(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])
-def test_law_is_transformers_chain_of_filters(spread):
+def test_distribution_is_transformers_chain_of_filters(spread):
     supports = set()
     for number, sampling in enumerate(GRID):
         logits = random_logits(number, 60, spread)
         ours = distribution(logits, sampling)
-        assert torch.allclose(ours, transformers_law(logits, sampling), rtol=1e-12, atol=1e-15), sampling
+        assert torch.allclose(ours, transformers_distribution(logits, sampling), rtol=1e-12, atol=1e-15), sampling
         supports.add(int((ours > 0).sum()))
     assert len(supports) > 10, "the grid must filter in many ways"
 

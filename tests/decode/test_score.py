@@ -35,7 +35,7 @@ def test_filters_are_loosened_but_rule_tokens_out(sampling):
     scores = log_scores(LOGITS, sampling, NOISE)
     for row, score in zip(LOGITS, scores):
         kept = set((score > float("-inf")).nonzero()[:, 0].tolist())
-        assert set(allowed(row, sampling).tolist()) < kept  # what the target's own filters would leave of this law, and a margin
+        assert set(allowed(row, sampling).tolist()) < kept  # what the target's own filters would leave of this distribution, and a margin
         assert len(kept) < len(row)
 
 
@@ -52,7 +52,7 @@ def drawing(shape: str, sampling: Sampling = SAMPLED, seed: int = 3) -> TreeRequ
     return TreeRequest(0, 7, 20, TreeShape.parse(shape), sampling, None, draws=lambda node, count: gumbel(seed, 20, count, GUESS, node))
 
 
-def test_drawn_children_are_drawn_without_replacement_from_the_law_they_carry():
+def test_drawn_children_are_drawn_without_replacement_from_the_distribution_they_carry():
     logits, vocab = LOGITS[0, :5] / 2, DraftVocab([1, 3, 4, 8, 9], 12)
     q = logits.softmax(-1)
     seen: Counter[tuple[int, ...]] = Counter()
@@ -60,7 +60,7 @@ def test_drawn_children_are_drawn_without_replacement_from_the_law_they_carry():
         found = children(drawing("static:2", seed=seed), 0, range(200), logits.expand(200, 5), vocab)
         seen.update(map(tuple, found.tokens))
         torch.testing.assert_close(torch.stack(found.distributions)[:, vocab.ids], q.expand(200, 5))
-        assert all(law.shape == (12,) and float(law.sum()) == pytest.approx(1) for law in found.distributions)
+        assert all(distribution.shape == (12,) and float(distribution.sum()) == pytest.approx(1) for distribution in found.distributions)
     ids = vocab.ids.tolist()
     exact = {(ids[i], ids[j]): float(q[i] * q[j] / (1 - q[i])) for i in range(5) for j in range(5) if i != j}
     assert surprise(seen, exact) < 1
@@ -77,6 +77,8 @@ def test_children_are_drawn_only_where_the_shape_was_fixed_before_and_with_noise
 
 def test_what_filters_rule_out_is_not_drawn():
     found = children(drawing("static:9", Sampling(1.0, top_k=2)), 0, range(50), LOGITS[:1].expand(50, -1), None)
-    for tokens, scores, law in zip(*found):
-        assert sum(score > float("-inf") for score in scores) == int((law > 0).sum()) == 4, "twice top-k: the draft's law is only near"
-        assert all(law[token] > 0 for token, score in zip(tokens, scores) if score > float("-inf"))
+    for tokens, scores, distribution in zip(*found):
+        assert sum(score > float("-inf") for score in scores) == int((distribution > 0).sum()) == 4, (
+            "twice top-k: the draft's distribution is only near"
+        )
+        assert all(distribution[token] > 0 for token, score in zip(tokens, scores) if score > float("-inf"))

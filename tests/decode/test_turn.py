@@ -180,7 +180,7 @@ def test_others_go_on_while_a_caller_reads_a_long_prompt_in_turns_of_its_own():
 
 
 class Pinned(Prices):
-    def served(self, rows: int, seconds: float) -> None:
+    def record(self, rows: int, seconds: float) -> None:
         """The clock of a test says nothing."""
 
 
@@ -191,7 +191,7 @@ def test_a_planner_keeps_its_rate_for_each_number_of_sequences():
         plan = Planner(Pinned({1: 1.0, 64: 1.5}), Pinned({1: 0.05}), Calibration(frozen=True))
         for size in sizes:
             plan.begin(size)
-            plan.served(3 * size, 1.0, 3 * size, 1.2)
+            plan.record(3 * size, 1.0, 3 * size, 1.2)
         plan.begin(8)
         return plan.rate
 
@@ -206,12 +206,12 @@ def test_calls_share_what_was_learned_and_nothing_of_a_round_under_way(monkeypat
     one, other = (store.planner("eagle3", Sampling()) for _ in range(2))
     for _ in range(60):  # guessing loses in one of them until it pauses
         one.begin(4)
-        one.served(4, 1.0, 4, 1.0 if not one.guesses else 1.3)
+        one.record(4, 1.0, 4, 1.0 if not one.guesses else 1.3)
     assert not one.guesses
     one.begin(1)
     other.begin(4)  # between the other's begin and end
     assert other.guesses, "a pause is its call's own"
-    one.served(1, 1.0, 1000, 1.0)
+    one.record(1, 1.0, 1000, 1.0)
     assert other.recent.tokens == 0 and other.sizes.keys() == {4} and one.recent.tokens > 0
     assert one.pauses.gain is not other.pauses.gain
 

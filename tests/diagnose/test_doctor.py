@@ -208,7 +208,7 @@ def test_a_draft_trained_with_the_feature_of_the_token_before_is_named(good, evi
     for _ in range(12):
         loss = torch.zeros(())
         for step in unroll(network, batch, 3):
-            wanted = number[states.favourites[step.teacher_rows]]
+            wanted = number[states.target_argmax[step.teacher_rows]]
             loss = loss + cross_entropy(network.logits(step.a), wanted, ignore_index=-1)
         optimiser.zero_grad()
         loss.backward()

@@ -39,7 +39,7 @@ def test_the_text_is_plain_decodings(method, temperature, tree):
 
 @pytest.mark.parametrize("method", [name for name in GUESSING if name not in ("lookup", "eagle3-lookup")])
 def test_drafting_alone_and_in_a_batch_makes_the_same_guesses(method):
-    """Round by round, whichever slots a text and its neighbours have and had: a cache that mixed sequences up would guess otherwise."""
+    """Round by round, whichever anchors a text and its neighbours have and had: a cache that mixed sequences up would guess otherwise."""
     together = [text.accepted_lengths for text in texts(MAKERS[method](), "9x3x3", Sampling(1.0))]
     assert together == [text.accepted_lengths for text in texts(MAKERS[method](), "9x3x3", Sampling(1.0), batch=2)]
     alone = [texts(MAKERS[method](), "9x3x3", Sampling(1.0), number, prompts=[prompt])[0] for number, prompt in enumerate(PROMPTS)]
@@ -48,7 +48,7 @@ def test_drafting_alone_and_in_a_batch_makes_the_same_guesses(method):
 
 
 def slots_along(method: str, tokens: list[int], steps: int) -> dict[tuple[int, int], torch.Tensor]:
-    """(slot, step) -> logits, by the network as it is trained: its unroll over a text that is one answer."""
+    """(anchor, step) -> logits, by the network as it is trained: its unroll over a text that is one answer."""
     from eyas.train.features import Example, TargetStates
     from eyas.train.unroll import Batch
 
@@ -57,14 +57,14 @@ def slots_along(method: str, tokens: list[int], steps: int) -> dict[tuple[int, i
     batch = Batch(torch.tensor(tokens), states.features.double(), torch.zeros(len(tokens), dtype=torch.int64), [len(tokens)], states.hidden)
     found = {}
     for step, made in enumerate(METHODS[method].training().unroll(network, batch, steps)):
-        for slot, logits in zip(made.slots.tolist(), network.logits_at(step, made.a)):
-            found[slot, step] = logits.detach()
+        for anchor, logits in zip(made.anchors.tolist(), network.logits_at(step, made.a)):
+            found[anchor, step] = logits.detach()
     return found
 
 
 @pytest.mark.parametrize("method", trained())
 def test_drafting_computes_what_training_taught(method):
-    """A chain drafted along the text's own tokens has, at every depth, the logits of the training's unroll at that slot and step."""
+    """A chain drafted along the text's own tokens has, at every depth, the logits of the training's unroll at that anchor and step."""
     *_, (text,) = Decoder(TARGET).run([PROMPTS[0]], PLAIN, Sampling(), [0], 20)
     tokens = text.tokens
     wanted = slots_along(method, tokens, STEPS)
@@ -72,10 +72,10 @@ def test_drafting_computes_what_training_taught(method):
     along = Follower(drafter, tokens, seen)
     *_, (again,) = Decoder(TARGET, along).run([PROMPTS[0]], TreeShape.chain(STEPS), Sampling(), [0], 20)
     assert again.tokens == tokens and len(seen) > STEPS
-    for slot, step, logits in seen:
-        if (slot, step) in wanted:
-            torch.testing.assert_close(logits, wanted[slot, step], rtol=1e-9, atol=1e-9)
-    assert sum((slot, step) in wanted for slot, step, _ in seen) > STEPS
+    for anchor, step, logits in seen:
+        if (anchor, step) in wanted:
+            torch.testing.assert_close(logits, wanted[anchor, step], rtol=1e-9, atol=1e-9)
+    assert sum((anchor, step) in wanted for anchor, step, _ in seen) > STEPS
 
 
 class Follower:

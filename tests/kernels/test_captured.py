@@ -135,7 +135,7 @@ def test_a_round_that_makes_a_graph_is_not_taken_for_a_usual_one():
     class Counting(FixedPlan):
         served_rounds = 0
 
-        def served(self, *figures):
+        def record(self, *figures):
             self.served_rounds += 1
 
     target = pooled_target()

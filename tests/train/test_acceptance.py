@@ -34,7 +34,7 @@ from tests.train.training import (
 
 @pytest.mark.parametrize("settings", [{}, {"norm_output": True, "fc_norm": True}])
 def test_held_out_tau_is_the_references(settings):
-    """1 + the mean number of leading steps right, over all slots of all documents; and P(step k right | the steps before right)."""
+    """1 + the mean number of leading steps right, over all anchors of all documents; and P(step k right | the steps before right)."""
     loose = tiny_target(prepare=False)
     vocab = DraftVocab([token for token in range(53) if token % 4], 53)
     network = DraftNetwork(draft_config(loose.config, len(vocab), TAPS, **settings), loose.model.embed_tokens.weight.detach()).double()
@@ -42,25 +42,25 @@ def test_held_out_tau_is_the_references(settings):
     source, steps, documents = TargetStates(target(), TAPS), 5, examples()[:11]  # more than one batch of eight
     found = simulate(network, vocab, documents, source, steps)
     weights_ = reference_weights(network)
-    leading, slots = 0.0, 0
+    leading, anchors = 0.0, 0
     alive, right, forced, reached = ([0] * steps for _ in range(4))
     for example in documents:
         tokens, answers = torch.tensor(example.tokens), torch.tensor(example.answers)
         states = source.states([example])
         logits = states.hidden @ loose.lm_head.weight.T
         accepted = reference.draft_accepts(weights_, network.config, tokens, states.features, logits, answers, vocab.ids, steps)
-        count = int(reference.loss_slots(answers, 0).sum())
+        count = int(reference.loss_anchors(answers, 0).sum())
         leading += (reference.simulated_tau(accepted, answers) - 1) * count
-        slots += count
+        anchors += count
         good = torch.ones(len(tokens), dtype=torch.bool)
         for step in range(steps):
-            forced[step] += int((accepted[step] & reference.loss_slots(answers, step)).sum())
-            reached[step] += int(reference.loss_slots(answers, step).sum())
-            counted = reference.loss_slots(answers, step) & good
+            forced[step] += int((accepted[step] & reference.loss_anchors(answers, step)).sum())
+            reached[step] += int(reference.loss_anchors(answers, step).sum())
+            counted = reference.loss_anchors(answers, step) & good
             alive[step] += int(counted.sum())
             right[step] += int((accepted[step] & counted).sum())
             good = accepted[step] & counted
-    assert found.tau() == pytest.approx(1 + leading / slots, abs=1e-12) and found.tau() > 1
+    assert found.tau() == pytest.approx(1 + leading / anchors, abs=1e-12) and found.tau() > 1
     assert found.acceptance() == pytest.approx([hits / max(count, 1) for hits, count in zip(right, alive)])
     assert found.accuracy() == pytest.approx([hits / count for hits, count in zip(forced, reached)])
     low, high = found.interval()

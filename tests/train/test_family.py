@@ -47,21 +47,21 @@ def document(method: str):
     randomize(trainer.network, 3)
     tokens = examples()[0].tokens
     batch, states = make_batch([Example(tokens, [0] * len(tokens))], trainer.source, trainer.network)
-    law = trainer.teacher.law(states.hidden)
-    within = trainer.teacher.within(states.favourites)
-    supervision = Supervision(law, torch.arange(len(tokens)), within, STEPS, DECAY)
-    return trainer.network, torch.tensor(tokens), states.hidden, law, within, batch, supervision
+    distribution = trainer.teacher.distribution(states.hidden)
+    within = trainer.teacher.within(states.target_argmax)
+    supervision = Supervision(distribution, torch.arange(len(tokens)), within, STEPS, DECAY)
+    return trainer.network, torch.tensor(tokens), states.hidden, distribution, within, batch, supervision
 
 
-def cross_entropy(logits, law, within):
-    """Mean over slots, those whose favourite the draft cannot say counting nothing."""
-    return float((-(law * logits.log_softmax(-1)).sum(-1) * within).mean())
+def cross_entropy(logits, distribution, within):
+    """Mean over anchors, those whose likeliest the draft cannot say counting nothing."""
+    return float((-(distribution * logits.log_softmax(-1)).sum(-1) * within).mean())
 
 
 @torch.no_grad()
 def means_of(method: str) -> tuple[list[float], list[float], float]:
     """Each step's cross-entropy by the method's formula, and as its loss says; and the loss."""
-    network, t, hidden, law, within, batch, supervision = document(method)
+    network, t, hidden, distribution, within, batch, supervision = document(method)
     total, means = METHODS[method].training().loss(network, batch, supervision)
     M, wanted = len(t), []
     embedding = network.embedding[0]
@@ -70,7 +70,7 @@ def means_of(method: str) -> tuple[list[float], list[float], float]:
             x = hidden + F.silu(network[k][0].linear(hidden))
             logits = network[k][1](x)
             rows = torch.arange(M - 2 - k)
-            wanted.append(cross_entropy(logits[rows], law[rows + 1 + k], within[rows + 1 + k]))
+            wanted.append(cross_entropy(logits[rows], distribution[rows + 1 + k], within[rows + 1 + k]))
     if method == "mtp":
         h = hidden
         for k in range(STEPS):
@@ -80,7 +80,7 @@ def means_of(method: str) -> tuple[list[float], list[float], float]:
             h = plain_mlp(module, x)
             logits = module.shared_head["norm"](h) @ network.frozen[0].weight.T
             rows = rows[:-1]
-            wanted.append(cross_entropy(logits[rows], law[rows + 1 + k], within[rows + 1 + k]))
+            wanted.append(cross_entropy(logits[rows], distribution[rows + 1 + k], within[rows + 1 + k]))
     return wanted, [float(mean) for mean in means], float(total)
 
 
@@ -94,7 +94,7 @@ def test_each_depths_loss_is_the_papers(method):
 @torch.no_grad()
 def test_eagle1_learns_features_and_a_tenth_of_what_the_head_makes_of_them():
     """The features it is given are noisy, those it is to guess are not."""
-    network, t, hidden, law, within, batch, supervision = document("eagle1")
+    network, t, hidden, distribution, within, batch, supervision = document("eagle1")
     total, means = eagle1.loss(network, batch, supervision._replace(steps=1, seed=5))
     noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(5)).double() - 0.5
     given = hidden + noise * 2 * eagle1.NOISE * hidden.abs().mean()
@@ -102,7 +102,7 @@ def test_eagle1_learns_features_and_a_tenth_of_what_the_head_makes_of_them():
     x = network.fc(torch.cat([network.embedding[0][t[rows + 1]], given[rows]], -1))
     x = x + plain_attention(network.layers[0].self_attn, x, rows, network.rotary)
     guessed, rows = plain_mlp(network.layers[0], x)[:-1], rows[:-1]
-    entropy = cross_entropy(guessed @ network.frozen[0].weight.T, law[rows + 1], within[rows + 1])
+    entropy = cross_entropy(guessed @ network.frozen[0].weight.T, distribution[rows + 1], within[rows + 1])
     distance = float(F.smooth_l1_loss(guessed, hidden[rows + 1]))
     assert float(means[0]) == pytest.approx(entropy, rel=1e-9)
     assert float(total) == pytest.approx(distance + 0.1 * entropy, rel=1e-9)

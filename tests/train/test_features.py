@@ -14,7 +14,7 @@ from eyas.train.features import Example, ShardStates, TargetStates, document_exa
 from eyas.train.selfplay import Asked, SelfPlay, Writer
 from eyas.train.shards import save_shard
 from eyas.train.template import Template
-from eyas.train.unroll import loss_slots
+from eyas.train.unroll import loss_anchors
 from tests.tiny import byte_tokenizer, tiny_target
 
 TAPS = (1, 2, 4)
@@ -74,10 +74,10 @@ def test_favourites_agree_at_every_row_that_teaches(shards):
     stored, fresh = ShardStates().states(examples), TargetStates(target(), TAPS).states(examples)
     start = taught = 0
     for example in examples:
-        slots, counted = loss_slots(torch.tensor(example.answers), [len(example.tokens)])
+        slots, counted = loss_anchors(torch.tensor(example.answers), [len(example.tokens)])
         teachers = torch.cat([torch.arange(slot + 1, slot + 1 + steps) for slot, steps in zip(slots.tolist(), counted.tolist())]).unique()
-        assert torch.equal(stored.favourites[start + teachers], fresh.favourites[start + teachers])
-        assert bool((stored.favourites[start + teachers] >= 0).all())
+        assert torch.equal(stored.target_argmax[start + teachers], fresh.target_argmax[start + teachers])
+        assert bool((stored.target_argmax[start + teachers] >= 0).all())
         taught += len(teachers)
         start += len(example.tokens)
     assert taught > 100
@@ -130,7 +130,7 @@ def test_a_pass_over_many_documents_is_each_documents_own():
         assert_close(column, torch.cat(parts))
     for example, states in zip(examples, alone):
         asked = [number >= 0 for number in example.answers[1:]] + [False]
-        assert (states.favourites >= 0).tolist() == asked
+        assert (states.target_argmax >= 0).tolist() == asked
 
 
 def test_the_draft_vocabulary_of_self_written_data_holds_its_answers(shards):

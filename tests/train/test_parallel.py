@@ -12,15 +12,15 @@ import pytest
 SCRIPT = """
 import os, sys, torch
 from pathlib import Path
-from eyas.train.parallel import Peers
+from eyas.train.parallel import Ranks
 
-peers = Peers.join()
+ranks = Ranks.join()
 torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports much of torch
 import torch._dynamo
 value = torch.ones(3)
-peers.sum([value])
-peers.wait()
-peers.leave()
+ranks.sum([value])
+ranks.wait()
+ranks.leave()
 threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 said = f"{value.tolist()} {[name for name in threads if 'gloo' in name]}"
 Path(sys.argv[1], os.environ["RANK"]).write_text(said)  # a file each: what two processes print may mix

@@ -70,7 +70,7 @@ def test_every_conversation_follows_the_template():
         assert 8 <= len(answer(finished)) <= SETTINGS.longest_answer
         asked.add(tokenizer.decode(question))
         ended += answer(finished)[-1] == END
-        assert len(finished.features) == len(finished.hidden) == len(finished.favourites) == len(tokens) - 1 == finished.row.read
+        assert len(finished.features) == len(finished.hidden) == len(finished.target_argmax) == len(tokens) - 1 == finished.row.read
     given = asked & {question.turns[0][: SETTINGS.longest_question] for question in QUESTIONS}
     assert len(given) == 2 and len(asked) > 20 and ended > 3
 
@@ -110,7 +110,7 @@ def test_answers_at_temperature_0_are_plain_greedy_decoding():
         assert own == text.tokens[text.prompt_length :][: len(own)]
         assert own[-1] == END or len(own) == SETTINGS.longest_answer or repeats(own)
         rows = slice(finished.row.answers[0].start - 1, finished.row.read)
-        assert finished.favourites[rows].tolist() == own
+        assert finished.target_argmax[rows].tolist() == own
 
 
 def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
@@ -124,18 +124,18 @@ def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
     assert writer.choose(logits, rows) == [5] * 40
 
 
-def test_the_questions_law_is_the_targets_within_top_p():
-    """Every token sampled at temperature 1 lies in the nucleus of the target's law, and many are not its favourite."""
+def test_the_questions_distribution_is_the_targets_within_top_p():
+    """Every token sampled at temperature 1 lies in the nucleus of the target's distribution, and many are not its likeliest."""
     sampled = [finished for finished in forty() if finished.row.temperature == 1.0]
-    total = favourite = 0
+    total = likeliest = 0
     for finished in sampled:
         logits = finished.hidden.double() @ tiny_head().T  # hidden states were cut to bfloat16, hence the slack below
         for row in range(finished.row.answers[0].start - 1, finished.row.read):
-            law = logits[row].softmax(-1)
+            distribution = logits[row].softmax(-1)
             token = finished.row.tokens[row + 1]
-            assert float(law[law > law[token]].sum()) < SETTINGS.answer_top_p + 0.01
-            total, favourite = total + 1, favourite + (token == int(finished.favourites[row]))
-    assert total > 50 and 0.05 < favourite / total < 0.95
+            assert float(distribution[distribution > distribution[token]].sum()) < SETTINGS.answer_top_p + 0.01
+            total, likeliest = total + 1, likeliest + (token == int(finished.target_argmax[row]))
+    assert total > 50 and 0.05 < likeliest / total < 0.95
 
 
 @cache

@@ -132,7 +132,7 @@ def test_no_checkpoint_or_a_damaged_one_is_one_line(tmp_path):
 
 
 def test_two_workers_give_the_gradient_of_one(tmp_path):
-    """Every step's mean is over the slots of the whole batch, though the parts' answers end at different depths."""
+    """Every step's mean is over the anchors of the whole batch, though the parts' answers end at different depths."""
     settings = replace(SETTINGS, step_keep=1.0, clip=1e9, tokens_per_batch=400)
     one, two, three = (make_trainer(tmp_path, settings, workers) for workers in (1, 2, 3))
     batch = sorted(next(one.batches(0)), key=lambda example: sum(number >= 0 for number in example.answers))[:7]
@@ -148,12 +148,14 @@ def test_one_step_is_the_gradient_of_the_unrolled_loss(tmp_path):
     trainer = make_trainer(tmp_path, replace(SETTINGS, step_keep=1.0, clip=1e9))
     documents = list(examples()[4:8])
     batch, states = make_batch(documents, trainer.source, trainer.network)
-    law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
-    loss, losses = unrolled_loss(trainer.network, batch, Supervision(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))
+    distribution, within = trainer.teacher.distribution(states.hidden), trainer.teacher.within(states.target_argmax)
+    loss, losses = unrolled_loss(
+        trainer.network, batch, Supervision(distribution, torch.arange(len(distribution)), within, 4, SETTINGS.step_decay)
+    )
     expected = torch.autograd.grad(loss, trainer.parameters)
     *found, norm = trainer.step(documents)
     assert_close(torch.tensor(found), torch.stack(losses).float())
-    assert trainer.progress.slots == len(batch.slots()[0])
+    assert trainer.progress.slots == len(batch.anchors()[0])
     assert norm == pytest.approx(float(torch.stack([gradient.norm() for gradient in expected]).norm()))
     for parameter, gradient in zip(trainer.parameters, expected):
         assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
@@ -188,9 +190,13 @@ def test_parts_have_about_equal_tokens_and_lose_nothing():
 
 def held_out_loss(trainer: Trainer) -> float:
     batch, states = make_batch(trainer.held_out, trainer.source, trainer.network)
-    law, within = trainer.teacher.law(states.hidden), trainer.teacher.within(states.favourites)
+    distribution, within = trainer.teacher.distribution(states.hidden), trainer.teacher.within(states.target_argmax)
     with torch.no_grad():
-        return float(unrolled_loss(trainer.network, batch, Supervision(law, torch.arange(len(law)), within, 4, SETTINGS.step_decay))[0])
+        return float(
+            unrolled_loss(
+                trainer.network, batch, Supervision(distribution, torch.arange(len(distribution)), within, 4, SETTINGS.step_decay)
+            )[0]
+        )
 
 
 def test_sixty_steps_lower_the_held_out_loss(tmp_path):

@@ -1,4 +1,4 @@
-"""The training-time test: the fast unroll is the slow reference, slot by slot, loss and gradients."""
+"""The training-time test: the fast unroll is the slow reference, anchor by anchor, loss and gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eyas import reference
-from eyas.train.unroll import Batch, Supervision, loss_slots, unroll, unrolled_loss
+from eyas.train.unroll import Batch, Supervision, loss_anchors, unroll, unrolled_loss
 from tests.tiny import reference_weights, tiny_draft, tiny_target
 
 STEPS, DECAY = 5, 0.8
@@ -55,12 +55,12 @@ def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     features = random_features(docs, len(network.config.taps))
     logits = [3 * torch.randn(len(t), target.config.vocab_size, generator=draw, dtype=torch.float64) for t, _ in docs]
     weights = reference_weights(network)
-    slots = [[int(reference.loss_slots(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
+    anchors = [[int(reference.loss_anchors(answers, step).sum()) for step in range(STEPS)] for _, answers in docs]
     expected = torch.zeros((), dtype=torch.float64)
-    for (tokens, answers), feature, logit, counts in zip(docs, features, logits, slots):
+    for (tokens, answers), feature, logit, counts in zip(docs, features, logits, anchors):
         _, losses = reference.unrolled_loss(weights, network.config, tokens, feature, logit, answers, vocab.ids, STEPS, DECAY)
-        for step, loss in enumerate(losses):  # the batch's mean is over all documents' slots, the reference's over one document's
-            expected = expected + DECAY**step * loss * counts[step] / sum(count[step] for count in slots)
+        for step, loss in enumerate(losses):  # the batch's mean is over all documents' anchors, the reference's over one document's
+            expected = expected + DECAY**step * loss * counts[step] / sum(count[step] for count in anchors)
     teacher = torch.cat(logits)[:, vocab.ids].softmax(-1)
     within = vocab.member()[torch.cat(logits).argmax(-1)]
     batch = packed(docs, features)
@@ -82,22 +82,22 @@ def test_every_slot_of_every_step_equals_the_reference():
     expected = [reference.unroll(reference_weights(network), network.config, t, f, STEPS) for (t, _), f in zip(docs, features)]
     starts = torch.tensor([0, *(len(t) for t, _ in docs)]).cumsum(0)
     for i, step in enumerate(unroll(network, packed(docs, features), STEPS)):
-        wanted = [start + reference.loss_slots(answers, i).nonzero()[:, 0] for (_, answers), start in zip(docs, starts)]
-        assert torch.equal(step.slots, torch.cat(wanted))
-        assert torch.equal(step.teacher_rows, step.slots + 1 + i)
-        document = torch.searchsorted(starts, step.slots, right=True) - 1
-        for d, slot, a in zip(document.tolist(), step.slots.tolist(), step.a):
-            torch.testing.assert_close(a, expected[d][i, slot - starts[d]], rtol=1e-10, atol=1e-10)
+        wanted = [start + reference.loss_anchors(answers, i).nonzero()[:, 0] for (_, answers), start in zip(docs, starts)]
+        assert torch.equal(step.anchors, torch.cat(wanted))
+        assert torch.equal(step.teacher_rows, step.anchors + 1 + i)
+        document = torch.searchsorted(starts, step.anchors, right=True) - 1
+        for d, anchor, a in zip(document.tolist(), step.anchors.tolist(), step.a):
+            torch.testing.assert_close(a, expected[d][i, anchor - starts[d]], rtol=1e-10, atol=1e-10)
 
 
 def test_a_step_that_no_answer_reaches_has_a_mean_of_nothing():
     target = tiny_target()
     network, vocab = tiny_draft(target)
-    docs = documents(target.config.vocab_size)[2:3]  # an answer of two tokens: one slot, for one step
+    docs = documents(target.config.vocab_size)[2:3]  # an answer of two tokens: one anchor, for one step
     batch = packed(docs, random_features(documents(target.config.vocab_size))[2:3])
     taught, place = batch.taught()
-    lesson = Lesson(torch.full((len(taught), len(vocab)), 1 / len(vocab)).double(), place, torch.ones(len(batch.tokens)) > 0, STEPS, DECAY)
-    loss, means = unrolled_loss(network, batch, lesson)
+    even = torch.full((len(taught), len(vocab)), 1 / len(vocab)).double()
+    loss, means = unrolled_loss(network, batch, Supervision(even, place, torch.ones(len(batch.tokens)) > 0, STEPS, DECAY))
     assert len(means) == STEPS and loss.item() > 0 and means[0].item() == pytest.approx(loss.item())
     assert [mean.item() for mean in means[1:]] == [0.0] * (STEPS - 1)
 
@@ -105,11 +105,11 @@ def test_a_step_that_no_answer_reaches_has_a_mean_of_nothing():
 def test_a_documents_last_row_never_counts_even_where_the_next_begins_with_an_answer():
     lengths = [3, 4, 1, 3]
     answers = torch.tensor([-1, 0, 0, 1, 1, 1, -1, 2, 3, 3, 3])
-    slots, counted = loss_slots(answers, lengths)
+    anchors, counted = loss_anchors(answers, lengths)
     for step in range(3):
-        alone = torch.cat([reference.loss_slots(part, step) for part in answers.split(lengths)])
-        assert slots[counted > step].tolist() == alone.nonzero()[:, 0].tolist()
-    assert slots.tolist() == [0, 3, 8]
+        alone = torch.cat([reference.loss_anchors(part, step) for part in answers.split(lengths)])
+        assert anchors[counted > step].tolist() == alone.nonzero()[:, 0].tolist()
+    assert anchors.tolist() == [0, 3, 8]
 
 
 def test_slots_that_drop_out_leave_the_others_as_they_were():
@@ -118,10 +118,10 @@ def test_slots_that_drop_out_leave_the_others_as_they_were():
     docs = documents(target.config.vocab_size)
     features = random_features(docs)
     batch = packed(docs, features)
-    slots, counted = batch.slots()
-    depths = torch.randint(1, STEPS + 1, (len(slots),), generator=torch.Generator().manual_seed(5))
+    anchors, counted = batch.anchors()
+    depths = torch.randint(1, STEPS + 1, (len(anchors),), generator=torch.Generator().manual_seed(5))
     whole = list(unroll(network, batch, STEPS))
     for i, step in enumerate(unroll(network, batch, STEPS, depths)):
-        assert step.slots.tolist() == slots[torch.minimum(counted, depths) > i].tolist()
-        place = torch.searchsorted(whole[i].slots, step.slots)
+        assert step.anchors.tolist() == anchors[torch.minimum(counted, depths) > i].tolist()
+        place = torch.searchsorted(whole[i].anchors, step.anchors)
         torch.testing.assert_close(step.a, whole[i].a[place], rtol=1e-12, atol=1e-12)

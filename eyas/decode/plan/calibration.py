@@ -11,10 +11,10 @@ from typing import Any
 
 EDGES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # guesses between two of these are judged together
 DEPTHS = 6  # deeper guesses are judged with those of this depth
-WEIGHT = 10  # guesses' worth of belief that a score is right as it is
-LATELY = 48  # nodes whose children say what the next one's will be like
-CHILDREN = 4  # of each, the best
-USUAL = (0.4, 0.1, 0.05, 0.03)  # their chances, until some were seen
+PRIOR_GUESSES = 10  # guesses' worth of belief that a score is right as it is
+RECENT_NODES = 48  # nodes whose children say what the next one's will be like
+COUNTED_CHILDREN = 4  # of each, the best
+USUAL_CHANCES = (0.4, 0.1, 0.05, 0.03)  # their chances, until some were seen
 
 
 class Calibration:
@@ -29,19 +29,19 @@ class Calibration:
     @staticmethod
     def nothing() -> dict[str, Any]:
         counts = {name: [[0.0] * (len(EDGES) + 1) for _ in range(DEPTHS)] for name in ("guessed", "right", "tried")}
-        return {**counts, "children": [[list(USUAL) for _ in range(LATELY)] for _ in range(DEPTHS)]}
+        return {**counts, "children": [[list(USUAL_CHANCES) for _ in range(RECENT_NODES)] for _ in range(DEPTHS)]}
 
     def chance(self, depth: int, guess: float) -> float:
         """The chance that a child at `depth` (1: of the root) is drawn once its parent was, where the draft says `guess`."""
         at, of = min(depth, DEPTHS) - 1, bisect_right(EDGES, guess)
-        belief = WEIGHT * guess
+        belief = PRIOR_GUESSES * guess
         return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
     def worth(self, depth: int, parent: float, row: float) -> float:
         """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
         ordered = self.ordered[min(depth, DEPTHS) - 1]
         paying = ordered[bisect_right(ordered, row / parent) :] if parent > 0 else ()
-        return (parent * sum(paying) - row * len(paying)) / LATELY
+        return (parent * sum(paying) - row * len(paying)) / RECENT_NODES
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
         """The children of a node that the walk came to, and which of them it went on to."""
@@ -57,13 +57,13 @@ class Calibration:
     def expanded(self, depth: int, chances: Sequence[float]) -> None:
         """A node got children of these chances at `depth`."""
         at = min(depth, DEPTHS) - 1
-        best = sorted(chances, reverse=True)[:CHILDREN]
-        best += [0.0] * (CHILDREN - len(best))
+        best = sorted(chances, reverse=True)[:COUNTED_CHILDREN]
+        best += [0.0] * (COUNTED_CHILDREN - len(best))
         nodes, ordered = self.children[at], self.ordered[at]
-        for old, new in zip(nodes[self.seen[at] % LATELY], best):
+        for old, new in zip(nodes[self.seen[at] % RECENT_NODES], best):
             del ordered[bisect_left(ordered, old)]
             insort(ordered, new)
-        nodes[self.seen[at] % LATELY] = best
+        nodes[self.seen[at] % RECENT_NODES] = best
         self.seen[at] += 1
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRIAL = 200  # rounds of one sequence, or so much fewer of many, until what guessing brings is believed; as many are remembered
-FEWEST = 10  # rounds at least
-SHORTEST, LONGEST = 48, 768  # rounds of a pause
+TRIAL_ROUNDS = 200  # rounds of one sequence, or so much fewer of many, until what guessing brings is believed; as many are remembered
+FEWEST_ROUNDS = 10  # rounds at least
+SHORTEST_PAUSE, LONGEST_PAUSE = 48, 768  # rounds of a pause
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Gain:
     took: float = 0.0  # by the same: seconds over a plain round's
     plain: float = 1.0  # seconds of a plain round over the price of its pass
     tried: int = 0  # rounds since the last pause
-    length: int = SHORTEST  # rounds of the next pause
+    length: int = SHORTEST_PAUSE  # rounds of the next pause
 
 
 class Pauses:
@@ -36,7 +36,7 @@ class Pauses:
     @property
     def window(self) -> int:
         """Rounds that are remembered."""
-        return max(FEWEST, TRIAL // self.batch)
+        return max(FEWEST_ROUNDS, TRIAL_ROUNDS // self.batch)
 
     def begin(self, batch: int, price: float) -> bool:
         """Whether the round that comes, with this price of a plain pass in seconds, shall guess nothing."""
@@ -46,16 +46,16 @@ class Pauses:
         if self.left.get(size):
             self.left[size] -= 1
             return True
-        if gain.tried >= (self.window if gain.length == SHORTEST else max(FEWEST, self.window // 4)):
+        if gain.tried >= (self.window if gain.length == SHORTEST_PAUSE else max(FEWEST_ROUNDS, self.window // 4)):
             if gain.brought < gain.took:
-                self.left[size], gain.length = gain.length - 1, min(2 * gain.length, LONGEST)
+                self.left[size], gain.length = gain.length - 1, min(2 * gain.length, LONGEST_PAUSE)
                 gain.tried, gain.brought, gain.took = 0, 0.0, 0.0
                 return True
-            gain.length = SHORTEST
+            gain.length = SHORTEST_PAUSE
         gain.tried += 1
         return False
 
-    def served(self, guessing: bool, tokens: int, seconds: float) -> None:
+    def record(self, guessing: bool, tokens: int, seconds: float) -> None:
         """The round is over; `guessing`: as `begin` had it."""
         gain = self.gain
         if guessing:

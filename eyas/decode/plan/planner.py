@@ -22,12 +22,12 @@ from eyas.decode.plan.pauses import Pauses
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Tree
 
-MOST = TreeShape(64, 7, 4)  # of any one tree
-MEMORY = 0.04  # weight of a round in what the last ones brought
-FIRST_ROUNDS, HOPE = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
-SPAN = 4  # rows over which the price of one more is taken: single ones are noise
-PROBE = 48  # rounds in which the draft was not asked, until it is tried again
-LIKELY = 0.45  # of a root's best child, where nothing is drafted yet
+MAX_TREE = TreeShape(64, 7, 4)  # of any one tree
+ROUND_WEIGHT = 0.04  # weight of a round in what the last ones brought
+PRIOR_ROUNDS, PRIOR_SPEEDUP = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
+PRICE_SPAN_ROWS = 4  # rows over which the price of one more is taken: single ones are noise
+PROBE_ROUNDS = 48  # rounds in which the draft was not asked, until it is tried again
+USUAL_BEST_CHANCE = 0.45  # of a root's best child, where nothing is drafted yet
 
 
 class Guesses(Protocol):
@@ -61,9 +61,9 @@ class Plan(RoundClock):
     def ends(self, rows: int, tokens: int) -> None:
         """The round is over: its pass read so many rows, and it brought so many tokens."""
         if seconds := self.stop():
-            self.served(rows, seconds[0], tokens, seconds[1])
+            self.record(rows, seconds[0], tokens, seconds[1])
 
-    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+    def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """Learn from a usual round."""
 
 
@@ -103,28 +103,28 @@ class Planner(Plan):
         super().begin(batch)
         self.batch, self.recent = batch, self.sizes.setdefault(batch, RecentRounds(3.0 * batch))
         alone = self.passes.of(batch)
-        plain, some = batch / alone, FIRST_ROUNDS * MEMORY * alone
-        self.rate = max(plain, (self.recent.tokens + HOPE * plain * some) / (self.recent.seconds + some))
+        plain, some = batch / alone, PRIOR_ROUNDS * ROUND_WEIGHT * alone
+        self.rate = max(plain, (self.recent.tokens + PRIOR_SPEEDUP * plain * some) / (self.recent.seconds + some))
         self.guesses = not self.pauses.begin(batch, alone)
 
     def row(self) -> float:
         """What one row more of a pass has to bring, in tokens."""
         rows = max(self.batch, round(self.recent.rows))
-        return max(0.0, self.rate * (self.passes.of(rows + SPAN) - self.passes.of(rows)) / SPAN)
+        return max(0.0, self.rate * (self.passes.of(rows + PRICE_SPAN_ROWS) - self.passes.of(rows)) / PRICE_SPAN_ROWS)
 
-    def pays(self, covered: Sequence[float]) -> list[bool]:
+    def worth_drafting(self, covered: Sequence[float]) -> list[bool]:
         """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
-        asked = self.worth_asking(covered)
+        asked = self.worth_each(covered)
         self.silent = 0 if any(asked) else self.silent + 1
-        if self.silent == PROBE:
+        if self.silent == PROBE_ROUNDS:
             self.silent, asked[0] = 0, True
         return asked
 
-    def worth_asking(self, covered: Sequence[float]) -> list[bool]:
+    def worth_each(self, covered: Sequence[float]) -> list[bool]:
         row, bare = self.row(), [1 - chance for chance in covered]
         step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
         worth = self.calibration.worth
-        return [worth(1, share, row) + worth(2, LIKELY * share, row) > step for share in bare]
+        return [worth(1, share, row) + worth(2, USUAL_BEST_CHANCE * share, row) > step for share in bare]
 
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
@@ -136,7 +136,7 @@ class Planner(Plan):
             gains += sum(worth)
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
 
-    def grew(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
+    def record_level(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
         """A level was drafted: `frontier` got the nodes from `before` on as children."""
         chances: dict[int, list[float]] = {node: [] for node in frontier}
         for node in range(before, len(growth.parents)):
@@ -144,9 +144,9 @@ class Planner(Plan):
         for node, each in chances.items():
             self.calibration.expanded(growth.depths[node] + 1, each)
 
-    def stepped(self, rows: int, seconds: float) -> None:
+    def record_step(self, rows: int, seconds: float) -> None:
         """A level of so many rows took the draft so long."""
-        self.steps.served(rows, seconds)
+        self.steps.record(rows, seconds)
 
     # ---- between drafting and checking ----
 
@@ -188,14 +188,14 @@ class Planner(Plan):
                 taken = children.index(path[place + 1]) if place + 1 < len(path) else None
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
-    def served(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
+    def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """A usual round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
-        self.passes.served(rows, pass_seconds)
-        self.pauses.served(self.guesses, tokens, seconds)
+        self.passes.record(rows, pass_seconds)
+        self.pauses.record(self.guesses, tokens, seconds)
         recent = self.recent
-        recent.rows += MEMORY * (rows - recent.rows)
-        recent.tokens += MEMORY * (tokens - recent.tokens)
-        recent.seconds += MEMORY * (seconds - recent.seconds)
+        recent.rows += ROUND_WEIGHT * (rows - recent.rows)
+        recent.tokens += ROUND_WEIGHT * (tokens - recent.tokens)
+        recent.seconds += ROUND_WEIGHT * (seconds - recent.seconds)
 
 
 def guess(guesses: Guesses, node: int) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-RATE = 0.05  # how far one served pass moves a price; a stalled one moves it no further than OUTLIER does
-OUTLIER = 1.5
+PRICE_STEP = 0.05  # how far one served pass moves a price; a stalled one moves it no further than LARGEST_NEWS does
+LARGEST_NEWS = 1.5
 
 
 class Prices:
@@ -29,12 +29,12 @@ class Prices:
         (left, right), (low, high) = self.rows[above - 1 : above + 1], self.seconds[above - 1 : above + 1]
         return max(low + (high - low) * (rows - left) / (right - left), min(self.seconds))
 
-    def served(self, rows: int, seconds: float) -> None:
+    def record(self, rows: int, seconds: float) -> None:
         """A pass took so long: half of the news is taken for the machine's, which all prices share, half for this number of rows."""
-        news = min(max(seconds / self.of(rows), 1 / OUTLIER), OUTLIER)
+        news = min(max(seconds / self.of(rows), 1 / LARGEST_NEWS), LARGEST_NEWS)
         above = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         at = above - 1 if above and rows - self.rows[above - 1] <= self.rows[above] - rows else above
-        half = news ** (RATE / 2)
+        half = news ** (PRICE_STEP / 2)
         self.seconds = [price * half for price in self.seconds]
         self.seconds[at] *= half
 

@@ -26,10 +26,10 @@ from eyas.kernels.linear import capability
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
-ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
-CONTEXT = 160  # rows of text before those that are timed
-REPEATS = 5
-STEP = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is taken to cost until it is seen
+TIMED_ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
+TIMED_CONTEXT = 160  # rows of text before those that are timed
+TIMED_REPEATS = 5
+DRAFT_STEP_SHARE = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is taken to cost until it is seen
 
 
 class PlanStore:
@@ -54,7 +54,7 @@ class PlanStore:
             found = self.known.get(name)
             known: dict[str, Any] = found if isinstance(found, dict) else {}
             alone = self.passes.of(1)
-            steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in STEP.items()})
+            steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in DRAFT_STEP_SHARE.items()})
             counts = known.get("calibration")
             self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}
         steps, calibration, gains = self.planned[name]
@@ -98,8 +98,8 @@ def prices(table: Any) -> Prices | None:
 def time_passes(target: TargetModel) -> dict[int, float]:
     """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
     config = target.config
-    context = min(CONTEXT, max(1, config.max_position_embeddings // 2))
-    rows_fit = [rows for rows in ROWS if context + rows <= config.max_position_embeddings]
+    context = min(TIMED_CONTEXT, max(1, config.max_position_embeddings // 2))
+    rows_fit = [rows for rows in TIMED_ROWS if context + rows <= config.max_position_embeddings]
     if not rows_fit:
         raise EyasError(
             f"the target reads {config.max_position_embeddings} tokens at most; its trees cannot be planned, name one with --tree"
@@ -108,7 +108,7 @@ def time_passes(target: TargetModel) -> dict[int, float]:
     target(chain_rows(0, [7 % config.vocab_size] * context, 0), cache, (), slice(-1, None))
     cache.keep(0, range(context))
     taken: dict[int, list[float]] = {rows: [] for rows in rows_fit}
-    for _ in range(REPEATS + 1):
+    for _ in range(TIMED_REPEATS + 1):
         for rows in rows_fit:
             tokens, mask = torch.arange(rows) % config.vocab_size, torch.eye(rows, dtype=torch.bool)
             positions = torch.full((rows,), context)
@@ -116,7 +116,7 @@ def time_passes(target: TargetModel) -> dict[int, float]:
             target(Rows(tokens, positions, [Segment(0, rows, mask)]), cache, ())
             synchronize(target.device)
             taken[rows].append(time.perf_counter() - started)
-    return {rows: sorted(seconds[1:])[REPEATS // 4] for rows, seconds in taken.items()}
+    return {rows: sorted(seconds[1:])[TIMED_REPEATS // 4] for rows, seconds in taken.items()}
 
 
 def machine() -> str:

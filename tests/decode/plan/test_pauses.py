@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eyas.decode.plan.pauses import LONGEST, SHORTEST, Pauses
+from eyas.decode.plan.pauses import LONGEST_PAUSE, SHORTEST_PAUSE, Pauses
 
 PLAIN = 1.0  # seconds
 
@@ -12,7 +12,7 @@ def rounds(pauses: Pauses, count: int, batch: int, gain: float, overhead: float 
     found = []
     for _ in range(count):
         plain = pauses.begin(batch, PLAIN)
-        pauses.served(not plain, batch, PLAIN * overhead / (1.0 if plain else gain))
+        pauses.record(not plain, batch, PLAIN * overhead / (1.0 if plain else gain))
         found.append(plain)
     return found
 
@@ -30,8 +30,8 @@ def test_guessing_that_wins_is_never_paused():
 def test_guessing_that_loses_is_paused_longer_each_time():
     for batch in (1, 4, 16):
         plain = rounds(Pauses(), 6000, batch, 0.9)
-        assert stretches(plain)[:5] == [SHORTEST, 2 * SHORTEST, 4 * SHORTEST, 8 * SHORTEST, 16 * SHORTEST]
-        assert max(stretches(plain)) <= LONGEST
+        assert stretches(plain)[:5] == [SHORTEST_PAUSE, 2 * SHORTEST_PAUSE, 4 * SHORTEST_PAUSE, 8 * SHORTEST_PAUSE, 16 * SHORTEST_PAUSE]
+        assert max(stretches(plain)) <= LONGEST_PAUSE
         assert sum(plain) > 0.85 * len(plain)
 
 
@@ -39,7 +39,7 @@ def test_what_pays_again_is_not_paused_again():
     pauses = Pauses()
     rounds(pauses, 300, 8, 0.9)
     after = rounds(pauses, 3000, 8, 1.1)
-    assert sum(after) <= LONGEST and not any(after[LONGEST:]) and pauses.gain.length == SHORTEST
+    assert sum(after) <= LONGEST_PAUSE and not any(after[LONGEST_PAUSE:]) and pauses.gain.length == SHORTEST_PAUSE
 
 
 def test_plain_rounds_are_counted_with_the_work_around_their_pass():

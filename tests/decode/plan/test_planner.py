@@ -12,8 +12,8 @@ import pytest
 from eyas.config import Sampling
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
-from eyas.decode.plan.calibration import LATELY, Calibration
-from eyas.decode.plan.planner import MOST, PROBE, Planner
+from eyas.decode.plan.calibration import RECENT_NODES, Calibration
+from eyas.decode.plan.planner import MAX_TREE, PROBE_ROUNDS, Planner
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Tree
 from eyas.drafters.draft_model import ModelDrafter
@@ -89,16 +89,16 @@ def test_siblings_are_never_likelier_than_their_parent_together():
 
 def test_nothing_is_drafted_where_it_cannot_pay_but_now_and_then_one_sequence_tries():
     dear = planner({1: 1.0, 64: 64.0}, step=5.0, batch=3)
-    asked = [dear.pays([0.0] * 3) for _ in range(2 * PROBE)]
+    asked = [dear.worth_drafting([0.0] * 3) for _ in range(2 * PROBE_ROUNDS)]
     assert [sum(each) for each in asked].count(1) == 2 and sum(map(sum, asked)) == 2
-    assert asked[PROBE - 1] == [True, False, False]
-    assert planner({1: 1.0, 64: 1.1}, step=0.01).pays([0.0]) == [True]
+    assert asked[PROBE_ROUNDS - 1] == [True, False, False]
+    assert planner({1: 1.0, 64: 1.1}, step=0.01).worth_drafting([0.0]) == [True]
 
 
 def test_a_sure_guess_of_another_drafter_leaves_the_draft_unasked():
     made = planner({1: 1.0, 64: 2.0}, step=0.2)
-    assert made.pays([0.0]) == [True]
-    assert made.pays([0.95]) == [False]
+    assert made.worth_drafting([0.0]) == [True]
+    assert made.worth_drafting([0.95]) == [False]
 
 
 def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
@@ -115,13 +115,13 @@ def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_one
     assert plain < made.rate < 1.5 * plain
     rates = []
     for _ in range(200):
-        made.served(2, 1.0, 12, 1.0)
+        made.record(2, 1.0, 12, 1.0)
         made.begin([0, 1])
         rates.append(made.rate)
     assert rates == sorted(rates) and rates[0] < 2.5 * plain, "one good round is not yet a rule"
     assert 10 < rates[-1] < 12, "the first belief weighs little beside many rounds"
     for _ in range(200):
-        made.served(2, 1.0, 1, 1.0)
+        made.record(2, 1.0, 1, 1.0)
         made.begin([0, 1])
     assert made.rate == pytest.approx(plain), "a round without guesses would bring as much"
 
@@ -145,7 +145,7 @@ def test_every_level_that_is_drafted_moves_the_price_of_a_step():
     heard = []
 
     class Listening(Planner):
-        def stepped(self, rows, seconds):
+        def record_step(self, rows, seconds):
             assert seconds > 0
             heard.append(rows)
 
@@ -154,7 +154,7 @@ def test_every_level_that_is_drafted_moves_the_price_of_a_step():
     trees = drafter.propose([replace(each, planner=cheap) for each in request])
     levels = max(max(tree.depths) for tree in trees)
     assert levels > 1 and len(heard) == levels, "the roots' level and each one below it"
-    assert heard[0] == 2 and all(2 <= rows <= 2 * MOST.top_k for rows in heard[1:])
+    assert heard[0] == 2 and all(2 <= rows <= 2 * MAX_TREE.top_k for rows in heard[1:])
 
 
 def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
@@ -165,11 +165,11 @@ def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
 
 def test_served_passes_move_prices_and_a_stalled_one_hardly():
     prices = Prices({1: 10.0, 8: 20.0})
-    prices.served(8, 20000.0)
+    prices.record(8, 20000.0)
     assert 20 < prices.of(8) < 20.8 and 10 < prices.of(1) < 10.4
     for _ in range(400):
-        prices.served(8, 40.0)
-        prices.served(1, 10.0)
+        prices.record(8, 40.0)
+        prices.record(1, 10.0)
     assert prices.of(8) == pytest.approx(40, rel=0.05) and prices.of(1) == pytest.approx(10, rel=0.05)
 
 
@@ -202,7 +202,7 @@ def eagle3_with_a_text(texts: list[list[int]]) -> tuple[Eagle3Drafter, list[Tree
     for sequence, text in enumerate(texts):
         rows = chain_rows(0, text[:-1], 0)
         drafter.observe(sequence, text, TARGET(rows, TARGET.new_cache(1, len(text)), drafter.wants).features)
-    return drafter, [TreeRequest(i, text[-1], len(text) - 1, MOST, Sampling(), None) for i, text in enumerate(texts)]
+    return drafter, [TreeRequest(i, text[-1], len(text) - 1, MAX_TREE, Sampling(), None) for i, text in enumerate(texts)]
 
 
 DRAFTERS = {
@@ -217,7 +217,7 @@ DRAFTERS = {
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_planned_rounds_write_the_text_of_plain_decoding(name, sampling):
     prompts = [[1, 2, 3, 1, 2, 3, 1], [5], [9, 8, 7, 6, 9, 8]]
-    settings = (MOST, sampling, [3, 4, 5], 40)
+    settings = (MAX_TREE, sampling, [3, 4, 5], 40)
 
     accepted: list[int] = []
 
@@ -238,13 +238,13 @@ def test_a_draft_that_is_always_right_is_used_deeply_and_one_that_never_is_is_le
     """Prices are pinned: the clock of a test says nothing."""
 
     class Pinned(Prices):
-        def served(self, rows, seconds):
+        def record(self, rows, seconds):
             pass
 
     def rounds(drafter) -> float:
         plan = Planner(Pinned({1: 1.0, 64: 1.5}), Pinned({1: 0.05}), Calibration())
-        plan.served = lambda rows, pass_seconds, tokens, seconds: Planner.served(plan, rows, 1.0, tokens, 1.3)
-        *_, texts = Decoder(TARGET, drafter, "walk", plan).run([[1, 2, 3]], MOST, Sampling(), [0], 60)
+        plan.record = lambda rows, pass_seconds, tokens, seconds: Planner.record(plan, rows, 1.0, tokens, 1.3)
+        *_, texts = Decoder(TARGET, drafter, "walk", plan).run([[1, 2, 3]], MAX_TREE, Sampling(), [0], 60)
         return texts[0].rounds
 
     assert rounds(ModelDrafter(TARGET, TARGET.config.vocab_size)) < 20
@@ -253,12 +253,12 @@ def test_a_draft_that_is_always_right_is_used_deeply_and_one_that_never_is_is_le
 
 def test_what_children_are_worth_is_the_mean_over_the_latest_nodes_of_what_pays():
     rng, counts = random.Random(5), Calibration()
-    latest = [[0.4, 0.1, 0.05, 0.03] for _ in range(LATELY)]  # what is usual
-    for _ in range(3 * LATELY):
+    latest = [[0.4, 0.1, 0.05, 0.03] for _ in range(RECENT_NODES)]  # what is usual
+    for _ in range(3 * RECENT_NODES):
         chances = [rng.random() * 0.5 for _ in range(rng.randint(0, 6))]
         counts.expanded(2, chances)
         latest = [*latest[1:], (sorted(chances, reverse=True) + [0.0] * 4)[:4]]
         parent, row = rng.random(), rng.random() * 0.2
-        want = sum(max(0.0, parent * chance - row) for each in latest for chance in each) / LATELY
+        want = sum(max(0.0, parent * chance - row) for each in latest for chance in each) / RECENT_NODES
         assert counts.worth(2, parent, row) == pytest.approx(want)
     assert counts.worth(2, 0.0, 0.1) == 0

@@ -42,7 +42,7 @@ def test_what_a_call_learned_the_next_process_knows(timed):
     plan = held.planner("eagle3", Sampling())
     for _ in range(50):
         plan.calibration.judge(1, [0.9], None)
-        plan.stepped(1, 9.0)
+        plan.record_step(1, 9.0)
     held.save()
     again = new_store()
     assert again.planner("eagle3", Sampling()).calibration.chance(1, 0.9) < 0.5
@@ -68,7 +68,7 @@ def test_calls_share_what_pauses_learned_but_not_a_pause(timed):
         for _ in range(rounds):
             plan.begin(4)
             paused.append(not plan.guesses)
-            plan.served(4, 1.0, 4, 1.0 if paused[-1] else 1.0 / gain)
+            plan.record(4, 1.0, 4, 1.0 if paused[-1] else 1.0 / gain)
         return paused
 
     assert pauses_after(60, 0.8).index(True) == 50
@@ -110,6 +110,6 @@ def test_a_cache_that_cannot_be_written_only_means_timing_again(timed, capsys):
 
 def test_passes_of_a_real_target_are_timed_for_every_number_of_rows_that_fits():
     seconds = time_passes(tiny_target())
-    assert set(seconds) <= set(store.ROWS) and 1 in seconds and all(value > 0 for value in seconds.values())
+    assert set(seconds) <= set(store.TIMED_ROWS) and 1 in seconds and all(value > 0 for value in seconds.values())
     with pytest.raises(EyasError, match="--tree"):
         time_passes(tiny_target(max_position_embeddings=1))
