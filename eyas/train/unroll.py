@@ -199,7 +199,7 @@ class Supervision(NamedTuple):
         sizes = [len(step.slots) for step in found]
         shares = [self.decay**i / max(over, 1) for i, over in enumerate((self.counts or [0] * first + sizes)[first:], first)]
         rows = torch.cat([step.teacher_rows for step in found])
-        weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares, strict=True)])
+        weight = torch.cat([self.within_M[step.teacher_rows].to(x_NH.dtype) * share for step, share in zip(found, shares, strict=False)])
         head_DH = head.weight
         if head.bias is not None:  # as one input more, which is always 1
             x_NH, head_DH = torch.cat([x_NH, torch.ones_like(x_NH[:, :1])], -1), torch.cat([head_DH, head.bias[:, None]], -1)
