@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,26 @@ def test_a_newer_python_would_be_seen():
     with pytest.raises(SyntaxError):
         newer_names("try: pass\nexcept* ValueError: pass")
     assert newer_names("if TYPE_CHECKING:\n    from typing import Self\n") == []
+
+
+def named_files() -> set[str]:
+    """Files that the architecture page has a line for; of `a/b.py`, `c.py` in one row the second lies beside the first."""
+    found: set[str] = set()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| (`[^|]*) \|", page.split("## One line a file")[1], re.M):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            folder = f"{name.rpartition('/')[0]}/" if "/" in name else folder
+            found.add(name if "/" in name else folder + name)
+    return found
+
+
+def test_the_architecture_page_names_the_files_there_are():
+    """Each with its line, and none that is not there; of `commands/` each file is a command."""
+    kinds = (".py", ".c", ".h")
+    there = {path.relative_to(ROOT / "eyas").as_posix() for path in (ROOT / "eyas").rglob("*") if path.suffix in kinds}
+    there = {name for name in there if not name.endswith("__init__.py") and not name.startswith("commands/")}
+    assert named_files() - {"commands/"} == there
 
 
 def test_tree_and_verify_know_no_model():
