@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from jinja2 import TemplateError
-
-from eyas.config import PLAIN, PRECISIONS, EyasError, Message, Request, Sampling, Settings, TreeShape, cache_dir
+from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
+from eyas.decode.prompt import Prompt, Prompts, is_many, render
 from eyas.decode.sampling import Noise, derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
 from eyas.decode.text import TextStream
-from eyas.files.chat_data import encodable
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.files.untrusted import Fields
@@ -37,9 +34,6 @@ if TYPE_CHECKING:
 DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
 BUNDLED = Path(__file__).parent / "bundled"
 
-Messages = Items[Message] | Items[dict[str, str]]  # one conversation
-Prompt = str | Messages
-Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[Prompt]
 Watch = Callable[[RoundRecord], None]
 
 
@@ -60,9 +54,9 @@ def draft_directory(source: str | Path | None, target: Path) -> Path | None:
 
 def kind_of(directory: Path) -> str:
     """The method whose draft a directory holds."""
-    config = Fields.of(directory).raw
-    own = config.get("eyas")
-    said = own.get("method") if isinstance(own, dict) else None
+    fields = Fields.of(directory)
+    config, own = fields.raw, fields.raw.get("eyas")
+    said = fields.object("eyas").raw.get("method") if isinstance(own, dict) else None
     if said is not None and said not in trained():
         raise EyasError(f"{directory} is a draft for method {said!r}, which is not known here; there are {', '.join(trained())}")
     for name in trained():
@@ -118,26 +112,7 @@ class Engine:
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template."""
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise EyasError("the prompt is empty; give some text")
-            if raw:
-                return self.checked(self.tokenizer(encodable(prompt, "the prompt"), verbose=False)["input_ids"])
-            prompt = [{"role": "user", "content": prompt}]
-        if raw:
-            raise EyasError("raw mode continues plain text; give a string, not messages")
-        if not prompt:
-            raise EyasError("the prompt is empty; give at least one message")
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise EyasError(f"{self.directory} has no chat template; use --raw to continue plain text")
-        try:
-            text = encodable(self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), "the prompt")
-        except TemplateError as error:  # a template may refuse a system turn, or roles that do not alternate
-            raise EyasError(f"the chat template refuses this conversation ({error}); change its messages or use --raw") from None
-        return self.checked(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # too long is said below, once
-
-    def checked(self, ids: list[int]) -> list[int]:
-        context = self.target.config.max_position_embeddings
+        ids, context = render(self.tokenizer, prompt, raw, self.directory), self.target.config.max_position_embeddings
         if len(ids) >= context:
             raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
         return ids
@@ -254,18 +229,13 @@ class Engine:
         many, config = is_many(prompt), self.target.config
         shape = self.shape(request.tree, self.method_of(request))
         seed = new_seed() if request.seed is None else request.seed
-        found = []
+        found: list[Sequence] = []
         for number, each in enumerate(cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)]):
             tokens, noise = self.encode(each, request.raw), Noise(derived_seed(seed, number) if many else seed, config.vocab_size)
             limit = min(len(tokens) + request.max_new_tokens, config.max_position_embeddings)
             stream = TextStream(self.tokenizer, request.stop)
             found.append(Sequence(tokens, limit, noise, request.sampling, shape, stream, number=number))
         return found
-
-
-def is_many(prompt: Any) -> bool:
-    """Whether this is a list of prompts rather than one string or one conversation."""
-    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict)
 
 
 def make_request(request: Request | None = None, **settings: Any) -> Request:

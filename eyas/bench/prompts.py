@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eyas.config import EyasError
-from eyas.engine import Engine, Prompt
+from eyas.decode.prompt import Prompt
+from eyas.engine import Engine
 from eyas.files.chat_data import CHAT_KEYS, encodable, messages_of, read_lines
 
 TEXT_KEYS = ("prompt", "question")

@@ -16,9 +16,10 @@ from eyas.bench.figures import Generation, Round, Row, figures_of
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import conditions_of, tree_name
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, TreeShape
+from eyas.decode.prompt import Prompt
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import RoundRecord
-from eyas.engine import Engine, Prompt
+from eyas.engine import Engine
 from eyas.methods import method_named
 
 WARM_UP_TOKENS = 8

@@ -14,8 +14,9 @@ from rich.markup import escape
 
 from eyas.commands.common import engine_from
 from eyas.config import EyasError, Request
+from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result
-from eyas.engine import Engine, Prompt
+from eyas.engine import Engine
 from eyas.model.rows import chain_rows
 from eyas.view.colour import write_coloured
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError
+from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Sequence, result_of
-from eyas.engine import Prompt
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 

@@ -25,7 +25,8 @@ from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
 from eyas.commands.follow import follow
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
-from eyas.engine import Engine, Prompt, load
+from eyas.decode.prompt import Prompt
+from eyas.engine import Engine, load
 from eyas.files.disk import recover_directory, replace_text
 from eyas.files.target import load_target, target_directory
 from eyas.train import trainer as training

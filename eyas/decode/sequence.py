@@ -39,7 +39,7 @@ class Sequence:
     prompt_length: int = field(init=False)
     finish_reason: str | None = None
     rounds: int = 0
-    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens committed by a round -> rounds
+    accepted_lengths: Counter[int] = field(default_factory=lambda: Counter[int]())  # tokens committed by a round -> rounds
     admitted: float = 0.0  # when, on the clock of time.perf_counter
     prefill_seconds: float = 0.0  # from then until its first token
     seconds: float = 0.0  # from then until its last token so far

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from eyas.config import Request
+from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
 from eyas.decode.text import TextStream
-from eyas.engine import Engine, Prompt
+from eyas.engine import Engine
 
 DRAFTED, DRAWN = "bold green", ""
 

@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.tree import Tree as Drawing
 
 from eyas.config import VERIFIERS, Request
+from eyas.decode.prompt import Prompt
 from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
-from eyas.engine import Engine, Prompt
+from eyas.engine import Engine
 
 WALK = VERIFIERS[0]
 

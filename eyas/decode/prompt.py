@@ -1,0 +1,48 @@
+"""A prompt as token ids: plain text, or a conversation rendered through the target's chat template.
+
+Knows a tokenizer and its template; knows nothing of models or of how a sequence goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from eyas.config import EyasError, Message
+from eyas.files.chat_data import encodable
+
+Messages = Sequence[Message] | Sequence[dict[str, str]]  # one conversation
+Prompt = str | Messages
+Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[Prompt]
+
+
+def is_many(prompt: Prompt | Prompts) -> bool:
+    """Whether this is a list of prompts rather than one string or one conversation."""
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict)
+
+
+def render(tokenizer: Any, prompt: Prompt, raw: bool, directory: Path) -> list[int]:
+    """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template.
+
+    `tokenizer`: transformers' of the target in `directory`. Raises EyasError for what the template or the tokenizer cannot say.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise EyasError("the prompt is empty; give some text")
+        if raw:
+            return tokenizer(encodable(prompt, "the prompt"), verbose=False)["input_ids"]
+        prompt = [{"role": "user", "content": prompt}]
+    if raw:
+        raise EyasError("raw mode continues plain text; give a string, not messages")
+    if not prompt:
+        raise EyasError("the prompt is empty; give at least one message")
+    if not getattr(tokenizer, "chat_template", None):
+        raise EyasError(f"{directory} has no chat template; use --raw to continue plain text")
+    try:
+        text = encodable(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), "the prompt")
+    except TemplateError as error:  # a template may refuse a system turn, or roles that do not alternate
+        raise EyasError(f"the chat template refuses this conversation ({error}); change its messages or use --raw") from None
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them; too long is the caller's to say
