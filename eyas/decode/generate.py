@@ -207,7 +207,7 @@ class Decoder:
         """Decode all prompts together, or at most `batch` of them at a time. Yields all sequences after prefill and after each round."""
         context, vocab, stops = self.target.config.max_position_embeddings, self.target.config.vocab_size, tuple(stops)
         everyone = []
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False)):
             tokens, stream = list(prompt), TextStream(tokenizer, stops)
             limit = min(len(tokens) + max_new_tokens, context)
             everyone.append(Sequence(tokens, limit, Noise(seed, vocab), sampling, shape, stream, number=number))

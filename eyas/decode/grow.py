@@ -51,7 +51,7 @@ def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logi
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
         grown = grow_levels(wanted, lambda: begin([request.sequence for request in wanted]), read, logits, vocab)
-        trees |= {request.sequence: tree for request, tree in zip(wanted, grown)}
+        trees |= {request.sequence: tree for request, tree in zip(wanted, grown, strict=True)}
     return list(trees.values())
 
 
@@ -59,7 +59,11 @@ def worth_drafting(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
     """Those for which drafting is worth its time, where that is planned."""
     if not requests or requests[0].planner is None:
         return requests
-    return [request for request, pays in zip(requests, requests[0].planner.worth_drafting([each.covered for each in requests])) if pays]
+    return [
+        request
+        for request, pays in zip(requests, requests[0].planner.worth_drafting([each.covered for each in requests]), strict=True)
+        if pays
+    ]
 
 
 def grow_levels(
@@ -71,24 +75,28 @@ def grow_levels(
     frontiers, planner = [[0] for _ in requests], requests[0].planner
     for level in range(1 + max(request.shape.depth for request in requests)):
         if level > 0:
-            frontiers = [growth.frontier() if level <= request.shape.depth else [] for growth, request in zip(growths, requests)]
+            frontiers = [
+                growth.frontier() if level <= request.shape.depth else [] for growth, request in zip(growths, requests, strict=True)
+            ]
             frontiers = planner.frontiers(growths, frontiers) if planner else frontiers
             if not any(frontiers):
                 break
         started = time.perf_counter()
-        outputs = read([level_of(*parts) for parts in zip(requests, growths, frontiers, held) if parts[2]]) if level else begin()
+        outputs = (
+            read([level_of(*parts) for parts in zip(requests, growths, frontiers, held, strict=True) if parts[2]]) if level else begin()
+        )
         counts = [len(frontier) for frontier in frontiers]
-        parts = zip(requests, growths, frontiers, logits(level, outputs).split(counts), outputs.split(counts), held)
+        parts = zip(requests, growths, frontiers, logits(level, outputs).split(counts), outputs.split(counts), held, strict=True)
         for request, growth, frontier, logits_RD, rows, kept in parts:
             if frontier:
                 before = len(growth.tokens)
                 growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab))
-                kept.update(zip(frontier, rows))
+                kept.update(zip(frontier, rows, strict=True))
                 if planner:
                     planner.record_level(growth, frontier, before)
         if planner:
             planner.record_step(len(outputs), time.perf_counter() - started)
-    return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests)]
+    return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests, strict=True)]
 
 
 GROWTHS: dict[str, Callable[[int, TreeShape], Growth]] = {}  # by the name behind a tree's shape: `60x7x10/mine`; root, shape -> growth

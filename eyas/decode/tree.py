@@ -106,8 +106,8 @@ class Growth:
     ) -> None:
         """Give each frontier node its children: tokens and log scores (at most 0), best first; and what they were drawn from, if so."""
         self.newest = []
-        for node, its_tokens, its_scores in zip(frontier, tokens, log_scores):
-            for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores)):
+        for node, its_tokens, its_scores in zip(frontier, tokens, log_scores, strict=True):
+            for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores, strict=False)):
                 if score == float("-inf"):
                     break
                 self.newest.append(len(self.tokens))
@@ -118,7 +118,7 @@ class Growth:
                 self.depths.append(self.depths[node] + 1)
                 self.scores.append(self.scores[node] + score)
         self.expanded += frontier
-        self.distributions.update(zip(frontier, distributions or ()))
+        self.distributions.update(zip(frontier, distributions or (), strict=False))
 
     def room(self, node: int) -> int | None:
         """How many children a node may have; None: all it is given."""

@@ -62,10 +62,10 @@ class ModelDrafter:
 
     def read_waiting(self, sequences: Sequence[int]) -> Tensor:
         parts = [self.waiting[sequence][:CATCH_UP] for sequence in sequences]
-        positions = [self.cache.lengths[sequence] + i for sequence, part in zip(sequences, parts) for i in range(len(part))]
-        segments = [Segment(sequence, len(part)) for sequence, part in zip(sequences, parts)]
+        positions = [self.cache.lengths[sequence] + i for sequence, part in zip(sequences, parts, strict=True) for i in range(len(part))]
+        segments = [Segment(sequence, len(part)) for sequence, part in zip(sequences, parts, strict=True)]
         last = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
-        for sequence, part in zip(sequences, parts):
+        for sequence, part in zip(sequences, parts, strict=True):
             self.waiting[sequence] = self.waiting[sequence][len(part) :]
         return self.read([token for part in parts for token in part], positions, segments, last)
 

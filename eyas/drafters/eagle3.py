@@ -100,7 +100,7 @@ class Eagle3Drafter:
         """The same for up to CATCH_UP rows a sequence."""
         counts = [min(len(self.pending[sequence].tokens), CATCH_UP) for sequence in sequences]
         tokens, features, positions = [], [], []
-        for sequence, count in zip(sequences, counts):
+        for sequence, count in zip(sequences, counts, strict=True):
             pending = self.pending[sequence]
             tokens += pending.tokens[:count]
             held = torch.cat(pending.features)
@@ -109,7 +109,7 @@ class Eagle3Drafter:
             start = self.cache.lengths[sequence]
             positions += range(start, start + count)
         g = self.network.fuse(torch.cat(features).to(self.network.dtype))
-        a = self.read(tokens, g, positions, [Segment(sequence, count) for sequence, count in zip(sequences, counts)])
+        a = self.read(tokens, g, positions, [Segment(sequence, count) for sequence, count in zip(sequences, counts, strict=True)])
         return a[torch.tensor(counts).cumsum(0) - 1]
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:

@@ -42,8 +42,8 @@ class MergedDrafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = [self.found(request) for request in requests]
-        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(requests, found)])
-        return [both(request, one, other) for request, one, other in zip(requests, drafted, found)]
+        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(requests, found, strict=True)])
+        return [both(request, one, other) for request, one, other in zip(requests, drafted, found, strict=True)]
 
     def found(self, request: TreeRequest) -> Tree:
         """Look-up's guesses cost no steps, so they may go as deep as there are nodes."""

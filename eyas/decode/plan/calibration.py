@@ -60,7 +60,7 @@ class Calibration:
         best = sorted(chances, reverse=True)[:COUNTED_CHILDREN]
         best += [0.0] * (COUNTED_CHILDREN - len(best))
         nodes, ordered = self.children[at], self.ordered[at]
-        for old, new in zip(nodes[self.seen[at] % RECENT_NODES], best):
+        for old, new in zip(nodes[self.seen[at] % RECENT_NODES], best, strict=True):
             del ordered[bisect_left(ordered, old)]
             insort(ordered, new)
         nodes[self.seen[at] % RECENT_NODES] = best

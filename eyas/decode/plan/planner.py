@@ -129,10 +129,10 @@ class Planner(Plan):
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
         """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
         row, gains, kept = self.row(), 0.0, []
-        for growth, nodes in zip(growths, candidates):
+        for growth, nodes in zip(growths, candidates, strict=True):
             chances = self.chances(growth)
             worth = [self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes]
-            kept.append([node for node, each in zip(nodes, worth) if each > 0])
+            kept.append([node for node, each in zip(nodes, worth, strict=True) if each > 0])
             gains += sum(worth)
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
 
@@ -177,7 +177,7 @@ class Planner(Plan):
         kept: list[list[int]] = [[0] for _ in trees]
         for _, row, place in ranked[:best]:
             kept[place].append(-row)
-        return [tree if len(rows) == len(tree) else tree.keep(rows) for tree, rows in zip(trees, kept)]
+        return [tree if len(rows) == len(tree) else tree.keep(rows) for tree, rows in zip(trees, kept, strict=True)]
 
     # ---- after it ----
 

@@ -39,4 +39,4 @@ class Prices:
         self.seconds[at] *= half
 
     def table(self) -> dict[int, float]:
-        return dict(zip(self.rows, self.seconds))
+        return dict(zip(self.rows, self.seconds, strict=True))
