@@ -110,19 +110,19 @@ def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
 def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_ones_what_the_last_brought():
     """Six tokens a round are believed only after some rounds; less than plain decoding is never expected."""
     made = Planner(Prices({1: 1.0, 64: 1.0}), Prices({1: 0.1}), Calibration(frozen=True))
-    made.begin([0, 1])
+    made.begin(2)
     plain = 2.0
     assert plain < made.rate < 1.5 * plain
     rates = []
     for _ in range(200):
         made.record(2, 1.0, 12, 1.0)
-        made.begin([0, 1])
+        made.begin(2)
         rates.append(made.rate)
     assert rates == sorted(rates) and rates[0] < 2.5 * plain, "one good round is not yet a rule"
     assert 10 < rates[-1] < 12, "the first belief weighs little beside many rounds"
     for _ in range(200):
         made.record(2, 1.0, 1, 1.0)
-        made.begin([0, 1])
+        made.begin(2)
     assert made.rate == pytest.approx(plain), "a round without guesses would bring as much"
 
 
@@ -131,10 +131,10 @@ def test_a_row_more_is_priced_where_the_last_passes_were():
     prices = {1: 1.0, 10: 1.0, 64: 55.0}
     made = planner(prices, rate=1.0)
     assert made.row() == pytest.approx(0)
-    made.rows = 20.4
+    made.recent.rows = 20.4
     assert made.row() == pytest.approx(1.0)
     many = planner(prices, batch=30, rate=2.0)
-    many.rows = 3.0
+    many.recent.rows = 3.0
     assert many.row() == pytest.approx(2.0), "a pass of thirty sequences has thirty rows at least"
 
 
