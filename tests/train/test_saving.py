@@ -125,7 +125,15 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_spoils_nothing(tmp_
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.parameters)
 
 
-def test_ctrl_c_waits_for_the_end_of_a_step(tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c_raises():
+    """As in a terminal: a job in the background begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(tmp_path, monkeypatch, ctrl_c_raises):
     """A signal that comes while the weights change is acted on once the step is counted, so no batch is trained twice."""
     trainer = make_trainer(tmp_path)
     update = trainer.optimiser.step

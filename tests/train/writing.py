@@ -27,15 +27,15 @@ def template() -> Template:
     return Template(byte_tokenizer(), (END,))
 
 
-def write_here(directory, shards, settings, questions, workers, slots, done, report, wanted) -> None:
+def write_here(directory, shards, settings, questions, workers, limit, done, report) -> None:
     """What one writing process does, in this one, shard by shard; the processes themselves are tests/train/test_shards.py's."""
     with torch.inference_mode():
         target = load_target(directory, writers.writing_precision()).prepare()
         template = Template(load_tokenizer(directory), target.config.eos_token_ids)
         there = frozenset(shards.counts)
         missing = (number for number in itertools.count() if number not in there)
-        for _ in write_shards(Writer(target, template, settings, list(questions), slots), shards, missing):
-            report(int(min(shards.look().total().answer_tokens, wanted)))
+        for _ in write_shards(Writer(target, template, settings, list(questions), writers.slots_for(limit)), shards, missing):
+            report(int(min(shards.look().total().answer_tokens, limit.tokens)))
             if done():
                 break
     shards.look()
