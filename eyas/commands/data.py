@@ -20,7 +20,7 @@ from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train.build import Studied
 from eyas.train.conversations import Document, read_conversations, render, truncate
-from eyas.train.decontaminate import all_grams, kept_apart, meets
+from eyas.train.decontaminate import all_grams, decontaminated, meets
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
 from eyas.train.shards import Counts, check_shards, counts_of, data_folder, settings_of_folder
@@ -211,7 +211,7 @@ def shard_facts(
         shards = [shard for shard in shards if place_of(shard) in set(used)]
     examples, twins = without_twins(shard_examples(shards, settings.max_length))
     evaluated = evaluation_prompts(apart)
-    examples, met = kept_apart(examples, evaluated, template) if evaluated else (examples, 0)
+    examples, met = decontaminated(examples, evaluated, template) if evaluated else (examples, 0)
     if not examples:
         raise EyasError("the shards hold no conversation with an answer to learn from; let the target write more")
     counts = sum(map(counts_of, shards), Counts())

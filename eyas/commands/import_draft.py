@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         )
     evidence = embedding = None
     if target:
-        check_fits(found.settled(layers, taps=default_taps(layers)).config, target.config)
+        check_fits(found.resolved(layers, taps=default_taps(layers)).config, target.config)
     if target and not options.unmeasured:
         evidence, embedding = evidence_of(target, MEASURED_TOKENS)
     draft, decided = resolve(found, layers, evidence, embedding)

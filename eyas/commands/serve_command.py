@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"cost must be above 0 and below 10 (a draft step's time over a target pass's), not {options.cost}")
     path = draft_path(options.draft)
     target, found = TargetFiles.of(options.target), find(path)
-    draft = found.settled(target.config.num_hidden_layers)
+    draft = found.resolved(target.config.num_hidden_layers)
     check_fits(draft.config, target.config)
     if why := layout.refusal(draft):
         raise EyasError(f"{layout.title} cannot run this draft: {why}")

@@ -70,7 +70,7 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
     try:
         findings += file_findings(path, target)
         found = find(path)
-        draft = found.settled(target.config.num_hidden_layers)
+        draft = found.resolved(target.config.num_hidden_layers)
         check_fits(draft.config, target.config)
         network = draft.network(embedding)
     except EyasError as error:

@@ -59,7 +59,7 @@ def checked(layout: Layout, draft: Draft, work: Path, weights: str) -> Check:
     exact = all(tensor.dtype == DTYPES.get(weights) or weights == "fp32" for tensor in draft.weights.values())
     if layout.read is None:
         return Check(None, None, exact, draft.config.taps)
-    again = find(work).settled(draft.target_layers)
+    again = find(work).resolved(draft.target_layers)
     if not torch.equal(again.vocab.ids, draft.vocab.ids) or again.config.taps != draft.config.taps:
         raise EyasError(f"what was written for {layout.title} reads back as another draft (taps {again.config.taps}, vocabulary); not kept")
     before = probe(draft)

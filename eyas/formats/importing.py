@@ -19,7 +19,7 @@ from eyas.measure.agreement import CLEAR_ERRORS, Agreement, Evidence, agreement
 READS = {"inputs": 0, "outputs": 1}
 
 
-class Settled(NamedTuple):
+class Resolved(NamedTuple):
     draft: Draft
     told: list[str]  # how each open question was decided
 
@@ -29,7 +29,7 @@ class Reading:
     """One way to read an open fact."""
 
     words: str
-    changes: Mapping[str, Any]  # of Found.settled
+    changes: Mapping[str, Any]  # of Found.resolved
     as_said: bool  # whether the file itself says so
 
 
@@ -50,7 +50,7 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
         yield name, sorted(options, key=lambda option: not option.as_said)
 
 
-def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Settled:
+def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Resolved:
     """The draft, with every open question decided.
 
     With `evidence` (the target's text and states) every question is measured in turn, the file's own reading being left only where another
@@ -69,11 +69,11 @@ def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, 
             best = 0
         changes |= options[best].changes
         told.append(f"{name}: {verdict(options, scores, best)}")
-    return Settled(found.settled(target_layers, **changes), told)
+    return Resolved(found.resolved(target_layers, **changes), told)
 
 
 def measured(found: Found, target_layers: int, changes: Mapping[str, Any], evidence: Evidence, embedding: Tensor) -> Agreement:
-    draft = found.settled(target_layers, **changes)
+    draft = found.resolved(target_layers, **changes)
     return agreement(draft.network(embedding), draft.vocab, evidence)
 
 

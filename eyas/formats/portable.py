@@ -1,6 +1,6 @@
 """A draft between layouts: its shape, its weights under the published names, its vocabulary as absolute ids.
 
-`Draft` is settled: every fact is known. `Found` is what a file of somebody else's says; which target layers it reads and which rotary base
+`Draft` is resolved: every fact is known. `Found` is what a file of somebody else's says; which target layers it reads and which rotary base
 it was trained with may still be open. Knows what eyas's own directory holds; knows no engine.
 """
 
@@ -65,7 +65,7 @@ class Found:
             return check_taps(default_taps(target_layers), target_layers)
         return check_taps(tuple(number + (self.counts == "outputs") for number in self.layer_ids), target_layers)
 
-    def settled(self, target_layers: int, **changes: Any) -> Draft:
+    def resolved(self, target_layers: int, **changes: Any) -> Draft:
         taps = changes.pop("taps", None) or self.taps(target_layers)
         config = DraftConfig(**{**self.shape, **changes, "taps": taps})
         return Draft(config, self.weights, self.vocab, target_layers, self.facts, self.embedding)

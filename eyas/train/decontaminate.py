@@ -39,7 +39,7 @@ def questions(example: Example, template: Template) -> Iterator[list[int]]:
             start, number = place - 1 + len(template.again), number + 1
 
 
-def kept_apart(examples: Sequence[Example], prompts: Sequence[str], template: Template) -> tuple[list[Example], int]:
+def decontaminated(examples: Sequence[Example], prompts: Sequence[str], template: Template) -> tuple[list[Example], int]:
     """Examples none of whose questions shares a run of tokens with one of the prompts, and how many were left out."""
     evaluated = all_grams(prompts, template.tokens)
     kept = [example for example in examples if not meets(questions(example, template), evaluated)]

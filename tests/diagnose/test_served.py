@@ -102,7 +102,7 @@ def test_another_template_and_another_acceptance_are_named(serve, tmp_path):
     save_tiny_draft(tmp_path / "draft", tmp_path / "target", taps=None)
     target = TargetFiles.of(tmp_path / "target")
     export(own_draft(tmp_path / "draft"), tmp_path, "speculators", tmp_path / "there", target, None, force=False)
-    draft = find(tmp_path / "there").settled(8)  # what is served, not what eyas wrote
+    draft = find(tmp_path / "there").resolved(8)  # what is served, not what eyas wrote
     told = compare(serve(Engine("vllm")), draft, target)
     assert told["differs"] and told["lines"][0].startswith("chat template: it reads 7 tokens where the target's template makes")
     assert told["tau"] == pytest.approx(1 + 4 / 6, abs=1e-3) and 1 <= told["ours"] < 1.5

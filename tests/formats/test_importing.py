@@ -150,7 +150,7 @@ def test_a_vocabulary_can_be_had_from_either_table(foreign, draft):
 def test_what_cannot_be_a_draft_is_refused_in_one_line(foreign, change, words):
     folder = foreign(change)
     with pytest.raises(EyasError, match=words) as refused:
-        find(folder).settled(8)
+        find(folder).resolved(8)
     assert "\n" not in str(refused.value)
 
 

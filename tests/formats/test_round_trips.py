@@ -31,7 +31,7 @@ def written(draft, name, target, out, weights=None, **extra):
 @pytest.mark.parametrize("weights", ["bf16", "fp32", "fp16"])
 def test_every_layout_reads_back_as_the_same_draft(name, weights, draft, target, tmp_path):
     check = written(draft, name, target, tmp_path, weights)
-    again = find(tmp_path / "x").settled(draft.target_layers)
+    again = find(tmp_path / "x").resolved(draft.target_layers)
     assert again.config == replace(draft.config, max_position_embeddings=again.config.max_position_embeddings)
     assert torch.equal(again.vocab.ids, draft.vocab.ids)
     difference = float((probe(again) - probe(draft)).abs().max())
@@ -80,7 +80,7 @@ def test_settings_go_along_or_are_refused_with_the_reason(name, settings, make, 
         return
     check = written(draft, name, target, tmp_path)
     assert check.difference <= EXACT and check.taps == draft.config.taps
-    again = find(tmp_path / "x").settled(draft.target_layers)
+    again = find(tmp_path / "x").resolved(draft.target_layers)
     for key, value in settings.items():
         if key not in ("taps", "draft_vocab_size"):
             assert getattr(again.config, key) == value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eyas.train.decontaminate import GRAM, kept_apart, questions
+from eyas.train.decontaminate import GRAM, decontaminated, questions
 from eyas.train.features import Example
 from eyas.train.template import Template
 from tests.tiny import byte_tokenizer
@@ -32,5 +32,5 @@ def test_conversations_that_ask_what_an_evaluation_asks_are_left_out():
     shared = "a" * GRAM
     first, second = conversation((f"x{shared}y", "no")), conversation(("hello", "no"), (f"{shared}z", "no"))
     short, answered = conversation(("a" * (GRAM - 1), "no")), conversation(("hi", f"it is {shared}"))
-    kept, dropped = kept_apart([first, second, short, answered], ["unlike", f"what is {shared}?"], TEMPLATE)
+    kept, dropped = decontaminated([first, second, short, answered], ["unlike", f"what is {shared}?"], TEMPLATE)
     assert kept == [short, answered] and dropped == 2

@@ -40,8 +40,8 @@ class Calibration:
     def worth(self, depth: int, parent: float, row: float) -> float:
         """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
         ordered = self.ordered[min(depth, DEPTHS) - 1]
-        paying = ordered[bisect_right(ordered, row / parent) :] if parent > 0 else ()
-        return (parent * sum(paying) - row * len(paying)) / RECENT_NODES
+        worthwhile = ordered[bisect_right(ordered, row / parent) :] if parent > 0 else ()
+        return (parent * sum(worthwhile) - row * len(worthwhile)) / RECENT_NODES
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
         """The children of a node that the walk came to, and which of them it went on to."""
