@@ -1,6 +1,6 @@
-"""What a run of new-draft would cost and make in the time given, from about a minute of measuring on this machine.
+"""What a run of `new-draft` would cost and make in the given time, from about a minute of measuring on this machine.
 
-Knows a writer and a trainer well enough to time a little of each; writes no file.
+Knows a writer and a trainer well enough to time each for a while; writes no file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eyas.train.features import Example, States
 from eyas.train.selfplay import Writer
 from eyas.train.trainer import Trainer
 
-SECONDS = 25.0  # of each measurement
+SECONDS = 25.0  # seconds of each measurement
 DOCUMENT, ANSWER = 200, 140  # tokens of a typical conversation, and of its answer
 
 
