@@ -85,7 +85,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows; who sees whom is the caller's `attend`."""
+    """Makes queries, keys and values of rows; the caller's `attend` knows which rows see which."""
 
     def __init__(self, input_size: int, config: Any, bias: bool = False, out_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
