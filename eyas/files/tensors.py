@@ -95,6 +95,3 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: i
         (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from None
-
-
-# ---- GGUF ----
