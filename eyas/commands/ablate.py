@@ -1,4 +1,4 @@
-"""`eyas ablate`: what a change of training brings, in minutes. Drafts are trained on one text, and differ only in what a variant changes."""
+"""`eyas ablate`: what a change of training brings, in minutes. Drafts are trained on one text and differ only in what a variant changes."""
 
 from __future__ import annotations
 
