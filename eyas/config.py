@@ -1,9 +1,9 @@
-"""Every setting of eyas, once: the shapes of target and draft, how to sample, how large a tree, how to train.
+"""Every setting of eyas, once: the shapes of target and draft, how to sample, how large a tree may be, how to train.
 
 Plain frozen dataclasses; knows no tensors and imports nothing heavy, so `eyas --help` can read the defaults.
 """
 
-# Values come from files of anybody's making: what a type promises is checked all the same.
+# Values come from files that anybody may have written: their types are checked at run time, whatever annotations promise.
 # pyright: reportUnnecessaryIsInstance=false
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def cache_dir() -> Path:
     return Path(root)
 
 
-LAST_HIDDEN = (-1,)  # what a drafter wants that reads the target's last hidden state, after the final norm, and no layer's input
+LAST_HIDDEN = (-1,)  # `wants` of a drafter that reads the target's last hidden state, after the final norm, and no layer's input
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
-    """Layers whose *input* is the low, middle and high feature (SafeAILab's choice; needs layers enough to tell them apart)."""
+    """The numbers of the layers whose *input* is the low, middle and high feature (SafeAILab's choice). A target of few layers has no three
+    different ones: `check_taps` says so."""
     return (2, num_layers // 2, num_layers - 3)
 
 
@@ -59,7 +60,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Shape of an EAGLE-3 draft and the facts its weights were trained with."""
+    """The shape of an EAGLE-3 draft, and the settings that its weights were trained with. Raises `EyasError` for impossible values."""
 
     vocab_size: int  # the target's
     draft_vocab_size: int
@@ -84,7 +85,7 @@ class DraftConfig:
     qk_norm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Sizes come from files of anybody's making: a wrong one is said here, before anything is built from it."""
+        """Check every size before anything is built from it: sizes come from files that anybody may have written."""
         for name in (
             "vocab_size",
             "draft_vocab_size",
@@ -120,7 +121,7 @@ def rope_kind(scaling: Mapping[str, Any]) -> Any:
     return None if kind == "default" else kind
 
 
-LARGEST_SIZE = 1 << 24  # of any width or vocabulary that is believed
+LARGEST_SIZE = 1 << 24  # the largest width or vocabulary that is believed
 
 
 def check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
@@ -130,19 +131,22 @@ def check_number(name: str, value: Any, least: float, most: float, whole: bool =
 
 
 def short(value: Any) -> str:
-    """A value as it may stand in a message of one line."""
+    """A value as text for a message of one line."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The filters between the target's logits and its distribution, in transformers' order; temperature 0 is greedy."""
+    """How a token is drawn from the target's logits: temperature, then the filters top-k, top-p and min-p, in transformers' order.
 
-    temperature: float = 0.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
+    Raises `EyasError` for a value out of its range.
+    """
+
+    temperature: float = 0.0  # 0 or more; 0: greedy, the likeliest token and no filter
+    top_k: int = 0  # 0 or more: keep the top_k likeliest tokens; 0: off
+    top_p: float = 1.0  # above 0, at most 1: keep the likeliest tokens that together have this probability; 1: off
+    min_p: float = 0.0  # 0 to 1: keep tokens at least this share as likely as the likeliest; 0: off
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -161,22 +165,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TreeShape:
-    """`NODESxDEPTHxTOPK` as SafeAILab counts: NODES with the root, DEPTH expansions after the first, TOPK children a node.
+    """How large a tree may grow: `NODESxDEPTHxTOPK`, counted as SafeAILab counts.
 
-    `chain:K` drafts K tokens in a row. `static:3.2.0.1` fixes the shape itself before anything is guessed: how many children each node
-    has, breadth first from the root (zeros at the end left out). `nodes == 1` is the empty tree: plain decoding. `60x7x10/NAME` grows as a
-    plugin says that registered NAME (decode/grow.py).
+    `chain:K` guesses K tokens, one below the other. `static:3.2.0.1` fixes the shape before anything is guessed: it lists how many
+    children each node has, breadth first from the root (zeros at the end left out). A shape of 1 node is the empty tree: plain decoding.
+    `60x7x10/NAME` grows with the growth that a plugin registered as NAME (decode/grow.py).
     """
 
-    nodes: int
-    depth: int
-    top_k: int
-    counts: tuple[int, ...] = ()  # of a static tree: each node's children, breadth first
-    growth: str = ""  # a registered one that takes the place of our own
+    nodes: int  # nodes that the target reads at most, the root included
+    depth: int  # times the draft is expanded after the first; a node lies `depth` + 1 below the root at most
+    top_k: int  # children of a node at most; in a tree that scores shape, nodes expanded in a level at most too
+    counts: tuple[int, ...] = ()  # of a static tree: each node's number of children, breadth first; () for every other shape
+    growth: str = ""  # the name of a registered growth, used instead of EAGLE-2's; "": none
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """Read `60x7x10`, `chain:3` or `static:3.2.0.1`."""
+        """Read `60x7x10`, `60x7x10/NAME`, `chain:3` or `static:3.2.0.1`. Raises `EyasError` for any other text, for a tree of no nodes, no
+        children or an empty chain, and as `static` does."""
         chain = re.fullmatch(r"chain:(\d+)", text.strip())
         full = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\w+))?", text.strip())
         static = re.fullmatch(r"static:(\d+(?:\.\d+)*)", text.strip())
@@ -191,11 +196,13 @@ class TreeShape:
 
     @classmethod
     def chain(cls, tokens: int) -> TreeShape:
+        """The shape of a chain of this many guessed tokens (at least 1)."""
         return cls(tokens + 1, tokens - 1, 1)
 
     @classmethod
     def static(cls, counts: Sequence[int]) -> TreeShape:
-        """Of each node's number of children, breadth first from the root."""
+        """The static shape with these numbers of children, one for each node, breadth first from the root. Zeros at the end may be left
+        out. Raises `EyasError` where it counts children of nodes that the tree does not have."""
         depths = depths_of(counts)
         text = ".".join(map(str, counts))
         if any(counts[len(depths) :]):
@@ -205,16 +212,17 @@ class TreeShape:
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        """Each node's children, breadth first, where that is settled before anything is guessed; () where scores decide."""
+        """Each node's number of children, breadth first, where the shape is settled before anything is guessed (a static tree, a chain);
+        () where scores decide."""
         return self.counts or ((1,) * self.levels if self.top_k == 1 and not self.growth else ())
 
     @property
     def levels(self) -> int:
-        """How deep a drafted node can lie (the root's children lie at 1)."""
+        """The depth of the deepest node the shape allows; the root's children have depth 1."""
         return 0 if self.nodes == 1 else min(self.depth + 1, self.nodes - 1)
 
     def cut(self, levels: int) -> TreeShape:
-        """The same with at most so many levels."""
+        """This shape, cut to at most `levels` levels."""
         if levels >= self.levels:
             return self
         if levels <= 0:
@@ -232,7 +240,7 @@ class TreeShape:
 
 
 def depths_of(counts: Sequence[int]) -> list[int]:
-    """How deep each node of a static tree lies."""
+    """The depth of each node of a static tree, breadth first."""
     depths = [0]
     for place, count in enumerate(counts):
         if place == len(depths):
@@ -244,34 +252,34 @@ def depths_of(counts: Sequence[int]) -> list[int]:
 PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
-LOSSY = ("typical-lossy",)  # those that change the text's distribution
+LOSSY = ("typical-lossy",)  # the verifiers that change the text's distribution
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate with; one object so that command line, Python and benchmarks cannot drift apart."""
+    """The settings of one call. One object, so that command line, Python and benchmarks cannot drift apart."""
 
-    method: str | None = None  # None: the first that the draft serves (of EAGLE-3 with look-up in its tree), else plain
-    tree: str | TreeShape = "auto"
+    method: str | None = None  # a name in METHODS; None: the first that the draft serves (EAGLE-3: with look-up in its tree), else plain
+    tree: str | TreeShape = "auto"  # a `TreeShape`, or its text; "auto": a planner sizes each tree, or the draft brings its static one
     sampling: Sampling = GREEDY
-    seed: int | None = None
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    seed: int | None = None  # what the text is drawn with; None: a fresh seed, which the result tells
+    max_new_tokens: int = 256  # tokens of the answer at most, at least 1; the target's context may end it before
+    stop: tuple[str, ...] = ()  # strings that end the text; it is cut where the first of them begins and does not hold it
     raw: bool = False  # the prompt is text to go on with, not a user's turn
-    verifier: str = VERIFIERS[0]
-    batch: int | None = None  # of many prompts at most so many at a time (None: all)
+    verifier: str = VERIFIERS[0]  # a name in VERIFIERS; "walk" is the default, those in LOSSY change the text's distribution
+    batch: int | None = None  # prompts of a list decoded at a time at most; None: all
 
 
 class Message(TypedDict):
     """One turn of a conversation."""
 
-    role: str  # system, user or assistant, or what else the chat template knows
+    role: str  # system, user or assistant, or any other role that the chat template knows
     content: str
 
 
 class Settings(TypedDict, total=False):
-    """What a call may set by keyword: `Request`'s fields, and `Sampling`'s."""
+    """The settings that a call takes by keyword: `Request`'s fields, and `Sampling`'s."""
 
     method: str | None
     tree: str | TreeShape

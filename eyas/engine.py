@@ -1,4 +1,4 @@
-"""Puts a target, its tokenizer and the drafters together: `eyas.load()`.
+"""Puts a target, its tokenizer and its drafters together: `eyas.load()` and the `Engine` it returns.
 
 Knows where models lie and how a prompt becomes tokens; knows nothing of how a round works.
 """
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
     from eyas.model.protocols import StaticDraft
 
-DEFAULT = "eagle3"  # the kind of draft that is meant where none is named
+DEFAULT = "eagle3"  # the method a draft is taken for where its files name none
 BUNDLED = Path(__file__).parent / "bundled"
 
 Watch = Callable[[RoundRecord], None]
 
 
 def draft_directory(source: str | Path | None, target: Path) -> Path | None:
-    """A draft's directory; without a name, the bundled one for the embedded target and none for others."""
+    """The directory of the draft `source` names. None: the bundled draft for the embedded target, no draft for any other. Raises
+    `EyasError` where it holds no config.json."""
     if source is None:
         embedded = target.parent == cache_dir() / "targets" and target.name.startswith("SmolLM2")
         return BUNDLED if embedded and (BUNDLED / "config.json").exists() else None
@@ -53,7 +54,7 @@ def draft_directory(source: str | Path | None, target: Path) -> Path | None:
 
 
 def kind_of(directory: Path) -> str:
-    """The method whose draft a directory holds."""
+    """The name of the method whose draft a directory holds. Raises `EyasError` for a method that is not registered."""
     fields = Fields.of(directory)
     config, own = fields.raw, fields.raw.get("eyas")
     said = fields.object("eyas").raw.get("method") if isinstance(own, dict) else None
@@ -62,7 +63,7 @@ def kind_of(directory: Path) -> str:
     for name in trained():
         if said == name or (said is None and METHODS[name].decoding().reads(dict(config), directory)):
             return name
-    return DEFAULT  # whose loader says what is missing
+    return DEFAULT  # its loader says what is missing
 
 
 def load(
@@ -71,33 +72,46 @@ def load(
     device: str | None = None,
     precision: str = PRECISIONS[0],
 ) -> Engine:
-    """Load a target (default: the embedded one) and its draft; see `Engine.generate`."""
+    """Load a target and its draft, ready to generate.
+
+    `target`: a Hugging Face directory, a `.gguf` file or a hub name `owner/model`, which is fetched once; None or "embedded": the embedded
+    target, fetched once. `draft`: the directory of a draft that eyas trained or imported, or "bundled"; None: the bundled draft for the
+    embedded target, and for any other no draft, which leaves the methods that need none. `device`: "cpu" (None) or a CUDA device as
+    PyTorch names it. `precision`: "bf16", "fp32", or "int8" and "q4": weights of 8 or 4 bits in groups of 32 over bfloat16, for
+    Llama-shaped targets alone.
+
+    Raises `EyasError` with one line for a target, draft, device or precision that cannot be had, and for a draft that does not fit its
+    target.
+    """
     check_device(device or "cpu")
     directory = target_directory(target)
     drafted = draft_directory(draft, directory)
     if drafted:
         kind = METHODS[kind_of(drafted)].decoding()
-        kind.check(drafted, target_config(directory))  # before the target's weights: a misfit is said at once
+        kind.check(drafted, target_config(directory))  # before the target's weights are read: a draft that does not fit is refused at once
     model = load_target(directory, precision, device or "cpu")
     return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
 
 def without_draft(directory: Path, precision: str) -> Engine:
-    """The target alone, for those who bring a draft of their own."""
+    """An engine of the target alone, for callers that bring a draft of their own."""
     return Engine(load_target(directory, precision), load_tokenizer(directory), directory, None, precision)
 
 
 class Engine:
-    """A loaded target with its drafters. `generate` returns finished results, `stream` yields text as it comes."""
+    """A loaded target with its tokenizer and drafters, as `eyas.load` returns it.
+
+    `generate` returns finished results and `stream` yields text as it comes. A server drives `decoder`, with sequences from `sequences`.
+    """
 
     def __init__(self, target: TargetModel, tokenizer: Any, directory: Path, draft: Path | None, precision: str) -> None:
-        # How each method's drafter is made: every call gets one of its own, so two streams of one engine do not mix.
+        # By method, how its drafter is made: every call gets a drafter of its own, so two streams of one engine do not mix.
         self.makers: dict[str, Callable[[], Drafter]] = {}
-        self.network = None  # the draft's, where there is one
+        self.network = None  # the draft's network, where there is a draft
         if draft:
             kind = kind_of(draft)
             self.network, vocab = METHODS[kind].decoding().load(draft, target)
-            self.network.prepare(16 if precision == "fp32" else 8)  # of 4 bits it would guess worse
+            self.network.prepare(16 if precision == "fp32" else 8)  # with 4 bits it would guess worse
             for name, method in METHODS.items():
                 if method.draft == kind:
                     self.makers[name] = partial(method.decoding().drafter, self.network, vocab)
@@ -106,12 +120,13 @@ class Engine:
             if method.draft is None:
                 self.makers[name] = partial(method.decoding().alone, self.target)
         self.tokenizer, self.directory, self.draft, self.precision = tokenizer, directory, draft, precision
-        self.plans: PlanStore | None = None  # what planners learned, once one was wanted
+        self.plans: PlanStore | None = None  # what planners learned; made when the first planner is wanted
 
     # ---- prompts ----
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template."""
+        """The token ids of a prompt. A string is one user turn, or with `raw` plain text to go on with; messages go through the chat
+        template. Raises `EyasError` for an empty prompt, one too long for the target, or one the template refuses."""
         ids, context = render(self.tokenizer, prompt, raw, self.directory), self.target.config.max_position_embeddings
         if len(ids) >= context:
             raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
@@ -120,7 +135,7 @@ class Engine:
     # ---- methods and shapes ----
 
     def drafter(self, method: str) -> Drafter:
-        """A new drafter of this method."""
+        """A new drafter of this method. Raises `EyasError` for an unknown method, or one whose draft was not loaded."""
         wanted = method_named(method).draft
         if method not in self.makers:
             how = "" if wanted == DEFAULT else f" --method {wanted}"
@@ -130,23 +145,24 @@ class Engine:
         return self.makers[method]()
 
     def use_draft_model(self, model: TargetModel) -> None:
-        """Let method draft-model use this smaller model (same vocabulary) instead of the target's first layers."""
+        """Let method draft-model guess with this smaller model, of the same vocabulary, instead of the target's first layers."""
         module = cast("Any", METHODS["draft-model"].decoding())
         self.makers["draft-model"] = partial(module.ModelDrafter, prepared(model, self.precision), self.target.config.vocab_size)
 
     @property
     def default_method(self) -> str:
-        """The first that the draft serves; plain where there is none."""
+        """The name of the first method that the loaded draft serves; "plain" without a draft."""
         return next((name for name in METHODS if METHODS[name].draft and name in self.makers), "plain")
 
     def method_of(self, request: Request) -> str:
-        """The method that a request means; one that there is not is refused."""
+        """The name of the method that a request asks for, or the default one. Raises `EyasError` for an unknown method."""
         method = request.method or self.default_method
         method_named(method)
         return method
 
     def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
-        """The largest tree a round may draw up; under `auto` a planner sizes each."""
+        """The largest tree that a round may grow. With "auto" a planner sizes each tree within it; a method with a static tree has its
+        draft's. Raises `EyasError` for text that is no tree shape."""
         if method == "plain":
             return PLAIN
         if isinstance(tree, TreeShape):
@@ -156,7 +172,8 @@ class Engine:
         return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
-        """What sizes the trees of one call, where nobody named their shape. Prices are timed on first use."""
+        """The planner that sizes the trees of one call; None where a shape was named or is the draft's own. The first call on a machine
+        times passes."""
         if tree != "auto" or method == "plain" or METHODS[method].static:
             return None
         if self.plans is None:
@@ -178,11 +195,15 @@ class Engine:
     def generate(
         self, prompt: Prompt | Prompts, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
     ) -> Result | list[Result]:
-        """Write the answer to a prompt (a string, or a conversation's messages); of a list of prompts the answers to all, decoded together.
+        """Write the answer to a prompt. A prompt is a string, or a conversation's messages; a list of prompts is decoded together and
+        gives a list of results in the same order.
 
-        Settings are by keyword: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method, tree, ..; or all of them in a
-        `request`. One prompt draws with the call's seed, prompt i of a list with a seed derived from it and i. `watch` is called with the
-        record of every round of every sequence. Raises `EyasError` for what cannot be done, in one line.
+        Settings go by keyword: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `stop`, `method`, `tree`, ..
+        (`Request`'s fields and `Sampling`'s); or all of them in a `request`, but not both. One prompt draws with the call's seed, prompt i
+        of a list with a seed derived from it and i. `watch` is called with the `RoundRecord` of every round of every sequence.
+
+        Raises `EyasError` with one line for an unknown or unusable setting, for a prompt that is empty or too long, and for a method
+        whose draft was not loaded.
         """
         sequences: list[Sequence] = []
         for sequences in self.rounds(prompt, make_request(request, **settings), watch):  # noqa: B007 (the last is wanted)
@@ -193,7 +214,10 @@ class Engine:
     def stream(
         self, prompt: Prompt, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
     ) -> Iterator[str | Result]:
-        """Yield pieces of the answer's text as rounds commit them, then its `Result`. Takes what `generate` takes, for one prompt."""
+        """Yield pieces of the answer's text as rounds commit them, then its `Result`. Together the pieces are the result's text.
+
+        Takes what `generate` takes, for one prompt. Raises `EyasError` as `generate` does, once the first piece is asked for.
+        """
         request = make_request(request, **settings)
         if is_many(prompt):
             raise EyasError("stream takes one prompt; use generate for several")
@@ -205,23 +229,26 @@ class Engine:
         yield result_of(sequence)
 
     def rounds(self, prompt: Prompt | Prompts, request: Request, watch: Watch | None = None) -> Iterator[list[Sequence]]:
-        """All sequences after their prompts are read and after each round: what `generate` and `stream` are made of."""
+        """Decode a call's prompts, and yield all its sequences once prompts are read and after each round; `generate` and `stream` are made
+        of it."""
         sequences, decoder = self.sequences(prompt, request), self.decoder(request, watch)
         try:
             yield from decoder.run_all(sequences, request.batch)
-        finally:  # a stream may be closed early: what its rounds taught is kept all the same
+        finally:  # a stream may be closed early; what its rounds taught the planner is kept all the same
             if self.plans and decoder.plan.planner:
                 self.plans.save()
 
     def decoder(self, request: Request, watch: Watch | None = None) -> Decoder:
-        """The decoder of one call, or of a server's whole life: it takes sequences in and out between rounds (`admit`, `step`, `abort`)."""
+        """A decoder for one call, or for a server's whole life; it takes sequences in and out between rounds (`admit`, `step`, `abort`).
+        Raises `EyasError` for an unknown verifier, and as `drafter` does."""
         method = self.method_of(request)
         decoder = Decoder(self.target, self.drafter(method), request.verifier, self.planner(request.tree, method, request.sampling))
         decoder.watch = watch
         return decoder
 
     def sequences(self, prompt: Prompt | Prompts, request: Request) -> list[Sequence]:
-        """Prompts and a request as sequences that a decoder can admit."""
+        """One sequence for each prompt, with the request's settings, that a decoder can admit. Raises `EyasError` for prompts and limits
+        that cannot be used."""
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
         if request.batch is not None and request.batch < 1:
@@ -239,7 +266,8 @@ class Engine:
 
 
 def make_request(request: Request | None = None, **settings: Any) -> Request:
-    """The request itself, or one from loose settings, Sampling's fields among them; never both, since one would have to win."""
+    """The request itself, or a request made of loose settings, `Sampling`'s fields among them. Raises `EyasError` for both together, since
+    one would have to win, and for unknown settings."""
     if request is not None:
         if settings:
             raise EyasError(f"give a finished request or loose settings ({', '.join(settings)}), not both")

@@ -1,7 +1,7 @@
-"""The methods there are: for each the module that decodes with it and the one that teaches its draft. To add one is to add a line here, or
-to `register` it from a plugin.
+"""The methods by name: for each the module that decodes with it and the module that teaches its draft. To add a method, add a line here or
+`register` it from a plugin.
 
-Knows names alone and imports nothing, so that `eyas --help` is quick. What the modules hold is told in docs/add-a-method.md.
+Knows names alone and imports nothing, so that `eyas --help` is quick. docs/add-a-method.md says what the modules hold.
 """
 
 from __future__ import annotations
@@ -24,42 +24,46 @@ if TYPE_CHECKING:
 
 
 class Decoding(Protocol):
-    """A module that decodes. Of a method without a draft it has `alone` alone, of one with another's draft `drafter` alone; a network is of
-    the module's own kind."""
+    """A module that decodes with a method. The module of a method without a draft has `alone` and nothing else; that of a method that uses
+    another method's draft has `drafter` and nothing else."""
 
-    drafter: Callable[[Any, DraftVocab], Drafter]
-    alone: Callable[[TargetModel], Drafter]
-    reads: Callable[[dict[str, Any], Path], bool]
-    check: Callable[[Path, TargetConfig], None]
-    load: Callable[[Path, TargetModel], tuple[DraftModule, DraftVocab]]
-    save: Callable[..., None]  # as files/draft_files.py's `saver` has it
+    drafter: Callable[[Any, DraftVocab], Drafter]  # from the module's own kind of network
+    alone: Callable[[TargetModel], Drafter]  # without a draft
+    reads: Callable[[dict[str, Any], Path], bool]  # whether a directory with this config.json holds its draft
+    check: Callable[[Path, TargetConfig], None]  # raises `EyasError` where a directory's draft does not fit the target
+    load: Callable[[Path, TargetModel], tuple[DraftModule, DraftVocab]]  # for a target that is not yet prepared
+    save: Callable[..., None]  # takes what the function takes that `saver` of files/draft_files.py returns
 
 
 class Teaching(Protocol):
     """A module that teaches a method's draft."""
 
-    SETTINGS: dict[str, Any]
-    new_network: Callable[[TargetModel, tuple[int, ...], DraftVocab, TrainSettings], DraftModule]
+    SETTINGS: dict[str, Any]  # the fields of TrainSettings whose default is another one for this method
+    new_network: Callable[[TargetModel, tuple[int, ...], DraftVocab, TrainSettings], DraftModule]  # target, taps, vocabulary, settings
     unroll: Callable[..., Iterator[Step]]  # network, batch, steps, depths=None
-    loss: Callable[[Any, Batch, Supervision], tuple[Tensor, list[Tensor]]]
+    loss: Callable[[Any, Batch, Supervision], tuple[Tensor, list[Tensor]]]  # -> the sum to minimise, and each step's mean to show
 
 
 @dataclass(frozen=True)
 class Method:
-    drafter: str  # module that decodes with it
-    teaching: str | None = None  # module that teaches its draft, where it has one to train
-    draft: str | None = None  # the method whose drafts it decodes with; None: it needs none
-    static: bool = False  # its tree's shape is the draft's own, unless another is asked for
+    """A method: the names of the modules that decode with it and teach its draft. They are imported when they are first used."""
+
+    drafter: str  # name of the module that decodes with it, as `Decoding` says
+    teaching: str | None = None  # name of the module that teaches its draft, as `Teaching` says; None: it has no draft of its own
+    draft: str | None = None  # the method whose drafts it decodes with, often itself; None: it needs no draft
+    static: bool = False  # its tree has a static shape that comes with the draft, unless another is asked for
 
     def decoding(self) -> Decoding:
+        """Import the module that decodes."""
         return cast("Decoding", import_module(self.drafter))
 
     def training(self) -> Teaching:
+        """Import the module that teaches; only for a method that has one."""
         assert self.teaching is not None, "this method has no draft to train"
         return cast("Teaching", import_module(self.teaching))
 
 
-# of those that one draft serves the first is the default
+# Where one draft serves several methods, the first of them is the default.
 METHODS: dict[str, Method] = {
     "eagle3-lookup": Method("eyas.drafters.merged", draft="eagle3"),
     "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
@@ -74,19 +78,20 @@ METHODS: dict[str, Method] = {
 
 
 def register(name: str, method: Method) -> None:
-    """Add a method of one's own: from here on every command knows it. Its modules are named, and may both be the file that calls this:
-    `register("mine", Method(__name__, __name__, draft="mine"))`."""
+    """Add a method; from here on every command knows it. Both of its modules may be the file that calls this:
+    `register("mine", Method(__name__, __name__, draft="mine"))`. Raises `EyasError` for a name that is taken."""
     if name in METHODS:
         raise EyasError(f"method {name!r} exists already; choose another name")
     METHODS[name] = method
 
 
 def method_named(name: str) -> Method:
+    """The method of this name. Raises `EyasError`, which lists the names there are, for any other."""
     if name not in METHODS:
         raise EyasError(f"method {name!r} is unknown; choose {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def trained() -> list[str]:
-    """The methods that have a draft to train."""
+    """The names of the methods that have a draft to train."""
     return [name for name, each in METHODS.items() if each.teaching]

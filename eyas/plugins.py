@@ -1,4 +1,4 @@
-"""Files of a user's own that are read before a command runs: what they register is there as if it were eyas's (`--plugin mine.py`).
+"""A user's own files, read before a command runs: what they register works as if it were part of eyas (`--plugin mine.py`).
 
 A plugin is an ordinary Python file under any name. It may call `eyas.methods.register`, `eyas.train.losses.register` and
 `eyas.decode.grow.register`. Child processes load the same files: their paths stand in the environment. Knows files; knows nothing of
@@ -21,7 +21,7 @@ LOADED: dict[Path, ModuleType] = {}
 
 
 def load(files: Iterable[str | Path]) -> None:
-    """Read each file once, whole or with one line that says what is wrong, and let child processes know of it."""
+    """Read each file once, and let child processes know of it. Raises `EyasError` with one line that says what is wrong with a file."""
     for file in files:
         path = Path(file).expanduser().resolve()
         if path not in LOADED:
@@ -30,7 +30,7 @@ def load(files: Iterable[str | Path]) -> None:
 
 
 def load_inherited() -> None:
-    """Those of the process that started this one."""
+    """Load the plugins of the process that started this one."""
     load(inherited())
 
 

@@ -65,7 +65,7 @@ def environment(name: str, installs: Sequence[Sequence[str]], python: str = sys.
 
 
 def run(command: Sequence[str | Path], **environ: str) -> None:
-    """Stops here with the command's own words on standard error, where it fails."""
+    """Run a command; where it fails, stop with its own words on standard error."""
     try:
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr, env=os.environ | environ)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -76,7 +76,7 @@ ROWS = (
 
 
 def trees_of(row: Row, network: Any) -> dict[int, str]:
-    """For each budget the tree that a row decodes with; `network`: of its draft, where that has a tree of its own."""
+    """The tree that a row decodes with, for each budget of rows. `network`: its draft's, where that has a tree of its own."""
     if row.method == "lookup":
         return LOOKED_UP
     return {nodes: str(network.static_tree(nodes)) for nodes in BUDGETS} if METHODS[row.method].static else GROWN
@@ -123,7 +123,7 @@ TRAINED_COLUMNS = ("draft", "tokens", "slots of all steps", "minutes", "held-out
 
 
 def training_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table of drafts: each once, under the row that trained it."""
+    """The rows of the table of drafts: each draft once, under the row that trained it."""
     return [training_cells(name, told) for name, told in methods.items() if told.get("draft_of") == name]
 
 
@@ -134,7 +134,7 @@ def titled(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def training_cells(name: str, told: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row's draft was trained on: tokens, slots over all steps, minutes, simulated tau on held-out text."""
+    """The cells for one draft: tokens it was trained on, anchors over all steps, minutes, simulated tau on held-out text."""
     each = told["training"]
     return (name, f"{each['tokens']:,}", f"{each['unrolled_slots']:,}", f"{each['minutes']:.1f}", f"{each['simulated_tau']:.2f}")
 
@@ -170,7 +170,7 @@ def save_picture(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def chosen_rows(names: str | None, quick: bool) -> Sequence[Row]:
-    """The rows named (with those whose draft they need), or all; quick: the methods themselves, without what is left out of them."""
+    """The named rows, with those whose draft they need; or all rows; `quick`: only the methods themselves, without their ablations."""
     rows = [row for row in ROWS if row.method in METHODS]
     if names is None:
         return [row for row in rows if not (quick and row.also)]

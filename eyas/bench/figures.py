@@ -113,7 +113,7 @@ def acceptance_by_step(rounds: Sequence[Round]) -> list[float]:
 
 
 def first_repeat(tokens: Sequence[int], gram: int = GRAM) -> int:
-    """Where the first `gram` tokens begin that stood in the text before (overlap counts); the length if there are none."""
+    """Where the text first repeats `gram` tokens in a row that it had before (overlap counts); its length if it never does."""
     seen: set[tuple[int, ...]] = set()
     for start in range(len(tokens) - gram + 1):
         here = tuple(tokens[start : start + gram])
@@ -156,7 +156,7 @@ def first_difference(plain: Sequence[int], own: Sequence[int]) -> int | None:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Statistic:
-    """Sum over sum, over the prompts picked."""
+    """The sum of `above` divided by the sum of `below`, over the chosen prompts."""
     above_P, below_P = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
 
     def pooled(picks_BP: np.ndarray) -> np.ndarray:

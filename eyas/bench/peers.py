@@ -130,7 +130,7 @@ def llama_cpp(shared: dict[str, Any], export: Callable[..., Path], directory: Pa
 
 
 def contestants(target: str | None, draft: str | None, prompts: list[list[int]], tokens: int, threads: int) -> list[Contestant]:
-    """All that can take part; each environment is made on first use (llama.cpp's build and downloads take their time)."""
+    """Everything that can take part in the race. Environments are made on first use (llama.cpp's build and downloads take their time)."""
     directory = target_directory(target)
     tokenizer, config = load_tokenizer(directory), target_config(directory)
     practice = [token_ids(tokenizer, text) for text in PRACTICE]
@@ -261,7 +261,7 @@ def run_peers(
 
 
 def count_weights(config: Any) -> int:
-    """Of the matrices, embedding once."""
+    """The number of weights in a target's matrices; an embedding that is the head too counts once."""
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -294,7 +294,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def table_rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The fastest first."""
+    """Print a line for each contestant, the fastest first."""
     count = result["conditions"]["prompts"]
     for name, row in sorted(result["rows"].items(), key=lambda item: -item[1]["tokens_per_second"][0]):
         middle, low, high = row["tokens_per_second"]

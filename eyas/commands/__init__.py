@@ -1,1 +1,1 @@
-"""One module a command, with a `run(options)`; cli.py imports the one that was asked for."""
+"""One module for each command, with a function `run(options)`; cli.py imports the module of the command that was given."""

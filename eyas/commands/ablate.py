@@ -1,4 +1,4 @@
-"""`eyas ablate`: what a change of training brings, in minutes: drafts trained on one text, alike but for what each variant changes."""
+"""`eyas ablate`: what a change of training brings, in minutes. Drafts are trained on one text and differ only in what a variant changes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def base_settings(options: argparse.Namespace, vocab_size: int) -> TrainSettings
 
 
 def check_variants(options: argparse.Namespace, variants: list[Variant], base: TrainSettings, vocab_size: int) -> None:
-    """What does not go together is said before anything is trained."""
+    """Raise `EyasError`, before anything is trained, for settings that do not go together."""
     for variant in variants:
         settings = settings_of(method_of(options), {**vars(base), **variant.settings})
         if settings.draft_vocab_size > vocab_size:
@@ -103,7 +103,7 @@ def check_variants(options: argparse.Namespace, variants: list[Variant], base: T
 
 
 def held_taps(options: argparse.Namespace, taps: tuple[int, ...], variants: list[Variant]) -> tuple[int, ...]:
-    """The layers that the text's features are kept of: those that any variant reads, or those that given shards have."""
+    """The layers whose inputs are kept with the text: those that any variant reads, or those that given shards have."""
     wanted = sorted({*taps, *(tap for variant in variants for tap in variant.taps or ())})
     if not options.shards:
         return tuple(wanted)

@@ -76,7 +76,7 @@ def peers(options: argparse.Namespace, request: Request) -> int:
 
 
 def writable(out: str | None) -> Path | None:
-    """The path, once it is sure that the result can be written there; an earlier result is left as it is until then."""
+    """The path for the result, once it is sure that it can be written there; an earlier result stays as it is until then."""
     if out is None:
         return None
     path = Path(out).expanduser()

@@ -58,7 +58,7 @@ from eyas.view.pictures import can_draw
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How large a comparison is."""
 
     written: int  # answer tokens that the target writes
     trained: int  # answer tokens that each draft is trained on, over and over
@@ -95,8 +95,8 @@ class Family:
     words: OwnWords
     folder: Path
     scale: Scale
-    prompts: str | None  # the file that brings them
-    asked: list[PromptItem]  # its prompts
+    prompts: str | None  # the file of prompts; None: questions of held-out conversations
+    asked: list[PromptItem]  # the file's prompts
     console: Console
 
     @property
@@ -172,7 +172,7 @@ def written(family: Family, most_bytes: float) -> Text:
 
 
 def held_out_questions(family: Family, text: Text) -> list[PromptItem]:
-    """To measure with, where no file brings prompts."""
+    """The prompts to measure with where no file is given: questions of held-out conversations."""
     kept, held_out = hold_out(text.examples, TrainSettings(held_out=HELD_OUT))
     questions = questions_of(held_out, kept, family.words.template)
     return [PromptItem(number, question) for number, question in enumerate(questions[: family.scale.prompts], start=1)]
@@ -182,7 +182,7 @@ def held_out_questions(family: Family, text: Text) -> list[PromptItem]:
 
 
 def trained_draft(family: Family, text: Text, row: Row, name: str, minutes: float | None = None) -> Path:
-    """The directory of a row's draft, trained on so many tokens (or for so many minutes) where it is not there yet."""
+    """The directory of a row's draft. A draft that is not there yet is trained, for a number of tokens or of minutes."""
     out, scale = family.folder / slug(name), family.scale
     assert row.trains is not None  # one without a draft has none to train
     if (out / "done").exists():
@@ -276,7 +276,7 @@ def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int,
 
 
 def memory_mb(engine: Engine, row: Row, own: int) -> float:
-    """Of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
+    """The megabytes of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
     drafter: Any = engine.drafter(row.method)  # its caches are no part of what a drafter has to have
     drafter.reserve(1, 1000)
     drafter = getattr(drafter, "draft", drafter)  # of look-up and a draft, the latter
@@ -291,7 +291,7 @@ def parameters(draft: Path) -> int:
 def same_time(
     family: Family, text: Text, rows: Sequence[Row], drafts: dict[str, Path], methods: dict[str, Any], items: list[PromptItem]
 ) -> dict[str, Any]:
-    """The methods themselves once more, each draft trained as long as EAGLE-3's took."""
+    """The figures of the methods themselves once more, each draft trained for as long as EAGLE-3's was."""
     if "eagle3" not in drafts:
         return {}
     minutes = methods["eagle3"]["training"]["minutes"]

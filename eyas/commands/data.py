@@ -108,7 +108,7 @@ def key_of(path: str, content: Any) -> str:
 
 
 def disk_limit(gigabytes: float | None, folder: Path) -> float:
-    """Bytes that self-written data may take: what the user says, else a share of what is free."""
+    """How many bytes self-written data may take: what the user says, else a share of the free disk."""
     if gigabytes is not None:
         if not gigabytes > 0:
             raise EyasError(f"--disk must be above 0 gigabytes, not {gigabytes}")
@@ -117,7 +117,7 @@ def disk_limit(gigabytes: float | None, folder: Path) -> float:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free where a folder lies or will lie."""
+    """The free bytes of the disk where a folder is or will be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -129,7 +129,7 @@ def free_space(folder: Path) -> int:
 def from_conversations(
     path: Path, directory: Path, settings: TrainSettings, console: Console, apart: Sequence[str]
 ) -> tuple[list[Example], dict[str, Any]]:
-    """A file's conversations in the target's template, but for those that ask what the files `apart` ask."""
+    """A file's conversations in the target's template, without those that ask what the files `apart` ask."""
     conversations, complaints = read_conversations(path)
     tokenizer = load_tokenizer(directory)
     if not getattr(tokenizer, "chat_template", None):
@@ -167,7 +167,7 @@ def from_conversations(
 
 
 def without_twins(examples: list[Example]) -> tuple[list[Example], int]:
-    """Each text once, and how many were dropped: a twin of a held-out conversation must not train."""
+    """The examples without twins, and how many twins were dropped: a twin of a held-out conversation must not train."""
     kept = list({tuple(example.tokens): example for example in examples}.values())
     return kept, len(examples) - len(kept)
 
@@ -239,7 +239,7 @@ def apart_facts(paths: Sequence[str], evaluated: Sequence[str], dropped: int) ->
 
 
 def place_of(shard: Path) -> str:
-    """A shard's folder and name: names alone are alike in every folder."""
+    """A shard's folder and name, since names alone are the same in every folder."""
     return f"{shard.parent.name}/{shard.name}"
 
 

@@ -51,7 +51,7 @@ METHODS = "plain,eagle3@60x7x10,eagle3@chain:3,eagle3"
 
 @dataclass
 class Run:
-    """What must not change between a run and its continuation, and how far the writing is."""
+    """What must not change between a run and its resumption, and how far the writing is."""
 
     target_sha256: str
     hours: float
@@ -61,7 +61,8 @@ class Run:
 
     @classmethod
     def begun(cls, out: Path, wanted: Run) -> Run:
-        """The run that `out` holds, or the wanted one where it is new; one of other wishes is refused with the difference."""
+        """The run that `out` holds, or the wanted one where `out` is new. Raises `EyasError`, which names the differences, if they
+        differ."""
         if not (out / RUN).exists():
             if out.exists() and any(not path.name.startswith(f".{RUN}.") for path in out.iterdir()):
                 raise EyasError(f"{out} holds other things than a run of new-draft; choose a new directory as --out")
@@ -207,7 +208,7 @@ def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
 
 
 def questions_of(held_out: Sequence[Example], trained: Sequence[Example], template: Template) -> list[str]:
-    """First questions of held-out conversations as text, such as were not trained with other answers; never none.
+    """First questions of held-out conversations as text, without those that were trained with other answers; at least one.
 
     Without a chat template: the first tokens of held-out texts.
     """
@@ -247,7 +248,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
 
 
 def fits(engine: Engine, question: Prompt, request: Request) -> bool:
-    """Whether a question, read back as text, leaves room for an answer: odd tokens may be longer when read again."""
+    """Whether a question leaves room for an answer once its text is tokenized again, which may give more tokens than it had."""
     try:
         return len(engine.encode(question, request.raw)) + request.max_new_tokens <= engine.target.config.max_position_embeddings
     except EyasError:

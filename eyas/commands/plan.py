@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def reliability_table(calibration: Calibration) -> Table:
-    """What the draft said against what came true, all depths together."""
+    """A table of what the draft said against what came true, all depths together."""
     table = Table("guessed", "came true", "guesses", title="How often guesses come true")
     for each in reliability(calibration):
         shares = (f"{each.guessed:.2f}", f"{each.right:.2f}") if each.tried else (f"from {each.least:.2f}", "-")

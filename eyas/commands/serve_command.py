@@ -57,7 +57,7 @@ def gain(acceptance: list[float], cost: float) -> float:
 
 
 def preparation(path: Path, name: str, there: str, target: str) -> str | None:
-    """What to do first, where the draft does not lie as the engine reads it. SGLang and vLLM read eyas's own folder."""
+    """What to do first, where the draft is not in a layout that the engine reads. SGLang and vLLM read eyas's own folder."""
     own, plain = there == "eyas", there.startswith("plain")
     fits = {"sglang": own, "vllm": own or plain, "safeailab": plain, "llama_cpp": there.startswith("llama.cpp")}
     if fits.get(name, there == name):

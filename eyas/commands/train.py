@@ -1,6 +1,6 @@
 """`eyas train`: a draft for a target, from text that the target writes itself or from the user's conversations.
 
-Options alone: how a run is built is train/build.py's.
+Knows options; train/build.py builds the run.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def data_of(
 
 
 def check_together(options: argparse.Namespace, settings: TrainSettings, studied: Studied) -> None:
-    """What options ask for that does not go together."""
+    """Raise `EyasError` for options that do not go together."""
     if settings.draft_vocab_size > studied.config.vocab_size:
         there = f"a draft vocabulary of {settings.draft_vocab_size} is larger than the target's {studied.config.vocab_size}"
         raise EyasError(f"{there}; lower --draft-vocab")
@@ -141,7 +141,7 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
 
 
 def settings_of(method: str, asked: dict[str, Any]) -> TrainSettings:
-    """A method's usual settings but for those asked for."""
+    """A method's own settings, with those that were asked for changed."""
     for name, value in asked.items():
         if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(), name):
             raise EyasError(f"--set {name} is for method {ONLY_OF[name]}, not for {method}")
@@ -179,7 +179,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def device_of(device: str, ranks: Ranks) -> str:
-    """Each process of torchrun has a CUDA device of its own."""
+    """The device of this process: under torchrun each process has a CUDA device of its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and ranks.count > 1 else device
 
 
@@ -200,7 +200,7 @@ def taps_from(text: str | None) -> tuple[int, ...] | None:
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Nothing is overwritten, and an unwritable place is said before hours of work."""
+    """Check the directory to write into, before hours of work: nothing in it is overwritten, and it can be written."""
     recover_directory(out)
     if resume and not (out / training.CHECKPOINT).exists():
         raise EyasError(f"{out} holds no checkpoint to resume from; train without --resume")

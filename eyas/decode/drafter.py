@@ -1,6 +1,6 @@
-"""What a drafter is: it watches the text grow and proposes trees. Plain decoding is the drafter that proposes nothing.
+"""The drafter protocol: a drafter watches the text grow and proposes trees. Plain decoding is the drafter that proposes nothing.
 
-Knows sequences by number; the round (generate.py) knows this protocol and no drafter.
+Knows sequences by their slot; the round (generate.py) knows this protocol and no drafter.
 """
 
 from __future__ import annotations
@@ -20,43 +20,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TreeRequest:
-    """A tree is wanted for this sequence."""
+    """What the round asks of a drafter: one tree for one sequence."""
 
-    sequence: int
-    root: int  # its last token
+    sequence: int  # its slot: the number that `Drafter.observe` and `forget` get too
+    root: int  # token id of the root, the last committed token
     position: int  # of the root, absolute in the sequence; a node at depth d guesses the token at position + d
-    shape: TreeShape
-    sampling: Sampling
-    noise: Callable[[int], Tensor] | None  # the target's noise [V] at a position, where the verifier draws with it; None when greedy
+    shape: TreeShape  # the largest tree that is wanted; 1 node: nothing is to be guessed
+    sampling: Sampling  # how the target's token will be drawn
+    noise: Callable[[int], Tensor] | None  # position -> the noise [V] the target will draw with; None: greedy, or the verifier shares none
     deepest: int | None = None  # levels for which the text has room, where that is known; the shape never has more
     planner: Planner | None = None  # asked before each level, where trees are planned
-    covered: float = 0.0  # chance that what another drafter guessed first is right
-    draws: Callable[[int, int], Tensor] | None = None  # noise [count] of the draft's own for a node's children, where it shall draw them
+    covered: float = 0.0  # chance that another drafter's guess at the root's child is right
+    draws: Callable[[int, int], Tensor] | None = None  # (node, count) -> noise [count] to draw children with; None: take the likeliest
 
 
 class Drafter(Protocol):
-    wants: tuple[int, ...]  # target layers whose input it reads, or LAST_HIDDEN; () for none
+    """Guesses what follows the text of each sequence, as a tree. The decoder calls `reserve` once; then for each sequence `observe` while
+    its prompt is read and after each round, `propose` before each round that guesses, and `forget` at its end.
+
+    A wrong guess costs time and never changes the text. A drafter reads nothing of the target but the features it names in `wants`.
+    """
+
+    wants: tuple[int, ...]  # numbers of the target layers whose input it reads, or LAST_HIDDEN; () for none
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        """Make room: sequences 0 .. `sequences` - 1 of up to `capacity` tokens come. What was known of earlier ones is forgotten."""
+        """Make room for slots 0 .. `sequences` - 1, each for a sequence of up to `capacity` rows, its tree's rows included. Forget what
+        the slots held before."""
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        """Committed tokens, and features [n, taps * H] of the rows the target has read since.
+        """Take in newly committed tokens, and the features [n, taps * H] of the rows that the target has read since the last call.
+
+        Features come in the target's number format, on its device: the inputs of the layers in `wants`, side by side in layer order, or
+        the last hidden state [n, H] for LAST_HIDDEN. They are None where `wants` is ().
 
         The last committed token is drawn but not read, so features are always one row behind the tokens: after the prompt
-        t_0 .. t_{P-1} and the first draw, tokens are t_0 .. t_P and features f_0 .. f_{P-1}.
+        t_0 .. t_{P-1} and the first draw, tokens are t_0 .. t_P and features f_0 .. f_{P-1}. A long prompt comes in several calls.
         """
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        """One tree a request, rooted at its last token; all of them computed together."""
+        """Return one tree for each request, in their order, rooted at the request's root. `Tree.root(root)` guesses nothing."""
         ...
 
     def forget(self, sequence: int) -> None:
-        """The sequence is finished."""
+        """Drop what is known of this sequence: it is finished, and its slot is free for another."""
 
 
 class NoDrafter:
-    """Plain decoding."""
+    """Plain decoding: guesses nothing."""
 
     wants: tuple[int, ...] = ()
 

@@ -1,8 +1,8 @@
 """The round: propose trees, read them all in one pass of the target, walk along its draws, keep the path, repeat.
 
-And around it the turn that every caller drives: `admit` a sequence, `step`, `abort`. One sequence, a ragged batch, a stream and a server
-are the same turns, and plain decoding is the same round with an empty tree. Knows the target, the drafter protocol and a verifier; knows
-no drafter.
+Around the round is the turn, which every caller drives: `admit` a sequence, `step`, `abort`. One sequence, a ragged batch, a stream and a
+server are the same turns, and plain decoding is the same round with an empty tree. Knows the target, the drafter protocol and a verifier;
+knows no drafter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activat
 class Decoder:
     """A target and a drafter, the round that joins them, and the sequences under way."""
 
-    cache: Cache  # once there is room for sequences
+    cache: Cache  # the target's; made by `reserve`
 
     def __init__(self, target: TargetModel, drafter: Drafter | None = None, verifier: str = VERIFIERS[0], plan: Plan | None = None) -> None:
         if verifier not in VERIFY:
@@ -47,7 +47,7 @@ class Decoder:
 
     @torch.inference_mode()
     def round(self, sequences: list[Sequence]) -> None:
-        """One round of these sequences: at least one token each."""
+        """Run one round: each of these sequences gets at least one token."""
         plan, first, brought = self.plan, 0, 0
         plan.begin(len(sequences))
         trees = [Tree.root(sequence.root) for sequence in sequences]
@@ -63,7 +63,7 @@ class Decoder:
         plan.ends(first, brought)
 
     def request(self, sequence: Sequence) -> TreeRequest:
-        """Ask for no deeper a tree than the text may still grow: a node at the last free position is of no use."""
+        """What to ask the drafter for: no deeper a tree than the text may still grow, as a node at the last free position is of no use."""
         sampling, deepest = sequence.sampling, sequence.remaining - 1
         return TreeRequest(
             sequence.slot,
@@ -87,7 +87,7 @@ class Decoder:
         return Rows(torch.tensor(tokens), torch.tensor(positions), segments)
 
     def advance(self, sequence: Sequence, tree: Tree, logits_NV: Tensor, features: Tensor | None) -> int:
-        """Verify a tree that was read, keep its path and commit the path's tokens; returns how many stayed."""
+        """Verify a tree that the target has read, keep its path and commit the path's tokens; returns how many were committed."""
         accepted = self.verifier.verify(tree, logits_NV, sequence)
         self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
         tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
@@ -105,7 +105,7 @@ class Decoder:
     # ---- the turn: what a caller drives ----
 
     def reserve(self, slots: int, longest: int, shapes: Iterable[TreeShape]) -> None:
-        """Make room for `slots` sequences at a time, of up to `longest` tokens and with such trees. Earlier ones are forgotten."""
+        """Make room for `slots` sequences at a time, of up to `longest` tokens each, with trees of these shapes. Forget earlier ones."""
         shapes = list(shapes)
         room = longest + max(shape.nodes for shape in shapes)
         if hasattr(self, "cache"):
@@ -113,8 +113,8 @@ class Decoder:
         self.cache = self.target.new_cache(slots, room)
         self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))
         self.free = list(range(slots))
-        self.waiting: deque[Sequence] = deque()  # for a slot
-        self.reading: deque[Sequence] = deque()  # their prompts
+        self.waiting: deque[Sequence] = deque()  # sequences without a slot
+        self.reading: deque[Sequence] = deque()  # sequences whose prompt is not read to its end
         self.decoding: list[Sequence] = []
 
     def admit(self, sequence: Sequence) -> None:
@@ -127,15 +127,16 @@ class Decoder:
         return bool(self.waiting or self.reading or self.decoding)
 
     def step(self) -> list[Sequence]:
-        """One turn: a part of the oldest prompt that is not read yet, else one round of all that decode. Returns whom it served.
+        """Take one turn: read a part of the oldest unread prompt, or where there is none run one round of all sequences that decode.
+        Returns the sequences it served.
 
-        A caller that will not let a long prompt hold others up calls `read_prompt` and `decode` itself, in turns of its own.
+        A caller that must not let a long prompt hold others up calls `seat`, `read_prompt` and `decode` itself, in turns of its own.
         """
         self.seat()
         return self.read_prompt() if self.reading else self.decode()
 
     def seat(self) -> None:
-        """Give free slots to those who wait, in the order they came."""
+        """Give free slots to the waiting sequences, in the order they were admitted."""
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
             sequence.slot = self.free.pop(0)
@@ -143,7 +144,8 @@ class Decoder:
 
     @torch.inference_mode()
     def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:
-        """Read up to `most` rows of the oldest unread prompt and hand them to the draft; behind the last one the first token is drawn."""
+        """Read up to `most` rows of the oldest unread prompt and hand them to the drafter. After the prompt's last row, draw the first
+        token."""
         sequence = self.reading[0]
         start, end = sequence.read, min(sequence.read + most, sequence.prompt_length)
         rows = chain_rows(sequence.slot, sequence.tokens[start:end], start)
@@ -161,7 +163,7 @@ class Decoder:
         return [sequence]
 
     def decode(self) -> list[Sequence]:
-        """One round of all sequences whose prompts are read."""
+        """Run one round of all sequences whose prompts are read, and return them."""
         served = self.decoding
         if served:
             self.round(served)
@@ -169,7 +171,7 @@ class Decoder:
         return served
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence wherever it stands; what it got so far stays. Between turns only."""
+        """End a sequence wherever it stands; the tokens it has stay. Call it between turns only."""
         if not sequence.finish_reason:
             sequence.finish("aborted")
             for queue in (self.waiting, self.reading):
@@ -204,7 +206,8 @@ class Decoder:
         stops: Iterable[str] = (),
         batch: int | None = None,
     ) -> Iterator[list[Sequence]]:
-        """Decode all prompts together, or at most `batch` of them at a time. Yields all sequences after prefill and after each round."""
+        """Decode all prompts (token ids), at most `batch` of them at a time (None: all together); prompt i draws with the i-th of `seeds`.
+        Yields all sequences once the prompts that have a slot are read, then after each round."""
         context, vocab, stops = self.target.config.max_position_embeddings, self.target.config.vocab_size, tuple(stops)
         everyone = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False)):
@@ -214,7 +217,7 @@ class Decoder:
         yield from self.run_all(everyone, batch)
 
     def run_all(self, everyone: list[Sequence], batch: int | None = None) -> Iterator[list[Sequence]]:
-        """The same for sequences that are made already."""
+        """Decode these sequences as `run` does its prompts."""
         slots = min(batch or len(everyone), len(everyone))
         self.reserve(slots, max(sequence.limit for sequence in everyone), {sequence.shape for sequence in everyone})
         for sequence in everyone:
@@ -226,7 +229,7 @@ class Decoder:
 
 
 def rows_of(features: Tensor | None, path: list[int]) -> Tensor | None:
-    """A path's rows: a slice where they follow each other, as they mostly do."""
+    """The features [len(path), ..] of a path's rows; a slice, which copies nothing, where the rows follow each other, as they mostly do."""
     if features is None:
         return None
     if path[-1] == len(path) - 1:

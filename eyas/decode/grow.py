@@ -1,4 +1,5 @@
-"""Grow the trees of several sequences level by level, one flat pass of the draft a level (EAGLE-2's growth, which EAGLE-3 keeps).
+"""Grow the trees of several sequences level by level, with one flat pass of the draft for each level (EAGLE-2, arXiv 2406.16858; EAGLE-3
+keeps it).
 
 Knows requests and growth; a drafter hands in what it computes: how to read a level's nodes, and what follows each.
 """
@@ -20,7 +21,7 @@ from eyas.model.vocab import DraftVocab
 
 
 class Level(NamedTuple):
-    """The nodes of one sequence's tree that are read next."""
+    """The F nodes of one sequence's tree that the drafter reads next."""
 
     request: TreeRequest
     tokens: list[int]
@@ -28,10 +29,10 @@ class Level(NamedTuple):
     parents: Tensor  # [F, ...] the drafter's own output at each node's parent
     sight: Tensor  # bool [F, k + F]: which of the k tree rows read before, and of these, each node sees (the root is not among them)
     growth: Growth
-    nodes: list[int]  # of the growth
+    nodes: list[int]  # their numbers in `growth`
 
     def path(self, node: int) -> list[int]:
-        """Tokens from the root's child down to a node."""
+        """Tokens on the path from the root's child down to a node."""
         tokens = []
         while node:
             tokens.append(self.growth.tokens[node])
@@ -45,8 +46,8 @@ Logits = Callable[[int, Tensor], Tensor]  # depth, outputs [R, ...] -> logits [R
 
 
 def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logits, vocab: DraftVocab | None = None) -> list[Tree]:
-    """One tree a request; without `vocab` the draft's ids are the target's. Where an empty tree is asked for the drafter is left alone:
-    committed text waits until it is next needed."""
+    """Grow one tree for each request; without `vocab` the draft's ids are the target's. For an empty tree the drafter is not called:
+    its committed text waits until the draft is next needed."""
     wanted = worth_drafting([request for request in requests if request.shape.nodes > 1])
     trees = {request.sequence: Tree.root(request.root) for request in requests}
     if wanted:
@@ -56,7 +57,7 @@ def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logi
 
 
 def worth_drafting(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
-    """Those for which drafting is worth its time, where that is planned."""
+    """The requests for which drafting is worth its time; all of them, where no planner says."""
     if not requests or requests[0].planner is None:
         return requests
     return [
@@ -69,7 +70,7 @@ def worth_drafting(requests: Sequence[TreeRequest]) -> Sequence[TreeRequest]:
 def grow_levels(
     requests: Sequence[TreeRequest], begin: Callable[[], Tensor], read: Read, logits: Logits, vocab: DraftVocab | None
 ) -> list[Tree]:
-    """Expand the best of each newest level, keep the best of all. `begin` gives [S, ...], the drafter's output at each root."""
+    """Expand the best nodes of each newest level, then keep the best of all. `begin` gives [S, ...], the drafter's output at each root."""
     growths = [growth_of(request) for request in requests]
     held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
     frontiers, planner = [[0] for _ in requests], requests[0].planner
@@ -99,11 +100,12 @@ def grow_levels(
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests, strict=True)]
 
 
-GROWTHS: dict[str, Callable[[int, TreeShape], Growth]] = {}  # by the name behind a tree's shape: `60x7x10/mine`; root, shape -> growth
+GROWTHS: dict[str, Callable[[int, TreeShape], Growth]] = {}  # by the name at the end of a tree's shape: `60x7x10/mine`
 
 
 def register(name: str, make: Callable[[int, TreeShape], Growth]) -> None:
-    """Add a growth of one's own, from a plugin; the shape says how many nodes and levels there are at most, and children a node."""
+    """Add a growth from a plugin. `make` takes the root's token and the shape, which limits nodes, levels and the children of a node.
+    Raises `EyasError` if the name is taken or is not one word."""
     if name in GROWTHS:
         raise EyasError(f"growth {name!r} exists already; choose another name")
     if not name.isidentifier():

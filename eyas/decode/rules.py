@@ -1,7 +1,7 @@
-"""Rules of acceptance that others use, beside the walk: EAGLE's, rejection without replacement, traversal, block, typical.
+"""Rules of acceptance other than the walk, for comparison: EAGLE's, rejection without replacement, traversal, block, typical.
 
 Knows parents, token ids and the distributions that children were drawn from; knows nothing of models, caches or temperature: the target's
-probabilities at a node are a function it is handed, and so is chance. The walk itself is verify.py's.
+probabilities at a node come from a function that it is handed, and so does chance. The walk itself is in verify.py.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from eyas.config import EyasError
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 
-TYPICAL, TYPICAL_SHARE = 0.09, 0.3  # Medusa's own: a guess is typical above the less of the first and this share of exp(-entropy)
+TYPICAL, TYPICAL_SHARE = 0.09, 0.3  # Medusa's: a guess is typical above the smaller of TYPICAL and TYPICAL_SHARE * exp(-entropy)
 
 Distribution = Callable[[int], Tensor]  # a tree's row -> the target's probabilities [V] there
 
 
 class Chance(Protocol):
-    """What a rule of acceptance may leave to chance."""
+    """The random decisions of a rule of acceptance."""
 
-    def accepts(self, probability: float) -> bool: ...
+    def accepts(self, probability: float) -> bool: ...  # true with this probability
 
     def draws(self, weights_V: Tensor) -> int:
-        """A token with a chance in proportion to its weight."""
+        """Draw a token, each with a chance in proportion to its weight."""
         ...
 
 
 class Uniforms:
-    """Chance from numbers in (0, 1)."""
+    """Decides from uniform numbers in (0, 1), one for each decision."""
 
     def __init__(self, numbers: Iterator[float]) -> None:
         self.numbers = numbers
@@ -47,10 +47,10 @@ class Uniforms:
 
 
 def accept_reject(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
-    """EAGLE's rule with draft probability 1 (SafeAILab): accept a child with the chance p(x), else strike x out and renormalise.
+    """EAGLE's rule with draft probability 1 (SafeAILab): accept a child x with the chance p(x), else strike x out of p and renormalise p.
 
-    On trees whose candidates do not depend on `chance` it has exactly the distribution of `walk`; it accepts less, since the draft cannot
-    know what will be drawn.
+    On trees whose candidates do not depend on `chance` its text has exactly the distribution of the walk's. It accepts less, since the
+    draft cannot know what will be drawn.
     """
     path = [0]
     while True:
@@ -66,7 +66,7 @@ def accept_reject(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
 
 def without_replacement(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """Recursive rejection of children drawn without replacement (Jeon et al. 2024, arXiv 2402.14160; with one child Leviathan et al. 2023):
-    accept x with the chance p(x) / q(x), else go on with what p has above q, and with q less x.
+    accept a child x with the chance p(x) / q(x); else p becomes what it has above q, q loses x, and the next child is tried.
 
     Divides by q, so it is lossless only where the children really were drawn from q, in a shape that did not depend on them.
     """
@@ -87,8 +87,8 @@ def without_replacement(tree: Tree, target: Distribution, chance: Chance) -> Acc
 
 
 def block(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
-    """Block verification (Sun et al. 2024, arXiv 2403.10444): of one drawn chain no lossless verifier accepts more. It is what traversal
-    comes to on a chain."""
+    """Block verification (Sun et al. 2024, arXiv 2403.10444): no lossless verifier accepts more of one drawn chain. It is `traversal` on a
+    chain; raises `EyasError` on a tree that branches."""
     if any(len(children) > 1 for children in tree.children):
         raise EyasError("verifier block reads chains: --tree chain:K; for trees there is verifier traversal")
     return traversal(tree, target, chance)
@@ -98,8 +98,8 @@ def traversal(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """Traversal verification (Weng et al. 2025, arXiv 2505.12398): whole paths are accepted, from the first leaf towards the root, so a
     token too likely under the draft may be made good by later ones.
 
-    A leaf is accepted with the chance that its path's joint ratio p / q reached; a rejected one is struck out, its parent's distribution
-    becomes what it had above the draft's, and the parent, or its next child's first leaf, is tried.
+    A leaf is accepted with a chance equal to its path's joint ratio p / q. A rejected leaf is struck out, its parent's distribution
+    becomes what p had there above q, and the parent, or the first leaf below its next child, is tried.
     """
     check_drawn(tree, "traversal")
     p = {0: target(0)}
@@ -128,6 +128,7 @@ def traversal(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
 
 
 def path_to(tree: Tree, row: int) -> list[int]:
+    """The rows from the root down to `row`."""
     path = [row]
     while path[-1]:
         path.append(tree.parents[path[-1]])
@@ -135,13 +136,13 @@ def path_to(tree: Tree, row: int) -> list[int]:
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole, of nothing nothing."""
+    """part / whole; 0 where the whole is 0."""
     return part / whole if whole > 0 else 0.0
 
 
 def typical(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
-    """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: a guess is good where the target finds it likely enough for how
-    unsure it is; the longest path of such guesses is kept."""
+    """Typical acceptance (Medusa, arXiv 2401.10774, 2.3.1), not lossless: accept a guess that the target finds likely enough, where less
+    is enough the less sure the target is; keep the longest path of accepted guesses."""
     good, p = {0}, {0: target(0)}
     for row in range(1, len(tree)):
         parent = tree.parents[row]
@@ -172,7 +173,7 @@ def drawn_from(tree: Tree, row: int) -> Tensor:
 
 
 def above(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What p has more than q, as a distribution; where rounding leaves nothing, p."""
+    """What p has above q, renormalised; p itself where rounding leaves nothing."""
     left_V = (p_V - q_V).clamp(min=0)
     total = left_V.sum()
     return left_V / total if total > 0 else p_V

@@ -1,8 +1,8 @@
 """Noise and the target's distribution: the token at a position is a pure function of (seed, position, target distribution).
 
-At a position the noise is one Gumbel variable a token, from Philox words keyed by (seed, position); the token drawn is
-argmax(log p / T + g) over the tokens that the filters allow. So the text for a seed is the same with speculation on or off, with any
-draft, tree or batch. Knows logits and ids; knows nothing of trees or models.
+The noise at a position is one Gumbel variable for each token of the vocabulary, made from Philox words keyed by (seed, position). The
+token drawn is argmax(log p / T + g) over the tokens that the filters allow. So the text for a seed is the same with speculation on or
+off, with any draft, tree or batch. Knows logits and ids; knows nothing of trees or models.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 from eyas.config import Sampling
 
 NOISE_VERSION = 1  # results carry it: a seed means the same text only under the same version
-GUMBEL, CHOICE, DERIVE, GUESS = 0, 1, 2, 3  # purposes: streams of one (seed, position) that never meet
+GUMBEL, CHOICE, DERIVE, GUESS = 0, 1, 2, 3  # purposes: independent streams of numbers for one (seed, position)
 
 
 def philox_words(seed: int, position: int, count: int, purpose: int = GUMBEL, stream: int = 0) -> np.ndarray:
-    """uint64 [count]; a purpose may have several streams.
+    """Random words, uint64 [count]; a purpose may have several streams.
 
-    Raw Philox-4x64 words are stable across numpy versions, which library distributions are not."""
+    Raw Philox-4x64 words are the same in every numpy version; a library's distributions are not."""
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, stream, purpose], dtype=np.uint64)).random_raw(count)
 
 
 def uniforms(seed: int, position: int, count: int, purpose: int = CHOICE, stream: int = 0) -> np.ndarray:
-    """float64 [count] strictly between 0 and 1: 52 bits and a half, so that neither end can be reached by rounding."""
+    """Uniform numbers, float64 [count], strictly between 0 and 1: 52 bits and a half, so that rounding can reach neither end."""
     return ((philox_words(seed, position, count, purpose, stream) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def gumbel(seed: int, position: int, count: int, purpose: int = GUMBEL, stream: int = 0) -> Tensor:
-    """float64 [count] on the CPU."""
+    """Gumbel noise, float64 [count] on the CPU."""
     return torch.from_numpy(-np.log(-np.log(uniforms(seed, position, count, purpose, stream))))
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """The seed of sequence `index` of a call: 63 bits, its own stream."""
+    """The seed of sequence `index` of a call with this seed: 63 bits."""
     return int(philox_words(seed, index, 1, DERIVE)[0] >> np.uint64(1))
 
 
 def new_seed() -> int:
-    """A seed for a call that was given none (reported with the result)."""
+    """A fresh seed for a call that was given none; the result reports it."""
     return secrets.randbits(53)  # exact in JSON
 
 
@@ -55,7 +55,7 @@ class Noise:
         self._held: dict[int, Tensor] = {}
 
     def at(self, position: int) -> Tensor:
-        """float64 [V] on the CPU."""
+        """The noise at an absolute position, float64 [V] on the CPU."""
         if position not in self._held:
             self._held[position] = gumbel(self.seed, position, self.vocab_size)
         return self._held[position]
@@ -65,7 +65,7 @@ class Noise:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
-    """The target's token: argmax of score plus noise over the allowed tokens; ties go to the lowest id. Greedy takes no noise."""
+    """The target's token: argmax of logit / temperature plus noise over the allowed tokens; ties go to the lowest id. Greedy: no noise."""
     if sampling.greedy:
         return best(logits_V)
     assert noise_V is not None, "above temperature 0 a draw needs noise"
@@ -77,12 +77,12 @@ def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
 
 
 def best(scores: Tensor) -> int:
-    """argmax; of PyTorch's on a CPU numpy's takes a third of the time, and from a GPU one number travels instead of all."""
+    """argmax. On a CPU numpy's takes a third of the time of PyTorch's; on a GPU PyTorch's, so that one number travels instead of all."""
     return int(scores.argmax() if scores.is_cuda else scores.numpy().argmax())
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """float64 [V]: the probabilities that `draw` realises; one-hot when greedy."""
+    """The probabilities [V], float64, with which `draw` draws each token; one-hot when greedy."""
     if sampling.greedy:
         return torch.zeros(logits_V.shape[0], dtype=torch.float64).index_fill_(0, logits_V.argmax().cpu(), 1.0)
     scores_V = logits_V.double().cpu() / sampling.temperature
@@ -93,7 +93,8 @@ def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def allowed(scores_V: Tensor, sampling: Sampling) -> Tensor | None:
-    """Ids [A], ascending, that top-k, top-p and min-p leave (transformers' order and meaning; boundary ties by id); None: all."""
+    """The ids [A], ascending, that top-k, top-p and min-p leave; None: all. Order and meaning are transformers'; of equal scores at a
+    boundary the lower id stays."""
     ids: Tensor | None = None
     if 0 < sampling.top_k < scores_V.shape[0]:
         ids = top_ids(scores_V, sampling.top_k)
@@ -107,7 +108,7 @@ def allowed(scores_V: Tensor, sampling: Sampling) -> Tensor | None:
 
 
 def top_ids(scores: Tensor, count: int) -> Tensor:
-    """The `count` best ids, ascending; of equals at the boundary the lower ids."""
+    """The `count` best ids, ascending; of equal scores at the boundary the lower ids."""
     boundary = scores.topk(count).values[-1]
     above = (scores > boundary).nonzero()[:, 0]
     level = (scores == boundary).nonzero()[: count - above.shape[0], 0]
@@ -115,7 +116,7 @@ def top_ids(scores: Tensor, count: int) -> Tensor:
 
 
 def nucleus(scores_V: Tensor, ids: Tensor | None, top_p: float) -> Tensor:
-    """Ids that have less than `top_p` of the mass ranked above them."""
+    """The ids, ascending, of tokens whose likelier tokens together have less than `top_p` of the probability."""
     ids = torch.arange(scores_V.shape[0]) if ids is None else ids
     probabilities = scores_V[ids].softmax(0)
     likely = probabilities >= 1e-4  # where these alone hold top_p, the nucleus lies among them: sort few instead of all

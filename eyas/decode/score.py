@@ -1,8 +1,8 @@
 """A node's score: the log of the chance that the target draws this token here, given the noise it will draw with.
 
 The draft ranks its candidates with the target's own noise (Gumbel coupling, Daliri et al. 2024): it guesses what will be drawn, not
-what is likely. For verifiers that draw with other randomness it draws its candidates instead, with noise of its own. Knows a draft's
-logits, the filters and what was asked; knows nothing of trees.
+what is likely. Some verifiers draw with other randomness; for these the draft draws its candidates with noise of its own. Knows a
+draft's logits, the filters and the request; knows nothing of trees.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from eyas.decode.drafter import TreeRequest
 from eyas.decode.sampling import allowed
 from eyas.model.vocab import DraftVocab
 
-PARTS = 8  # of a row whose best are looked for on CUDA
+PARTS = 8  # into which `top` splits a row of logits on CUDA
 
 
 class Children(NamedTuple):
-    """What follows each of R nodes, best (or first drawn) first."""
+    """The children of each of R nodes, best (or first drawn) first."""
 
-    tokens: list[list[int]]  # the target's ids
-    log_scores: list[list[float]]
+    tokens: list[list[int]]  # R lists of the target's ids
+    log_scores: list[list[float]]  # log of a child's chance given its parent
     distributions: list[Tensor] | None = None  # [V] each, where the tokens were drawn from them without replacement
 
 
 def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
-    """Of nodes at depth `level`. Without `vocab` the draft's ids are the target's."""
+    """The children of R nodes at depth `level`, from the draft's logits there. Without `vocab` the draft's ids are the target's."""
     if request.draws is not None and request.shape.fixed:
         return drawn_children(request, nodes, logits_RD, vocab)
     noise = request.noise(request.position + level + 1) if request.noise else None
@@ -41,7 +41,8 @@ def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: 
 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
-    """Drawn without replacement from the draft's distribution: the largest of log q plus Gumbel noise, in order (Kool et al. 2019)."""
+    """Children drawn without replacement from the draft's distribution: the largest of log q plus Gumbel noise, in order (Kool et al.
+    2019)."""
     draws = request.draws
     assert draws is not None
     log_q_RD = log_scores(logits_RD, request.sampling, None).double().cpu()
@@ -53,9 +54,10 @@ def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor
 
 
 def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:
-    """[R, D] log softmax(log q + noise); q: the draft's distribution at the same temperature and loosened filters.
+    """The log scores [R, D] of all children: log softmax(log q + noise), where q is the draft's distribution at the target's temperature
+    and with loosened filters.
 
-    Greedy, or under a verifier that draws with other randomness (`noise_D` None): log q, as SafeAILab has it.
+    Without noise (greedy, or a verifier that draws with other randomness) they are log q, as SafeAILab has it.
     """
     scores = logits_RD if logits_RD.dtype == torch.float64 else logits_RD.float()
     scores = scores if sampling.greedy else scores / sampling.temperature
@@ -67,7 +69,7 @@ def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) ->
 
 
 def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:
-    """Rule out what the target's filters surely will; the draft's distribution is only near the target's, hence the margin."""
+    """Rule out the tokens that the target's filters surely will. The draft's distribution is only near the target's, hence the margin."""
     loose = replace(sampling, top_k=2 * sampling.top_k, top_p=(1 + sampling.top_p) / 2, min_p=sampling.min_p / 2)
     if (loose.top_k, loose.top_p, loose.min_p) == (0, 1.0, 0.0):
         return scores_RD
@@ -79,7 +81,7 @@ def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:
 
 
 def best_children(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and draft ids [R, count], best first; ties to the lower id."""
+    """The `count` best of each row: scores and draft ids [R, count], best first; of equal scores the lower id first."""
     count = min(count, scores_RD.shape[1])
     if count == 1:
         ids = scores_RD.argmax(-1, keepdim=True)
@@ -91,7 +93,8 @@ def best_children(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def top(scores_RD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """topk of each row. On CUDA by parts of the row first: for few long rows PyTorch launches many kernels more."""
+    """topk of each row. On CUDA first of PARTS parts of a row, then of their best: for few long rows PyTorch's own launches many more
+    kernels."""
     rows, width = scores_RD.shape
     if not scores_RD.is_cuda or width % PARTS or width < PARTS * count:
         return scores_RD.topk(count, -1)

@@ -1,6 +1,6 @@
 """One sequence from its prompt to the result it becomes.
 
-Knows tokens, what is drawn with which settings, and how a text ends; knows nothing of models, caches or drafts.
+Knows tokens, the settings they are drawn with, and how a text ends; knows nothing of models, caches or drafts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
 
-# All tokens before a place and the target's logits [V] there -> the logits to draw from.
+# (all tokens before a position, the target's logits [V] for it) -> the logits [V] to draw from
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 
@@ -27,22 +27,22 @@ class Sequence:
     """One sequence while it grows, with settings of its own: a batch may mix them."""
 
     tokens: list[int]  # the prompt, then what was committed
-    limit: int  # total length at which it ends
+    limit: int  # tokens at which it ends, the prompt's included
     noise: Noise
     sampling: Sampling = GREEDY
-    shape: TreeShape = PLAIN  # the largest tree a round may draw up for it
+    shape: TreeShape = PLAIN  # the largest tree a round may grow for it
     stream: TextStream = field(default_factory=lambda: TextStream(None))
     processors: tuple[LogitsProcessor, ...] = ()
-    number: int = 0  # among those of its call
-    slot: int = -1  # where the caches keep it, once it has a place there
+    number: int = 0  # its index among the sequences of its call
+    slot: int = -1  # its slot in the caches; -1: none yet
     read: int = 0  # tokens of the prompt that the target has read
     prompt_length: int = field(init=False)
     finish_reason: str | None = None
     rounds: int = 0
     accepted_lengths: Counter[int] = field(default_factory=lambda: Counter[int]())  # tokens committed by a round -> rounds
-    admitted: float = 0.0  # when, on the clock of time.perf_counter
-    prefill_seconds: float = 0.0  # from then until its first token
-    seconds: float = 0.0  # from then until its last token so far
+    admitted: float = 0.0  # when the decoder took it in, on the clock of time.perf_counter
+    prefill_seconds: float = 0.0  # from `admitted` until its first token
+    seconds: float = 0.0  # from `admitted` until its last token so far
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -58,7 +58,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """Of the last token."""
+        """The absolute position of the root."""
         return len(self.tokens) - 1
 
     @property
@@ -66,15 +66,15 @@ class Sequence:
         return self.limit - len(self.tokens)
 
     def noise_at(self, position: int) -> Tensor | None:
-        """What the token at this position is drawn with; greedy text is drawn with none."""
+        """The noise [V] that the token at this position is drawn with; None: greedy text is drawn with none."""
         return None if self.sampling.greedy else self.noise.at(position)
 
     def draft_noise(self, node: int, count: int) -> Tensor:
-        """Noise of the draft's own for the children of a node of this round's tree: it says nothing about the target's."""
+        """The draft's own noise [count] for the children of a node of this round's tree; it says nothing about the target's noise."""
         return gumbel(self.seed, self.position, count, GUESS, node)
 
     def processed(self, logits_V: Tensor, path: Iterable[int] = ()) -> Tensor:
-        """The logits to draw from behind the text and `path`, the tokens of a tree's nodes below its root."""
+        """The logits [V] to draw the next token from, after the text and then `path`, the tokens of a tree's nodes below its root."""
         if self.processors:
             before = [*self.tokens, *path]
             for process in self.processors:
@@ -82,7 +82,8 @@ class Sequence:
         return logits_V
 
     def commit(self, tokens: Iterable[int], end_ids: Collection[int]) -> list[int]:
-        """Append tokens until one ends the text (end of turn, stop string, length); what lies behind it is dropped. Returns what stayed."""
+        """Append tokens until one ends the text (end of turn, stop string, length) and drop the tokens after it. Returns the tokens that
+        were appended."""
         committed: list[int] = []
         for token in tokens:
             self.tokens.append(token)
@@ -105,21 +106,21 @@ class Sequence:
 class Result:
     """One finished text and how it came about."""
 
-    text: str
-    tokens: list[int]  # generated ids, an end-of-turn id included
-    tau: float  # tokens committed in rounds / rounds; the token that prefill draws does not count
-    rounds: int
+    text: str  # the answer without special tokens; it ends where a stop string begins and does not hold it
+    tokens: list[int]  # generated ids, an end-of-turn id and the tokens of a stop string included
+    tau: float  # tokens committed in rounds / rounds (1.0 where there was no round); the token that prefill draws does not count
+    rounds: int  # rounds that this text took, which is the target's passes over it after its prompt
     accepted_lengths: dict[int, int]  # tokens committed by a round -> number of rounds
     seconds: float  # from the call's start to this text's end
-    prefill_seconds: float  # of that, until its first token
-    seed: int
-    noise_version: int
-    finish_reason: str  # "stop", "length", "aborted", or "interrupted" where the call was ended early
-    prompt_tokens: int
+    prefill_seconds: float  # the part of `seconds` until its first token
+    seed: int  # what this text was drawn with: the call's seed, or for one of several prompts the seed derived from it
+    noise_version: int  # a seed means the same text only under the same version of the noise
+    finish_reason: str  # "stop" (end of turn or stop string), "length", "aborted", or "interrupted" where the call was ended early
+    prompt_tokens: int  # tokens of the prompt, the chat template's included
 
 
 def result_of(sequence: Sequence) -> Result:
-    """The finished sequence as a result; one that was interrupted has what it got so far."""
+    """The finished sequence as a result; an interrupted one has the tokens it got so far."""
     committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
     return Result(
         text=sequence.stream.finish(),
@@ -138,10 +139,10 @@ def result_of(sequence: Sequence) -> Result:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What one sequence's round did, for those who watch (trace, demo, benchmarks)."""
+    """What one round did for one sequence, as `watch` gets it (trace, demo, benchmarks)."""
 
-    sequence: int  # its number among those of its call
-    tree: Tree
-    accepted: Accepted
-    committed: list[int]
-    logits: Tensor  # [nodes, V]
+    sequence: int  # its index among the sequences of its call
+    tree: Tree  # the tree that the target read, root included
+    accepted: Accepted  # the rows on the walk's path and the bonus token
+    committed: list[int]  # the tokens that the round added to the text; fewer than were accepted where one of them ended it
+    logits: Tensor  # [nodes, V] the target's, one row for each node of the tree

@@ -1,4 +1,4 @@
-"""Text out of tokens while they arrive: no half characters, and stop strings found where they end.
+"""Turns tokens into text while they arrive, without half characters, and finds stop strings.
 
 Knows the tokenizer; knows nothing of rounds.
 """
@@ -15,7 +15,7 @@ UNFINISHED = "\ufffd"  # what a decoder shows for the beginning of a character
 
 
 class TextStream:
-    """Decodes tokens one by one. `text` is what is certain so far; it is cut where a stop string begins."""
+    """Decodes tokens one by one. `text` has all whole characters so far; it is cut where a stop string begins."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
@@ -23,11 +23,11 @@ class TextStream:
         self.stopped = False
         self._window: list[int] = []  # tokens decoded together: those of `_shown`, then new ones
         self._shown = ""  # text of the window that `text` already has
-        self._given = 0
+        self._given = 0  # characters that `certain` has returned
         self._ended = False
 
     def push(self, token: int) -> bool:
-        """Add a token; True if a stop string is complete with it."""
+        """Add a token; True if it completes a stop string."""
         if self.tokenizer is None:
             return False
         self._window.append(token)
@@ -38,7 +38,7 @@ class TextStream:
         return self.stopped
 
     def finish(self) -> str:
-        """All the text, an unfinished character at its end included."""
+        """End the stream and return all its text, an unfinished last character included."""
         if self.tokenizer is not None and not self.stopped:
             self._append(self._decode(self._window)[len(self._shown) :])
             self._shown = self._decode(self._window)
@@ -46,7 +46,7 @@ class TextStream:
         return self.text
 
     def certain(self) -> str:
-        """New text since the last call that no stop string can take back; once finished, all the rest."""
+        """The new text since the last call that no stop string can still cut off; once the stream is finished, all the rest."""
         held = 0
         if not (self.stopped or self._ended):
             held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
@@ -55,9 +55,9 @@ class TextStream:
         return ready
 
     def _decode(self, tokens: list[int]) -> str:
-        assert self.tokenizer is not None  # without one nothing is pushed
+        assert self.tokenizer is not None  # without a tokenizer `push` keeps nothing
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert isinstance(text, str)  # of one text
+        assert isinstance(text, str)  # of one list of tokens, not of several
         return text
 
     def _append(self, piece: str) -> None:

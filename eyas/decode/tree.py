@@ -1,4 +1,4 @@
-"""A tree of guesses about what follows the last token: how it is checked, grown, cut to size and merged.
+"""A tree of guesses about what follows the last token: the tree itself, how it is grown, cut to size and merged.
 
 Knows token ids, parents and scores; knows nothing of models, caches or temperature.
 """
@@ -20,7 +20,7 @@ class Tree:
     parents: list[int]  # -1 for the root
     depths: list[int]  # 0 for the root
     scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
-    distributions: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # see `drawn`
+    distributions: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # [V] for each row; see `drawn`
     children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
 
     def __post_init__(self) -> None:
@@ -36,26 +36,26 @@ class Tree:
 
     @property
     def drawn(self) -> bool:
-        """Whether every row's children were drawn, without replacement and in their order, from the probabilities [V] that
-        `distributions` holds for the row, in a shape fixed beforehand. What is left of a tree after a choice is not: a guess was then kept
+        """Whether the children of every row were drawn: without replacement, in their order, from the probabilities [V] that
+        `distributions` holds for the row, in a shape fixed beforehand. A tree cut by `keep` or `best` is not drawn: its guesses were kept
         for being likely."""
         return self.distributions is not None or len(self) == 1
 
     @classmethod
     def root(cls, token: int) -> Tree:
-        """The empty tree: nothing is guessed, the round is plain decoding."""
+        """The empty tree: it guesses nothing, so the round is plain decoding."""
         return cls([token], [-1], [0], [0.0])
 
     @classmethod
     def chain(cls, root: int, tokens: Sequence[int], scores: Sequence[float]) -> Tree:
-        """Guesses in a row; scores are those of the paths."""
+        """A tree without branches: `tokens` one below the other. `scores` are those of the paths, as in a tree's `scores`."""
         return cls([root, *tokens], list(range(-1, len(tokens))), list(range(len(tokens) + 1)), [0.0, *scores])
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def keep(self, rows: Iterable[int]) -> Tree:
-        """The tree of these rows (with every kept row's parent among them), in the order they had."""
+        """The tree of these rows, in the order they had. The root and every kept row's parent must be among them."""
         rows = sorted(rows)
         place = {-1: -1} | {row: i for i, row in enumerate(rows)}
         return Tree(
@@ -66,7 +66,8 @@ class Tree:
         )
 
     def best(self, nodes: int) -> Tree:
-        """The `nodes` best rows, root included, by (score, order): a child never beats its parent, so parents stay with children."""
+        """The tree of the `nodes` best rows, root included, by score and then by order. A child never scores above its parent, so a kept
+        child's parent is kept."""
         if len(self) <= nodes:
             return self
         ranked = sorted(range(1, len(self)), key=lambda row: (-self.scores[row], row))
@@ -82,18 +83,18 @@ class Growth:
     def __init__(self, root: int, width: int) -> None:
         self.tokens, self.parents, self.depths, self.scores = [root], [-1], [0], [0.0]
         self.width = width
-        self.ranks = [0]  # of each node among its siblings
-        self.distributions: dict[int, Tensor] = {}  # of nodes whose children were drawn from them
-        self.newest = [0]
-        self.expanded: list[int] = []  # nodes whose followers were computed, in that order: the rows of the drafter's cache
+        self.ranks = [0]  # each node's rank among its siblings
+        self.distributions: dict[int, Tensor] = {}  # node -> the probabilities [V] its children were drawn from
+        self.newest = [0]  # the nodes of the newest level
+        self.expanded: list[int] = []  # nodes that were expanded, in that order: the tree's rows in the drafter's cache
         self.lines: list[set[int]] = [{0}]  # each node's ancestors and itself
 
     def frontier(self) -> list[int]:
-        """Nodes to compute next: the best of the newest level, ties to the earlier made."""
+        """The nodes to expand next: the best of the newest level; of equal scores the node made earlier."""
         return sorted(self.newest, key=lambda node: (-self.scores[node], node))[: self.width]
 
     def sight(self, frontier: Sequence[int]) -> Tensor:
-        """bool [F, expanded + F]: which rows computed before, and which of each other, the frontier's see: ancestors and themselves."""
+        """Which nodes each of the F frontier nodes sees, bool [F, expanded + F]: its ancestors among the expanded ones, and itself."""
         columns = self.expanded + list(frontier)
         return torch.tensor([[column in self.lines[node] for column in columns] for node in frontier])
 
@@ -104,7 +105,8 @@ class Growth:
         log_scores: Sequence[Sequence[float]],
         distributions: Sequence[Tensor] | None = None,
     ) -> None:
-        """Give each frontier node its children: tokens and log scores (at most 0), best first; and what they were drawn from, if so."""
+        """Give each frontier node its children: tokens and log scores (at most 0), best first. `distributions`: the probabilities that
+        the children were drawn from, where they were drawn."""
         self.newest = []
         for node, its_tokens, its_scores in zip(frontier, tokens, log_scores, strict=True):
             for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores, strict=False)):
@@ -121,7 +123,7 @@ class Growth:
         self.distributions.update(zip(frontier, distributions or (), strict=False))
 
     def room(self, node: int) -> int | None:
-        """How many children a node may have; None: all it is given."""
+        """How many children a node may have; None: all that `expand` is given."""
         return None
 
     def tree(self, nodes: int) -> Tree:
@@ -129,7 +131,10 @@ class Growth:
 
 
 class StaticGrowth(Growth):
-    """Grow a tree whose shape was fixed beforehand (EAGLE, Medusa): scores say which tokens its places get, not which places there are."""
+    """Grow a tree whose shape was fixed beforehand (EAGLE, Medusa): the shape says where nodes are, scores only which tokens they get.
+
+    A place is the number of a node in the shape, breadth first from the root.
+    """
 
     def __init__(self, root: int, counts: Sequence[int]) -> None:
         super().__init__(root, max(counts))
@@ -151,7 +156,7 @@ class StaticGrowth(Growth):
 
 
 def merge(trees: Sequence[Tree]) -> Tree:
-    """One tree with the paths of all (same root): equal siblings become one and the larger score stays."""
+    """One tree with the paths of all `trees`, which share their root: equal siblings become one node, with the larger score."""
     tokens, parents, depths, scores = [trees[0].tokens[0]], [-1], [0], [0.0]
     rows: dict[tuple[int, int], int] = {}  # (parent row, token) -> row
     for tree in trees:

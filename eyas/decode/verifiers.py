@@ -1,6 +1,6 @@
 """Verifiers by name: the walk, and the rules of acceptance that it is compared with, over a sequence's own settings and noise.
 
-Knows a sequence, a tree and the logits of its rows; how a path is found is verify.py's and rules.py's.
+Knows a sequence, a tree and the logits of its rows; verify.py and rules.py find the path.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from eyas.decode.sequence import Sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, walk
 
-Verify = Callable[[Tree, Tensor, Sequence], Accepted]  # a tree, the target's logits [nodes, V] at its rows, whose tree it is
+Verify = Callable[[Tree, Tensor, Sequence], Accepted]  # (a tree, the target's logits [nodes, V] at its rows, the sequence) -> the path
 Rule = Callable[[Tree, Distribution, Chance], Accepted]
 
 
 class Verifier(NamedTuple):
     verify: Verify
     shares_noise: bool = False  # the draft may rank its guesses with the noise that the target will draw with
-    draws: bool = False  # its trees are drawn by the draft, with noise of its own
+    draws: bool = False  # it needs trees whose nodes the draft draws, with noise of the draft's own
 
 
 def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Sequence) -> Accepted:
-    """The target's draw at a node of depth d uses the noise of the position it fills (position + d + 1)."""
+    """Verify by the walk. The target's draw at a node of depth d uses the noise of the position it fills, the root's + d + 1."""
 
     def draw_at(row: int) -> int:
         noise = sequence.noise_at(sequence.position + tree.depths[row] + 1)
@@ -37,7 +37,8 @@ def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Sequence) -> Accepte
 
 
 def verify_by(rule: Rule) -> Verify:
-    """Verification by a rule of acceptance, with uniforms of the sequence's own. Of greedy text only the walk's can be right."""
+    """A verifier from a rule of acceptance, with uniforms from the sequence's own seed. Greedy text is always verified by the walk: only
+    the walk's text can be right there."""
 
     def verify(tree: Tree, logits_NV: Tensor, sequence: Sequence) -> Accepted:
         if sequence.sampling.greedy:
@@ -53,7 +54,8 @@ def verify_by(rule: Rule) -> Verify:
 
 
 def processed(tree: Tree, row: int, logits_NV: Tensor, sequence: Sequence) -> Tensor:
-    """The logits [V] to draw from at a tree's row: penalties and the like depend on the path, so every node has its own."""
+    """The logits [V] to draw from at a tree's row, after the sequence's processors: these depend on the path (penalties do), so they run
+    at every node."""
     if not sequence.processors:
         return logits_NV[row]
     return sequence.processed(logits_NV[row], (tree.tokens[each] for each in path_to(tree, row)[1:]))

@@ -1,7 +1,7 @@
 """Walk a draft tree along the target's own draws.
 
-Knows parents and token ids; knows nothing of models, caches or temperature: what the target draws at a node is a function it is handed.
-Other rules of acceptance, for comparison, are rules.py's.
+Knows parents and token ids; knows nothing of models, caches or temperature: a function that it is handed says what the target draws at a
+node. Other rules of acceptance, for comparison, are in rules.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Accepted(NamedTuple):
 def walk(tree: Tree, draw: Callable[[int], int]) -> Accepted:
     """Draw the target's token at a node, follow the child that matches, stop where none does; the last draw is the bonus token.
 
-    Lossless on any tree, since the draft cannot influence a draw. `draw(row)` is asked only for rows on the path.
+    Lossless on any tree, since the draft cannot influence a draw. `draw(row)` is called only for rows on the path.
     """
     path = [0]
     while True:

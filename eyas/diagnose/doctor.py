@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """The draft read another way: what that would mean, and the draft so read."""
+    """Another reading of the draft: what it would mean, and the draft read so."""
 
     cause: str
     says: str
@@ -65,7 +65,7 @@ class Diagnosis:
 
 
 def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Tensor) -> Diagnosis:
-    """All that is wrong with the draft at `path`, files first; measuring only where the files can be read at all."""
+    """Everything that is wrong with the draft at `path`. Files are looked at first; the draft is measured only where they can be read."""
     findings: list[Finding] = []
     try:
         findings += file_findings(path, target)
@@ -150,7 +150,7 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
 
 
 def own_findings(path: Path, fields: Fields, target: TargetFiles) -> Iterator[Finding]:
-    """What eyas wrote down when it trained, against what is there now."""
+    """Compare what eyas noted when it trained the draft with what the files say now."""
     own = fields.object("eyas")
     if not own.raw:
         return
@@ -207,7 +207,7 @@ def draft_findings(draft: Draft, found: Found, target: TargetFiles) -> Iterator[
 
 
 def readings(draft: Draft, target: TargetFiles) -> Iterator[Reading]:
-    """Each usual mistake, undone."""
+    """The draft with each usual mistake undone, one at a time."""
     config, layers = draft.config, target.config.num_hidden_layers
     for step, meaning in ((-1, "its ids were counted one layer too late"), (1, "its ids were counted one layer too early")):
         taps = tuple(tap + step for tap in config.taps)
@@ -261,7 +261,7 @@ def weight_readings(draft: Draft) -> Iterator[Reading]:
 
 
 def vocabulary_readings(draft: Draft) -> Iterator[Reading]:
-    """d2t holds offsets; a file with ids in their place reads as ids plus their number."""
+    """The draft with d2t read as ids. d2t should hold offsets; where a file holds ids instead, reading it adds each one's index to it."""
     ids = draft.vocab.ids - torch.arange(len(draft.vocab))
     if len(ids) > 1 and bool((ids[1:] > ids[:-1]).all()):
         do = "write d2t as offsets: the target's id less the draft's"
@@ -276,7 +276,7 @@ def reweighed(draft: Draft, weights: Mapping[str, Tensor]) -> Draft:
 
 
 def weakness(path: Path, as_is: Agreement) -> Iterator[Finding]:
-    """A draft with nothing wrong that accepts little, or less than when it was trained."""
+    """Findings for a draft with nothing wrong in it that accepts little, or less than when it was trained."""
     first = as_is.acceptance[0]
     told = path / "training.json"
     best = best_point(read_json(told)) if path.is_dir() and told.exists() else None

@@ -34,7 +34,7 @@ class Counts(NamedTuple):
         return 1 + self.accepted / max(self.drafts, 1)
 
     def chain(self) -> int:
-        """Tokens drafted a round."""
+        """How many tokens the server drafts in a round."""
         return max(1, round(self.draft_tokens / max(self.drafts, 1)))
 
 
@@ -65,7 +65,7 @@ def call(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def optional(url: str) -> Any:
-    """The same, None where the server has no such page."""
+    """What `call` returns for a page, or None where the server has no such page."""
     try:
         return call(url)
     except EyasError:
@@ -93,7 +93,7 @@ def sglang_told(url: str) -> tuple[float, TreeShape] | None:
 
 
 def ask(url: str) -> Served:
-    """The questions, greedily, one after the other."""
+    """Ask the server the questions, greedily, one after the other."""
     url = url.rstrip("/").removesuffix("/v1")
     models = call(f"{url}/v1/models")
     entries = models.get("data") if isinstance(models, dict) else None

@@ -1,7 +1,7 @@
 """Vanilla speculative sampling's drafter (arXiv 2211.17192, 2302.01318): a smaller model, or the target's own first layers, guesses.
 
-It reads committed text as the target does, from tokens alone, and grows trees like any other; under the shared-noise walk its guesses
-need no accept/reject rule. Knows a model with the target's vocabulary; knows nothing of features.
+It reads committed text as the target does, from tokens alone, and grows trees like any other drafter. Under the walk with shared noise its
+guesses need no accept/reject rule. Knows a model with the target's vocabulary; knows nothing of features.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from eyas.model.cache import Cache
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 
-SHARE = 3  # of its layers the target's first one in so many draft, where no smaller model is named
+SHARE = 3  # where no smaller model is named, the target's first third of layers drafts
 CATCH_UP = 256  # rows of committed text read at once
 
 
 class ModelDrafter:
-    cache: Cache  # once there is room for sequences
+    """Grows trees with a language model. A node's output is the model's logits [V] there."""
+
+    cache: Cache  # the draft model's; made by `reserve`
     wants: tuple[int, ...] = ()
 
     def __init__(self, model: TargetModel, vocab_size: int) -> None:
@@ -45,17 +47,17 @@ class ModelDrafter:
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         self.waiting[sequence] += tokens
-        while len(tokens) >= CATCH_UP < len(self.waiting[sequence]):  # a part of a long prompt is read as it comes
+        while len(tokens) >= CATCH_UP < len(self.waiting[sequence]):  # a long prompt is read as it comes, part by part
             self.read_waiting([sequence])
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, lambda level, logits_RV: logits_RV)
         for request in requests:
-            self.cache.cut(request.sequence, request.position + 1)  # the root's row stays, the tree's go
+            self.cache.cut(request.sequence, request.position + 1)  # the root's row stays, the other rows of the tree are dropped
         return trees
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
-        """Read what was committed since; returns logits [S, V] behind each sequence's last token."""
+        """Read the committed tokens that wait; returns the logits [S, V] after each sequence's last token."""
         while late := [sequence for sequence in sequences if len(self.waiting[sequence]) > CATCH_UP]:
             self.read_waiting(late)
         return self.read_waiting(sequences)
@@ -82,5 +84,5 @@ class ModelDrafter:
 
 
 def alone(target: TargetModel) -> ModelDrafter:
-    """The cheapest draft model there is: the target's own first layers."""
+    """The method's drafter where no smaller model is named: the target's own first layers, the cheapest draft model there is."""
     return ModelDrafter(target.shallow(max(1, target.config.num_hidden_layers // SHARE)), target.config.vocab_size)

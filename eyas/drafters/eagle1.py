@@ -1,12 +1,13 @@
-"""EAGLE-1 as a drafter (Li et al. 2024, arXiv 2401.15077): guess the target's next feature, and let the target's own head read it.
+"""EAGLE-1 as a drafter (Li et al. 2024, arXiv 2401.15077): it guesses the target's next feature, and the target's own head reads it.
 
-A feature (the last hidden state, which the head reads) follows from the one before more evenly than token from token. But which feature
-comes next depends on the token that was drawn, which the feature before does not know: "I" may go on with "am" or "always". So the draft is
-given that token too, one place ahead: from f_j and t_{j+1} it guesses f_{j+1}, and goes on from its own guess. Trained on features it never
-sees its own errors (EAGLE-3 does, and drops the features); its tree has the same shape every round (EAGLE-2's has not).
+The next feature (the last hidden state, which the head reads) is easier to guess from the one before than the next token from the last. But
+the next feature depends on the token that was drawn, which the feature before does not know: "I" may go on with "am" or "always". So the
+draft is given that token too, one position ahead: from f_j and t_{j+1} it guesses f_{j+1}, and it goes on from its own guess. It is trained
+on true features, so it never sees its own errors (EAGLE-3 does, and drops the features). Its tree has the same shape every round (EAGLE-2's
+has not).
 
-The network's tensors have the published names. Knows the network and its files; how a tree is read with it is eagle3.py's, whose rounds
-are the same.
+The network's tensors have the published names. Knows the network and its files; eagle3.py grows trees with it, since both read in the same
+way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from eyas.model.transformer import MLP, Attention, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
 PUBLISHED_TREE = "static:4.3.2.2.1.3.2.2.1.0.0.0.0.3.0.0.0.0.0.0.0.2"  # SafeAILab's 25 guesses: the root's four best children, and so on
-NOT_OURS = ("embed_tokens.weight", "lm_head.weight")  # of published files: the target's own
+NOT_OURS = ("embed_tokens.weight", "lm_head.weight")  # tensors of published files that are the target's own
 
 
 class Eagle1Block(nn.Module):
@@ -48,7 +49,8 @@ class Eagle1Block(nn.Module):
 
 
 class Eagle1Network(SharedWeights, nn.Module):
-    """`embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that never sees the drawn token."""
+    """The network of EAGLE-1: `fc`, then one layer. `embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that
+    never sees the drawn token."""
 
     def __init__(self, shape: TargetConfig, embedding: Tensor, head: nn.Linear, bias: bool = True, token_left_out: bool = False) -> None:
         super().__init__()
@@ -67,20 +69,20 @@ class Eagle1Network(SharedWeights, nn.Module):
         return features_NH
 
     def join(self, tokens_N: Tensor, f_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [N, H], which is also what it is added to."""
+        """The input of attention [N, H], from tokens and features, twice: it is also the residual that attention's output is added to."""
         e_NH = self.embed(tokens_N)
         x_NH = self.fused(torch.cat([torch.zeros_like(e_NH) if self.token_left_out else e_NH, f_NH.to(self.dtype)], -1))
         return x_NH, x_NH
 
     def step(self, tokens_N: Tensor, f_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
-        """The feature [N, H] it guesses to come next, from features (or its own guesses) and the tokens that followed them."""
+        """The next features [N, H] as it guesses them, from features (or its own guesses) and the tokens that followed."""
         return self.run(self.join(tokens_N, f_NH)[0], self.rotary, positions_N, attention)
 
     def fed_back(self, f_NH: Tensor) -> Tensor:
         return f_NH
 
     def logits_at(self, level: int, f_NH: Tensor) -> Tensor:
-        """[N, D]: a guessed feature is read as a true one is, whatever its depth."""
+        """The logits [N, D] of what follows guessed features: the head reads them as true ones, whatever their depth."""
         return self.head(f_NH)
 
     def static_tree(self, nodes: int | None = None) -> TreeShape:
@@ -100,7 +102,8 @@ drafter = Eagle3Drafter  # the same rounds: read true features, then the draft's
 
 
 def reads(config: dict[str, Any], directory: Path) -> bool:
-    """Published drafts are a Llama's config of one layer that says nothing of a draft vocabulary."""
+    """Whether a directory with this config.json holds an EAGLE-1 draft. Published ones have a Llama's config of one layer, without a draft
+    vocabulary."""
     names = ("draft_vocab_size", "medusa_num_heads", "num_nextn_predict_layers")
     return config.get("num_hidden_layers", 1) == 1 and "hidden_size" in config and not any(name in config for name in names)
 

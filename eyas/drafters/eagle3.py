@@ -1,8 +1,8 @@
 """EAGLE-3 as a drafter: fuse the target's features, catch up on committed text, grow a dynamic tree (arXiv 2503.01840).
 
-The draft's cache holds one row a position: row j pairs feature f_j with token t_{j+1} at position j. Prefix rows always come from true
-features; rows of a tree, whose features are the draft's own outputs, are discarded after the walk. Knows the network and growth; knows
-nothing of verification.
+The draft's cache holds one row for each position: row j pairs feature f_j with token t_{j+1} at position j. The text's rows always come
+from true features. A tree's rows come from the draft's own outputs, and are discarded once the tree is grown. Knows the network and
+growth; knows nothing of verification.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ from eyas.model.rows import Segment
 from eyas.model.vocab import DraftVocab
 
 CATCH_UP = 256  # rows of committed text read at once
-HELD = 1024  # rows at most that wait to be read: where drafting does not pay they are never read
+HELD = 1024  # the most rows that wait to be read: while drafting does not pay, nobody needs them read
 
 
 @dataclass
 class PendingRows:
     """Committed text that the draft has not read yet."""
 
-    tokens: list[int] = field(default_factory=list)  # t_{j+1} of the rows to come
-    features: list[Tensor] = field(default_factory=list)
-    begun: bool = False
+    tokens: list[int] = field(default_factory=list)  # t_{j+1} of these rows
+    features: list[Tensor] = field(default_factory=list)  # f_j of these rows, in pieces as they came
+    begun: bool = False  # whether `observe` was called: the very first token has no row
 
 
 class Eagle3Drafter:
-    cache: KVCache  # once there is room for sequences
+    """Grows trees with an EAGLE-3 draft; and with an EAGLE-1 draft, whose network has the same calls."""
+
+    cache: KVCache  # the draft's; made by `reserve`
 
     def __init__(self, network: EagleModule, vocab: DraftVocab) -> None:
         self.network, self.vocab = network, vocab
         self.wants, self.attention = network.wants, network.blocks[0].self_attn
-        self.group = self.attention.heads // self.attention.kv_heads
-        self.pending: dict[int, PendingRows] = {}
+        self.group = self.attention.heads // self.attention.kv_heads  # query heads for each key head
+        self.pending: dict[int, PendingRows] = {}  # by slot
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
@@ -69,20 +71,21 @@ class Eagle3Drafter:
         pending.begun = True
         assert features is not None, "what it wants it is given"
         pending.features.append(features)
-        most = CATCH_UP if len(tokens) >= CATCH_UP else HELD  # a part of a long prompt is read as it comes
+        most = CATCH_UP if len(tokens) >= CATCH_UP else HELD  # a long prompt is read as it comes, part by part
         while len(pending.tokens) > most:
             self.catch_up_some([sequence])
 
-    # ---- growth: step 1 reads g and the drawn token, step 2 and on read a in place of the g that does not exist yet ----
+    # ---- growth: step 1 reads g and the drawn token; step 2 and on read a, in place of the g that does not exist yet ----
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         trees = grow(requests, self.catch_up, self.read_level, self.network.logits_at, self.vocab)
         for request in requests:
-            self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's go
+            self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's rows are dropped
         return trees
 
     def read_level(self, levels: list[Level]) -> Tensor:
-        """Each node's token with its parent's a, seeing the prefix, its ancestors and itself; a node at depth d sits at P - 1 + d."""
+        """The outputs a [F, H] of these nodes. Each row reads a node's token with its parent's a, and sees the text, its ancestors and
+        itself; a node at depth d sits at position P - 1 + d."""
         tokens = [token for level in levels for token in level.tokens]
         positions = [level.request.position - 1 + depth for level in levels for depth in level.depths]
         stand_in = self.network.fed_back(torch.cat([level.parents for level in levels]))
@@ -91,13 +94,13 @@ class Eagle3Drafter:
     # ---- passes ----
 
     def catch_up(self, sequences: Sequence[int]) -> Tensor:
-        """Read all committed rows, from true features; returns a [S, H] of each sequence's last row."""
+        """Read all rows of committed text that wait, from true features; returns the a [S, H] of each sequence's last row."""
         while late := [sequence for sequence in sequences if len(self.pending[sequence].tokens) > CATCH_UP]:
             self.catch_up_some(late)
         return self.catch_up_some(sequences)
 
     def catch_up_some(self, sequences: Sequence[int]) -> Tensor:
-        """The same for up to CATCH_UP rows a sequence."""
+        """Read up to CATCH_UP of the rows that wait, for each sequence, in one pass; returns the a [S, H] of the last row read of each."""
         counts = [min(len(self.pending[sequence].tokens), CATCH_UP) for sequence in sequences]
         tokens, features, positions = [], [], []
         for sequence, count in zip(sequences, counts, strict=True):
@@ -113,7 +116,7 @@ class Eagle3Drafter:
         return a[torch.tensor(counts).cumsum(0) - 1]
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
-        """One pass of the draft; its rows stay in the cache until they are cut."""
+        """One pass of the draft: a [N, H] of these rows, which stay in the cache until `propose` cuts them."""
         rows = torch.tensor(tokens), torch.tensor(positions)
         if fits(self.cache, segments):
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
@@ -137,7 +140,7 @@ drafter, save = Eagle3Drafter, save_draft
 
 
 def reads(config: dict[str, Any], directory: Path) -> bool:
-    """Whether a directory with this config.json holds such a draft."""
+    """Whether a directory with this config.json holds an EAGLE-3 draft."""
     return "draft_vocab_size" in config and "eyas" in config
 
 
@@ -147,6 +150,6 @@ def check(directory: Path, target: TargetConfig) -> None:
 
 
 def load(directory: Path, target: TargetModel) -> tuple[DraftNetwork, DraftVocab]:
-    """A saved draft for a target that is not yet prepared."""
+    """The network and vocabulary of a saved draft. The target must not be prepared yet: its embedding is read."""
     embedding = target.embedding.detach()
     return load_draft(directory, embedding, embedding.dtype)

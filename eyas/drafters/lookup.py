@@ -1,7 +1,7 @@
-"""Prompt look-up: guess that what followed the same few tokens earlier in the text follows them again.
+"""Prompt look-up: guess that the tokens which followed the same few tokens earlier in the text follow them again.
 
-Costs nothing to draft and knows nothing of the model; pays where texts repeat themselves or their prompt (summaries, edits, code). How
-often a match of so many tokens was right is counted in the text itself, from what is usual on.
+It costs nothing to draft, and pays where texts repeat themselves or their prompt (summaries, edits, code). It counts in the text itself
+how often a match of each length was right, beginning with what is usual. Knows token ids; knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree, merge
 from eyas.model.protocols import TargetModel
 
-PATTERNS = (4, 3, 2)  # tokens that are looked up; what matched before them is compared in the text
-USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # share of right guesses, by how many tokens matched at least
-WEIGHT = 8  # guesses that what is usual counts as much as
-LONGEST = max(USUAL)
-FAINT = math.log(0.02)  # chance of a guess under which none is made, but for the first
-OCCURRENCES = 4  # latest places looked at, so a much repeated pattern stays cheap
+PATTERNS = (4, 3, 2)  # lengths of the patterns that are indexed; a match is then followed back through the text
+USUAL = {2: 0.3, 3: 0.45, 4: 0.6, 6: 0.75, 8: 0.85, 12: 0.92}  # tokens that matched at least -> the usual share of right guesses
+WEIGHT = 8  # the usual share weighs as much as this many guesses
+LONGEST = max(USUAL)  # a longer match is not told from one of this length
+FAINT = math.log(0.02)  # a guess less likely than this is not made, but for the first of its match
+OCCURRENCES = 4  # the latest occurrences of a pattern that are kept, so a much repeated pattern stays cheap
 
 
 @dataclass
 class TextIndex:
-    """One sequence's text, where its patterns ended (latest last), and how its latest matches did."""
+    """One sequence's text, where its patterns ended, and how often its matches were right."""
 
-    text: list[int] = field(default_factory=list)
-    unread: list[int] = field(default_factory=list)  # what it goes on with
-    places: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    text: list[int] = field(default_factory=list)  # the tokens that are indexed
+    unread: list[int] = field(default_factory=list)  # the tokens after them
+    places: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # pattern -> positions just after it, latest last
     right: dict[int, float] = field(default_factory=lambda: {length: share * WEIGHT for length, share in USUAL.items()})
     tried: dict[int, float] = field(default_factory=lambda: dict.fromkeys(USUAL, WEIGHT))
-    matches: list[tuple[int, int]] = field(default_factory=list)  # where the longest pattern that it ends with ended before
+    matches: list[tuple[int, int]] = field(default_factory=list)  # of the text's end: see `matches` below
 
     def chance(self, matched: int) -> float:
+        """The chance that a guess is right after a match of this many tokens."""
         length = class_of(matched)
         return self.right[length] / self.tried[length]
 
 
 class LookupDrafter:
+    """Proposes what followed earlier occurrences of the text's last tokens."""
+
     wants: tuple[int, ...] = ()
 
     def __init__(self) -> None:
@@ -57,7 +60,7 @@ class LookupDrafter:
         self.indexes[sequence].unread += tokens  # until something is looked up
 
     def read(self, index: TextIndex) -> None:
-        """Note where patterns end, and whether matches came true."""
+        """Index the tokens that are not indexed yet: note where patterns end, and whether the match before each token was right."""
         for token in index.unread:
             if index.matches:
                 end, matched = index.matches[0]
@@ -78,7 +81,7 @@ class LookupDrafter:
         return [self.look_up(request, request.shape.levels) for request in requests]
 
     def look_up(self, request: TreeRequest, levels: int) -> Tree:
-        """The continuations of the longest pattern that occurred before, the likeliest first, merged into one tree."""
+        """One tree, up to `levels` deep, of what followed the earlier occurrences of the longest pattern that the text ends with."""
         index = self.indexes[request.sequence]
         self.read(index)
         trees = []
@@ -94,17 +97,19 @@ class LookupDrafter:
 
 
 def alone(target: TargetModel) -> LookupDrafter:
+    """The method's drafter, which needs no draft."""
     return LookupDrafter()
 
 
 def matches(text: list[int], ends: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """Places where the last `length` tokens ended before, with the number of tokens equal there: longest first, then latest."""
+    """The earlier occurrences of the text's last `length` tokens: (the position just after one, the number of tokens that match), the
+    longest first, then the latest."""
     found = [(end, matched(text, end, length)) for end in reversed(ends)]
     return sorted(found, key=lambda place: -place[1])
 
 
 def matched(text: list[int], end: int, at_least: int) -> int:
-    """How many tokens before `end` equal the text's last ones, up to LONGEST."""
+    """How many tokens before position `end` equal the text's last ones, up to LONGEST."""
     count = at_least
     while count < min(LONGEST, end) and text[end - 1 - count] == text[-1 - count]:
         count += 1
@@ -112,4 +117,5 @@ def matched(text: list[int], end: int, at_least: int) -> int:
 
 
 def class_of(matched: int) -> int:
+    """The key of USUAL under which a match of this many tokens is counted."""
     return max(length for length in USUAL if length <= matched)

@@ -1,9 +1,9 @@
 """Medusa-1 as a drafter (Cai et al. 2024, arXiv 2401.10774): a few heads beside the target's own, each guessing one token further ahead.
 
-All heads read the same last hidden state, so drafting is one product a head and costs next to nothing. But no head knows what the others
-said, nor which token the target really drew: the guesses of a level are the same whatever stands before them, and the tree that combines
-them is of a shape fixed beforehand, by how often each head's best, second best, ... guess is right. Feeding back what was drawn is what
-EAGLE added. The published rule of acceptance ("typical") changes the text's distribution; here the walk checks Medusa's trees like any
+All heads read the same last hidden state, so drafting is one product for each head and costs next to nothing. But no head knows what the
+others guessed, nor which token the target really drew: the guesses of a level are the same whatever comes before them. The tree that
+combines them has a shape fixed beforehand, by how often each head's best, second best, ... guess is right. EAGLE added that drawn tokens
+are fed back. The published rule of acceptance ("typical") changes the text's distribution; here the walk verifies Medusa's trees like any
 others, and `--verifier typical-lossy` is there to compare.
 
 The network's tensors have the published names. Knows heads and hidden states; keeps no cache.
@@ -32,8 +32,8 @@ from eyas.model.shared_weights import SharedWeights
 from eyas.model.transformer import pack
 from eyas.model.vocab import DraftVocab
 
-PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # files of weights
-USUAL_TREE = "static:4.2.1.1.0.2.1.0.0.1"  # where the heads' accuracies are not known
+PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # files that hold a published draft's weights
+USUAL_TREE = "static:4.2.1.1.0.2.1.0.0.1"  # the tree where the heads' accuracies are not known
 
 
 class ResBlock(nn.Module):
@@ -59,12 +59,13 @@ class MedusaHead(nn.Sequential):
 
 
 class MedusaNetwork(SharedWeights, nn.ModuleList):
-    """Head k: residual blocks, then logits of the token k + 2 places behind the last one read; the target's own head says the next."""
+    """The heads. Head k, counted from 0, is residual blocks and a product: the logits of the token k + 2 positions after the last one read.
+    The target's own head says the token one position after."""
 
     def __init__(self, width: int, draft_vocab_size: int, heads: int, blocks: int, embedding: Tensor) -> None:
         parts = [[ResBlock(width) for _ in range(blocks)] + [nn.Linear(width, draft_vocab_size, bias=False)] for _ in range(heads)]
         super().__init__(MedusaHead(*each) for each in parts)
-        self.share(embedding)  # which heads do not read
+        self.share(embedding)  # heads do not read it; it tells their width
         self.outputs = [Dense(head.last) for head in self.heads]
 
     @property
@@ -76,13 +77,13 @@ class MedusaNetwork(SharedWeights, nn.ModuleList):
         return len(self)
 
     def before_head(self, level: int, x_NH: Tensor) -> Tensor:
-        """What head `level` makes of last hidden states before its last product."""
+        """The states [N, H] of head `level` before its last product, from last hidden states."""
         head = self[level]
         assert isinstance(head, MedusaHead)
         return head[:-1](x_NH.to(self.dtype))
 
     def logits_at(self, level: int, x_NH: Tensor) -> Tensor:
-        """[N, D] of what lies one deeper than nodes at depth `level`, from the last hidden state before the root."""
+        """The logits [N, D] of the children of nodes at depth `level`, from the last hidden states before the roots."""
         return self.outputs[level](self.before_head(level, x_NH))
 
     def static_tree(self, nodes: int | None = None) -> TreeShape:
@@ -100,7 +101,7 @@ class MedusaNetwork(SharedWeights, nn.ModuleList):
 class MedusaDrafter:
     def __init__(self, network: MedusaNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.wants = network, vocab, network.wants
-        self.last: dict[int, Tensor] = {}  # hidden state [H] before each sequence's last token
+        self.last: dict[int, Tensor] = {}  # by slot, the hidden state [H] before the last token
 
     def reserve(self, sequences: int, capacity: int) -> None:
         self.last = {}
@@ -120,7 +121,7 @@ class MedusaDrafter:
         return torch.stack([self.last[sequence] for sequence in sequences])
 
     def read_level(self, levels: list[Level]) -> Tensor:
-        """Nothing is read: the next head sees what the first one saw."""
+        """Hand on the parents' states: nothing is read, since all heads see the same hidden state."""
         return torch.cat([level.parents for level in levels])
 
 

@@ -1,7 +1,7 @@
-"""A model's tree and look-up's in one: what followed the same words before joins what the draft guesses, and one pass checks both.
+"""EAGLE-3 with look-up: one tree holds what the draft guesses and what followed the same tokens before, and one pass verifies both.
 
-Where a long match says what comes next, the draft is not even asked: its steps would cost more than they add, and what it has not read it
-reads when it is next needed. Knows two drafters by what they propose; knows neither's insides.
+Where a long match says what comes next the draft is not used: its passes would cost more than they add. It reads the text it missed when
+it is next needed. Knows two drafters by what they propose; knows neither's insides.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from eyas.drafters.lookup import LookupDrafter
 from eyas.model.draft import DraftNetwork
 from eyas.model.vocab import DraftVocab
 
-SURE = math.log(0.8)  # chance of look-up's first guess from which on the draft is left alone
+SURE = math.log(0.8)  # where look-up's best guess has this chance or more, and no planner weighs it, the draft is not used
 
 
 class MergedDrafter:
+    """Merges another drafter's tree with look-up's."""
+
     def __init__(self, draft: Drafter) -> None:
         self.draft, self.lookup = draft, LookupDrafter()
         self.wants = draft.wants
@@ -46,19 +48,21 @@ class MergedDrafter:
         return [both(request, one, other) for request, one, other in zip(requests, drafted, found, strict=True)]
 
     def found(self, request: TreeRequest) -> Tree:
-        """Look-up's guesses cost no steps, so they may go as deep as there are nodes."""
+        """Look-up's tree. Its guesses cost no pass of the draft, so it may be as deep as the shape has nodes."""
         nodes = request.shape.nodes
         return self.lookup.look_up(request, min(nodes - 1, request.deepest or request.shape.levels))
 
 
 def both(request: TreeRequest, one: Tree, other: Tree) -> Tree:
+    """The two trees merged and cut to the nodes that the request allows. Alone, the draft's tree `one` stays as it is."""
     if len(other) == 1:
         return one
     return (other if len(one) == 1 else merge([one, other])).best(request.shape.nodes)
 
 
 def ask(request: TreeRequest, found: Tree) -> TreeRequest:
-    """What the draft is asked for beside look-up's tree: a planner weighs that, else a sure guess is enough."""
+    """The request that the draft gets, given look-up's tree. A planner is told the chance of look-up's best guess; without a planner
+    the draft is asked for nothing where that guess is sure."""
     if len(found) == 1:
         return request
     best = max(found.scores[1:])

@@ -1,13 +1,13 @@
 """Multi-token prediction as a drafter (DeepSeek-V3, arXiv 2412.19437, 2.2): one more decoder layer for each token further ahead.
 
-Module k norms and joins the state that module k - 1 made of a place (module 1: the target's last hidden state) with the embedding of the
-token k places behind it, and says the token k + 1 places behind through the target's own head. Like EAGLE it feeds back what was drawn and
-its own states, and each module sees in training what it will see in use; but there is a module for every depth, so parameters grow with
-depth and none can guess deeper than there are modules.
+Module k norms and joins two inputs: the state of a position that module k - 1 made (for module 1 the target's last hidden state), and the
+embedding of the token k positions after it. Through the target's own head it guesses the token k + 1 positions after. Like EAGLE it is fed
+the drawn tokens and its own states, and in training each module sees what it will see in use. But every depth has a module of its own, so
+parameters grow with depth, and no guess can lie deeper than there are modules.
 
-A node at depth d is read by module d + 1, whose rows for the d last places of the text depend on the node's path: they are read anew
-with each node, behind the rows that the text alone decides. The network's tensors have DeepSeek's names. Knows the network, its caches
-and files.
+Module d + 1 reads a node at depth d. Its rows for the last d positions of the text depend on the node's path, so they are read anew for
+each node, after the rows that depend on the text alone. The network's tensors have DeepSeek's names. Knows the network, its caches and
+files.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from eyas.model.shared_weights import FrozenHead, SharedWeights
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.vocab import DraftVocab
 
-SPARE = 64  # nodes of a level at most, each with its path in a module's cache
+SPARE = 64  # the most nodes of a level; each has its path's rows in a module's cache
 CATCH_UP = 256  # rows of committed text read at once
-NOT_OURS = ("embed_tokens.weight", "shared_head.head.weight")  # of published files: the target's own
+NOT_OURS = ("embed_tokens.weight", "shared_head.head.weight")  # tensors of published files that are the target's own
 
 
 class MtpModule(Block):
@@ -52,7 +52,7 @@ class MtpModule(Block):
 
 
 class MtpNetwork(SharedWeights, nn.Module):
-    """`embedding` [V, H] and `head` are the target's."""
+    """The modules, one for each depth. `embedding` [V, H] and `head` are the target's."""
 
     def __init__(self, shape: TargetConfig, modules: int, embedding: Tensor, head: nn.Linear) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class MtpNetwork(SharedWeights, nn.Module):
         return len(self.layers)
 
     def join(self, level: int, tokens_N: Tensor, h_NH: Tensor) -> Tensor:
-        """What module `level` (counted from 0) reads [N, H]: states, and the tokens that followed them."""
+        """The input [N, H] of module `level` (counted from 0), from states and the tokens that followed them."""
         module = self.stack[level]
         return module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
 
@@ -75,7 +75,7 @@ class MtpNetwork(SharedWeights, nn.Module):
         return cast("RMSNorm", self.stack[level].shared_head["norm"])(h_NH.to(self.dtype))
 
     def logits_at(self, level: int, h_NH: Tensor) -> Tensor:
-        """[N, D]; of [N, .., H] the last state of each."""
+        """The logits [N, D] of the children of nodes at depth `level`, from states [N, H], or from the last of each [N, .., H]."""
         return self.head(self.normed(level, h_NH if h_NH.dim() == 2 else h_NH[:, -1]))
 
     def prepare(self, bits: int = 16) -> MtpNetwork:
@@ -90,7 +90,7 @@ class MtpDrafter:
     def __init__(self, network: MtpNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.wants = network, vocab, network.wants
         self.tokens: dict[int, list[int]] = {}  # each sequence's text
-        self.states: dict[int, list[list[Tensor]]] = {}  # of each module's input what it has not read: the target's, then each module's own
+        self.states: dict[int, list[list[Tensor]]] = {}  # by slot and module, the input states it has not read: the target's, then modules'
 
     def reserve(self, sequences: int, capacity: int) -> None:
         network, attention = self.network, self.network.stack[0].self_attn
@@ -115,12 +115,12 @@ class MtpDrafter:
         return grow(requests, self.roots, self.read_level, self.network.logits_at, self.vocab)
 
     def roots(self, sequences: Sequence[int]) -> Tensor:
-        """[S, 1, H]: what module 1 made of the last place."""
+        """What module 1 made of the last position of each sequence, [S, 1, H]."""
         self.catch_up(sequences)
         return torch.stack([self.states[sequence][1][-1][-1:] for sequence in sequences])
 
     def catch_up(self, sequences: Sequence[int]) -> None:
-        """Each module reads the places whose tokens and states are known by now; of what it made the last waits with the next module."""
+        """Let each module read the positions whose tokens and states are known by now. What it makes of them waits for the next module."""
         for level in range(self.network.levels):
             while parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
                 tokens, states, segments, positions = zip(*parts, strict=True)
@@ -129,12 +129,12 @@ class MtpDrafter:
                     self.caches[level].keep(segment.slot, range(segment.count))
                     following = self.states[segment.slot][level + 1]
                     following.append(rows)
-                    if level + 1 == self.network.levels:  # nobody reads on
+                    if level + 1 == self.network.levels:  # no module reads these
                         following[:] = [rows[-1:]]
 
     def waiting(self, sequence: int, level: int) -> tuple[list[int], Tensor, Segment, list[int]]:
-        """What a module has still to read of a sequence: place m goes with token m + 1 + level. States that are read stay only for the last
-        place, which the tree begins from."""
+        """What a module has still to read of a sequence: tokens, states, segment and positions. Position m goes with token m + 1 + level.
+        Of the states that modules made and that were read, only the last stays; the tree begins from it."""
         states, start = self.states[sequence], self.caches[level].lengths[sequence]
         tokens = self.tokens[sequence][start + 1 + level :]
         held = torch.cat(states[level]) if states[level] else self.network.embedding[0][:0]
@@ -145,7 +145,8 @@ class MtpDrafter:
         return tokens[: len(rows)], rows, Segment(sequence, len(rows)), list(range(start, start + len(rows)))
 
     def read_level(self, levels: list[Level]) -> Tensor:
-        """[F, d + 1, H]: what module d + 1 made of each node's path, the text's last place that it could read first."""
+        """What module d + 1 made of each node's path, [F, d + 1, H]: first the last position of the text that it could read, then the nodes
+        of the path."""
         depth = levels[0].depths[0]
         tokens, states, positions, segments, first = [], [], [], [], []
         for level in levels:

@@ -1,4 +1,4 @@
-"""Plain decoding as a method: nothing is guessed, every round brings one token."""
+"""Plain decoding as a method: it guesses nothing, and every round brings one token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which of transformers' models can be a target, and what shape of draft they need, told by config.json alone.
+"""Which of transformers' models can be a target, and their shape, told by config.json alone.
 
-Knows transformers' configs and model classes; loads no weights and computes nothing. What can be a target is run by `model/adapter.py`.
+`model/adapter.py` runs the models that can. Knows transformers' configs and model classes; loads no weights and computes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATE = f"keeps one running state, so a tree of guesses cannot be checked in one
 
 
 def check_adaptable(directory: Path) -> Any:
-    """transformers' config of a model that can be a target; EyasError, in one line that says why, for one that cannot.
+    """transformers' config of a model that can be a target. Raises `EyasError`, with one line that says why, for a model that cannot.
 
     Reads config.json and no weights.
     """
@@ -57,7 +57,7 @@ def check_adaptable(directory: Path) -> Any:
 
 
 def adapted_config(directory: Path) -> TargetConfig:
-    """The shape of a model that is run through transformers; raises as `check_adaptable` does.
+    """The shape of a target that runs through transformers. Raises as `check_adaptable` does.
 
     Only the draft reads rotary base and scaling: of several bases (Gemma 3 has two) it gets that of the layers with full attention.
     """
@@ -95,7 +95,7 @@ def adapted_config(directory: Path) -> TargetConfig:
 
 
 def setting(config: Any, name: str) -> Any:
-    """A config's value; None where it has none, or another for each layer (Gemma 4's head widths)."""
+    """A config's value; None where it has none, or a different one for each layer (Gemma 4's head widths)."""
     try:
         return getattr(config, name, None)
     except RuntimeError:

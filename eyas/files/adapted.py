@@ -1,6 +1,6 @@
-"""A target that runs through transformers, with its weights in, compared with transformers' own forward.
+"""Loads a target that runs through transformers, and compares it with transformers' own forward.
 
-Knows how transformers loads a model and says what did not fit; what runs it is model/adapter.py.
+Knows how transformers loads a model and says what did not fit; model/adapter.py runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eyas.model.adapter import NAME, AdaptedTarget, attention, compare, mask
 
 
 def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> AdaptedTarget:
-    """The target with its weights in, compared with transformers' own forward, not yet prepared for inference."""
+    """Load a target through transformers and compare it with transformers' own forward; it is not yet prepared for inference."""
     config = adapted_config(directory)
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 

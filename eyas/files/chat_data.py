@@ -1,6 +1,6 @@
-"""Chat data as JSONL: one object a line, and which lines could not be used and why.
+"""Chat data as JSONL: one object on each line, and which lines could not be used and why.
 
-Knows lines and the messages of OpenAI's and ShareGPT's form; what a line is wanted for (a prompt, a conversation) is its caller's.
+Knows lines, and messages in OpenAI's and ShareGPT's form; the caller knows what a line is for (a prompt, a conversation).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def object_of(line: str) -> dict[str, Any]:
 
 
 def messages_of(row: dict[str, Any]) -> list[Message] | None:
-    """The conversation of a line, roles in OpenAI's words; None where it has none."""
+    """The conversation in a line's object, with OpenAI's names of roles; None where it holds none."""
     key = next((key for key in CHAT_KEYS if row.get(key) is not None), None)
     if key is None:
         return None

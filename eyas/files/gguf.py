@@ -75,7 +75,8 @@ def convert_gguf(path: Path, final: Path, progress: Callable[[int, int], None] =
 
 
 def gguf_to_hugging_face(name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for tensors a config implies."""
+    """Hugging Face's name of a tensor, `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`; None for tensors that a config
+    implies."""
     parts = name.split(".")
     if parts[0] == "blk" and parts[2] in GGUF_NAMES:
         return f"model.layers.{parts[1]}.{GGUF_NAMES[parts[2]]}.{parts[3]}"
@@ -93,7 +94,7 @@ def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
 
 
 def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """The Hugging Face config.json that a GGUF's fields amount to."""
+    """The Hugging Face config.json made from a GGUF's fields."""
     kind = fields["general.architecture"]
 
     def of(key: str, default: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a GGUF's header is honest: the library that reads one follows the lengths it claims, so they are compared with the file first.
+"""Whether a GGUF's header is honest. The library that reads a GGUF follows the lengths it claims, so they are compared with the file first.
 
 Knows the container; nothing of what is in it.
 """
@@ -54,7 +54,7 @@ class Header:
 
 
 def check_gguf(path: Path) -> None:
-    """Raises where the file is no GGUF or its header claims more than the file holds."""
+    """Raise `EyasError` where the file is no GGUF, or its header claims more than the file holds."""
     header = Header(path)
     try:
         if header.take(4) != b"GGUF" or header.number("<I") not in (2, 3):

@@ -1,6 +1,7 @@
 """The tokenizer that a GGUF file describes, rebuilt with the `tokenizers` library.
 
-A GGUF keeps vocabulary, merges and the *name* of the pre-tokenizer, not the pre-tokenizer: what each name means is the table below.
+A GGUF keeps vocabulary, merges and the *name* of the pre-tokenizer, not the pre-tokenizer itself. The table below says what each name
+means.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def byte_level_bpe(fields: Mapping[str, Any]) -> Tokenizer:
-    """Vocabulary, merges, pre-tokenizer and special tokens; what is not byte-level BPE of a known kind is refused."""
+    """A tokenizer with the GGUF's vocabulary, merges, pre-tokenizer and special tokens. Raises `EyasError` for any other than byte-level
+    BPE of a known kind."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     if fields.get("tokenizer.ggml.model") != "gpt2":

@@ -1,4 +1,4 @@
-"""Where a target lies, and the target with its weights in: our own blocks where they compute it, else transformers'.
+"""Finds a target's directory and loads the target: into our own blocks where they compute its family, else into transformers'.
 
 Knows directories, hub names, GGUF files and number formats; knows nothing of tokens or drafts.
 """
@@ -21,14 +21,15 @@ from eyas.files.tensors import load_strictly, read_tensors
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # all but products' weights
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # of all but products' weights
 
 
-BITS = {"int8": 8, "q4": 4}  # of products' weights, where not those of their number format
+BITS = {"int8": 8, "q4": 4}  # bits of products' weights, where these have fewer than their number format
 
 
 def target_directory(source: str | Path | None) -> Path:
-    """A Hugging Face directory for: nothing (the embedded target), a directory, a GGUF file, or a hub name."""
+    """The Hugging Face directory of a target. `source`: None (the embedded target), a directory, a GGUF file, or a hub name. Raises
+    `EyasError` for anything else, and where it cannot be fetched or converted."""
     if source is None or str(source) == "embedded":
         return embedded_target()
     path = Path(source).expanduser()
@@ -47,7 +48,8 @@ def target_directory(source: str | Path | None) -> Path:
 
 
 def target_config(directory: Path) -> TargetConfig:
-    """The target's shape from a Hugging Face config.json; a model that cannot be a target is refused in one line that says why."""
+    """The target's shape from a Hugging Face config.json. Raises `EyasError`, with one line that says why, for a model that cannot be a
+    target."""
     return own_config(directory) if has_own_blocks(directory) else adapted_config(directory)
 
 
@@ -62,9 +64,10 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
 
 
 def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | torch.device = "cpu") -> TargetModel:
-    """The target with its weights in, not yet prepared for inference (its loose matrices can still be read).
+    """Load a target. It is not yet prepared for inference, so its matrices can still be read.
 
-    Families that our own blocks do not compute run through transformers.
+    Families that our own blocks do not compute run through transformers. Raises `EyasError` for an unknown precision, for int8 and q4 of
+    such families, and for weights that do not fit.
     """
     if precision not in PRECISIONS:
         raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")

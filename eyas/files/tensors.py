@@ -1,7 +1,7 @@
-"""How weights and configs come in and go out: Hugging Face directories, GGUF files, atomic saving, strict loading.
+"""Reads and saves safetensors, and loads them into modules strictly.
 
-Knows file formats; knows nothing of what the tensors compute. Loading is strict: a missing, surplus or mis-shaped tensor is an error
-with a list, since a model with a silently missing tensor still runs and accepts nothing.
+A missing, surplus or misshapen tensor is an error with a list, since a model with a silently missing tensor still runs and accepts nothing.
+Knows file formats; knows nothing of what the tensors compute.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The module's parameters by name; raises with a list where a tensor for one is missing, misshapen, or has no place."""
-    derived = "rotary_emb.inv_freq"  # old checkpoints hold it; the config says it
+    """The module's parameters by name. Raises `EyasError` with a list where tensors are missing, misshapen or left over."""
+    derived = "rotary_emb.inv_freq"  # old checkpoints hold it, though the config implies it
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(derived)}
     own = dict(module.named_parameters()) | dict(module.named_buffers())  # a tied tensor appears once, under its first name
     first = {id(parameter): name for name, parameter in own.items()}
@@ -95,6 +95,3 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], largest_file: i
         (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from None
-
-
-# ---- GGUF ----

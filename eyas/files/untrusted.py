@@ -1,7 +1,7 @@
-"""Reads files of anybody's making without trusting them: typed fields of a config, tensors of safetensors or of a pickled checkpoint.
+"""Reads files that anybody may have made, without trusting them: fields of a config, tensors of safetensors or of a pickled checkpoint.
 
-Nothing in a file is executed, and nothing is allocated beyond what the file holds: a pickle is read by PyTorch's restricted reader after
-its archive has been found honest, and a tensor that claims more than its storage is refused. Knows no layout.
+Nothing in a file is executed, and no more is allocated than the file holds. PyTorch's restricted reader reads a pickle once its archive has
+been found honest, and a tensor that claims more than its storage is refused. Knows no layout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 
 
 class Fields:
-    """A JSON object's fields, each checked as it is asked for; a wrong one is named with the file it is in."""
+    """A JSON object's fields, each checked when it is read. A wrong one raises `EyasError`, which names the field and its file."""
 
     def __init__(self, raw: Mapping[str, Any], where: Path | str) -> None:
         self.raw, self.where = raw, where
@@ -41,7 +41,7 @@ class Fields:
             raise EyasError(f"{path} is nested too deep to be a config") from None
 
     def object(self, key: str) -> Fields:
-        """An object within, empty where there is none."""
+        """The object under this key; an empty one where there is none."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, dict):
             raise EyasError(f"{self.where}: {key} must be an object, not {short(value)}")
@@ -105,7 +105,7 @@ def tensors_of(directory: Path, *others: str) -> dict[str, Tensor]:
 
 
 def unpickled(path: Path) -> dict[str, Any]:
-    """The tensors of a checkpoint that torch.save wrote; code in it is refused, not run."""
+    """The tensors of a checkpoint that torch.save wrote. Code in it is not run: the file is refused."""
     damaged = f"{path} is damaged or cut short; copy or download it again"
     if not zipfile.is_zipfile(path):
         raise EyasError(f"{path} is not an archive as torch.save writes it; load it where it was made and save it as safetensors")
@@ -122,12 +122,12 @@ def unpickled(path: Path) -> dict[str, Any]:
         raise EyasError(f"{path} holds more than tensors, and code in a file is not run ({short(reason)}); ask for safetensors") from None
     except EyasError:
         raise
-    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+    except Exception as error:  # a damaged archive may raise almost anything
         raise EyasError(f"{damaged} ({short(str(error).splitlines()[0] if str(error) else type(error).__name__)})") from None
 
 
 def checked_tensors(tensors: Any, where: Path) -> dict[str, Tensor]:
-    """Plain, dense tensors of plain number formats, none larger than the bytes behind it."""
+    """The tensors, once all are dense, of plain number formats, and no larger than the bytes behind them."""
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise EyasError(f"{where} holds no table of tensors by name")
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Writes a draft in an engine's layout and says done only when what was written has been read back and computes the same.
+"""Writes a draft in an engine's layout, and keeps it only if what was written, read back, computes the same.
 
 Knows layouts by their names and the probe that compares two drafts; knows no engine.
 """
@@ -26,7 +26,7 @@ KEPT = ("training.json",)  # files of the draft that travel along
 
 @dataclass(frozen=True)
 class Check:
-    """What reading back showed."""
+    """What comparing the written draft with the original showed."""
 
     difference: float | None  # largest difference of logits on seeded input, in float32; None where the layout cannot be read back
     spread: float | None  # standard deviation of those logits, to compare with
@@ -35,7 +35,7 @@ class Check:
 
 
 def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles, weights: str | None, force: bool, **extra: Any) -> Check:
-    """Write `draft` as layout `name` into `out`, all or nothing; an existing `out` is replaced only under `force`."""
+    """Write `draft` as layout `name` into `out`, whole or not at all; an existing `out` is replaced only with `force`."""
     layout = layout_of(name)
     weights = weights or layout.weights[0]
     if weights not in layout.weights:
@@ -55,7 +55,7 @@ def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles
 
 
 def checked(layout: Layout, draft: Draft, work: Path, weights: str) -> Check:
-    """Read back and compare; raises, so that nothing is left behind, where it is not the same draft."""
+    """Read the written draft back and compare it. Raises `EyasError` where it is not the same draft, so that nothing is left behind."""
     exact = all(tensor.dtype == DTYPES.get(weights) or weights == "fp32" for tensor in draft.weights.values())
     if layout.read is None:
         return Check(None, None, exact, draft.config.taps)

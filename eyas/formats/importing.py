@@ -1,7 +1,7 @@
-"""Settles what a draft's files leave open: by its layout's convention, and where a target is at hand by measuring.
+"""Settles what a draft's files leave open: by the layout's convention, or by measuring where a target is at hand.
 
-A file's layer ids may name layers by input or by output, its rotary base may not be what it was trained with, and two flags have had two
-meanings: each is measured on the target's own text, and what agrees better is kept. Knows the questions; knows no layout.
+Layer ids may name layers by input or by output, the rotary base may not be the one of training, and two flags have had two meanings. Each
+reading is measured on the target's own text, and the one that agrees better is kept. Knows the questions; knows no layout.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Reading:
     """One way to read an open fact."""
 
     words: str
-    changes: Mapping[str, Any]  # of Found.resolved
+    changes: Mapping[str, Any]  # arguments of Found.resolved
     as_said: bool  # whether the file itself says so
 
 
 def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Reading]]]:
-    """Each open question with the ways to answer it, the file's own first."""
+    """Each open question with its possible readings, the file's own first."""
     for name, values in found.doubts.items():
         if name == "layer ids":
             ids = found.layer_ids or ()
@@ -53,8 +53,8 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
 def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Resolved:
     """The draft, with every open question decided.
 
-    With `evidence` (the target's text and states) every question is measured in turn, the file's own reading being left only where another
-    is clearly better; without, it stands.
+    With `evidence` (the target's text and states) every question is measured in turn, and the file's own reading is given up only where
+    another is clearly better. Without evidence the file's own reading stands.
     """
     changes: dict[str, Any] = {}
     told = []

@@ -1,6 +1,6 @@
 """Every layout by name: how a draft is written in it and read from it, what it cannot hold, which command serves it.
 
-The one place that knows all engines; each engine's facts lie in its own file.
+Knows all engines, as no other module does; each engine's facts are in its own file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def layout_of(name: str) -> Layout:
 
 
 def find(path: Path) -> Found:
-    """Read a draft in whatever layout it lies, eyas's own included."""
+    """Read a draft in any known layout, eyas's own included."""
     if path.is_file() and path.suffix == ".gguf":
         return llama_cpp.read(path)
     if not path.is_dir():

@@ -31,7 +31,7 @@ def bench_results(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def licence_of(target: TargetFiles, given: str | None) -> str:
-    """The draft's licence: given, or what the target's own card says; a draft of unknown licence is not published."""
+    """The draft's licence: the given one, or else that of the target's own card. Raises `EyasError` where there is neither."""
     if given:
         return given
     card = target.directory / CARD

@@ -47,7 +47,7 @@ def refusal(draft: Draft) -> str | None:
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, weights: str, python: Path | None = None) -> None:
-    """`openvino_model.xml` and what belongs to it. `python`: of an environment that has optimum-intel."""
+    """Write `openvino_model.xml` and what belongs to it. `python`: that of an environment that has optimum-intel."""
     if python is None or not python.exists():
         named = f"{python} does not exist" if python else "OpenVINO's exporter needs an environment of its own"
         make = f"python -m venv ov && ov/bin/pip install {PINS} && ov/bin/pip uninstall -y {SPARE}"
@@ -74,7 +74,7 @@ def write(work: Path, draft: Draft, target: TargetFiles, weights: str, python: P
 
 @torch.no_grad()
 def compare(draft: Draft, result: Path, exact: bool) -> None:
-    """Our logits on the input that the converted model was run on; raises where they are not the same."""
+    """Compare the converted model's logits with ours on the same input. Raises `EyasError` where they differ."""
     import numpy
 
     held: Mapping[str, Any] = numpy.load(result)

@@ -79,7 +79,7 @@ def network(draft: Path) -> Any:
     from transformers import LlamaConfig
 
     class Draft(LlamaEagle3ForCausalLM):
-        """Of this module: optimum takes the library's name from a class's module, and does not know its own."""
+        """A class defined in this module: optimum takes the library's name from a class's module, and does not know its own."""
 
     config = LlamaConfig.from_pretrained(draft, architectures=["LlamaForCausalLMEagle3"], dtype=torch.float32)
     wrong = [key for key in UNREAD if getattr(config, key, False)]

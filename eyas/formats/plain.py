@@ -1,7 +1,7 @@
 """The layout that SafeAILab's code began and SGLang, vLLM and llama.cpp's converter read: config.json beside tensors named `midlayer.*`.
 
-Reads it with whatever its writers made of it (other prefixes, wrong layer counts, missing keys): what the tensors say counts, and what had
-to be inferred is told. The engines' own files say what differs in writing. Knows no engine.
+It is read with all that writers made of it (other prefixes, wrong layer counts, missing keys): the tensors count, and the user is told what
+had to be inferred. How engines differ in writing it is in their own files. Knows no engine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ THETA = 10000.0  # where a config names none; SafeAILab's trainer used it whatev
 
 
 def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Keys that all engines read alike; layer ids, which they count differently, are added by each engine's file.
+    """The keys of config.json that all engines read alike. Each engine's file adds layer ids, which engines count differently.
 
     Positions cover the target's: engines size their rotary tables by this number and read past them.
     """
@@ -50,13 +50,13 @@ def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) 
 
 
 def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """model.safetensors with the weights in `dtype` and the vocabulary; config.json."""
+    """Write model.safetensors, with the weights in `dtype` and the vocabulary, and config.json."""
     save_tensors(work, {name: tensor.to(dtype) for name, tensor in draft.weights.items()} | draft.vocab.as_tensors())
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def own_width(config: DraftConfig) -> bool:
-    """Whether heads fill the width, as readers assume that ignore head_dim."""
+    """Whether all heads together have the model's width, which readers that ignore head_dim assume."""
     return config.num_attention_heads * config.head_dim == config.hidden_size
 
 
@@ -64,7 +64,7 @@ def own_width(config: DraftConfig) -> bool:
 
 
 def read_plain(directory: Path) -> Found:
-    """A plain directory; which layers its ids mean follows from where they stand in the config."""
+    """Read a plain directory. Where the layer ids stand in the config tells which layers they mean."""
     fields = Fields.of(directory)
     inputs = fields.layers("eagle_aux_hidden_state_layer_ids")
     eagle = fields.object("eagle_config")
@@ -127,7 +127,7 @@ def scales(rope: Mapping[str, Any]) -> bool:
 
 
 def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors under the published names; a head of another kind is refused with what it is."""
+    """The tensors under the published names. Raises `EyasError`, which names its kind, for a draft of another kind."""
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for theirs, ours in NAMES.items():
@@ -156,7 +156,7 @@ def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 def vocabulary(
     weights: dict[str, Tensor], shape: Fields, embedding: Tensor | None, where: str, told: list[str], wrong: list[str]
 ) -> DraftVocab:
-    """The draft vocabulary out of `d2t` (offsets, as published) and `t2d`, either of which may be missing."""
+    """The draft vocabulary, from `d2t` (offsets, as published) and `t2d`, either of which may be missing."""
     rows = weights["lm_head.weight"].shape[0]
     mask, offsets = weights.pop("t2d", None), weights.pop("d2t", None)
     if any(table is not None and table.dim() != 1 for table in (mask, offsets)):
@@ -183,7 +183,7 @@ def vocabulary(
 
 
 def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: list[str], taps: int) -> dict[str, int]:
-    """Widths and heads as the tensors have them; a config that says otherwise is told."""
+    """Widths and heads as the tensors have them; the user is told where the config says otherwise."""
     width, fused = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1]
     if fused % taps:
         raise EyasError(f"{where}: fc reads {fused} numbers, which is not {taps} features of the target")
@@ -209,7 +209,7 @@ def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: li
 
 
 def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, told: list[str], wrong: list[str]) -> dict[str, Any]:
-    """What the arithmetic depends on and tensors show only in part."""
+    """The settings that the arithmetic depends on, which tensors show only in part."""
     normed, fused = "fc_norm.0.weight" in weights, "input_norm.weight" in weights
     eagle = shape.object("eagle_config")  # where SGLang looks for norm_before_fc
     for name, there in (("fc_norm", normed), ("norm_before_fc", fused)):

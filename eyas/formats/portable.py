@@ -1,7 +1,7 @@
-"""A draft between layouts: its shape, its weights under the published names, its vocabulary as absolute ids.
+"""A draft between two layouts of files: its shape, its weights under the published names, its vocabulary as absolute ids.
 
-`Draft` is resolved: every fact is known. `Found` is what a file of somebody else's says; which target layers it reads and which rotary base
-it was trained with may still be open. Knows what eyas's own directory holds; knows no engine.
+In a `Draft` every fact is known. `Found` is what somebody else's files say: which target layers the draft reads, and which rotary base it
+was trained with, may still be open. Knows what eyas's own directory holds; knows no engine.
 """
 
 from __future__ import annotations
@@ -30,42 +30,46 @@ PROBE_ROWS, PROBE_STEPS, PROBE_TOKENS = 12, 4, 64
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft with nothing left open."""
+    """An EAGLE-3 draft as import and export hand it over: weights in memory, with every fact known that is needed to run it."""
 
-    config: DraftConfig
-    weights: dict[str, Tensor]  # fc, midlayer.*, norm, lm_head, and fc_norm.* or input_norm where the config says so
-    vocab: DraftVocab
-    target_layers: int
-    facts: dict[str, Any] = field(default_factory=dict)  # of the target it was trained for: FACTS of model/draft.py, where known
-    embedding: Tensor | None = None  # [V, H], where the file brought one
+    config: DraftConfig  # its shape, the layers it taps, and the settings it was trained with
+    weights: dict[str, Tensor]  # by published name: fc, midlayer.*, norm, lm_head, and fc_norm.* or input_norm where the config says so
+    vocab: DraftVocab  # the D target ids it can guess
+    target_layers: int  # how many layers its target has
+    facts: dict[str, Any] = field(default_factory=dict)  # about its target: the keys in FACTS of files/eagle3_files.py that are known
+    embedding: Tensor | None = None  # [V, H] the target's, where the files brought one
 
     def network(self, embedding: Tensor, dtype: torch.dtype = torch.float32) -> DraftNetwork:
+        """The network with these weights, as `dtype`, over the target's embedding [V, H]. Raises `EyasError` where weights do not fit the
+        config."""
         return network_of(self.config, self.weights, embedding, dtype, "the draft")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a layout's files say. `layer_ids` None: the default triple. `counts`: whether ids name layers by input or by output."""
+    """What the files of some layout say about a draft."""
 
-    layout: str  # in words
+    layout: str  # the layout's name, in words
     shape: dict[str, Any]  # DraftConfig's fields but for taps
     weights: dict[str, Tensor]
     vocab: DraftVocab
-    layer_ids: tuple[int, ...] | None = None
-    counts: str = "inputs"
+    layer_ids: tuple[int, ...] | None = None  # the layers it reads; None: the default triple
+    counts: str = "inputs"  # what `layer_ids` count: "inputs" or "outputs" of layers
     embedding: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    told: list[str] = field(default_factory=list)  # what had to be inferred, a line each
-    wrong: list[str] = field(default_factory=list)  # of that, where a config contradicts the tensors
+    told: list[str] = field(default_factory=list)  # what had to be inferred, one line for each
+    wrong: list[str] = field(default_factory=list)  # those of these lines where a config contradicts the tensors
     says_head_dim: bool = True
-    doubts: dict[str, list[Any]] = field(default_factory=dict)  # fields whose value the file leaves open, with what they may be
+    doubts: dict[str, list[Any]] = field(default_factory=dict)  # fields whose value the files leave open -> the values they may have
 
     def taps(self, target_layers: int) -> tuple[int, ...]:
+        """The numbers of the layers whose input it reads, in a target of this many layers."""
         if self.layer_ids is None:
             return check_taps(default_taps(target_layers), target_layers)
         return check_taps(tuple(number + (self.counts == "outputs") for number in self.layer_ids), target_layers)
 
     def resolved(self, target_layers: int, **changes: Any) -> Draft:
+        """The draft, with `changes` for fields of its config (taps too) that the files leave open or get wrong."""
         taps = changes.pop("taps", None) or self.taps(target_layers)
         config = DraftConfig(**{**self.shape, **changes, "taps": taps})
         return Draft(config, self.weights, self.vocab, target_layers, self.facts, self.embedding)
@@ -73,11 +77,11 @@ class Found:
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """A target's directory and shape; its weights are read only where they are asked for."""
+    """A target's directory and shape; its weights are read only when asked for."""
 
     directory: Path
     config: TargetConfig
-    name: str  # as others may find it: a hub name, or an absolute path
+    name: str  # where an engine finds it: a hub name, or an absolute path
 
     @classmethod
     def of(cls, source: str | Path | None) -> TargetFiles:
@@ -86,7 +90,7 @@ class TargetFiles:
         return cls(directory, target_config(directory), str(local.resolve()) if local.exists() else str(source))
 
     def embedding(self) -> Tensor:
-        """[V, H] as stored."""
+        """The target's embedding [V, H], as stored."""
         if has_own_blocks(self.directory):
             return read_tensors(self.directory)["model.embed_tokens.weight"]
         from eyas.files.target import load_target
@@ -95,7 +99,7 @@ class TargetFiles:
 
 
 def own_draft(directory: Path) -> Draft:
-    """A draft as eyas itself writes it."""
+    """The EAGLE-3 draft in a directory that eyas wrote."""
     config, tensors = config_from_file(directory), tensors_of(directory)
     vocab = vocab_of(tensors, config, f"draft {directory}")
     checked_network(config, tensors, torch.zeros(1, config.hidden_size), f"draft {directory}")
@@ -105,12 +109,13 @@ def own_draft(directory: Path) -> Draft:
 
 
 def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
-    """Write a draft as eyas itself does, into an existing directory."""
+    """Write a draft in eyas's own layout, into an existing directory."""
     save_draft(directory, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
 
 
 def unusual(draft: Draft, engine: str) -> str | None:
-    """Why an engine that runs the published shape alone cannot run this draft: other than three taps, or more than one layer."""
+    """Why `engine`, which runs the published shape alone, cannot run this draft: it has other than three taps, or more than one layer.
+    None: it can."""
     if len(draft.config.taps) != 3:
         return f"{engine} runs three taps, this draft has {len(draft.config.taps)}"
     if draft.config.draft_layers != 1:
@@ -120,9 +125,9 @@ def unusual(draft: Draft, engine: str) -> str | None:
 
 @torch.no_grad()
 def probe(draft: Draft) -> Tensor:
-    """Logits [rows, D] of seeded features and tokens, and of a chain of steps on the draft's own outputs behind them, in float32.
+    """The draft's logits [rows, D], float32, for seeded features and tokens, and for a chain of steps on its own outputs after them.
 
-    Two drafts with the same weights and settings give the same numbers; the embedding is a seeded one, so no target is needed.
+    Two drafts with the same weights and settings give the same numbers. The embedding is seeded too, so no target is needed.
     """
     random = torch.Generator().manual_seed(0)
     config, tokens = draft.config, min(PROBE_TOKENS, draft.config.vocab_size)
@@ -141,5 +146,5 @@ def probe(draft: Draft) -> Tensor:
 
 
 def changed(draft: Draft, **changes: Any) -> Draft:
-    """The same weights under other settings."""
+    """The draft with the same weights, and these fields of its config changed."""
     return replace(draft, config=replace(draft.config, **changes))

@@ -30,7 +30,7 @@ def refusal(draft: Draft) -> str | None:
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    """The embedding is the target's, which SGLang shares into the draft."""
+    """Write the draft without an embedding, since SGLang gives it the target's."""
     write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
 
 

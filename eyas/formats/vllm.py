@@ -43,7 +43,8 @@ def serve(draft: Path, target: str, shape: TreeShape) -> str:
 
 
 def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    """The target's embedding goes along: speculators' own model class wants it, vLLM sees that it is the target's and shares it."""
+    """Write speculators' layout. It holds the target's embedding, since speculators' own model class needs it; vLLM sees that it is the
+    target's and shares it."""
     config, name = draft.config, str(dtype).removeprefix("torch.")
     layer = {key: value for key, value in plain_config(config, target.config, dtype).items() if key not in OUTER}
     verifier = read_json(target.directory / "config.json")
@@ -79,7 +80,7 @@ def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torc
 
 
 def name_for(target: TargetFiles) -> str:
-    """What vLLM loads the verifier by; it does not read GGUF files here."""
+    """The name or path by which vLLM loads the verifier; it does not read GGUF files here."""
     return str(target.directory) if target.name.endswith(".gguf") else target.name
 
 

@@ -1,7 +1,7 @@
-"""Attention of rows over keys that they are handed: PyTorch's product with the heads of a group folded, and the native kernel's.
+"""Attention of rows over given keys and values: PyTorch's product with the heads of a group folded, and the native kernel's.
 
-The kernel computes row by row in an order that does not depend on the pass's other rows. Knows keys, values and who sees whom; knows
-nothing of layers, tokens or trees.
+The kernel computes row by row, in an order that does not depend on the pass's other rows. Knows keys, values and which rows see which;
+knows nothing of layers, tokens or trees.
 
 Axes: N rows, q/k heads, d head width, t keys.
 """
@@ -26,16 +26,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [N,q,d], k [N,k,d], v [
 
 
 class PassAttention(Protocol):
-    """Who sees whom in one pass, settled before its first layer runs."""
+    """The attention of one pass: which rows see which is settled before its first layer runs."""
 
     def layer(self, layer: int) -> Attend:
-        """What this layer calls with the queries, keys and values of the pass's rows."""
+        """The function that layer number `layer` calls with the queries, keys and values of the pass's rows."""
         ...
 
 
 class NativeAttention:
-    """The kernel's reading of the segments: for each row its slot, its own place there, how many rows from the first it sees, and which
-    others."""
+    """A pass's attention by the native kernel. It tells the kernel for each row its slot, its index there, how many of the slot's first
+    rows it sees, and which others."""
 
     def __init__(self, cache: KVCache, segments: Sequence[Segment], lses: list[Tensor] | None = None) -> None:
         self.cache, self.lses = cache, lses
@@ -62,7 +62,7 @@ class NativeAttention:
         self.rows = native.RowPlan(*whole.split([len(column) for column in columns]))
 
     def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
-        """The kernel's plan of this pass, the same for every layer of a model."""
+        """The kernel's plan of this pass; the same for every layer of a model."""
         key = (heads, kv_heads, stride)
         if key not in self.plans:
             self.plans[key] = self.rows.shape(*key, self.cache.keys[0])
@@ -82,7 +82,8 @@ class NativeAttention:
 
 
 def grouped_attention(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of n rows over t keys, [n, q * d]; query heads of a group are folded into the row axis (measured 7x faster in decode)."""
+    """Attention of n rows over t keys, [n, q * d]. The query heads of a group are folded into the row axis (measured 7x faster in decode),
+    so `bias` [groups * n, t] has a row for each of them."""
     n, heads, d = q_nqd.shape
     kv_heads = k_ktd.shape[0]
     folded = q_nqd.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, d)
@@ -91,7 +92,8 @@ def grouped_attention(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, bias: Tensor 
 
 
 def attention_with_lse(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same with log-sum-exp [n, q] of the scores, so that results over parts of the keys can be merged: out = sum of e^lse_i out_i."""
+    """Attention [n, q * d] as in `grouped_attention`, and the log-sum-exps [n, q] of its scores. With these, results over parts of the keys
+    can be merged: out = sum of e^lse_i out_i. `seen_nt`: which keys a row sees; None: all."""
     groups = q_nqd.shape[1] // k_ktd.shape[0]
     keys, values = k_ktd.repeat_interleave(groups, 0), v_ktd.repeat_interleave(groups, 0)
     scores = torch.einsum("nqd,qtd->nqt", q_nqd, keys) * q_nqd.shape[-1] ** -0.5

@@ -1,8 +1,8 @@
-"""One sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
+"""Runs one sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
 
-Rows are padded to one of a few counts and keys are read in windows that double, so a handful of graphs serve every tree and text.
-Knows rows, slabs of keys and shapes; what a pass computes is handed in. On a CPU the same fixed shapes run as they are: slower there, and
-used by tests alone.
+Rows are padded to one of a few counts, and keys are read in windows that double, so a handful of graphs serve every tree and text. On a CPU
+the same fixed shapes run without a graph: slower, and used by tests alone. Knows rows, slabs of keys and shapes; what a pass computes is
+handed in.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from eyas.model.cache import KVCache, Slabs
     from eyas.model.rows import Segment
 
-ROWS = (1, 8, 16, 32, 64)  # a pass costs hardly more for rows that pad it; one of more rows spends its time in products, not in launches
-WINDOW = 512  # keys of the smallest window; slabs have multiples of it
+ROWS = (1, 8, 16, 32, 64)  # padding costs hardly anything; a pass of more rows spends its time in products, not in launches
+WINDOW = 512  # keys of the smallest window; slabs have a multiple of it
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
 Run = Callable[..., tuple[Tensor | None, ...]]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what was launched, where that is not done by the time the launching is."""
+    """Wait until a device has done what was launched on it. Only CUDA returns from a launch before it is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class StaticAttention:
-    """Attention of R rows over the first keys of a cache of one sequence: `places` [R] says where each row's key goes, `seen` [R, window]
-    whose keys it sees."""
+    """Attention of R rows over the first keys of a cache of one sequence. `places_R` says at which index of the slab each row's key goes,
+    `seen_RW` which keys of the window it sees."""
 
     def __init__(self, slabs: Slabs, group: int, places_R: Tensor, seen_RW: Tensor) -> None:
         self.slabs, self.places, self.window = slabs, places_R, seen_RW.shape[1]
@@ -55,14 +55,14 @@ class StaticAttention:
 
 @remembered
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs of a device are captured: one stream, since each brings a workspace."""
+    """The stream on which a device's graphs are captured: only one, since each stream brings a workspace."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
     """A function of tensors of fixed shapes; on CUDA captured once and replayed."""
 
-    made = 0  # in this process: a round that makes one says nothing about rounds
+    made = 0  # graphs made in this process; a round that makes one is slower than others, so its time tells nothing
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
         self.run: Run | None = run
@@ -70,22 +70,22 @@ class Graph:
         self.device = inputs[0].device
         Graph.made += 1
         if self.device.type != "cuda":
-            run(*inputs)  # as below, so that tests see what that leaves behind
+            run(*inputs)  # on CUDA it runs before the capture too, so tests see what such a run leaves behind
         else:
             with torch.cuda.device(self.device):
                 stream = side_stream(self.device)
                 stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):  # what is made on first use must be there before the capture
+                with torch.cuda.stream(stream):  # what PyTorch makes on first use must exist before the capture
                     for _ in range(2):
                         run(*inputs)
                 torch.cuda.current_stream().wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=stream):
                     self.outputs = run(*inputs)
-            self.run = None  # it holds the slabs that hold this
+            self.run = None  # it holds the slabs, which hold this graph: nothing of the circle would be freed
 
     def __call__(self) -> tuple[Tensor | None, ...]:
-        """Of what the inputs hold now; the next call overwrites the outputs."""
+        """The function's outputs for what `inputs` hold now. The next call overwrites them."""
         if self.graph is None:
             assert self.run is not None
             return self.run(*self.inputs)
@@ -102,9 +102,10 @@ def fits(cache: KVCache, segments: Sequence[Segment]) -> bool:
 def fixed_pass(
     run: Run, key: tuple, group: int, cache: KVCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """What `run` makes of these rows (tokens and positions [N] on the CPU, others [N, ...] on the device), in fixed shapes.
+    """The outputs [N, ...] of `run` for these rows, in fixed shapes. `tokens` and `positions` [N] are on the CPU, `others` [N, ...] on the
+    device.
 
-    `key`: whatever else its graph depends on.
+    `key`: everything besides the shapes that the graph depends on; `group`: query heads for each key head.
     """
     count, length = segment.count, cache.lengths[segment.slot]
     assert length + count <= cache.capacity, f"the cache holds {cache.capacity} rows, {length + count} wanted"
@@ -125,7 +126,7 @@ def fixed_pass(
 
 
 def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
-    """`run` over inputs of its own, formed like those of one pass; it must hold no cache, or its slabs would never be idle."""
+    """A graph of `run` with inputs of its own, shaped like this pass's. `run` must hold no cache, or its slabs would never be idle."""
     rows, device = laid.shape[1], slabs.keys.device
 
     def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,7 +140,7 @@ def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, oth
 
 
 def window_of(keys: int, most: int) -> int:
-    """How many keys are read where so many are wanted, of `most` that there are."""
+    """The smallest window that holds `keys` keys; never more than the `most` that there are."""
     window = WINDOW
     while window < keys:
         window *= 2
@@ -147,7 +148,8 @@ def window_of(keys: int, most: int) -> int:
 
 
 def layout_seen(segment: Segment, length: int, rows: int, window: int) -> Tensor:
-    """bool [R, window]; padding sees the first key, since a row that saw none would have no softmax."""
+    """Which keys of the window each row sees, bool [R, window]. Padding rows see the first key, since a row that saw none would have no
+    softmax."""
     count, seen = segment.count, torch.zeros(rows, window, dtype=torch.bool)
     among = torch.ones(count, count, dtype=torch.bool).tril() if segment.mask is None else segment.mask
     free = length + count - among.shape[1]

@@ -1,7 +1,7 @@
 """Weights of 8 or 4 bits: whole numbers with a scale, and with 4 bits a smallest value, for every 32 inputs of an output.
 
-As GGUF's Q8_0 and Q4_1: a target that was published so comes back as it was, since a group's least and greatest weight say what its scale
-is. Knows numbers; what multiplies them is native.c, or any product with `Grouped.weight`.
+The formats are GGUF's Q8_0 and Q4_1. A target published in one of them comes back as it was, since a group's least and greatest weight
+determine its scale. Knows numbers; native.c multiplies them, or any product with `Grouped.weight`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ MOST = {8: 127, 4: 15}
 
 
 class Grouped(NamedTuple):
-    """w = least + scale * whole, G groups of 32 inputs."""
+    """A matrix of O outputs and G groups of 32 inputs: w = least + scale * whole."""
 
-    whole: Tensor  # int8 [O, G, 32] of 8 bits, uint8 of 4
+    whole: Tensor  # [O, G, 32], int8 with 8 bits, uint8 with 4
     scale: Tensor  # float16 [O, G]
-    least: Tensor | None  # float16 [O, G], with 4 bits
+    least: Tensor | None  # float16 [O, G] with 4 bits; None with 8
 
     @property
     def weight(self) -> Tensor:
-        """float32 [O, I]"""
+        """The matrix itself, float32 [O, I]."""
         values = self.whole.float() * self.scale.float()[..., None]
         return (values if self.least is None else values + self.least.float()[..., None]).flatten(1)
 
 
 def fits(weight_OI: Tensor) -> bool:
+    """Whether the inputs come in whole groups."""
     return weight_OI.shape[1] % GROUP == 0
 
 
 def grouped(weight_OI: Tensor, bits: int) -> Grouped:
-    """The nearest weights of this many bits, group by group."""
+    """The matrix rounded to `bits` bits (8 or 4), group by group."""
     groups, most = weight_OI.float().unflatten(1, (-1, GROUP)), MOST[bits]
     if bits == 8:
         least, scale = None, (groups.abs().amax(-1) / most).half()

@@ -1,7 +1,7 @@
 """Decoder layers as one native call, where the kernel can run them; transformer.py's `Block` is the plain form beside it.
 
-Knows packed products, norms and a cache's rows; knows nothing of targets or drafts. The residual stream is float32 whatever the model's
-number format; keys and values are kept in the cache's. A row's result does not depend on the other rows of its pass.
+The residual stream is float32 whatever the model's number format; keys and values have the cache's. A row's result does not depend on the
+other rows of its pass. Knows packed products, norms and a cache's rows; knows nothing of targets or drafts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class NativeLayer:
-    """Packed weights of one layer as the kernel reads them. Without `norm` q, k and v read x itself (EAGLE-1's layer); with `beside_norm`
-    they read something beside x (EAGLE-3's)."""
+    """One layer's packed weights, as the kernel reads them. Without `norm`, q, k and v read x itself (EAGLE-1's layer); with `beside_norm`
+    they read a second input beside x (EAGLE-3's layer)."""
 
     def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm | None, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
         qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
@@ -40,23 +40,24 @@ class NativeLayer:
 
     @staticmethod
     def fits(attention: Attention, mlp: MLP) -> bool:
-        """Whether all its products are packed for the kernel, without norms of queries and keys or biases in the MLP."""
+        """Whether the kernel can run a layer: all its products are packed for the kernel, queries and keys have no norms, the MLP has no
+        biases, and sizes are multiples of 8."""
         dense, down = (attention.qkv, attention.out, mlp.gate_up, mlp.down), mlp.down.weight
         whole = isinstance(down, native.Packed) and down.inputs % 8 == 0 and down.outputs % 8 == 0
         return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
 
 
 def packed_of(dense: Dense) -> native.Packed:
-    """Its weights as the kernel reads them."""
+    """The weights of a dense product as the kernel reads them."""
     assert isinstance(dense.weight, native.Packed), "`NativeLayer.fits` says where they are packed so"
     return dense.weight
 
 
 class NativeLayers:
-    """Layers of one shape, run one after another by one call, and the norm behind the last, if there is one."""
+    """Layers of one shape that one call of the kernel runs one after another, and the norm behind the last, if there is one."""
 
     def __init__(self, layers: Sequence[NativeLayer], norm: RMSNorm | None = None, first: int = 0) -> None:
-        """`first`: the layer of the cache that the first of these has."""
+        """`first`: which layer of the cache holds the keys of the first of these layers."""
         self.layers, self.norm, self.first = layers, norm, first
         self.norm_weight = None if norm is None else norm.weight.detach().float()
         self.array = (native.Layer * len(layers))(*(each.layer for each in layers))
@@ -70,8 +71,8 @@ class NativeLayers:
         beside_NH: Tensor | None = None,
         taps: Sequence[int] = (),
     ) -> Tensor:
-        """Add to x (float32, contiguous, changed in place) what the layers make of it; cos and sin are float32 [N,1,d]. Returns x as it
-        entered each layer of `taps`, ascending: float32 [N, taps * H]."""
+        """Run the layers on x (float32, contiguous), which is changed in place; cos and sin are float32 [N,1,d]. Returns x as it entered
+        each layer of `taps`, in ascending order: float32 [N, taps * H]."""
         keys, values = attention.cache.keys[self.first :], attention.cache.values[self.first :]
         some, (N, H) = self.layers[0], x_NH.shape
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
@@ -85,27 +86,27 @@ class NativeLayers:
         return features
 
     def normed(self, x_NH: Tensor) -> Tensor:
-        """The final norm of float32 rows, in float32."""
+        """The norm behind the last layer, of float32 rows, in float32."""
         assert self.norm is not None and self.norm_weight is not None, "these layers have no norm behind the last"
         return native.normed(x_NH, self.norm_weight, self.norm.eps)
 
 
 class OneLayer:
-    """A layer on its own: one call of the kernel once it is prepared and where that can run it, else what the block computes."""
+    """One layer on its own. The kernel runs it once it is prepared, where the kernel can; else the block computes it."""
 
     def __init__(self, block: DecoderLayer, norm: RMSNorm | None) -> None:
-        """`norm`: the block's first, if any."""
+        """`norm`: the norm before the block's attention, if it has one."""
         self.block, self.norm = block, norm
         self.native: NativeLayers | None = None
 
     def prepare(self) -> None:
-        """Call once the block's products are packed."""
+        """Hand the layer to the kernel, where that can run it. Call it once the block's products are packed."""
         attention, mlp = self.block.self_attn, self.block.mlp
         if NativeLayer.fits(attention, mlp):
             self.native = NativeLayers([NativeLayer(attention, mlp, self.norm, self.block.post_attention_layernorm)])
 
     def __call__(self, x_NH: Tensor, rotary: Rotary, positions_N: Tensor, attention: PassAttention) -> Tensor:
-        """[N, H], float32 where the kernel runs it."""
+        """The layer's output [N, H]; float32 where the kernel runs it."""
         if self.native and isinstance(attention, NativeAttention):
             wide_NH = x_NH.to(torch.float32, copy=True).contiguous()
             self.native(wide_NH, rotary(positions_N, torch.float32), attention)

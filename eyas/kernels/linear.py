@@ -1,14 +1,16 @@
-"""The one door to dense products: several matrices that read the same input, as one product, in the fastest form a device offers.
+"""All dense products: several matrices that read the same input become one product, in the fastest form the device offers.
 
-Knows devices and number formats; knows nothing of attention or of models. On a CPU weights are prepared once:
+Knows devices and number formats; knows nothing of attention or of models. On a CPU weights are packed once:
 
 - bfloat16 result, and the CPU multiplies bfloat16: oneDNN with weights packed for few rows;
 - else, where weights are bfloat16 values: the native kernel (native.py), which reads them as such and sums in float32;
 - else oneDNN with float32 weights packed.
 
-Elsewhere it is PyTorch's own product; on CUDA, bfloat16 weights of a wide result stay as they are where the product can sum them wide.
+On other devices it is PyTorch's own product. On CUDA bfloat16 weights of a float32 result stay as they are where the product can sum in
+float32.
 
-Weights of 8 or 4 bits (grouped.py), where they are asked for, are multiplied as such by the native kernel; elsewhere their values are.
+Weights of 8 or 4 bits (grouped.py), where they are asked for: the native kernel multiplies them as they are; elsewhere they are widened to
+the weights' number format again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from eyas.kernels import grouped, native
 
-PACKED_FOR_ROWS = 8  # oneDNN lays weights out for a row count; verification passes have about this many
+PACKED_FOR_ROWS = 8  # oneDNN packs weights for a number of rows; verification passes have about this many
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -31,13 +33,13 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def capability() -> str:
-    """The CPU's instruction set as PyTorch names it, say AVX2."""
+    """The CPU's instruction set as PyTorch names it, such as AVX2."""
     return torch.backends.cpu.get_cpu_capability()
 
 
 @cache
 def sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies such matrices to a float32 result without rounding it first (torch 2.8 and CUDA)."""
+    """Whether this device multiplies matrices of this number format to a float32 result without rounding it first (torch 2.8 and CUDA)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     try:
@@ -62,7 +64,7 @@ class Dense:
     def pack(self, result: torch.dtype | None = None, bits: int = 16) -> None:
         """Stack and pack the weights for inference. `result` is the number format of y (default: that of the weights).
 
-        `bits`: 8 or 4 for weights of so few, where their inputs come in whole groups; 16 leaves them as they are.
+        `bits`: 8 or 4 rounds the weights to this many bits, where their inputs come in whole groups; 16 leaves them as they are.
         """
         weights = [layer.weight.detach() for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -83,11 +85,12 @@ class Dense:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         elif self.kind == "wide":
             weight = weight.T
-        elif self.kind == "torch":  # a wider result, logits say, is computed wide: rounding first would make many of them equal
+        elif self.kind == "torch":  # a wider result, such as logits, is computed wide: rounding first would make many of them equal
             weight, bias = weight.to(self.result), None if bias is None else bias.to(self.result)
         self.weight, self.bias = weight, bias
 
     def choose(self, weight: Tensor, bits: int) -> str:
+        """How the product is computed: "native", "onednn", "wide" (summed in float32 on CUDA) or "torch"."""
         if self.result == torch.float32 and sums_wide(weight.device, weight.dtype):
             return "wide"
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):

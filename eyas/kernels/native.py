@@ -1,10 +1,10 @@
 """An optional native kernel, built once with the machine's C compiler and left out where there is none: products with weights
-of 16, 8 or 4 bits, attention over a cache, and a whole decoder layer.
+of 16, 8 or 4 bits, attention over a cache, and whole decoder layers.
 
 Measured with two Zen 3 cores on SmolLM2-135M, all products of a pass: 10 ms for 1 to 4 rows, 11 for six, 16 for eight, 24 for sixteen,
 where oneDNN with packed float32 weights takes 30, 46 (eight) and 67. A row's result does not depend on the other rows of its pass.
-Knows a compiler, a cache and pointers; when to use it is linear.py's, attention.py's and layer.py's choice. `EYAS_NATIVE=0` leaves it out,
-`EYAS_NATIVE=avx2` builds it without AVX-512.
+`EYAS_NATIVE=0` leaves the kernel out, `EYAS_NATIVE=avx2` builds it without AVX-512. Knows a compiler, a cache and pointers; linear.py,
+attention.py and layer.py choose when to use it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def kernel() -> ctypes.CDLL | None:
 
 
 def library() -> ctypes.CDLL:
-    """The kernel, for those who were told that it is there."""
+    """The loaded kernel, for callers that chose it because it is there."""
     loaded = kernel()
     assert loaded is not None, "the native kernel was chosen and cannot be loaded"
     return loaded
@@ -110,7 +110,7 @@ def built(compiler: str) -> Path:
 
 
 def cpu_name() -> str:
-    """What -march=native means here: a cache may be shared by machines."""
+    """The CPU's name and features, which decide what -march=native builds: machines may share a cache directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
@@ -119,18 +119,18 @@ def cpu_name() -> str:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether the kernel can hold these weights exactly, in 16 bits: bfloat16 values."""
+    """Whether the kernel can hold these weights exactly in 16 bits: they lie on the CPU and are bfloat16 values."""
     return weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and torch.equal(weight, weight.to(torch.bfloat16).to(weight.dtype))
 
 
 class Packed(NamedTuple):
     """Weights [O, I] as the kernel reads them, the last block of 16 outputs filled with 0."""
 
-    blocks: Tensor  # [blocks, ..]: of bfloat16 [I / 2, 16, 2], pairs of inputs side by side; of fewer bits, bytes of native.c's records
+    blocks: Tensor  # [blocks, ..]: bfloat16 [I / 2, 16, 2], pairs of inputs side by side; with fewer bits the bytes of native.c's records
     bits: int
-    inputs: int
-    outputs: int
-    rounded: bool  # whether x may be rounded to bfloat16, with 16 bits
+    inputs: int  # I
+    outputs: int  # O
+    rounded: bool  # whether the product may round x to bfloat16, with 16 bits
 
     @property
     def matrix(self) -> Matrix:
@@ -138,11 +138,12 @@ class Packed(NamedTuple):
 
     @property
     def scratch(self) -> int:
-        """Numbers that a product takes for each row."""
+        """How many float32 numbers of scratch memory a product needs for each row."""
         return self.inputs // 2 + self.inputs // GROUP + 1
 
 
 def packed(weight_OI: Tensor, bits: int = 16, rounded: bool = False) -> Packed:
+    """A matrix packed for the kernel with `bits` bits: 16, 8 or 4."""
     outputs, inputs = weight_OI.shape
     padded = F.pad(weight_OI, (0, 0, 0, -outputs % 16))
     if bits == 16:
@@ -153,7 +154,8 @@ def packed(weight_OI: Tensor, bits: int = 16, rounded: bool = False) -> Packed:
 
 
 def records(weights: Grouped) -> Tensor:
-    """Bytes [blocks, G, ..]: scales, with 4 bits least values, whole numbers as [pair of inputs, output, 2] (native.c)."""
+    """The bytes of native.c's records, [blocks, G, ..]: scales, with 4 bits least values too, then whole numbers as [pair of inputs,
+    output, 2]."""
     whole, halves = weights.whole.view(torch.uint8), [each for each in weights[1:] if each is not None]
     O, G, _ = whole.shape
     if weights.least is None:
@@ -166,7 +168,7 @@ def records(weights: Grouped) -> Tensor:
 
 
 def product(x_NI: Tensor, weights: Packed) -> Tensor:
-    """float32 [N, O] from contiguous float32 x."""
+    """The product x W^T, float32 [N, O], of contiguous float32 x."""
     N, matrix = len(x_NI), weights.matrix
     y = torch.empty(N, matrix.outputs, dtype=torch.float32, device="cpu")
     scratch = torch.empty(N * weights.scratch, dtype=torch.float32, device="cpu")
@@ -175,20 +177,20 @@ def product(x_NI: Tensor, weights: Packed) -> Tensor:
 
 
 def normed(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """RMSNorm of contiguous float32 rows with a float32 weight, row by row; a fifth of what PyTorch's takes for few rows."""
+    """RMSNorm of contiguous float32 rows with a float32 weight, row by row; for few rows it takes a fifth of the time of PyTorch's."""
     y = torch.empty_like(x_NH)
     library().eyas_norm(x_NH.data_ptr(), weight_H.data_ptr(), y.data_ptr(), *x_NH.shape, eps)
     return y
 
 
 class RowPlan(NamedTuple):
-    """Where the N rows of a pass live in a cache and which cached rows they see; all int64."""
+    """Where the N rows of a pass lie in a cache and which cached rows they see; all int64."""
 
     slot: Tensor  # [N]
-    place: Tensor  # [N] row of its slot where its key and value go
-    prefix: Tensor  # [N] how many of its slot's first rows it sees
-    start: Tensor  # [N + 1] where its part of `other` begins and ends
-    other: Tensor  # places behind the prefix that it sees, ascending
+    place: Tensor  # [N] index in its slot of a row's key and value
+    prefix: Tensor  # [N] how many of its slot's first rows a row sees
+    start: Tensor  # [N + 1] where a row's part of `other` begins; it ends where the next row's begins
+    other: Tensor  # for each row the indices behind its prefix that it sees, ascending
 
     def shape(self, heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
         """The kernel's plan for rows of `stride` numbers over keys [.., slots, k, capacity, d]."""
@@ -202,9 +204,9 @@ def attends(keys: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, lse: Tensor | None = None) -> Tensor:
-    """Write k, v [N,k,d] of the rows to their places in keys, values [slots,k,capacity,d]; attention of q [N,q,d] over what each row sees.
+    """Write k, v [N,k,d] of the rows into keys, values [slots,k,capacity,d], then compute attention of q [N,q,d] over what each row sees.
 
-    Returns [N, q*d] in q's number format; all sums are taken in float32. `lse`: float32 [N, q] to fill with log-sum-exps of the scores.
+    Returns [N, q*d] in q's number format; all sums are float32. `lse`: float32 [N, q], to be filled with the log-sum-exps of the scores.
     """
     N, heads, d = q.shape
     rows = torch.cat([q, k, v], 1).float()
@@ -217,4 +219,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pla
 
 
 def format_of(keys: Tensor) -> str:
+    """The cache's number format as the kernel's functions are named."""
     return "float32" if keys.dtype == torch.float32 else "bfloat16"

@@ -34,17 +34,17 @@ QUESTIONS = (
 )
 STEPS = 3
 CLEAR_ERRORS = 4.0  # standard errors between two readings of a draft before one overrules the other
-TELLING_ACCEPTANCE = 0.1  # acceptance of the first step under which nothing can be concluded
+TELLING_ACCEPTANCE = 0.1  # below this acceptance of the first step nothing can be concluded
 UNSAYABLE = -20.0  # log probability given to a token outside the draft vocabulary
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Texts that the target wrote, with what it knew at every token: the input of every layer."""
+    """Texts that the target wrote, with the input of every layer at every token."""
 
     examples: list[Example]
     layers: list[Tensor]  # each example's [layers, N, H]: the input of every layer
-    target_argmax: list[Tensor]  # [N] the target's likeliest next token, where that is of an answer; else -1
+    target_argmax: list[Tensor]  # [N] the target's likeliest next token at rows before an answer's token; else -1
 
     @property
     def answer_tokens(self) -> int:
@@ -52,7 +52,8 @@ class Evidence:
 
 
 class Taken:
-    """A source of states with features taken at some layers; `late`: the feature of so many tokens before (a usual mistake)."""
+    """A source of states whose features are taken at these layers. `late`: how many tokens before its own a row's feature comes from (a
+    usual mistake)."""
 
     def __init__(self, evidence: Evidence, taps: Sequence[int], late: int = 0) -> None:
         self.evidence, self.taps, self.late = evidence, taps, late
@@ -95,7 +96,7 @@ class Agreement(NamedTuple):
 
     @property
     def telling(self) -> bool:
-        """Whether it agrees at all: what does not has not learned this, and one way of being wrong is no better than another."""
+        """Whether the draft agrees well enough to tell readings apart: if it does not agree at all, no reading is better than another."""
         return self.acceptance[0] >= TELLING_ACCEPTANCE
 
     def beats(self, other: Agreement) -> float:
@@ -104,7 +105,7 @@ class Agreement(NamedTuple):
         return float(gain.mean() / (gain.std() / len(gain) ** 0.5).clamp_min(1e-12))
 
     def overrules(self, other: Agreement) -> bool:
-        """Whether this reading is so much the better one that what a file says must be wrong."""
+        """Whether this reading is so much better than the other that what the file says must be wrong."""
         return self.telling and self.beats(other) >= CLEAR_ERRORS
 
 

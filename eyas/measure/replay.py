@@ -1,4 +1,4 @@
-"""Walk a draft along a text that is already written: what it would have guessed in each round, and how much of that was right.
+"""Walks a draft along a text that is already written: what it would have guessed in each round, and how much of that was right.
 
 Knows drafters, features and tokens; knows nothing of who wrote the text. So one draft can be measured on the very text that another
 engine wrote, and the two compared round by round.
@@ -29,7 +29,7 @@ class Replay(NamedTuple):
 
 @torch.inference_mode()
 def features_of(target: TargetModel, tokens: Sequence[int], taps: Sequence[int], part: int = 256) -> Tensor:
-    """[N, 3H]: what the prepared target knows at each token of a text, in passes of `part` rows."""
+    """The prepared target's features [N, taps * H] at each token of a text, computed in passes of `part` rows."""
     cache, features = target.new_cache(1, len(tokens)), []
     for start in range(0, len(tokens), part):
         rows = chain_rows(0, tokens[start : start + part], start)
@@ -40,7 +40,8 @@ def features_of(target: TargetModel, tokens: Sequence[int], taps: Sequence[int],
 
 @torch.inference_mode()
 def replay(drafter: Drafter, features_N3H: Tensor, tokens: Sequence[int], prompt_length: int, shape: TreeShape) -> Replay:
-    """Rounds of greedy trees of `shape` after a prompt of `prompt_length` of these tokens, every draw being the text's own token."""
+    """Run rounds with greedy trees of `shape` along these tokens, the first `prompt_length` of which are the prompt. Every draw is the
+    text's own token."""
     tokens = list(tokens)
     drafter.reserve(1, len(tokens) + shape.nodes + (shape.depth + 1) * shape.top_k)
     position = prompt_length  # of the root: the last token committed

@@ -1,10 +1,10 @@
 """Any Hugging Face causal language model as a target: its own forward over flat rows, with attention over our cache.
 
-Knows transformers' two doors, the attention function and the mask that layers are handed; knows no model family, no trees and no
-sampling. All rows of a pass go through the model as one batch of size 1, each with its own position. What transformers asks of a mask
-(causal, sliding window, chunks) is evaluated on the *positions* of rows, and what a tree asks is added to it. Slower than
-`model/target.py`, which is ours from the embedding to the head, and right for every family whose attention goes through these doors:
-loading ends with a comparison against the model's own forward. What cannot work is refused before by `files/adaptable.py`.
+All rows of a pass go through the model as one batch of size 1, each with its own position. The model's mask function (causal, sliding
+window, chunks) is evaluated on the *positions* of rows, and a tree's mask is added to it. This is slower than `model/target.py`, which is
+ours from the embedding to the head. It is right for every family whose attention goes through transformers' two interfaces, the attention
+function and the mask that layers are handed: loading ends with a comparison against the model's own forward. `files/adaptable.py` refuses
+beforehand what cannot work. Knows these two interfaces; knows no model family, no trees and no sampling.
 
 Axes: N rows, H model width, q/k heads, d head width, n rows of one segment, t keys, V vocabulary.
 """
@@ -30,8 +30,8 @@ from eyas.model.target import Output
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "eyas"  # of our attention among transformers'
-# What layers tell an attention function that changes nothing here: the mask function holds the window, and nothing is packed or returned.
+NAME = "eyas"  # the name of our attention among transformers' implementations
+# Arguments of an attention function that change nothing here: the mask function holds the window, and nothing is packed or returned.
 IGNORED = {"sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "return_dict", "past_key_values"}
 IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings"}
 
@@ -40,7 +40,8 @@ IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits",
 
 
 class LayeredCache(Cache):
-    """Keys and values whose heads and widths are each layer's own (made when it first writes), and the position of every row."""
+    """A cache whose layers each have their own number and width of heads, and which holds the position of every row. A layer's tensors are
+    made when it first writes."""
 
     def __init__(self, layers: int, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys: list[Tensor | None] = [None] * layers  # [slots, kv heads, capacity, d]
@@ -50,7 +51,7 @@ class LayeredCache(Cache):
         self.capacity, self.dtype, self.device = capacity, dtype, device
 
     def place(self, slot: int, positions_n: Tensor) -> Tensor:
-        """Note where n tentative rows sit; the positions [length + n] of all that the slot then holds."""
+        """Note the positions of n tentative rows; returns the positions [length + n] of all rows that the slot then holds."""
         start = self.lengths[slot]
         end = start + len(positions_n)
         assert end <= self.capacity, f"slot {slot} holds {self.capacity} rows, {end} wanted"
@@ -95,20 +96,21 @@ class LayeredCache(Cache):
 
 
 class Pass:
-    """One pass while transformers runs it: which rows are whose, where they sit, and what is tapped."""
+    """One pass while transformers runs it: which rows belong to which sequence, their positions, and the features that are tapped."""
 
     def __init__(self, rows: Rows, cache: LayeredCache, taps: Sequence[int]) -> None:
         self.cache, self.taps = cache, set(taps)
         self.features: list[Tensor] = []  # [N, H] each
         self.read: set[int] = set()  # layers that have attended
-        # one more than segments: where the last one ends
+        # one number more than there are segments: the last one is where the last segment ends
         starts = itertools.accumulate((segment.count for segment in rows.segments), initial=0)
         self.parts = [(segment, slice(start, start + segment.count)) for start, segment in zip(starts, rows.segments, strict=False)]
         self.q_positions = [rows.positions[part] for _, part in self.parts]
         self.k_positions = [cache.place(segment.slot, rows.positions[part]) for segment, part in self.parts]
 
     def sight(self, allowed: Callable[..., Tensor]) -> Sight:
-        """Under a mask function of transformers (batch, head, query's index, key's index -> bool): who sees whom."""
+        """Which rows see which, where transformers' mask function (batch, head, query's index, key's index -> bool) allows it and the
+        tree's mask does. Raises `EyasError` for a model whose rows see later ones."""
         zero = torch.zeros((), dtype=torch.int64, device=self.cache.device)
         if bool(allowed(zero, zero, zero, zero + 1)):
             raise EyasError("this model's rows see later ones, as an encoder's do; choose a causal model")
@@ -123,7 +125,7 @@ class Pass:
     def attend(
         self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Tensor | None], distribution: dict[str, Any]
     ) -> Tensor:
-        """[N, q, d]; each segment's rows over the rows of its slot and their own."""
+        """The attention [N, q, d] of one layer: each segment's rows over the rows of its slot, the segment's own included."""
         if layer in self.read:
             raise EyasError("this model runs one layer several times a pass, and eyas keeps one set of keys for each; choose another")
         self.read.add(layer)
@@ -135,13 +137,13 @@ class Pass:
 
 
 class Sight:
-    """What the layers are handed as their mask: opaque to them, and read again in `attention`."""
+    """What layers are handed as their mask. They pass it on as it is, and `attention` reads it."""
 
     def __init__(self, of: Pass, masks: list[Tensor | None]) -> None:
         self.of, self.masks = of, masks
 
     def __getitem__(self, parts: tuple[slice, ...]) -> Sight:
-        """Layers may take a part of their mask; the whole is all there is (and all that Gemma 4 asks for)."""
+        """Layers may slice their mask; only the whole of it can be had (and Gemma 4 asks for no less)."""
         assert all(part in (slice(None), slice(0, None)) for part in parts), "eyas's mask cannot be cut"
         return self
 
@@ -154,7 +156,7 @@ def masked_attention(
 ) -> Tensor:
     """Attention of n rows over t keys, [q, n, d]: scores capped (Gemma 2), with a sink that takes probability (GPT-OSS)."""
     heads, n, d = q_qnd.shape
-    q = q_qnd.reshape(k_ktd.shape[0], -1, n, d)  # heads of a group beside each other; they share one key head
+    q = q_qnd.reshape(k_ktd.shape[0], -1, n, d)  # [key heads, heads of a group, n, d]: a group shares one key head
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_ktd, v_ktd))
     if softcap is None and sinks_q is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_nt, scale=scaling).reshape(heads, n, -1)
@@ -193,7 +195,7 @@ def attention(
 
 
 def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
-    """transformers' mask interface: instead of a tensor, what the pass makes of the mask function."""
+    """transformers' mask interface: returns the pass's `Sight` instead of a tensor."""
     running = RUNNING.get()
     assert running is not None, "eyas's attention works inside AdaptedTarget.forward only"
     return running.sight(mask_function)
@@ -203,7 +205,7 @@ def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
 
 
 class AdaptedTarget(nn.Module):
-    """A Hugging Face causal language model with the interface of `Target`."""
+    """A Hugging Face causal language model as a `TargetModel`."""
 
     def __init__(self, network: PreTrainedModel, config: TargetConfig) -> None:
         """`network` was loaded with attention implementation `NAME`; `config` is its `adapted_config`."""
@@ -235,7 +237,7 @@ class AdaptedTarget(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
-        """[V, H], as it is stored: a family that scales what it looks up (Gemma) does so later."""
+        """[V, H], as stored. A family that scales its embeddings (Gemma) does so after looking them up."""
         table = self.network.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         return table
@@ -256,8 +258,8 @@ class AdaptedTarget(nn.Module):
         return None
 
     def prepare(self, bits: int = 16) -> AdaptedTarget:
-        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading. `bits`: 16, for its layers
-        stay as transformers made them."""
+        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading. `bits` must be 16, since the
+        layers stay as transformers made them."""
         assert bits == 16, "a target of transformers' has no weights of fewer bits"
         self.product.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         if self.lm_head.weight is not self.embedding:
@@ -276,8 +278,8 @@ class AdaptedTarget(nn.Module):
         return logits_NV if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits_NV / self.logit_softcap)
 
     def forward(self, rows: Rows, cache: LayeredCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
-        score (all)."""
+        """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:
+        the rows whose logits are wanted (None: all)."""
         rows = rows.on(self.device)
         running = Pass(rows, cache, taps)
         outer = RUNNING.set(running)
@@ -285,7 +287,7 @@ class AdaptedTarget(nn.Module):
             out = self.trunk(
                 input_ids=rows.tokens[None],
                 position_ids=rows.positions[None],
-                attention_mask=torch.ones_like(rows.tokens)[None],  # none would let transformers guess sequences from positions
+                attention_mask=torch.ones_like(rows.tokens)[None],  # without it transformers would guess sequences from positions
                 use_cache=False,
                 return_dict=True,
             )
@@ -302,12 +304,12 @@ class AdaptedTarget(nn.Module):
 
 
 def decoder_layers(trunk: nn.Module, count: int) -> nn.ModuleList | None:
-    """The outermost list of `count` modules."""
+    """The outermost list of `count` modules in a model: its decoder layers. None: there is no such list."""
     return next((part for part in trunk.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
 
 
 def tap(index: int) -> Callable[..., None]:
-    """A hook that notes the input of layer `index` where the pass wants it."""
+    """A hook that keeps the input of layer `index` where the pass under way taps it."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = RUNNING.get()
@@ -325,10 +327,10 @@ def tap(index: int) -> Callable[..., None]:
 
 @torch.no_grad()
 def compare(target: AdaptedTarget) -> None:
-    """Raise unless a few rows, read as a text and then as a tree, have the logits and features of transformers' own forward.
+    """Raise `EyasError` unless a few rows, read as a text and then as a tree, have the logits and features of transformers' own forward.
 
-    So a family that nobody has tried is tried here: one whose layers mix rows in another way than by attention, or scale their logits,
-    would otherwise run and be wrong.
+    So a family that nobody has tried is tried here. A model whose layers mix rows in another way than by attention, or that scales its
+    logits, would otherwise run and be wrong.
     """
     network, layers, vocab = target.network, target.config.num_hidden_layers, target.config.vocab_size
     # text 0 1 2 3, then the tree: 4 with children 5, 7, 9, which have 6, 8, 10
@@ -359,6 +361,7 @@ def compare(target: AdaptedTarget) -> None:
 
 
 def relative_error(ours_NX: Tensor, theirs_NX: Tensor) -> float:
-    """The second worst of the rows, each row's mean aside: near ties among experts may turn one row, a wrong mask turns several."""
+    """The second largest relative error of a row, with each row's mean subtracted. The largest does not count: a near tie among experts may
+    turn one row, a wrong mask turns several."""
     ours, theirs = (x.double() - x.double().mean(-1, keepdim=True) for x in (ours_NX, theirs_NX))
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-12)).sort().values[-2])

@@ -1,7 +1,7 @@
 """Attention of one pass over a cache in PyTorch's own operations: each row sees the committed rows of its slot and those its mask names.
 
-The plain form beside the native kernel's (kernels/attention.py), and what runs where that kernel does not. Knows a cache, segments and
-masks; knows nothing of layers, tokens or trees.
+It is the plain form of the native kernel's attention (kernels/attention.py), and runs where that kernel does not. Knows a cache, segments
+and masks; knows nothing of layers, tokens or trees.
 
 Axes: N rows, q/k heads, d head width, t keys.
 """
@@ -31,14 +31,14 @@ class PlainAttention:
         self.cache, self.lses, dtype = cache, lses, cache.keys.dtype
         starts = [0, *itertools.accumulate(segment.count for segment in segments)]
         singles = [i for i, segment in enumerate(segments) if segment.count == 1 and segment.mask is None]
-        pays = len(singles) > max(3, cache.slots // 2) and lses is None  # for a padded product
+        pays = len(singles) > max(3, cache.slots // 2) and lses is None  # whether a padded product pays
         batched = set(singles) if pays else set()
         self.loose = [(segment, slice(starts[i], starts[i + 1])) for i, segment in enumerate(segments) if i not in batched]
         self.biases = [self._bias(segment, group, dtype) for segment, _ in self.loose]
         self.singles = Singles(cache, [segments[i].slot for i in singles], [starts[i] for i in singles]) if batched else None
 
     def _bias(self, segment: Segment, group: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [group * count, length + count], or None where all is seen."""
+        """A segment's additive mask [group * count, length + count], or None where every row sees everything."""
         if segment.count == 1 and (segment.mask is None or bool(segment.mask.all())):
             return None
         among = causal_mask(segment.count) if segment.mask is None else segment.mask
@@ -66,6 +66,7 @@ class PlainAttention:
         return attend
 
     def with_lse(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention that appends its log-sum-exps to `lses`."""
         parts, lses = [], self.lses
         assert lses is not None
         for (segment, rows), bias in zip(self.loose, self.biases, strict=True):
@@ -76,9 +77,9 @@ class PlainAttention:
 
 
 class Singles:
-    """Many sequences of one row each: one padded product over all slots instead of one a sequence.
+    """Many sequences of one row each: one padded product over all slots instead of one for each sequence.
 
-    Slots without a row here are computed and ignored: cheaper than gathering the keys of the others.
+    Slots without a row are computed too and their results ignored, which is cheaper than gathering the other slots' keys.
     """
 
     def __init__(self, cache: KVCache, slots: list[int], rows: list[int]) -> None:

@@ -1,6 +1,7 @@
-"""Keys and values of the rows a model has read: one slot a sequence, all slots in one slab a layer.
+"""Keys and values of the rows that a model has read: one slot for each sequence, all layers and slots in one tensor of keys and one of
+values.
 
-Knows slots, rows and lengths; knows nothing of tokens or trees. Rows written after a slot's length are tentative until `keep`.
+Rows written after a slot's length are tentative until `keep`. Knows slots, rows and lengths; knows nothing of tokens or trees.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from eyas.model.rows import Segment
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-KEPT = 2  # slabs without a cache that wait for the next call
+KEPT = 2  # slabs that a pool keeps for the next calls while no cache uses them
 
 
 class Slabs:
-    """Keys and values [layers, slots, kv heads, rows, head_dim], and what was captured over them (captured.py) where they are pooled."""
+    """Keys and values [layers, slots, kv heads, rows, head_dim], and where they are pooled the graphs captured over them (captured.py)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pooled: bool = False) -> None:
-        with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled ones outlive the call that made them
+        with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled slabs outlive the call that made them
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.pooled = pooled
@@ -37,7 +38,7 @@ class Slabs:
 
 
 class Cache(ABC):
-    """What a round asks of a target's cache: slots, each with a committed length. What a pass asks is between it and its own cache."""
+    """What a round asks of a target's cache: slots, each with a committed length. What a pass asks of it is up to the target."""
 
     lengths: list[int]
     capacity: int  # rows of a slot
@@ -48,27 +49,28 @@ class Cache(ABC):
 
     @abstractmethod
     def keep(self, slot: int, rows: Sequence[int]) -> None:
-        """Commit these tentative rows (counted from the committed length, ascending), in order; the others are forgotten."""
+        """Commit these tentative rows (counted from the committed length, ascending), in order, and forget the others."""
 
     @abstractmethod
     def copy_prefix(self, other: Self, source: int, slot: int, length: int) -> None:
         """Let `slot` begin with the first `length` rows that `other` (or this cache itself) holds in `source`."""
 
     def cut(self, slot: int, length: int) -> None:
-        """Forget all rows behind the first `length`."""
+        """Forget all rows of a slot but the first `length`."""
         self.lengths[slot] = min(length, self.lengths[slot])
 
     def clear(self, slot: int) -> None:
         self.lengths[slot] = 0
 
     def release(self) -> None:  # noqa: B027 (most caches have nothing to give back)
-        """This cache is of no use afterwards: what it held may serve another, now and not when the collector finds it."""
+        """Give back what this cache holds for another cache to use; it must not be used afterwards. Without this call that waits for the
+        garbage collector."""
 
 
 class KVCache(Cache):
-    """All layers' keys and values of one shape, in slabs."""
+    """A cache whose layers all have keys and values of one shape, in slabs."""
 
-    give_back: weakref.finalize | None = None  # to the pool that the slabs are from
+    give_back: weakref.finalize | None = None  # gives the slabs back to their pool, where they are from one
 
     def __init__(
         self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -77,7 +79,7 @@ class KVCache(Cache):
 
     @classmethod
     def over(cls, slabs: Slabs, capacity: int) -> KVCache:
-        """An empty cache in slabs that may hold something of another's."""
+        """An empty cache in slabs that another cache may have used; what they hold counts for nothing."""
         cache = cls.__new__(cls)
         cache.hold(slabs, capacity)
         return cache
@@ -91,17 +93,17 @@ class KVCache(Cache):
         self.lengths, self.capacity = [0] * slabs.keys.shape[1], capacity
 
     def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
-        """The attention of one pass over what this cache holds; `group`: query heads that share a key head.
+        """The attention of one pass over this cache. `group`: query heads that share a key head.
 
-        On a CPU the native kernel computes it, elsewhere PyTorch. `lses`: each layer appends the log-sum-exps [N, q] of its scores, so
-        that results over parts of the keys can be merged.
+        On a CPU the native kernel computes it, elsewhere PyTorch. `lses`: a list to which each layer appends the log-sum-exps [N, q] of its
+        scores, so that results over parts of the keys can be merged.
         """
         if native.attends(self.keys):
             return NativeAttention(self, segments, lses)
         return PlainAttention(self, segments, group, lses)
 
     def write(self, layer: int, slot: int, k_nhd: Tensor, v_nhd: Tensor) -> tuple[Tensor, Tensor]:
-        """Put n tentative rows behind the committed ones; returns keys and values [heads, length + n, head_dim]."""
+        """Put n tentative rows behind the committed ones; returns the slot's keys and values [heads, length + n, head_dim]."""
         start = self.lengths[slot]
         end = start + k_nhd.shape[0]
         assert end <= self.capacity, f"slot {slot} holds {self.capacity} rows, {end} wanted"
@@ -127,18 +129,19 @@ class KVCache(Cache):
 
 
 class Pool:
-    """Slabs that outlive their caches, together with what was captured over them: each call's cache is new, its slabs need not be."""
+    """Slabs that outlive their caches, with the graphs captured over them: each call has a new cache, which may take slabs from here."""
 
     def __init__(self) -> None:
         self.idle: list[Slabs] = []
-        self.lock = threading.RLock()  # a collection inside `cache` may take slabs back
+        self.lock = threading.RLock()  # reentrant: the garbage collector may run inside `cache` and call `take_back`
 
     def cache(self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """For one sequence. The last row of its slabs is spare: rows that pad a pass are written there."""
+        """A cache for one sequence, of at least `capacity` rows. The last row of its slabs is spare: rows that pad a pass are written
+        there."""
         with self.lock:
             fitting = [slabs for slabs in self.idle if slabs.keys.shape[3] > capacity]
             slabs = min(fitting, key=lambda slabs: slabs.keys.shape[3], default=None)
-            self.idle = [each for each in self.idle if each is not slabs] if slabs else []  # what is too small now would only be in the way
+            self.idle = [each for each in self.idle if each is not slabs] if slabs else []  # slabs too small now would only take memory
         if slabs is None:
             slabs = Slabs(
                 (layers, 1, kv_heads, -(-(capacity + 1) // captured.WINDOW) * captured.WINDOW, head_dim), dtype, device, pooled=True
@@ -154,5 +157,5 @@ class Pool:
 
 
 def pool_on(device: torch.device) -> Pool | None:
-    """On CUDA alone: elsewhere a launch costs nothing that a graph would save."""
+    """A pool on CUDA; None elsewhere, where a launch costs nothing that a graph would save."""
     return Pool() if device.type == "cuda" else None

@@ -1,8 +1,9 @@
-"""The EAGLE-3 network: fuse the features, one decoder layer that reads [embedding ; feature], a norm, a head over the draft vocabulary.
+"""The EAGLE-3 network: a product that fuses the features, one decoder layer that reads [embedding ; g], a norm, and a head over the draft
+vocabulary (arXiv 2503.01840, inference pipeline).
 
 A draft may have more layers: ordinary ones, behind the first. Parameter names are the published ones (`fc`, `midlayer.*`, `norm`,
-`lm_head`), and `layers.1.*` and on for further layers. Knows tensors only: how a tree is grown with it is drafters/eagle3.py, how it
-learns is train/unroll.py. The embedding is the target's, handed in and never saved.
+`lm_head`), and `layers.1.*` and on for further layers. The embedding is the target's, handed in and never saved. Knows tensors only:
+drafters/eagle3.py grows trees with the network, train/unroll.py trains it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class DraftBlock(nn.Module):
         self.norm_before_residual = config.norm_before_residual
 
     def join(self, e_NH: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [N, 2H], and what it is added to [N, H]: the feature as it came (EAGLE-3), or its norm (heads of others)."""
+        """The input of attention [N, 2H], and the residual [N, H] that its output is added to: g itself (EAGLE-3), or its norm (heads made
+        by others)."""
         normed_NH = self.hidden_norm(g_NH)
         return torch.cat([self.input_layernorm(e_NH), normed_NH], -1), normed_NH if self.norm_before_residual else g_NH
 
@@ -45,7 +47,7 @@ class DraftBlock(nn.Module):
 
 
 class DraftNetwork(nn.Module):
-    """Weights and arithmetic of one draft step. `embedding` [V, H] is the target's table."""
+    """The weights and arithmetic of one draft step. `embedding` [V, H] is the target's table."""
 
     levels: int | None = None  # how deep it can guess: as deep as is asked for
 
@@ -65,7 +67,7 @@ class DraftNetwork(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         if config.draft_layers > 1:
             self.layers = nn.ModuleDict({str(number): Block(config) for number in range(1, config.draft_layers)})
-        self.native: list[NativeLayers] = []  # once prepared, where the kernel can run the layers: calls, one after another
+        self.native: list[NativeLayers] = []  # once prepared, where the kernel can run the layers: its calls, in order
         self.pool: Pool | None = None  # once prepared on CUDA, where steps are captured
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
@@ -82,12 +84,12 @@ class DraftNetwork(nn.Module):
         return self.config.taps
 
     def join(self, tokens_N: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads of tokens and features, and what it is added to."""
+        """The input of the first layer's attention [N, 2H], from tokens and g, and the residual [N, H] that its output is added to."""
         return self.midlayer.join(self.embed(tokens_N), g_NH)
 
     @property
     def blocks(self) -> list[DraftBlock | Block]:
-        """The decoder layers: the first reads what `join` gives, each other what the one before made."""
+        """The decoder layers: the first reads what `join` gives, each other one its predecessor's output."""
         return [self.midlayer, *self.others]
 
     @property
@@ -96,7 +98,7 @@ class DraftNetwork(nn.Module):
         return [block for block in self.layers.values() if isinstance(block, Block)] if self.config.draft_layers > 1 else []
 
     def fuse(self, features_NF: Tensor) -> Tensor:
-        """g [N, H] from the features of all taps side by side: low, middle and high (EAGLE-3, inference pipeline)."""
+        """g [N, H] from the features of all taps, side by side: low, middle and high (EAGLE-3, inference pipeline)."""
         if self.config.norm_before_fc:
             features_NF = self.input_norm(features_NF)
         if self.config.fc_norm:
@@ -108,8 +110,8 @@ class DraftNetwork(nn.Module):
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
-        """a [N, H], float32 where the kernel runs the layers: what they make of features (or their own earlier output) and the tokens that
-        followed."""
+        """a [N, H], the layers' output for g (or for what stands in for it) and the tokens that followed; float32 where the kernel runs the
+        layers."""
         e_NH = self.embed(tokens_N)
         if self.native and isinstance(attention, NativeAttention):
             wide_NH, rotation = g_NH.to(torch.float32, copy=True), self.rotary(positions_N, torch.float32)
@@ -123,19 +125,19 @@ class DraftNetwork(nn.Module):
         return a_NH
 
     def fed_back(self, a_NH: Tensor) -> Tensor:
-        """What stands in for g at the next step: a itself, or its norm under `norm_output` (EAGLE-3.1)."""
+        """What the next step reads in place of g: a itself, or with `norm_output` its norm (EAGLE-3.1)."""
         return self.norm(a_NH.to(self.dtype)) if self.config.norm_output else a_NH
 
     def logits(self, a_NH: Tensor) -> Tensor:
-        """[N, D]"""
+        """The logits [N, D] over the draft vocabulary, from the network's outputs a."""
         return self.head(self.native[-1].normed(a_NH) if self.native and a_NH.dtype == torch.float32 else self.norm(a_NH.to(self.dtype)))
 
     def logits_at(self, level: int, a_NH: Tensor) -> Tensor:
-        """Of what lies one deeper than nodes at depth `level`: the same head at every depth."""
+        """The logits [N, D] of the children of nodes at depth `level`; the head is the same at every depth."""
         return self.logits(a_NH)
 
     def prepare(self, bits: int = 16) -> DraftNetwork:
-        """Pack weights for inference, as 8-bit ones where asked for.
+        """Pack weights for inference: 16 bits as they are, or rounded to 8.
 
         Logits are float32 from here on, as the target's are: bfloat16 would make many candidates equal.
         """
@@ -145,7 +147,7 @@ class DraftNetwork(nn.Module):
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks) and not self.config.norm_before_residual:
             norms = (first.hidden_norm, first.post_attention_layernorm, first.input_layernorm)
             self.native = [NativeLayers([NativeLayer(first.self_attn, first.mlp, *norms)], self.norm)]
-            if others:  # a call is over layers of one shape
+            if others:  # one call runs layers of one shape only
                 alike = [NativeLayer(each.self_attn, each.mlp, each.input_layernorm, each.post_attention_layernorm) for each in others]
                 self.native.append(NativeLayers(alike, self.norm, first=1))
         self.fuse_product.pack(bits=bits)
@@ -157,7 +159,8 @@ class DraftNetwork(nn.Module):
 
 
 def draft_config(target: TargetConfig, draft_vocab_size: int, taps: tuple[int, ...] | None = None, **settings: Any) -> DraftConfig:
-    """A draft with the target's own width, heads and rotary base: one layer of it (or more), attention twice as wide at the input."""
+    """The shape of a draft with the target's own width, heads and rotary base: one such layer (or more), whose first attention reads twice
+    the width."""
     return DraftConfig(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,

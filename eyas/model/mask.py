@@ -1,4 +1,4 @@
-"""Who may attend to whom: one rule, a row sees itself and its ancestors.
+"""Which rows may attend to which. There is one rule: a row sees itself and its ancestors.
 
 A text is the tree in which every row's parent is the row before it, so causal attention, tree verification and the training unroll are
 the same rule. Knows parents only. (Sharding keys over devices, "tree attention" in arXiv 2408.04093, shares the name and nothing else.)
@@ -15,7 +15,7 @@ from torch import Tensor
 
 def ancestor_mask(parents: Sequence[int]) -> Tensor:
     """[N, N] bool: row i may see column j iff j is i or an ancestor of i; `parents[i] < i`, -1 for a root."""
-    mask = np.eye(len(parents), dtype=bool)  # whose rows are set in a tenth of the time that a tensor's take
+    mask = np.eye(len(parents), dtype=bool)  # setting a row of an array takes a tenth of the time of setting a tensor's
     for row, parent in enumerate(parents):
         if parent >= 0:
             mask[row] |= mask[parent]
@@ -28,5 +28,5 @@ def causal_mask(count: int) -> Tensor:
 
 
 def behind_prefix(mask_nk: Tensor, length: int) -> Tensor:
-    """The same rows behind `length` earlier rows that all of them see: [n, length + k]."""
+    """The mask of the same n rows with `length` earlier rows in front, which all of them see: [n, length + k]."""
     return torch.cat([torch.ones(mask_nk.shape[0], length, dtype=torch.bool), mask_nk], dim=1)

@@ -1,4 +1,4 @@
-"""What the rest of eyas asks of a target and of a draft's network, whoever computes it: types alone.
+"""The types of any target and of any draft's network, as the rest of eyas uses them.
 
 Knows calls and what they take; computes nothing. Members are read-only here, so that attributes and properties fit alike.
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TargetModel(Protocol):
-    """`Target`, and `AdaptedTarget` for the families that transformers runs. Logits are
+    """A target: `Target`, or `AdaptedTarget` for the families that transformers runs. Logits are
     softcap * tanh(scale * (hidden @ head_weight.T + head_bias) / softcap), without the softcap where it is None."""
 
     @property
@@ -58,17 +58,17 @@ class TargetModel(Protocol):
         ...
 
     def shallow(self, layers: int) -> TargetModel:
-        """The same model cut to its first layers."""
+        """This target cut to its first `layers` layers. Raises `EyasError` where it cannot be cut so."""
         ...
 
     def __call__(self, rows: Rows, cache: Cache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
-        score (all)."""
+        """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:
+        the rows whose logits are wanted (None: all)."""
         ...
 
 
 class DraftModule(Protocol):
-    """What engine and trainer ask of any method's network, an `nn.Module`; what its drafter asks besides is between the two."""
+    """What engine and trainer ask of any method's network, an `nn.Module`. What its drafter calls besides is up to the method."""
 
     @property
     def wants(self) -> tuple[int, ...]: ...  # target layers whose input it reads, or LAST_HIDDEN
@@ -82,11 +82,11 @@ class DraftModule(Protocol):
     def embedding(self) -> list[Tensor]: ...  # the target's [V, H]; in a list, since it is not the network's own
 
     def logits_at(self, level: int, a_NH: Tensor, /) -> Tensor:
-        """[N, D] of what lies one deeper than nodes at depth `level`, from what the network made of those."""
+        """The logits [N, D] of the children of N nodes at depth `level`, from the network's outputs at these nodes."""
         ...
 
     def prepare(self, bits: int = 16) -> Self:
-        """Pack weights for inference, as 8-bit ones where asked for."""
+        """Pack weights for inference: 16 bits as they are, or rounded to 8."""
         ...
 
     # what every nn.Module has
@@ -99,13 +99,13 @@ class DraftModule(Protocol):
 
 
 class StaticDraft(Protocol):
-    """A draft whose tree is of a shape of its own, fixed before anything is guessed."""
+    """A draft whose tree has a shape fixed before anything is guessed."""
 
     def static_tree(self, nodes: int | None = None) -> TreeShape: ...
 
 
 class DraftLayer(Protocol):
-    """A decoder layer of a draft: what stands before its attention is its own."""
+    """A decoder layer of a draft. How its attention's input is made differs from draft to draft."""
 
     @property
     def self_attn(self) -> Attention: ...
@@ -116,33 +116,33 @@ class DraftLayer(Protocol):
 
 
 class DecoderLayer(DraftLayer, Protocol):
-    """One that reads what it adds to, as a Llama's does."""
+    """A decoder layer that reads one input and adds to it, as a Llama's does."""
 
     def __call__(self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, /) -> Tensor: ...
 
 
 class EagleModule(DraftModule, Protocol):
-    """A network that guesses on from its own output: EAGLE-1's and EAGLE-3's. g: what it reads in a feature's place."""
+    """A network that guesses on from its own output: EAGLE-1's and EAGLE-3's. g is what it reads in a feature's place."""
 
     @property
-    def blocks(self) -> Sequence[DraftLayer]: ...  # the first reads what `join` gives, each other what the one before made
+    def blocks(self) -> Sequence[DraftLayer]: ...  # the first reads what `join` gives, each other one its predecessor's output
     @property
     def rotary(self) -> Rotary: ...
     @property
     def pool(self) -> Pool | None: ...  # once prepared on CUDA, where steps are captured
 
     def fuse(self, features: Tensor, /) -> Tensor:
-        """g [N, H] of the target's features."""
+        """g [N, H] from the target's features [N, taps * H]."""
         ...
 
     def join(self, tokens_N: Tensor, g_NH: Tensor, /) -> tuple[Tensor, Tensor]:
-        """What attention reads of tokens and features, and what it is added to."""
+        """The input of the first layer's attention, from tokens and g; and the residual [N, H] that its output is added to."""
         ...
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: PassAttention, /) -> Tensor:
-        """a [N, H]: what it makes of g and the tokens that followed."""
+        """a [N, H], the network's output for g and the tokens that followed."""
         ...
 
     def fed_back(self, a_NH: Tensor, /) -> Tensor:
-        """What stands in for g at the next step."""
+        """What the next step reads in place of g, from a [N, H]."""
         ...

@@ -17,12 +17,12 @@ class Segment(NamedTuple):
 
     slot: int
     count: int
-    # bool [count, k + count]: who sees the last k committed rows and these; committed rows before those are seen by all. None: causal.
+    # bool [count, k + count]: which rows see which of the last k committed rows and of these rows; all see earlier ones. None: causal.
     mask: Tensor | None = None
 
 
 class Rows(NamedTuple):
-    """N rows of a pass, grouped by sequence in the order of `segments`. They are laid out on the CPU; the pass takes them to its device."""
+    """The N rows of a pass, grouped by sequence in the order of `segments`. They lie on the CPU; the pass moves them to its device."""
 
     tokens: Tensor  # [N] int64
     positions: Tensor  # [N] int64
@@ -33,5 +33,5 @@ class Rows(NamedTuple):
 
 
 def chain_rows(slot: int, tokens: Sequence[int], start: int) -> Rows:
-    """Rows of one sequence that follow each other, the first at position `start`: prefill, or one more token."""
+    """The rows of a chain of tokens of one sequence, the first at position `start`: a prompt, or one more token."""
     return Rows(torch.tensor(tokens), torch.arange(start, start + len(tokens)), [Segment(slot, len(tokens))])

@@ -1,4 +1,4 @@
-"""What a draft borrows of its target: the embedding it reads and the head it speaks through, neither trained nor saved with it.
+"""The weights that a draft shares with its target: its embedding and its head. They are neither trained nor saved with the draft.
 
 Knows weights; knows nothing of what a draft computes between the two.
 """
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class FrozenHead(nn.Linear):
-    """The target's own head, cut to a draft vocabulary: read by a draft, never trained, never saved."""
+    """The target's own head, cut to a draft vocabulary: a draft uses it, and it is never trained or saved."""
 
     @classmethod
     def of(cls, target: TargetModel, vocab: DraftVocab) -> FrozenHead:
-        """Of a target that is not yet prepared. A softcap is left out: it changes how sure a draft is, not what it prefers."""
+        """The head made from a target, which must not be prepared yet. The target's softcap is left out: it changes how sure a draft is,
+        not what it prefers."""
         weight_VH, bias_V = target.head_weight.detach(), target.head_bias
         with torch.device("meta"):
             head = cls(weight_VH.shape[1], len(vocab), bias=bias_V is not None, dtype=weight_VH.dtype)
@@ -38,15 +39,16 @@ class FrozenHead(nn.Linear):
 
 
 class SharedWeights(nn.Module):
-    """First among a network's bases. Borrowed parts lie in lists: they are not the network's own."""
+    """Base class of a network that shares weights with its target; the first among its bases. Shared weights lie in lists, so that PyTorch
+    does not take them for the network's own."""
 
     embedding: list[Tensor]  # [V, H]
-    frozen: list[nn.Linear]  # the head, where one is borrowed
-    head: Dense  # its product
+    frozen: list[nn.Linear]  # the head, where it is the target's; else empty
+    head: Dense  # the product with the head
 
     wants: tuple[int, ...] = LAST_HIDDEN  # what it reads of the target
     levels: int | None = None  # how deep it can guess; None: as deep as is asked for
-    accuracies: list[list[float]] | None = None  # of its guesses by depth and rank, where they were measured
+    accuracies: list[list[float]] | None = None  # of its guesses, [depth - 1][rank], where they were measured
     pool: Pool | None = None  # once prepared on CUDA, where steps may be captured
 
     def share(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:
@@ -56,7 +58,7 @@ class SharedWeights(nn.Module):
 
     @property
     def witness(self) -> Tensor:
-        """A parameter that stays when products are packed."""
+        """A parameter that packing keeps: it tells the network's number format and device."""
         return next(parameter for parameter in self.parameters() if parameter.dim() == 1)
 
     @property
@@ -71,7 +73,7 @@ class SharedWeights(nn.Module):
         return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
 
     def packed(self, products: list[Dense], bits: int) -> Self:
-        """Ready for inference: these products packed, and the head, whose logits stay wide."""
+        """Pack these products and the head for inference, and return the network. The head's logits are float32 or wider."""
         for product in products:
             product.pack(bits=bits)
             for layer in product.layers:

@@ -1,7 +1,7 @@
 """The target: reads flat rows of any number of sequences and yields logits and features.
 
-Knows rows, slots and layers; knows nothing of drafts, trees or sampling. Batch 1, ragged trees of many sequences, chunked prefill and
-self-written data are the same call.
+One sequence, ragged trees of many sequences, a part of a prompt and self-written data are the same call. Knows rows, slots and layers;
+knows nothing of drafts, trees or sampling.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 
 class Output(NamedTuple):
     logits: Tensor  # [M, V] float32 (float64 in a float64 model), for the M rows asked for
-    features: Tensor | None  # [N, taps * H]: the residual stream entering each tapped layer, in layer order; or `hidden`, for LAST_HIDDEN
+    features: Tensor | None  # [N, taps * H] inputs of the tapped layers (the residual stream), in layer order; for LAST_HIDDEN `hidden`
     hidden: Tensor  # [N, H] last hidden state after the final norm
 
     @property
     def tapped(self) -> Tensor:
-        """The features, where some were asked for."""
+        """The features; call it only where some were asked for."""
         assert self.features is not None
         return self.features
 
@@ -48,7 +48,7 @@ class Trunk(nn.Module):
 class Target(nn.Module):
     """A Llama-shaped causal language model with Hugging Face's parameter names.
 
-    What it shares with `AdaptedTarget` (model/adapter.py), which stands for other families, is `TargetModel` in model/protocols.py.
+    `AdaptedTarget` (model/adapter.py) takes its part for other families. What both share is `TargetModel` in model/protocols.py.
     """
 
     logit_scale: float = 1.0
@@ -64,7 +64,7 @@ class Target(nn.Module):
         self.head = Dense(self.lm_head)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.native: NativeLayers | None = None  # once prepared, where the kernel can run whole layers
-        self.cuts: dict[int, Target] = {}  # made by `shallow`
+        self.cuts: dict[int, Target] = {}  # what `shallow` made, by number of layers
         self.pool: Pool | None = None  # once prepared on CUDA, where passes are captured
 
     @property
@@ -96,7 +96,8 @@ class Target(nn.Module):
         return cast("list[Block]", list(self.model.layers))
 
     def prepare(self, bits: int = 16) -> Target:
-        """Pack weights for inference, as 8 or 4-bit ones (the head 8) where asked for; logits are float32 from here on. Call once."""
+        """Pack weights for inference; logits are float32 from here on. `bits`: 16, or 8 or 4 for weights of so few bits (the head has at
+        least 8). Call once."""
         pack(self.model, bits)
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = ("input_layernorm", "post_attention_layernorm")
@@ -116,8 +117,8 @@ class Target(nn.Module):
         return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        """One pass; its rows become tentative cache rows. `taps`: layers whose input is wanted, or LAST_HIDDEN. `logits_of`: rows to
-        score (all)."""
+        """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:
+        the rows whose logits are wanted (None: all)."""
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         if logits_of is None and fits(cache, rows.segments):
             run = partial(self.read, taps=taps, logits_of=None)
@@ -135,7 +136,7 @@ class Target(nn.Module):
         taps: Sequence[int],
         logits_of: Tensor | slice | None,
     ) -> Output:
-        """The same once it is known who sees whom."""
+        """The pass itself, once its attention says which rows see which."""
         x_NH = F.embedding(tokens_N, self.model.embed_tokens.weight)
         inner = () if taps == LAST_HIDDEN else taps
         if self.native and isinstance(attention, NativeAttention):
@@ -150,7 +151,7 @@ class Target(nn.Module):
     def plain_layers(
         self, x_NH: Tensor, positions_N: Tensor, attention: PassAttention, taps: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """What the layers and the final norm make of x, and the inputs of the tapped ones [N, taps * H]."""
+        """The last hidden states [N, H] after the final norm, and the inputs of the tapped layers [N, taps * H], computed by PyTorch."""
         rotation, features = self.rotary(positions_N, x_NH.dtype), []
         for index, block in enumerate(self.model.layers):
             if index in taps:
@@ -161,13 +162,14 @@ class Target(nn.Module):
     def native_layers(
         self, layers: NativeLayers, x_NH: Tensor, positions_N: Tensor, attention: NativeAttention, taps: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same in float32, all layers as one call of the kernel."""
+        """What `plain_layers` computes, in float32: all layers as one call of the kernel."""
         wide_NH = x_NH.to(torch.float32, copy=True)
         features = layers(wide_NH, self.rotary(positions_N, torch.float32), attention, taps=taps)
         return layers.normed(wide_NH), features.to(x_NH.dtype) if taps else None
 
     def shallow(self, layers: int) -> Target:
-        """The same model cut to its first `layers` layers, sharing their weights: the cheapest draft model there is."""
+        """This target cut to its first `layers` layers, with which it shares weights: the cheapest draft model there is. Raises `EyasError`
+        for a number of layers that is too large or not above 0."""
         if layers in self.cuts:
             return self.cuts[layers]
         if not 0 < layers < self.config.num_hidden_layers:

@@ -1,7 +1,7 @@
 """The blocks that target and draft are both built from: RMSNorm, rotary embedding, attention over a cache, gated MLP.
 
-Rows are flat: [N, H] of any number of sequences. Linear layers and norms never know about sequences; attention alone does, through the
-`attend` function it is handed. Parameter names are Hugging Face's, so state dicts load as they stand.
+Rows are flat: [N, H] of any number of sequences. Linear layers and norms know nothing of sequences; only attention does, through the
+`attend` function that it is handed. Parameter names are Hugging Face's, so state dicts load as they are.
 
 Axes: N rows, H model width, q/k heads, d head width.
 """
@@ -39,7 +39,8 @@ class Rotary:
         self.tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [N, 1, d] in the working number format; on a CPU looked up, since a round asks for few rows and often."""
+        """cos and sin [N, 1, d] of these positions, in this number format. On a CPU they come from a table, since rounds ask for few rows
+        and often."""
         if positions_N.device.type != "cpu" or int(positions_N.max()) >= TABLE:
             return self.computed(positions_N, dtype)
         if dtype not in self.tables:
@@ -84,7 +85,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows; who sees whom is the caller's `attend`."""
+    """Makes queries, keys and values of rows; the caller's `attend` knows which rows see which."""
 
     def __init__(self, input_size: int, config: Any, bias: bool = False, out_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class Block(nn.Module):
 
 
 def pack(module: nn.Module, bits: int = 16) -> None:
-    """Pack every dense product under `module` for inference and drop the loose weights it was made from."""
+    """Pack every dense product under `module` for inference, and drop the weights that it was packed from."""
     for child in module.modules():
         for dense in [value for value in vars(child).values() if isinstance(value, Dense)]:
             dense.pack(bits=bits)

@@ -1,7 +1,8 @@
-"""What a change of training brings: drafts trained alike but for it, on one text, measured on the same held-out conversations.
+"""What a change of training brings: drafts that differ in this change alone, trained on one text, measured on the same held-out
+conversations.
 
-Knows runs and how they are measured; knows nothing of options or terminals. Intervals are paired: both drafts are measured on each
-held-out conversation, so how hard a conversation is cancels out of their difference.
+Intervals are paired: both drafts are measured on each held-out conversation, so how hard a conversation is cancels out of their difference.
+Knows runs and how they are measured; knows nothing of options or terminals.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from eyas.train.acceptance import Simulation, simulate
 from eyas.train.build import Setup, build
 from eyas.train.trainer import MEASURED, Budget, Trainer
 
-DRAWS = 4000  # of the bootstrap
+DRAWS = 4000  # resamplings of the bootstrap
 BASE = "base"
 QUIET = {"measure_steps": 10**9, "tree_every": 0, "patience": 0}  # all of the budget trains, and the last weights are measured
 
@@ -32,7 +33,7 @@ class Variant:
 
 
 class Trained(NamedTuple):
-    """A variant's drafts, one a seed, as they were measured."""
+    """The measurements of a variant's drafts, one for each seed."""
 
     simulations: list[Simulation]
     steps: int  # of all seeds together
@@ -41,7 +42,7 @@ class Trained(NamedTuple):
 
 
 def trained(setup: Setup, variant: Variant, budget: Budget, seeds: int, run: Callable[[Trainer, Budget], None]) -> Trained:
-    """Train a variant once a seed and measure it. `setup`: the base's, with what is held out; `run` lets a trainer train."""
+    """Train a variant once for each seed, and measure it. `setup`: the base's, held-out examples included; `run` lets a trainer train."""
     simulations, steps, anchors, minutes = [], 0, 0, 0.0
     for seed in range(seeds):
         settings = replace(setup.settings, **{**variant.settings, **QUIET, "seed": setup.settings.seed + seed})
@@ -66,7 +67,7 @@ def tau_of(simulations: Sequence[Simulation], chosen: Tensor | None = None) -> T
 
 
 def difference(one: Sequence[Simulation], base: Sequence[Simulation], seed: int = 0) -> tuple[float, float, float]:
-    """How much more tau than the base's, and its 95% interval: the same conversations are drawn for both."""
+    """How much more tau `one` has than `base`, and the ends of its 95% interval; the same conversations are drawn for both."""
     count = len(base[0].anchors)
     chosen = torch.randint(0, count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
     drawn = tau_of(one, chosen) - tau_of(base, chosen)

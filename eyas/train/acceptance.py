@@ -1,4 +1,4 @@
-"""What a draft is accepted on held-out text: simulated from the states that training uses, or in real rounds with trees.
+"""How much of a draft is accepted on held-out text: simulated from the states that training uses, or in real rounds with trees.
 
 Knows networks, examples, the unroll and the round; knows nothing of optimisers.
 """
@@ -22,22 +22,22 @@ from eyas.train.batches import make_batch
 from eyas.train.features import Example, StateSource
 from eyas.train.unroll import Batch, Step, unroll
 
-RANKS = 8  # guesses of a step whose accuracies are told apart
+RANKS = 8  # the best guesses of a step that are counted, each for itself
 
 Unroll = Callable[[Any, Batch, int], Iterator[Step]]
 
 
 class Simulation(NamedTuple):
-    """Counts over E examples and K steps of a chain drafted at every anchor of their answers, fed with the text's own tokens."""
+    """Counts for E examples and K steps: a chain is drafted at every anchor of their answers, fed with the text's own tokens."""
 
     anchors: Tensor  # [E]
-    counted: Tensor  # [E, K] anchors whose answer reaches so far
-    alive: Tensor  # [E, K] of those, where all steps before were right
-    right: Tensor  # [E, K] of those, where this step is right too: it says what the target finds likeliest
-    forced: Tensor  # [E, K] of the counted, where this step is right, whatever came before
+    counted: Tensor  # [E, K] anchors whose answer is long enough for this step
+    alive: Tensor  # [E, K] those of them where all steps before were right
+    right: Tensor  # [E, K] those of `alive` where this step is right too: its guess is what the target finds likeliest
+    forced: Tensor  # [E, K] those of `counted` where this step is right, whatever came before
 
     def tau(self) -> float:
-        """1 + mean number of leading steps right, over all anchors."""
+        """1 + the mean number of leading steps that are right, over all anchors."""
         return 1 + float(self.right.sum()) / max(float(self.anchors.sum()), 1)
 
     def acceptance(self) -> list[float]:
@@ -49,7 +49,7 @@ class Simulation(NamedTuple):
         return (self.forced.sum(0) / self.counted.sum(0).clamp_min(1)).tolist()
 
     def interval(self, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """95% of tau, by bootstrap over examples."""
+        """The ends of tau's 95% interval, by bootstrap over examples."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(0, len(self.anchors), (draws, len(self.anchors)), generator=generator)
         taus = 1 + self.right.sum(1)[chosen].sum(1) / self.anchors[chosen].sum(1).clamp_min(1)
@@ -67,7 +67,8 @@ def simulate(
     together: int = 8,
     unroll: Unroll = unroll,
 ) -> Simulation:
-    """Draft at every anchor of the examples' answers, by the method's `unroll`; the source's `target_argmax` is what the target says."""
+    """Draft a chain of `steps` steps at every anchor of the examples' answers, with the method's `unroll`, and count where it says what the
+    target does, which is the source's `target_argmax`."""
     parts = []
     for first in range(0, len(examples), together):
         batch, states = make_batch(examples[first : first + together], source, network)
@@ -90,8 +91,8 @@ def simulate(
 def rank_accuracies(
     network: DraftModule, vocab: DraftVocab, examples: Sequence[Example], source: StateSource, steps: int, unroll: Unroll, together: int = 8
 ) -> list[list[float]]:
-    """[step][rank]: how often the guess of this rank is what the target says, where the text before was what the target says; from it
-    decode/plan/static_tree.py makes the best tree of a fixed shape (Medusa, arXiv 2401.10774, 3.3)."""
+    """How often the guess of each rank is the target's likeliest token, as [step][rank], counted where the text before was the target's
+    likeliest too. decode/plan/static_tree.py makes the best tree of a fixed shape from it (Medusa, arXiv 2401.10774, 3.3)."""
     taken, tried = (torch.zeros(steps, width, dtype=torch.float64, device="cpu") for width in (RANKS, 1))
     for first in range(0, len(examples), together):
         batch, states = make_batch(examples[first : first + together], source, network)
@@ -108,7 +109,7 @@ def rank_accuracies(
 
 
 class TreeTau:
-    """Tau of real rounds: greedy text after some prompts, drafted by trees of one shape."""
+    """Measures tau in real rounds: greedy text after these prompts, with trees of one shape."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from eyas.train.unroll import Batch
 
 
 def make_batch(examples: Sequence[Example], source: StateSource, network: DraftModule) -> tuple[Batch, States]:
-    """Lay examples end to end where the network is; answers get numbers of their own."""
+    """Lay examples end to end, on the network's device; every answer gets a number of its own. Returns the target's states too."""
     device = network.device
     features, hidden, target_argmax = (tensor.to(device) for tensor in source.states(examples))
     tokens = torch.tensor([token for example in examples for token in example.tokens], device=device)
@@ -26,7 +26,7 @@ def make_batch(examples: Sequence[Example], source: StateSource, network: DraftM
 
 
 def numbered_answers(examples: Sequence[Example]) -> Tensor:
-    """Answer numbers [M] of examples laid end to end, no number twice; -1 outside."""
+    """The answer numbers [M] of examples laid end to end: no two answers have the same number; -1 outside."""
     answers, used = [], 0
     for example in examples:
         answers += [number + used if number >= 0 else -1 for number in example.answers]
@@ -35,7 +35,7 @@ def numbered_answers(examples: Sequence[Example]) -> Tensor:
 
 
 def split_evenly(examples: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Parts of about equal tokens, the longest documents dealt first."""
+    """Deal examples into `parts` lists with about as many tokens each, the longest documents first."""
     found: list[list[Example]] = [[] for _ in range(parts)]
     for example in sorted(examples, key=lambda example: -len(example.tokens)):
         min(found, key=lambda part: sum(len(held.tokens) for held in part)).append(example)

@@ -1,6 +1,6 @@
-"""A training run from what it is made of: examples are held out, a draft is begun or gone on with, and a trainer has all it needs.
+"""Builds a training run: holds examples out, begins a draft or takes an earlier one, and makes the trainer.
 
-Knows every part of training; knows nothing of options, files of the user's or terminals. This is what a program of one's own calls:
+Knows every part of training; knows nothing of options, of the user's files or of terminals. A program of your own calls it so:
 
     trainer = build(Setup(load_target(directory, "fp32"), taps, examples, ShardStates(), TrainSettings(), out))
     trainer.run(Budget(minutes=10), lambda *_: None)
@@ -37,12 +37,12 @@ from eyas.train.parallel import ALONE, Ranks
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Run, Trainer
 
-TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # of the measurements with trees while training
+TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # for measurements with trees while training: their shape, prompts, tokens of an answer
 
 
 @dataclass(frozen=True)
 class Studied:
-    """A target on disk as a run studies it: its shape, its hash, and the layers whose inputs are kept."""
+    """What a run knows of its target on disk: its shape, its hash, and the layers whose inputs are kept."""
 
     directory: Path
     config: TargetConfig
@@ -51,14 +51,14 @@ class Studied:
 
     @classmethod
     def at(cls, directory: Path, taps: Sequence[int] | None = None) -> Studied:
-        """`taps` None: the usual ones."""
+        """The target in a directory; `taps` None: the default ones."""
         config = target_config(directory)
         layers = config.num_hidden_layers
         chosen = usual_taps(layers) if taps is None else check_taps(taps, layers)
         return cls(directory, config, directory_hash(directory), chosen)
 
     def facts(self) -> dict[str, Any]:
-        """What training.json says of it, and of where and when it was studied."""
+        """What training.json says of the target, and of the machine, versions and date of the run."""
         return {
             "target": self.directory.name,
             "target_sha256": self.sha256,
@@ -85,11 +85,12 @@ class Setup:
     workers: int = 1
     ranks: Ranks = ALONE
     start: Path | None = None  # a draft whose weights it begins with
-    held_out: list[Example] | None = None  # what measures; None: some of the examples are taken for it
+    held_out: list[Example] | None = None  # the examples that only measure; None: some of `examples` are taken
     say: Callable[[str], None] = lambda line: None
 
 
 def build(setup: Setup) -> Trainer:
+    """The trainer of a run, ready to `run` or `resume`."""
     target, settings = setup.target, setup.settings
     kept, held_out = hold_out(setup.examples, settings) if setup.held_out is None else (setup.examples, setup.held_out)
     if setup.start is None:
@@ -126,7 +127,7 @@ def tell(setup: Setup, kept: list[Example], held_out: list[Example], vocab: Draf
 
 
 def usual_taps(layers: int) -> tuple[int, ...]:
-    """The default ones, of a target that has layers enough."""
+    """The default taps of a target with this many layers. Raises `EyasError` for a target of too few."""
     low, middle, high = default_taps(layers)
     if not 0 <= low < middle < high:
         raise EyasError(f"a target of {layers} layers is too shallow for the default taps; name others with `eyas train --taps L,M,H`")
@@ -139,7 +140,7 @@ def usual_taps(layers: int) -> tuple[int, ...]:
 def new_draft(
     target: TargetModel, taps: tuple[int, ...], kept: list[Example], settings: TrainSettings, method: str = "eagle3"
 ) -> tuple[DraftModule, DraftVocab]:
-    """A draft for these conversations' tokens that begins with what the target knows."""
+    """A new draft, whose vocabulary comes from these conversations' answers and whose weights come from the target."""
     documents, config = [Document(example.tokens, example.answers) for example in kept], target.config
     ids = draft_vocabulary(documents, settings.draft_vocab_size, config.vocab_size, always=config.eos_token_ids)
     vocab = DraftVocab(ids, config.vocab_size)

@@ -12,7 +12,7 @@ CARD, PICTURE = "README.md", "curve.png"
 
 
 def best_point(told: Mapping[str, Any]) -> dict[str, float] | None:
-    """The point of training.json's curve whose weights were kept; None where there is no curve as eyas writes it."""
+    """The point of training.json's curve whose weights were kept; None where it holds no curve of the form that eyas writes."""
     curve = told.get("curve")
     numbers = ("tau", "accept_1")
     points = [point for point in curve if isinstance(point, dict)] if isinstance(curve, list) else []
@@ -61,7 +61,7 @@ questions. Questions of other kinds may accept less: measure yours with `eyas be
 
 
 def shown(figures: dict[str, Any], name: str, prompts: int) -> str:
-    """A figure with its interval, which says nothing where one question was asked."""
+    """A figure with its interval; without it where only one question was asked, since it would say nothing."""
     value, between = figures.get(name), figures.get(f"{name}_interval")
     if value is None:
         return "-"

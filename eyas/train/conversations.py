@@ -1,4 +1,4 @@
-"""Turn conversations into token documents that know which tokens are answers.
+"""Turns conversations into documents of tokens, and marks which tokens are answers.
 
 Knows any chat template: an answer is found by rendering, never by a header written here.
 Knows nothing of models, tensors or batches, and reads no tool calls (a line with a tool's turn is reported and skipped).
@@ -146,7 +146,8 @@ def _answer_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
 
 
 def _probed_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int] | None:
-    """Where the content lies, from the same conversation with PROBE in its place; None if the template treats the two differently."""
+    """Where the content lies, found by rendering the same conversation with PROBE instead; None if the template treats the two
+    differently."""
     probed = _try_apply(tokenizer, [*messages[:turn], {**messages[turn], "content": PROBE}, *messages[turn + 1 :]])
     if probed is None or probed.count(PROBE) != 1:
         return None
@@ -156,7 +157,7 @@ def _probed_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
 
 
 def _literal_span(text: str, content: str, prompt_end: int | None) -> tuple[int, int] | None:
-    """Where the stripped content lies if it is what follows the generation prompt, blanks aside."""
+    """Where the stripped content lies, if it follows the generation prompt with nothing but blanks between; else None."""
     if prompt_end is None:
         return None
     begin = len(text) - len(text[prompt_end:].lstrip())

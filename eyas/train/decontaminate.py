@@ -1,6 +1,6 @@
-"""Keeping training apart from evaluation: conversations that ask what an evaluation asks are left out.
+"""Keeps training apart from evaluation: leaves out conversations that ask what an evaluation asks.
 
-Knows tokens and where a conversation's questions lie; knows nothing of models. Two prompts meet where they share 13 tokens in a row.
+Two prompts meet where they share 13 tokens in a row. Knows tokens and where a conversation's questions lie; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def grams(tokens: Sequence[int], size: int = GRAM) -> set[tuple[int, ...]]:
 
 
 def all_grams(texts: Iterable[str], tokens: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
-    """The runs of tokens in some texts, cut into tokens by `tokens`."""
+    """All runs of tokens in these texts; `tokens` turns a text into tokens."""
     return set().union(*(grams(tokens(text)) for text in texts))
 
 
@@ -29,7 +29,7 @@ def meets(turns: Iterable[Sequence[int]], evaluated: set[tuple[int, ...]]) -> bo
 
 
 def questions(example: Example, template: Template) -> Iterator[list[int]]:
-    """The user turns of a conversation that the target wrote: what lies before each answer, but for the template's own tokens."""
+    """The user turns of a conversation that the target wrote: the tokens before each answer, without the template's own."""
     tokens, answers = example.tokens, example.answers
     start, number = len(template.before), 0
     for place in range(1, len(tokens)):
@@ -40,7 +40,7 @@ def questions(example: Example, template: Template) -> Iterator[list[int]]:
 
 
 def decontaminated(examples: Sequence[Example], prompts: Sequence[str], template: Template) -> tuple[list[Example], int]:
-    """Examples none of whose questions shares a run of tokens with one of the prompts, and how many were left out."""
+    """The examples whose questions share no run of tokens with any of the prompts, and how many were left out."""
     evaluated = all_grams(prompts, template.tokens)
     kept = [example for example in examples if not meets(questions(example, template), evaluated)]
     return kept, len(examples) - len(kept)

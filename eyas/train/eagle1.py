@@ -1,7 +1,7 @@
-"""How an EAGLE-1 draft learns (arXiv 2401.15077, 3.2): guess the next feature, from true ones, and what the target's head makes of it.
+"""How an EAGLE-1 draft learns (arXiv 2401.15077, 3.2): from true features it guesses the next one.
 
-One step, fed with true features: smooth L1 between the guessed feature and the true one, and a tenth of the cross-entropy between what the
-target's head says of both. Noise on the features it is given makes it bear the errors of its own guesses, which it never sees here. EAGLE-3
+It learns one step. The loss is smooth L1 between the guessed feature and the true one, plus a tenth of the cross-entropy between what the
+target's head says of both. Noise on the given features prepares it for the errors of its own guesses, which it never sees here. EAGLE-3
 drops the first term, since a draft that need not hit features has more to learn from data, and replaces the noise by the errors themselves.
 """
 
@@ -22,13 +22,13 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Supervision, unroll
 
-SETTINGS = {"unroll_steps": 1, "step_keep": 1.0}  # of its training, where nobody says otherwise
+SETTINGS = {"unroll_steps": 1, "step_keep": 1.0}  # its own defaults among TrainSettings
 OF_HEAD = 0.1  # weight of the cross-entropy beside the features' loss
-NOISE = 0.1  # of the features' mean size: the published uniform noise has the spread of a fifth of features of size one
+NOISE = 0.1  # half the width of the uniform noise, as a share of the features' mean size; published: a width of a fifth for size one
 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
-    """It begins as the feature it is given, which says the token already drawn."""
+    """A draft that begins by passing on the feature it is given, which predicts the token already drawn."""
     shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
     (block,) = network.blocks
@@ -38,7 +38,7 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def loss(network: Eagle1Network, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
-    """Mean over anchors of both terms; the second's mean is what is shown."""
+    """The sum of both terms' means over anchors; and the second's mean, to show."""
     generator = torch.Generator().manual_seed(supervision.seed)
     true_MH = batch.wanted(network.wants)
     noise_MH = (torch.rand(true_MH.shape, generator=generator, device="cpu") - 0.5).to(true_MH) * 2 * NOISE * true_MH.abs().mean()

@@ -1,6 +1,6 @@
-"""How an EAGLE-3 draft begins and what it learns from: unroll.py's loss, on initialise.py's weights.
+"""How an EAGLE-3 draft begins and what it learns: initialise.py's weights and unroll.py's loss.
 
-Knows which parts make the method; how each works is theirs.
+Knows which modules make the method, and nothing of how they work.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from eyas.model.vocab import DraftVocab
 from eyas.train import unroll as steps
 from eyas.train.initialise import initialise
 
-SETTINGS = {"unroll_steps": 7}  # its steps; the rest as TrainSettings has it
+SETTINGS = {"unroll_steps": 7}  # its own defaults among TrainSettings
 
 unroll, loss = steps.unroll, steps.unrolled_loss
 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> DraftNetwork:
-    """A draft of the target's own shape that begins with what the target knows."""
+    """A draft of the target's own shape that begins with weights of the target's."""
     asked = {name: getattr(settings, name) for name in ("fc_norm", "norm_output", "draft_layers")}
     shape = draft_config(target.config, len(vocab), taps, **asked)
     network = DraftNetwork(shape, target.embedding.detach())

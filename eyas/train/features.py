@@ -1,7 +1,7 @@
-"""Where training examples and what the target knew about them come from: shards that self-play wrote, or a target pass on the fly.
+"""Training examples and the target's states at their tokens: from shards that self-play wrote, or from a pass of the target on the fly.
 
-Knows documents, shards and the target's pass; knows nothing of the draft. Either way an example is tokens with answer numbers, and
-`states` gives features [M, taps * H], last hidden states [M, H] and the target's likeliest tokens [M] for a list of examples.
+Either way an example is tokens with answer numbers, and `states` gives features [M, taps * H], last hidden states [M, H] and the target's
+likeliest tokens [M] for a list of examples. Knows documents, shards and the target's pass; knows nothing of the draft.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ SCORED = 256  # rows whose logits over the whole vocabulary are held at once
 
 @dataclass(frozen=True)
 class Example:
-    """A document and where its states are to be found."""
+    """A document, and where its states are stored."""
 
     tokens: list[int]
-    answers: list[int]
-    greedy: bool = False  # the answer is the target's own at temperature 0
-    source: Path | None = None
+    answers: list[int]  # for each token the number of its answer; -1 outside
+    greedy: bool = False  # whether the answer is the target's own at temperature 0
+    source: Path | None = None  # its shard; None: the target computes its states
     start: int = 0  # first row of its states in `source`
 
     @property
     def key(self) -> str:
-        """What names it in a message: its shard and first row there, or a hash of its tokens."""
+        """Its name in messages: its shard and first row there, or a hash of its tokens."""
         if self.source is not None:
             return f"{self.source.parent.name}/{self.source.name}:{self.start}"
         return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:10]
@@ -68,7 +68,7 @@ def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
 
 
 class ShardStates:
-    """Reads what the generator handed over; nothing is held in memory but what is asked for."""
+    """Reads the states that self-play stored; only those that are asked for are held in memory."""
 
     def states(self, examples: Sequence[Example]) -> States:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -84,7 +84,7 @@ class ShardStates:
 
 
 class TargetStates:
-    """Runs the target over the documents, one flat pass of all of them."""
+    """Runs the target over the documents, all of them in one flat pass."""
 
     def __init__(self, target: TargetModel, taps: Sequence[int]) -> None:
         self.target, self.taps = target, taps
@@ -110,7 +110,7 @@ class TargetStates:
 
 
 class TapsOf:
-    """Of a source that has the features of several taps, those of some: one text serves drafts that read different layers."""
+    """A source with the features of some of another source's taps, so that one text serves drafts that read different layers."""
 
     def __init__(self, source: StateSource, held: Sequence[int], wanted: Sequence[int]) -> None:
         self.source, self.count, self.places = source, len(held), [list(held).index(tap) for tap in wanted]

@@ -1,6 +1,6 @@
-"""What a run of new-draft would cost and make in the time given, from about a minute of measuring on this machine.
+"""What a run of `new-draft` would cost and make in the given time, from about a minute of measuring on this machine.
 
-Knows a writer and a trainer well enough to time a little of each; writes no file.
+Knows a writer and a trainer well enough to time each for a while; writes no file.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from eyas.train.features import Example, States
 from eyas.train.selfplay import Writer
 from eyas.train.trainer import Trainer
 
-SECONDS = 25.0  # of each measurement
+SECONDS = 25.0  # seconds of each measurement
 DOCUMENT, ANSWER = 200, 140  # tokens of a typical conversation, and of its answer
 
 
 @dataclass(frozen=True)
 class Forecast:
-    parameters: int  # that train
-    answer_tokens: float  # written a second, all workers together
-    slots: float  # trained a second
-    bytes_per_token: int  # of a shard
-    workers: int  # that train
+    parameters: int  # parameters that are trained
+    answer_tokens: float  # answer tokens written per second by all writers together
+    slots: float  # anchors trained per second
+    bytes_per_token: int  # bytes of a shard for each token
+    workers: int  # workers that train
 
     def lines(self, writing_minutes: float, training_minutes: float) -> list[str]:
         tokens, slots = 60 * writing_minutes * self.answer_tokens, 60 * training_minutes * self.slots
@@ -43,7 +43,7 @@ class Forecast:
 
 @torch.inference_mode()
 def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> float:
-    """Answer tokens a second of `workers` single-thread writers, from one of them; the first half of the time is not counted."""
+    """Answer tokens per second of `workers` single-thread writers, measured with one of them. The first half of the time is not counted."""
     rows = {slot: writer.begin(slot, slot) for slot in range(writer.cache.slots)}
     following, counted, started = len(rows), 0, time.monotonic()
     counting_since = started + seconds / 2
@@ -55,7 +55,7 @@ def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> floa
 
 
 def training_rate(trainer: Trainer, seconds: float = SECONDS) -> float:
-    """Anchors a second, after one step that is not counted. The trainer is of no use afterwards."""
+    """Anchors per second, after one step that is not counted. The trainer must not be used afterwards."""
     batch = next(trainer.batches(0))
     trainer.step(batch)
     before, started = trainer.progress.slots, time.monotonic()
@@ -65,7 +65,7 @@ def training_rate(trainer: Trainer, seconds: float = SECONDS) -> float:
 
 
 def made_up_examples(config: TargetConfig, count: int = 40) -> list[Example]:
-    """Conversations of usual lengths: how fast a step is does not hang on what they say."""
+    """Made-up conversations of usual lengths. The speed of a step does not depend on what they say."""
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (count, DOCUMENT), generator=draw).tolist()
     return [Example(row, [-1] * (DOCUMENT - ANSWER) + [0] * ANSWER, True) for row in tokens]

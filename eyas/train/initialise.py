@@ -1,4 +1,4 @@
-"""Where a draft's weights begin: with what the target knows already.
+"""Where a draft's weights begin: with the target's own.
 
 Knows both networks; knows nothing of training.
 """
@@ -16,12 +16,12 @@ from eyas.model.target import Target
 from eyas.model.transformer import Block
 from eyas.model.vocab import DraftVocab
 
-FC_SPREAD = 0.1  # of fc's random part, beside the identity on the high feature
+FC_SPREAD = 0.1  # factor on fc's random weights, which are added to the identity on the high feature
 
 
 def initialise(network: DraftNetwork, target: TargetModel, vocab: DraftVocab, seed: int, top_layer_only: bool = False) -> None:
-    """Start from the target: its head, and fc as the last tap's feature; where its layers are our own blocks also the last of them and the
-    final norm. The rest is small and random, but that a layer behind the first begins by adding nothing.
+    """Start from the target's weights: its head, and where its layers are our own blocks its last layer and final norm; fc begins by
+    passing the last tap's feature on. Other weights are small and random, but layers behind the first begin by adding nothing.
 
     Measured after three minutes from scratch: simulated tau 1.09 with the last layer, 1.05 with the head alone.
     """
@@ -46,9 +46,9 @@ def initialise(network: DraftNetwork, target: TargetModel, vocab: DraftVocab, se
 
 @torch.no_grad()
 def begin_as_feature(layer: nn.Module, joined: nn.Linear, seed: int) -> None:
-    """A layer behind a product of [embedding ; feature], of a draft that reads the target's last hidden state: the product begins as the
-    feature, the layer small and random, so that what comes out is what the target's head reads. (The target's last layer is no beginning
-    here: what it adds is of the size of the states before the final norm.)"""
+    """Begin a draft that reads the target's last hidden state, with `layer` behind the product `joined` of [embedding ; feature]. The
+    product begins by passing the feature on, the layer small and random, so the output is what the target's head reads. (The target's last
+    layer is no beginning here: what it adds has the size of states before the final norm.)"""
     generator = torch.Generator().manual_seed(seed)
     for parameter in [*layer.parameters(), joined.weight]:
         if parameter.dim() == 2:
@@ -57,7 +57,8 @@ def begin_as_feature(layer: nn.Module, joined: nn.Linear, seed: int) -> None:
 
 
 def copy_last_layer(own: DraftBlock, last: Block, width: int) -> None:
-    """The feature's half of the attention's input is what the target's layer reads; the embedding's half stays as it is."""
+    """Copy the target's last layer into the draft's first. Weights on the feature's half of the attention's input are the target's; those
+    on the embedding's half stay as they are."""
     own.mlp.load_state_dict(last.mlp.state_dict())
     own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
     for name in ("q_proj", "k_proj", "v_proj"):

@@ -1,11 +1,12 @@
-"""What a draft is taught with: the paper's cross-entropy against the target's distribution, or losses of acceptance itself.
+"""The losses: the paper's cross-entropy against the target's distribution, and losses of acceptance itself.
 
 Knows states, a head and distributions over the draft vocabulary; knows nothing of documents or steps. The head is the training's largest
 matrix, so its gradient is taken in the forward pass, a chunk of rows at a time: logits [N, D] are never held whole.
 
-A loss of one's own is `register`ed by a plugin: a plain function of log q and p, or a rule with its slope, as those here are.
+A plugin adds a loss with `register`: a plain function of log q and p, or a rule that also returns its slope, as those here do.
 
-p is the teacher's distribution, q the draft's, and acceptance sum_v min(p_v, q_v) the chance that EAGLE's rule keeps a token drawn from q.
+p is the teacher's distribution, q the draft's, and acceptance = sum_v min(p_v, q_v) is the chance that EAGLE's rule keeps a token drawn
+from q.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch import Tensor
 from eyas.config import EyasError
 
 CHUNK = 512  # rows of logits held at once; more is slower (the rows leave the cache) and less pays the overhead more often
-DECAY = 3.0  # of the cross-entropy's part in lk-lambda, per acceptance (arXiv 2602.23881)
+DECAY = 3.0  # in lk-lambda the cross-entropy weighs exp(-DECAY * acceptance) (arXiv 2602.23881)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (log q, p), each [n, D] -> loss [n], in operations that autograd knows
-Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (log q, q, p), each [n, D] -> loss [n] and its slope by logits [n, D]
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (log q, q, p), each [n, D] -> loss [n], its slope by q's logits [n, D]
 
 
 def cross_entropy(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum p log q (EAGLE-3, draft model training)."""
+    """-sum p log q, and its slope by the logits of q (EAGLE-3, draft model training). The slope is written over q."""
     return -torch.einsum("nd,nd->n", p, log_q), q.sub_(p)
 
 
@@ -56,8 +57,9 @@ LOSSES: dict[str, Rule] = {"soft": cross_entropy, "lk-alpha": lk_alpha, "lk-lamb
 
 
 def register(name: str, loss: Loss | None = None, rule: Rule | None = None) -> None:
-    """Add a loss of one's own, from a plugin: as it stands in a paper, or as a rule that brings its slope. By autograd the head's part of a
-    step takes 1.1 times as long with cross-entropy, 1.4 times with -log acceptance."""
+    """Add a loss from a plugin: either `loss`, as it stands in a paper, or `rule`, which brings its slope. Autograd finds the slope of a
+    `loss`; the head's part of a step then takes 1.1 times as long with cross-entropy, 1.4 times with -log acceptance. Raises `EyasError`
+    for a name that is taken, and for both or neither."""
     if name in LOSSES:
         raise EyasError(f"loss {name!r} exists already; choose another name")
     if rule is None and loss is not None:
@@ -68,11 +70,11 @@ def register(name: str, loss: Loss | None = None, rule: Rule | None = None) -> N
 
 
 def by_autograd(name: str, loss: Loss) -> Rule:
-    """A rule whose slope autograd finds, a chunk of rows at a time as every other's."""
+    """A rule made of a loss: autograd finds its slope, a chunk of rows at a time."""
 
     def rule(log_q: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            logits = log_q.detach().requires_grad_()  # as good as any: what is added to a whole row changes nothing
+            logits = log_q.detach().requires_grad_()  # these may stand for the logits: a constant added to a whole row changes nothing
             terms = loss(logits.log_softmax(-1), p)
             if terms.shape != log_q.shape[:1] or not terms.requires_grad:
                 raise EyasError(f"loss {name!r} must make one differentiable number of each row, [{len(log_q)}], not {tuple(terms.shape)}")
@@ -83,15 +85,15 @@ def by_autograd(name: str, loss: Loss) -> Rule:
 
 
 class Columns(NamedTuple):
-    """Tokens of the draft vocabulary that a batch's losses look at, and how many each stands for."""
+    """The tokens of the draft vocabulary that a batch's losses are computed over, and how many tokens each stands for."""
 
-    ids: Tensor  # [C] ascending
-    weight: Tensor  # [C] 1 for those that matter, D' / m for m drawn from the D' others
+    ids: Tensor  # [C] draft ids, ascending
+    weight: Tensor  # [C] 1 for tokens likely in the batch, D' / m for the m tokens drawn from the D' others
 
 
 def choose_columns(teacher_RD: Tensor, likeliest: int, drawn: int, seed: int) -> Columns:
-    """All tokens among the `likeliest` of some row's distribution, and `drawn` of the others by chance: sums over columns by weight then
-    estimate sums over all tokens without bias."""
+    """Choose all tokens that are among the `likeliest` of any row's distribution, and draw `drawn` of the others at random. A weighted sum
+    over these columns estimates the sum over all tokens without bias."""
     D = teacher_RD.shape[1]
     certain = torch.zeros(D, dtype=torch.bool, device=teacher_RD.device)
     certain[teacher_RD.topk(min(likeliest, D)).indices.flatten()] = True
@@ -106,12 +108,13 @@ def choose_columns(teacher_RD: Tensor, likeliest: int, drawn: int, seed: int) ->
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum over n of weight_n * loss(softmax(x_n W^T), teacher of n), and its terms [N] to look at; teacher rows sum to 1."""
+    """The sum over n of weight_n * loss(softmax(x_n W^T), teacher of n), and its terms [N], through which no gradient flows. Teacher rows
+    sum to 1."""
 
     @staticmethod
     @torch.amp.custom_fwd(
         device_type="cuda", cast_inputs=torch.float32
-    )  # a distribution wants float32, whatever the layer below computed in
+    )  # a distribution needs float32, whatever format the layer below computed in
     def forward(
         ctx: Any,
         x_NH: Tensor,
@@ -148,7 +151,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx, dhead = ctx.saved_tensors
-        if dloss != 1:  # the loss itself is what is derived, as a rule: then both are done
+        if dloss != 1:  # 1 where the gradient is of the loss itself, as it mostly is: then both are right already
             dx, dhead = dx * dloss, None if dhead is None else dhead * dloss
         return dx, dhead, None, None, None, None, None
 
@@ -162,10 +165,10 @@ def head_loss(
     loss: str = "soft",
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's distribution, and its terms [N].
+    """The weighted sum over rows of a loss (a key of LOSSES) of softmax(x W^T) against the teacher's distribution, and its terms [N].
 
-    Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0. With `columns` only those tokens are looked at, each as often as it
-    stands for: the head is the largest product, and most of its tokens matter to no row of a batch.
+    Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0. With `columns` only those tokens are computed, and each counts for as
+    many as it stands for: the head is the largest product, and most tokens matter to no row of a batch.
     """
     if columns is None:
         return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss], None)

@@ -1,7 +1,7 @@
-"""How Medusa's heads learn (arXiv 2401.10774, 2.2.1): each the distribution of one token further ahead, all from the same hidden state.
+"""How Medusa's heads learn (arXiv 2401.10774, 2.2.1): each learns the distribution of one token further ahead, from the same hidden state.
 
-Head k at row j learns what the target says at row j + 1 + k: of the token two places behind j, three places, and so on. Deeper heads weigh
-less (`step_decay`), for they see less. Knows heads and batches; knows nothing of optimisers.
+Head k at row j learns what the target says at row j + 1 + k: about the token two positions after j, three positions, and so on. Deeper
+heads weigh less (`step_decay`), since they know less. Knows heads and batches; knows nothing of optimisers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.unroll import Batch, Step, Supervision
 
-SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # heads, and how much deeper ones weigh, as published
+SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # the number of heads, and how much deeper ones weigh, as published
 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MedusaNetwork:
@@ -34,7 +34,7 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 
 def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Each head's hidden states at the anchors whose answer reaches so far."""
+    """For each head, the hidden states it reads at the anchors whose answer is long enough."""
     hidden_MH, (anchors, counted) = batch.wanted(network.wants), batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     for step in range(min(steps, network.levels)):

@@ -1,7 +1,7 @@
-"""How multi-token prediction's modules learn (DeepSeek-V3, arXiv 2412.19437, 2.2), here after the fact, on a frozen target.
+"""How multi-token prediction's modules learn (DeepSeek-V3, arXiv 2412.19437, 2.2): here after the target was trained, which stays frozen.
 
-Module k reads what module k - 1 made of every place of a document, so nothing is unrolled: what it sees in training is what it will see in
-use. Its loss is the cross-entropy against the target's distribution of the token k + 1 places behind; the modules' losses are added. Knows
+Module k reads what module k - 1 made of every position of a document, so nothing is unrolled: it sees in training what it will see in use.
+Its loss is the cross-entropy against the target's distribution of the token k + 1 positions after; the modules' losses are added. Knows
 modules and batches; knows nothing of optimisers.
 """
 
@@ -24,22 +24,22 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.initialise import begin_as_feature
 from eyas.train.unroll import Batch, Step, Supervision, comb_attention
 
-SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # modules, all of one weight, as published
+SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # the number of modules, which all weigh the same, as published
 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
-    """Modules that begin as the state they are given."""
+    """Modules that begin by passing on the state they are given."""
     network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
     for number, module in enumerate(network.stack):
         begin_as_feature(module, module.eh_proj, settings.seed + number)
         if isinstance(target, Target):
-            gain = target.model.norm.weight.detach()  # which the state it is given has already
+            gain = target.model.norm.weight.detach()  # the given state has passed the final norm already
             torch.nn.init.constant_(cast("RMSNorm", module.shared_head["norm"]).weight, float(gain.square().mean().sqrt()))
     return network
 
 
 def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Each module's states at the anchors whose answer reaches so far; all places of a document are read, as in use."""
+    """For each module, its states at the anchors whose answer is long enough. It reads all positions of a document, as in use."""
     anchors, counted = batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     place = torch.cat([torch.arange(length) for length in batch.lengths])

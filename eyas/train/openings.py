@@ -1,7 +1,7 @@
-"""First words of requests of many kinds: where a model's own questions are all alike, a given beginning leads it elsewhere.
+"""First words of requests of many kinds. A model's own questions are much alike; a given beginning leads it to other kinds.
 
-Plain English beginnings of what people ask for: to explain, write, change, extract, compute, code, play a part. The model itself finishes
-each. No space at an end: tokens join a blank to the word behind it.
+They are plain English beginnings of what people ask for: to explain, write, change, extract, compute, code, play a part. The model finishes
+each. None ends in a space, since tokens join a space to the word after it.
 """
 
 OPENINGS: tuple[str, ...] = (

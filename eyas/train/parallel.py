@@ -15,12 +15,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-WAIT = timedelta(hours=48)  # the others wait while the first lets the target write
+WAIT = timedelta(hours=48)  # how long the other processes wait while the first lets the target write
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process's number among the processes that train together, and how many these are."""
 
     rank: int = 0
     count: int = 1
@@ -35,8 +35,8 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not distributed.is_initialized():
-            # Its functions' defaults hold the group that there is when they are first imported, as optimisers do on the way: imported
-            # later, they keep the group and its threads past `leave`, and such a thread can abort the process at its end.
+            # Defaults of this module's functions hold the process group of the moment it is first imported (optimisers import it). If that
+            # is after `init_process_group`, the group and its threads outlive `leave`, and such a thread can abort the process at its end.
             importlib.import_module("torch.distributed.nn.functional")
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=WAIT)
         return cls(distributed.get_rank(), distributed.get_world_size())
@@ -51,7 +51,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def agree(self, value: float, device: torch.device) -> float:
-        """The first process's value: clocks differ, and all must stop at the same step."""
+        """The first process's value, for all: clocks differ, and all must stop at the same step."""
         if self.count == 1:
             return value
         told = torch.tensor([value], dtype=torch.float64, device=device)

@@ -1,7 +1,7 @@
 """The target writes its own training data: it asks itself questions through its chat template's open user turn, and answers them.
 
-A batched sampler over flat rows with continuous refill: a finished conversation's slot is taken by the next one at once. The features
-and last hidden states that the target computes on the way are handed over with the tokens, so training needs no second target pass.
+A batched sampler over flat rows with continuous refill: the next conversation takes a finished one's slot at once. It hands over the
+features and last hidden states that the target computes on the way, so training needs no second pass of the target.
 Knows the target and the template; knows nothing of files (shards.py), processes (writers.py) or drafts.
 """
 
@@ -24,43 +24,43 @@ from eyas.train.openings import OPENINGS
 from eyas.train.template import Template
 
 T = TypeVar("T")
-SLOTS = 64  # conversations in flight a worker: beyond this the products gain nothing and the keys leave the cache
+SLOTS = 64  # conversations in flight for each worker: with more the products gain nothing and the keys leave the CPU's cache
 
 
 @dataclass(frozen=True)
 class SelfPlay:
-    """What decides the text (beside the number format, see writers.py); a folder of shards carries it as its key."""
+    """The settings that decide the text (the number format does too, see writers.py); a folder of shards carries them as its key."""
 
     target: str  # hash of the target's weights
     template: str  # the chat template around a question, as text
     taps: tuple[int, ...]
     seed: int = 0
     seed_prompts: str = ""  # name of a file of user turns and a hash of them, if any
-    seeded_share: float = 0.2  # of conversations that take their questions from there
-    regenerate: bool = False  # instead: conversation i has the questions of entry i, all of them, and there are no others
+    seeded_share: float = 0.2  # share of conversations that take their questions from that file
+    regenerate: bool = False  # instead: conversation i asks all the questions of entry i of that file, and nothing else is asked
     # Left to itself a model asks much the same way; a given first word or two lead it to other kinds of task.
     openings: tuple[str, ...] = OPENINGS
-    opening_share: float = 0.5  # of the questions it thinks of itself
+    opening_share: float = 0.5  # share of the target's own questions that begin with an opening
     question_top_p: float = 0.95
     # Drawn evenly. Most users decode near greedy; but greedy answers to alike questions are alike, and teach little after the first.
     answer_temperatures: tuple[float, ...] = (0.0, 0.7, 0.7, 1.0, 1.0)
     answer_top_p: float = 0.98
-    turns: tuple[int, ...] = (1, 1, 1, 2, 3)  # questions of a conversation, drawn evenly
-    longest_question: int = 160
-    longest_answer: int = 400
+    turns: tuple[int, ...] = (1, 1, 1, 2, 3)  # numbers of questions of a conversation, drawn evenly
+    longest_question: int = 160  # tokens
+    longest_answer: int = 400  # tokens
     longest: int = 1024  # tokens of a conversation, its template's included
     loop_gram: int = 16  # an answer is cut where it repeats this many tokens in a row
-    candidates: int = 64  # sampling looks at the best so many tokens
-    per_shard: int = 8  # conversations of a file: what a kill costs beside those in flight, and under 16 MB for small targets
+    candidates: int = 64  # a token is drawn from this many likeliest ones
+    per_shard: int = 8  # conversations in a file: a kill loses at most these and those in flight; under 16 MB for small targets
     version: int = 4
 
     def digest(self) -> str:
-        """Ten hex digits of all of it."""
+        """Ten hex digits of a hash of all settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Asked(NamedTuple):
-    """User turns that a user brings, under a system message or the template's own."""
+    """Questions that a user brings for one conversation. `system` None: the template's own system message."""
 
     turns: tuple[str, ...]
     system: str | None = None
@@ -68,24 +68,24 @@ class Asked(NamedTuple):
 
 @dataclass
 class Conversation:
-    """One row of the batch while it is written."""
+    """One conversation while it is written."""
 
-    index: int
+    index: int  # its number among all conversations of the run
     seed: int
-    temperature: float  # of its answers
+    temperature: float  # of its answers; questions have 1
     turns: int  # questions it may have
-    tokens: list[int]
-    waiting: list[int]  # tokens known but not yet read by the target
-    read: int  # tokens the target has read
-    part: int  # where the question or answer under way begins
-    asked: tuple[str, ...] = ()  # questions given, those to come
-    asking: bool = True
-    looped: bool = False
-    answers: list[range] = field(default_factory=list)  # where the finished answers lie, their end-of-turn tokens included
-    grams: set[tuple[int, ...]] = field(default_factory=set)  # of the answer under way
+    tokens: list[int]  # those that the target has read
+    waiting: list[int]  # the tokens after them: known, but not yet read by the target
+    read: int  # number of tokens the target has read
+    part: int  # position where the question or answer under way begins
+    asked: tuple[str, ...] = ()  # the given questions that are still to come
+    asking: bool = True  # whether a question is under way, not an answer
+    looped: bool = False  # whether its answer was cut because it repeats itself
+    answers: list[range] = field(default_factory=list)  # positions of the finished answers, their end-of-turn tokens included
+    grams: set[tuple[int, ...]] = field(default_factory=set)  # runs of `loop_gram` tokens in the answer under way
 
     def numbers(self) -> list[int]:
-        """For each token the number of its answer, -1 outside."""
+        """For each token the number of the answer it belongs to, or -1."""
         found = [-1] * len(self.tokens)
         for number, places in enumerate(self.answers):
             found[places.start : places.stop] = [number] * len(places)
@@ -93,7 +93,7 @@ class Conversation:
 
 
 class Finished(NamedTuple):
-    """A conversation of n read tokens and what the target knew at each."""
+    """A finished conversation of n read tokens, with the target's states at each."""
 
     row: Conversation
     features: Tensor  # [n, taps * H] bfloat16
@@ -112,8 +112,8 @@ class Writer:
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.target_argmax = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.openings = [template.tokens(text) for text in settings.openings]
-        self.root = int(settings.digest(), 16)  # other settings, other conversations: folders may train together
-        # Every conversation begins with the same tokens: they are read once, their rows copied to each.
+        self.root = int(settings.digest(), 16)  # other settings write other conversations, so their folders may train together
+        # Every conversation begins with the same tokens: they are read once, and their rows copied to each slot.
         opening = template.before[:-1]
         self.opening = target.new_cache(1, max(1, len(opening)))
         self.opening_states = torch.empty(0, width, dtype=torch.bfloat16)
@@ -122,7 +122,8 @@ class Writer:
             self.opening_states = torch.cat([read.tapped, read.hidden], -1).to(torch.bfloat16)
 
     def write(self, indices: Iterator[int]) -> Iterator[tuple[int, Finished | None]]:
-        """Write conversations of these indices; yields (index, conversation, or None for one without enough of an answer) as they end."""
+        """Write the conversations of these indices, and yield (index, conversation) as each ends; None for a conversation whose answers are
+        too short."""
         rows = {slot: self.begin(slot, index) for slot, index in zip(range(self.cache.slots), indices, strict=False)}
         while rows:
             for slot, outcome in list(self.step(rows)):
@@ -134,7 +135,8 @@ class Writer:
                     rows[slot] = self.begin(slot, index)
 
     def begin(self, slot: int, index: int) -> Conversation:
-        """Let `slot` hold conversation `index`: the template's opening, and a question or its first words where such are given."""
+        """Begin conversation `index` in `slot`: with the template's opening, then a given question or the first words of one, where the
+        conversation has such."""
         settings, template, seed = self.settings, self.template, derived_seed(self.root, index)
         u_share, u_question, u_temperature, u_turns, u_opening, u_which = uniforms(seed, 2**32, 6)
         temperature = pick(settings.answer_temperatures, u_temperature)
@@ -163,19 +165,21 @@ class Writer:
         return row
 
     def ask(self, row: Conversation) -> None:
-        """Put the next of the given questions."""
+        """Append the next given question, and open its answer."""
         longest = self.capacity // 2 if self.settings.regenerate else self.settings.longest_question
         row.waiting = row.waiting + self.template.tokens(row.asked[0])[:longest]
         row.asked = row.asked[1:]
         self.open_answer(row)
 
     def open_answer(self, row: Conversation) -> None:
+        """Close the question with the template, so that the next token drawn is an answer's first."""
         row.waiting = row.waiting + self.template.after
         row.part, row.asking = row.read + len(row.waiting), False
         row.grams.clear()
 
     def step(self, rows: dict[int, Conversation]) -> Iterator[tuple[int, Finished | None]]:
-        """One pass over all rows' waiting tokens; yields (slot, finished conversation, or None if dropped) for slots that are free."""
+        """Read the waiting tokens of all conversations in one pass, and draw one token for each. Yields (slot, conversation) for each that
+        is over; None for a conversation that is dropped."""
         slots = list(rows)
         counts = [len(row.waiting) for row in rows.values()]
         tokens = torch.tensor([token for row in rows.values() for token in row.waiting])
@@ -196,6 +200,7 @@ class Writer:
                 yield slot, self.finish(slot, row)
 
     def hand_over(self, rows: dict[int, Conversation], counts: list[int], states: Tensor) -> None:
+        """Note the states [sum of counts, (taps + 1) * H] of the rows that the pass read."""
         states = states.to(torch.bfloat16)
         if all(count == 1 for count in counts):
             self.handed_over[torch.tensor(list(rows)), torch.tensor([row.read for row in rows.values()])] = states
@@ -204,7 +209,8 @@ class Writer:
             self.handed_over[slot, row.read : row.read + len(part)] = part
 
     def choose(self, logits: Tensor, rows: list[Conversation]) -> list[int]:
-        """One token a row: temperature and top-p within the best candidates, by one uniform keyed to (row's seed, position)."""
+        """Draw one token for each conversation, with temperature and top-p, from its likeliest candidates. The draw takes one uniform
+        number keyed by (the conversation's seed, position)."""
         settings = self.settings
         asking = torch.tensor([row.asking for row in rows])
         temperature = torch.tensor([1.0 if row.asking else row.temperature for row in rows])
@@ -215,12 +221,13 @@ class Writer:
         distribution = distribution.masked_fill(above >= top_p[:, None], 0.0)
         u = torch.tensor([uniforms(row.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
         place = (distribution.cumsum(-1) <= (u * distribution.sum(-1))[:, None]).sum(-1).clamp_max(distribution.shape[-1] - 1)
-        place = torch.where(temperature > 0, place, 0)  # at 0 the best, however near the second is
+        place = torch.where(temperature > 0, place, 0)  # at temperature 0 the likeliest, however near the second is
         return ids.gather(1, place[:, None])[:, 0].tolist()
 
     def over(self, row: Conversation, token: int) -> bool:
-        """Take the drawn token; whether the conversation is over with it. An ended question opens the answer, an answer the next one."""
-        settings, drawn = self.settings, row.read + 1 - row.part  # tokens of the part under way, this one included
+        """Take a drawn token, and say whether the conversation is over with it. A question's end opens the answer; an answer's end opens
+        the next question, if there is to be one."""
+        settings, drawn = self.settings, row.read + 1 - row.part  # tokens of the question or answer under way, this one included
         full = row.read + 2 >= self.capacity
         if row.asking:
             if token in self.template.ends and drawn > 3 and row.read + len(self.template.after) + 8 < self.capacity:
@@ -247,7 +254,8 @@ class Writer:
         return False
 
     def finish(self, slot: int, row: Conversation) -> Finished | None:
-        """Cut behind the last answer. Its last token may be written but not read: it has no feature, and as a label it needs none."""
+        """The conversation, cut behind its last answer; None if its answers have too few tokens. The last token may be written but not
+        read: it has no feature, and as a label it needs none."""
         if sum(map(len, row.answers)) < 8:
             return None
         row.tokens = (row.tokens + row.waiting)[: row.answers[-1].stop]
@@ -258,5 +266,5 @@ class Writer:
 
 
 def pick(items: Sequence[T], u: float) -> T:
-    """One of them by a uniform."""
+    """One of the items, chosen by a uniform number `u` in (0, 1)."""
     return items[int(u * len(items))]

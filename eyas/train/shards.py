@@ -1,7 +1,7 @@
 """Self-written conversations on disk: shards of a few conversations each, in a folder that carries the key of what made it.
 
-A shard is written whole or not at all, and holds conversations `per_shard * n` to `per_shard * (n + 1) - 1` of its folder's settings,
-but for those that were dropped. Knows files; knows nothing of how text comes to be.
+A shard is written whole or not at all. Shard n holds conversations `per_shard * n` to `per_shard * (n + 1) - 1` of its folder's settings,
+without those that were dropped. Knows files; knows nothing of how text comes to be.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATTERN = "[0-9]" * 8 + ".safetensors"
 
 
 def save_shard(path: Path, conversations: Sequence[Finished | None], width: int, taps: int = 3) -> int:
-    """Tokens, lengths, answer numbers, features and hidden states of some conversations; returns the answer tokens in it.
+    """Save tokens, lengths, answer numbers, features and hidden states of these conversations; returns the number of answer tokens.
 
     None stands for a conversation that was dropped: it is counted. `width`: the target's hidden size.
     """
@@ -46,7 +46,7 @@ def save_shard(path: Path, conversations: Sequence[Finished | None], width: int,
     answers = int((tensors["answers"] >= 0).sum())
     counted = {"answer_tokens": answers, "dropped": len(conversations) - len(kept), "looped": sum(row.looped for row in rows)}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"counts": json.dumps(counted)})  # one entry: of several the order would not be fixed
+    save_file(tensors, temporary, metadata={"counts": json.dumps(counted)})  # one entry, since several would have no fixed order
     os.replace(temporary, path)
     return answers
 
@@ -77,7 +77,7 @@ def counts_of(path: Path) -> Counts:
 
 
 def data_folder(settings: SelfPlay) -> Path:
-    """Where shards of these settings lie: other settings, another folder."""
+    """The folder for shards of these settings; other settings have another one."""
     return cache_dir() / "selfplay" / settings.digest()
 
 
@@ -86,7 +86,7 @@ def number_of(path: Path) -> int:
 
 
 class Folder:
-    """The shards of a folder, their counts read once each."""
+    """The shards of a folder; the counts of each are read once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,7 +96,7 @@ class Folder:
         return self.path / f"{number:08d}.safetensors"
 
     def look(self) -> Folder:
-        """Take in what has been written since."""
+        """Read the counts of the shards that were written since the last look."""
         for path in self.path.glob(PATTERN):
             if (number := number_of(path)) not in self.counts:
                 self.counts[number] = counts_of(path)
@@ -108,7 +108,7 @@ class Folder:
     def in_order(self, tokens: int) -> list[int] | None:
         """The first shards, none left out, that together hold `tokens` answer tokens; None while there are not enough.
 
-        Which these are does not hang on how many workers wrote them, or when.
+        Which these are does not depend on how many workers wrote them, or when.
         """
         found: list[int] = []
         held = 0
@@ -121,7 +121,7 @@ class Folder:
 
 
 def claim_folder(folder: Path, settings: SelfPlay) -> None:
-    """Mark a folder of shards with what made them; a folder made otherwise is refused."""
+    """Mark a folder with the settings that its shards are written with. Raises `EyasError` for a folder of other settings."""
     key = json.loads(json.dumps(asdict(settings)))
     marker = folder / "key.json"
     try:
@@ -142,7 +142,7 @@ def claim_folder(folder: Path, settings: SelfPlay) -> None:
 
 
 def settings_of_folder(folder: Path) -> dict[str, Any]:
-    """What made a folder of shards, as `claim_folder` wrote it there."""
+    """The settings of a folder of shards, as `claim_folder` wrote them there."""
     try:
         return json.loads((folder / "key.json").read_text())
     except (OSError, ValueError):
@@ -161,7 +161,7 @@ def check_shards(folder: Path, settings: SelfPlay) -> None:
 
 
 def write_shards(writer: Writer, folder: Folder, numbers: Iterator[int]) -> Iterator[int]:
-    """Write these shards; yields the number of each as it is there. Conversations in flight may belong to several."""
+    """Write the shards of these numbers, and yield the number of each once it is written. Conversations in flight may belong to several."""
     settings, questions = writer.settings, len(writer.questions)
     last = questions if settings.regenerate else None
     held: dict[int, dict[int, Finished | None]] = {}

@@ -1,6 +1,6 @@
-"""What the target would say next, from its last hidden state, as a distribution over the draft vocabulary.
+"""The distribution that teaches: what the target would say next, over the draft vocabulary, from its last hidden state.
 
-Knows the target's head and what stands between it and the logits; knows nothing of drafts or documents.
+Knows the target's head and the steps from it to the logits; knows nothing of drafts or documents.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from eyas.model.vocab import DraftVocab
 
 @dataclass
 class Teacher:
-    """The target's head, cut to D tokens; its distribution is renormalised among them (EAGLE-3, draft model training)."""
+    """The target's head, cut to the D tokens of the draft vocabulary; its distribution is renormalised among them (EAGLE-3, draft model
+    training)."""
 
     head_DH: Tensor
-    member_V: Tensor
+    member_V: Tensor  # bool: whether a target token is in the draft vocabulary
     bias_D: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, target: TargetModel, vocab: DraftVocab, dtype: torch.dtype) -> Teacher:
-        """Of a target that is not yet prepared: then its head is still there to read."""
+        """The teacher made from a target. The target must not be prepared yet: preparing drops the head's weights, which are read here."""
         head, bias = target.head_weight.detach(), target.head_bias
         cut = None if bias is None else bias.detach()[vocab.ids].to(dtype)
         member = vocab.member().to(head.device)
         return cls(head[vocab.ids].to(dtype), member, cut, target.logit_scale, target.logit_softcap)
 
     def distribution(self, hidden_MH: Tensor) -> Tensor:
-        """[M, D]"""
+        """The target's distributions [M, D] over the draft vocabulary, from last hidden states [M, H]."""
         logits = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
         if self.bias_D is not None:
             logits += self.bias_D
@@ -43,5 +44,5 @@ class Teacher:
         return logits.softmax(-1)
 
     def within(self, argmax_M: Tensor) -> Tensor:
-        """[M] whether the target's likeliest token is among the D."""
+        """Whether the target's likeliest token is in the draft vocabulary, bool [M]. `argmax_M`: ids of these tokens."""
         return self.member_V[argmax_M.clamp_min(0)]

@@ -1,7 +1,7 @@
 """The chat template cut open, so that a model can write both sides of a conversation, token by token.
 
-Knows a tokenizer; knows nothing of models or sampling. A tokenizer without a chat template gives plain text mode: no questions, the whole
-text is one answer.
+A tokenizer without a chat template gives plain text mode: no questions, the whole text is one answer. Knows a tokenizer; knows nothing of
+models or sampling.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Template:
         return self.tokens(text[: text.index(PROBE)])
 
     def between_turns(self) -> str:
-        """What is written between an answer and the next question, from the end-of-turn token on; nothing where turns are rewritten."""
+        """The text between an answer and the next question, from the end-of-turn token on; "" where the template rewrites earlier turns."""
         turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": SAID}, {"role": "user", "content": PROBE}]
         try:
             whole = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

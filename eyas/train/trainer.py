@@ -1,7 +1,7 @@
 """The training loop: batches, gradients in parallel single-thread workers, AdamW, held-out acceptance, checkpoints that survive.
 
-Knows examples, a network and a budget; knows nothing of how examples came to be. Two single-thread workers beat one two-thread one on
-a laptop: OpenMP's threads stall at every barrier as soon as anything else runs.
+Two workers of one thread beat one worker of two threads on a laptop: OpenMP's threads stall at every barrier as soon as anything else
+runs. Knows examples, a network and a budget; knows nothing of how examples came to be.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from eyas.train.teacher import Teacher
 from eyas.train.unroll import Supervision, loss_anchors
 
 CHECKPOINT = "checkpoint"
-MEASURED = 7  # steps of a chain
-EXPLODED = 10  # times the loss of a draft that knows nothing
-LIKELIEST = 8  # tokens of each distribution that are always among a batch's columns
-CLEARLY = 0.05  # of the accepted drafts of the best weights: what a measurement must lack to count as over-fitting
-FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # what a run writes into its directory
-SAME_FACTS = {  # of a run and its resumption
+MEASURED = 7  # steps of the chain that is measured, for a draft that trains one step
+EXPLODED = 10  # a loss this many times that of a draft that knows nothing ends the run
+LIKELIEST = 8  # the likeliest tokens of each distribution are always among a batch's columns: this many
+CLEARLY = 0.05  # a measurement whose accepted drafts lie this share under the best counts as over-fitting
+FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # the files a run writes into its directory
+SAME_FACTS = {  # facts that a run and its resumption must share -> how a difference is told
     "method": "another method",
     "target_sha256": "another target",
     "taps_are_inputs_of_layers": "other taps",
@@ -53,27 +53,29 @@ SAME_FACTS = {  # of a run and its resumption
 
 @dataclass
 class Budget:
-    """When training ends: whichever of these is reached first."""
+    """When training ends: when the first of these limits is reached; None sets no limit."""
 
     steps: int | None = None
-    tokens: int | None = None  # answer anchors trained
+    tokens: int | None = None  # anchors trained at step 0
     minutes: float | None = None
 
     def told(self) -> str:
-        """In words."""
+        """The limits in words."""
         parts = ((self.steps, "steps"), (self.tokens, "answer tokens"), (self.minutes, "minutes"))
         return " or ".join(f"{limit:,g} {what}" for limit, what in parts if limit)
 
     def spent(self, progress: Progress) -> float:
-        """Share of the budget used, 0 to 1 and beyond."""
+        """The share of the budget that is used: 0 to 1, and beyond."""
         pairs = ((progress.steps, self.steps), (progress.slots, self.tokens), (progress.minutes, self.minutes))
         return max((done / limit for done, limit in pairs if limit), default=1.0)
 
 
 @dataclass
 class Progress:
+    """How far a run is, and its learning curve."""
+
     steps: int = 0
-    slots: int = 0  # anchors of step 0; the name that training.json has
+    slots: int = 0  # anchors of step 0; training.json has this name for them
     unrolled: int = 0  # anchors of all steps together
     minutes: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Run:
     source: StateSource
     settings: TrainSettings
     out: Path | None  # None: nothing is saved
-    facts: dict[str, Any]  # of data, target and machine, for training.json
+    facts: dict[str, Any]  # what is known of data, target and machine, for training.json
     target_layers: int
     workers: int = 1
     ranks: Ranks = ALONE
@@ -128,14 +130,14 @@ class Trainer:
     # ---- one step ----
 
     def batches(self, epoch: int) -> Iterator[list[Example]]:
-        """Shuffled batches of about `tokens_per_batch` tokens, of documents alike in length; a function of (seed, epoch, workers).
+        """Shuffled batches of about `tokens_per_batch` tokens, each of documents of similar length; a function of (seed, epoch, workers).
 
-        Each has as many documents for every worker: with three long ones for two, one worker would wait half of the time.
+        A batch has as many documents for every worker: with three long documents for two workers, one would wait half of the time.
         """
         rng = random.Random(f"{self.settings.seed}-{epoch}")
         order = sorted(self.examples, key=lambda example: len(example.tokens) + rng.uniform(0, 40))
         found: list[list[Example]] = [[]]
-        together = min(self.workers * self.ranks.count, 4)  # on many cores some wait rather than batches grow
+        together = min(self.workers * self.ranks.count, 4)  # more than four workers wait for each other at times: batches would grow
         for start in range(0, len(order), together):
             dealt = order[start : start + together]
             if found[-1] and sum(len(example.tokens) for example in found[-1] + dealt) > self.settings.tokens_per_batch:
@@ -145,7 +147,8 @@ class Trainer:
         yield from found
 
     def depths(self, examples: list[Example], seed: str) -> Tensor:
-        """For how many steps each anchor [N] of some examples counts: to its answer's end, or until a coin of `step_keep` drops it."""
+        """For how many steps each anchor [N] of these examples counts: to its answer's end, or until it is dropped by chance. It goes on
+        from a step to the next with the chance `step_keep`."""
         _, counted = loss_anchors(numbered_answers(examples), [len(example.tokens) for example in examples])
         if self.settings.step_keep >= 1:
             return counted
@@ -156,7 +159,8 @@ class Trainer:
     def gradients(
         self, examples: list[Example], depths: Tensor, counts: list[int], rule: str, seed: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """A part's share of gradients and of losses by step; each worker computes its own and none writes to `.grad`."""
+        """The share that these examples, one worker's part of a batch, have in its gradients and in its losses by step. Workers run at
+        once, so none writes to `.grad`."""
         device, settings = self.network.device, self.settings
         with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
             batch, states = make_batch(examples, self.source, self.network)
@@ -172,14 +176,15 @@ class Trainer:
         return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True)), losses
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
-        """One step of the optimiser; `spent`: share of the budget. Returns the mean loss of each unroll step and the gradients' norm."""
+        """One step of the optimiser on a batch; `spent`: the share of the budget that is used. Returns the mean loss of each unroll step,
+        then the gradients' norm. Raises `EyasError` where the loss exploded."""
         rule = self.settings.loss if spent >= self.settings.loss_from else "soft"
         parts = [part for part in split_evenly(examples, self.workers * self.ranks.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]
         depths = [self.depths(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         numbers = [random.Random(f"{seed}-chance").getrandbits(62) for seed in seeds]
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
-        own = slice(self.ranks.rank, None, self.ranks.count)  # of the parts; the others are for the other processes
+        own = slice(self.ranks.rank, None, self.ranks.count)  # this process's parts of the batch
         each = (parts[own], depths[own], repeat(counts), repeat(rule), numbers[own])
         results = list((self.pool.map if self.pool else map)(self.gradients, *each))
         zero = torch.zeros((), device=self.network.device)
@@ -219,13 +224,14 @@ class Trainer:
     # ---- the run ----
 
     def run(self, budget: Budget, report: Callable[[Progress, list[float], float], None]) -> None:
-        """Train until the budget is spent. Ctrl-C saves a checkpoint and passes on."""
+        """Train until the budget is spent or the draft over-fits. `report` is called after each step with the progress, what `step`
+        returned and the share of the budget that is used. Ctrl-C saves a checkpoint, then raises `KeyboardInterrupt`."""
         started, before = time.monotonic(), self.progress.minutes
         saved = time.monotonic()
         try:
             for batch in self.remaining():
                 if self.progress.steps and self.progress.steps % self.settings.measure_steps == 0:
-                    self.measure()  # here, so that a run stopped while it measures does so when it goes on
+                    self.measure()  # before the step: a run stopped while it measures then measures first when it is resumed
                 if self.progress.overfits(self.settings.patience):
                     break
                 spent = self.ranks.agree(budget.spent(self.progress), self.network.device)
@@ -247,7 +253,7 @@ class Trainer:
             raise
 
     def remaining(self) -> Iterator[list[Example]]:
-        """Batches of all epochs to come, from where the run stands."""
+        """The batches that come next, epoch after epoch, without those that the run has trained on."""
         skipped, epoch = self.progress.steps, 0
         while True:
             for batch in self.batches(epoch):
@@ -259,7 +265,8 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Add held-out simulated tau and acceptance by step to the curve, once a step."""
+        """Add the simulated tau on held-out text, and acceptance by step, to the curve; at most once after a step. Keeps the weights where
+        this tau is the highest so far."""
         if self.progress.curve and self.progress.curve[-1]["step"] == self.progress.steps:
             return
         with self.network.device:
@@ -283,7 +290,8 @@ class Trainer:
 
     @torch.no_grad()
     def rank(self) -> None:
-        """Where a draft's tree is of a shape fixed beforehand: how often each of its guesses is right, from which that shape is made."""
+        """For a method with a static tree: measure how often each of the best weights' guesses is right. The tree's shape is made of
+        that."""
         if METHODS[self.method].static:
             now = {name: value.clone() for name, value in self.network.state_dict().items()}
             try:
@@ -296,14 +304,15 @@ class Trainer:
 
     @property
     def measured_steps(self) -> int:
-        """Of the chain whose acceptance is simulated: as many as are trained; one that learns from true features alone guesses on too."""
+        """How many steps the chain has whose acceptance is simulated: as many as the draft can guess; where it can guess on and on, as
+        many as are trained, or MEASURED where only one is."""
         trained = self.settings.unroll_steps
         return self.network.levels or (trained if trained > 1 else MEASURED)
 
     # ---- saving ----
 
     def save(self) -> None:
-        """Write the draft, as it was when it accepted most, and what a resumed run needs, all or nothing."""
+        """Write the draft with its best weights, and what a resumed run needs: all files or none."""
         if self.out is None or not self.ranks.first:
             return
         with undisturbed(), atomic_directory(self.out, FILES) as work:
@@ -325,7 +334,8 @@ class Trainer:
                 raise OSError("the checkpoint could not be written whole (is the disk full?)") from error
 
     def resume(self, state: dict[str, Any] | None = None) -> None:
-        """Go on from the checkpoint in `out` (`state`, where it has been read already); other settings are refused with the difference.
+        """Go on from the checkpoint in `out`, or from `state`, where the checkpoint has been read already. Raises `EyasError` where
+        settings, method, target, taps or vocabulary differ, and names the differences.
 
         With as many workers and the same budget this equals a run that never stopped, to the last bit, unless the budget counts minutes.
         A run that spent its budget may go on to a larger one; its learning rate then rises again.
@@ -340,7 +350,7 @@ class Trainer:
             if theirs.get(key, usual[key]) != ours[key] and key != "checkpoint_minutes"
         ]
         told += [what for key, what in SAME_FACTS.items() if state["facts"].get(key, self.facts.get(key)) != self.facts.get(key)]
-        if not told and not torch.equal(state["vocab"], self.vocab.ids):  # its head would say other tokens
+        if not told and not torch.equal(state["vocab"], self.vocab.ids):  # the head's rows would stand for other tokens
             told = ["the data, and with it the draft vocabulary"]
         if told:
             raise EyasError(f"{self.out} was trained otherwise ({'; '.join(told)}); resume with the same or choose another --out")
@@ -363,7 +373,7 @@ def read_checkpoint(out: Path | None) -> dict[str, Any]:
 def undisturbed() -> Iterator[None]:
     """Ctrl-C waits for the end of the block: weights and progress change together or not at all."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # another thread cannot, and where Ctrl-C is ignored or handled already it stays so
+        yield  # only the main thread can set handlers; and where Ctrl-C is ignored or handled already, that stays
         return
     held: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))

@@ -1,9 +1,9 @@
 """The training-time test: run the draft on its own output for several steps, as decoding will (EAGLE-3, draft model training).
 
-An unroll is a comb-shaped tree: the parent of (step i, anchor j) is (i-1, j), of (0, j) it is (0, j-1). So under the one ancestor rule a
-row sees step-0 keys 0..j and its own anchor's later keys, never a later step-0 key, whose feature the target would not have computed yet.
-Here that is computed as causal scores against step 0 and one dot product for each own key, in one softmax; the dense mask is the tests'.
-Each decoder layer has a comb of its own.
+An unroll is a comb-shaped tree: the parent of (step i, anchor j) is (i-1, j), and the parent of (0, j) is (0, j-1). So under the rule that
+a row sees its ancestors, it sees step-0 keys 0..j and the later keys of its own anchor. It never sees a later step-0 key, whose feature
+the target would not have computed yet. Here that is computed as causal scores against step 0 and one dot product for each own key, in one
+softmax; the tests compare it with the dense mask. Each decoder layer has a comb of its own.
 Knows the network and packed documents; knows nothing of files, optimisers or where features come from.
 
     anchor        0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
@@ -26,37 +26,38 @@ from eyas.model.protocols import DraftLayer, EagleModule
 from eyas.model.transformer import Block
 from eyas.train.losses import Columns, head_loss
 
-# Axes: M rows of all documents of a batch, N anchors that count at a step, H width, D draft vocabulary
+# Axes: M rows of all documents of a batch, N anchors that count at a step, H model width, D draft vocabulary, q/k heads, d head width
 
 
 @dataclass
 class Batch:
-    """Documents laid end to end."""
+    """The documents of one batch, laid end to end: M rows."""
 
     tokens: Tensor  # [M] int64
     features: Tensor  # [M, taps * H]
     answers: Tensor  # [M] int64: number of the answer a token belongs to (different for every answer of the batch), -1 outside
-    lengths: list[int]  # of the documents; they sum to M
-    hidden: Tensor | None = None  # [M, H] the target's last, after its final norm
+    lengths: list[int]  # tokens of each document; they sum to M
+    hidden: Tensor | None = None  # [M, H] the target's last hidden states, after its final norm
 
     def wanted(self, wants: Sequence[int]) -> Tensor:
-        """What a draft reads of the target at each row."""
+        """What a draft with these `wants` reads of the target: last hidden states [M, H], or features [M, taps * H]."""
         wanted = self.hidden if wants == LAST_HIDDEN else self.features
         assert wanted is not None, "last hidden states are kept for those who read them"
         return wanted
 
     def anchors(self) -> tuple[Tensor, Tensor]:
-        """Rows [N] that count at step 0, and for how many steps each counts: those where t_{j+1} and t_{j+2+i} lie in one answer."""
+        """The anchors: rows [N] that count at step 0, and for how many steps each counts. Row j counts at step i where t_{j+1} and
+        t_{j+2+i} lie in one answer."""
         return loss_anchors(self.answers, self.lengths)
 
     def taught(self) -> tuple[Tensor, Tensor]:
-        """Rows [R] before a token of an answer, which alone teach; and for every row [M] its place among them, or 0."""
+        """The rows [R] before a token of an answer, whose distributions teach; and for every row [M] its index among these, or 0."""
         before = torch.cat([self.answers[1:] >= 0, torch.tensor([False])])
         return before.nonzero()[:, 0], (before.cumsum(0) - 1).clamp_min(0)
 
 
 def loss_anchors(answers: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """`Batch.anchors` of answer numbers [M] alone, before there are features."""
+    """`Batch.anchors` from answer numbers [M] and documents' lengths alone, before there are features."""
     changes = torch.cat([(answers[1:] != answers[:-1]).nonzero()[:, 0], torch.tensor([len(answers) - 1])])
     last = changes[torch.searchsorted(changes, torch.arange(len(answers)))]  # last row of the answer a row belongs to
     rows = torch.arange(len(answers) - 1)
@@ -68,15 +69,16 @@ def loss_anchors(answers: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class Step(NamedTuple):
-    """What the draft made of the anchors that count at one step."""
+    """The draft's output at the anchors that count at one step."""
 
     anchors: Tensor  # [N] rows of the batch
-    a: Tensor  # [N, H] output before the final norm
+    a: Tensor  # [N, H] the draft's output, before its final norm
     teacher_rows: Tensor  # [N] rows of the batch whose distribution is the teacher: anchor + 1 + step
 
 
 def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Yield each step; gradients flow through all. `depths` [N]: steps after which an anchor drops out (default: none does early)."""
+    """Yield each of up to `steps` steps; gradients flow through all of them. `depths` [N]: the number of steps after which an anchor drops
+    out (default: at its answer's end)."""
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
     anchors, counted = batch.anchors()
@@ -84,7 +86,7 @@ def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None
     g = network.fuse(batch.wanted(network.wants))
     a, layers = g, [Layer(block, batch.lengths) for block in network.blocks]
     for step in range(steps):
-        if step == 0:  # at every row: anchors see the keys of all of them
+        if step == 0:  # at every row, since anchors see the keys of all earlier rows
             read, residual = network.join(following[1 : len(g) + 1], g)
             positions = place
         else:
@@ -101,15 +103,17 @@ def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None
 
 
 class Layer:
-    """One decoder layer of the comb: its keys and values of step 0 at every row, and of each later step at the anchors still counted."""
+    """One decoder layer of the comb: its keys and values of step 0 at every row, and of each later step at the anchors that still
+    count."""
 
     def __init__(self, block: DraftLayer, lengths: list[int]) -> None:
         self.block, self.lengths = block, lengths
-        self.spine: tuple[Tensor, Tensor] | None = None  # of step 0: k, v [M, k, d]
-        self.own: list[tuple[Tensor, Tensor]] = []  # of each later step: [N, k, d]
+        self.spine: tuple[Tensor, Tensor] | None = None  # keys and values of step 0, [M, k, d] each
+        self.own: list[tuple[Tensor, Tensor]] = []  # for each later step its keys and values, [N, k, d] each
 
     def __call__(self, read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], anchors: Tensor) -> Tensor:
-        """What attention and MLP make of `residual` at the anchors [N, H]; at step 0 there is a row for every one of the batch."""
+        """The layer's output [N, H] at the anchors. `read` and `residual` have a row for each anchor, at step 0 for each row of the
+        batch."""
         q, k, v = heads(self.block, read, rotation)
         if self.spine is None:
             self.spine = k, v
@@ -121,7 +125,8 @@ class Layer:
 
 
 def through(layers: list[Layer], read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], anchors: Tensor) -> Tensor:
-    """a [N, H] at the anchors. At step 0 every layer but the last is computed at all rows, since the next one's keys are made of them."""
+    """The output a [N, H] of all layers at the anchors. At step 0 every layer but the last is computed at all rows, since the next layer's
+    keys are made of its outputs."""
     everywhere = anchors if layers[-1].spine else torch.arange(len(residual))
     for number, layer in enumerate(layers):
         if number:
@@ -132,7 +137,8 @@ def through(layers: list[Layer], read: Tensor, residual: Tensor, rotation: tuple
 
 
 def heads(block: DraftLayer, read: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q [N, q, d], k [N, k, d] and v of rows, through the block itself: `attend` hands them over instead of attending."""
+    """The rotated q [N, q, d], k and v [N, k, d] of rows. The block itself computes them: its `attend` hands them over here and attends to
+    nothing."""
     caught: list[Tensor] = []
 
     def catch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,7 +150,8 @@ def heads(block: DraftLayer, read: Tensor, rotation: tuple[Tensor, Tensor]) -> t
 
 
 def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor, Tensor]], anchors: Tensor, lengths: list[int]) -> Tensor:
-    """[N, q*d]: anchor j sees step-0 keys 0..j of its document and its own later keys, in one softmax. Works document by document."""
+    """Attention over the comb, [N, q*d]: anchor j sees step-0 keys 0..j of its document and its own later keys, in one softmax. Documents
+    are computed one by one."""
     N, heads_q, d = q.shape
     groups = heads_q // k0.shape[1]
     q = q.view(N, -1, groups, d) * d**-0.5
@@ -154,7 +161,7 @@ def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor
     for length, end in zip(lengths, ends, strict=True):
         if end > first:
             rows = anchors[first:end] - start
-            last = int(rows[-1]) + 1  # keys behind the last anchor are seen by none
+            last = int(rows[-1]) + 1  # no anchor sees keys behind the last one
             hidden = torch.arange(last)[None] > rows[:, None]
             outputs.append(one_document(q[first:end], k0[start : start + last], v0[start : start + last], own_scores[first:end], hidden))
         start, first = start + length, end
@@ -166,7 +173,8 @@ def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor
 
 
 def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """q [n,k,g,d] over m step-0 keys [m,k,d]: the step-0 part of the result [n,k,g,d] and the shares [n,k,g,own] of anchors' own keys."""
+    """Attention of n anchors of one document, q [n,k,g,d], over its m step-0 keys [m,k,d]. Returns the step-0 part of the result [n,k,g,d],
+    and the softmax shares [n,k,g,own] of the anchors' own keys."""
     n, kv_heads, groups, d = q.shape
     folded = q.permute(1, 2, 0, 3).reshape(kv_heads, groups * n, d)
     scores = torch.bmm(folded, k0.permute(1, 2, 0)).view(kv_heads, groups, n, -1).masked_fill(hidden, float("-inf"))
@@ -177,25 +185,27 @@ def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: 
 
 
 class Supervision(NamedTuple):
-    """What the target teaches of a batch, and how much each step counts.
+    """What the target teaches about a batch, and how much each step counts.
 
-    Slots where the target's likeliest token is not in the draft vocabulary add nothing to the sum but stay in the mean (SafeAILab's mask).
+    Anchors where the target's likeliest token is not in the draft vocabulary add nothing to a step's sum, but are counted in its mean
+    (SafeAILab's mask).
     """
 
     distribution_RD: Tensor  # the target's distribution over the draft vocabulary at R rows
-    distribution_of_M: Tensor  # which of them is that of row m
-    within_M: Tensor  # whether the target's likeliest token there is in the draft vocabulary
+    distribution_of_M: Tensor  # for each row m, which of these R is its own
+    within_M: Tensor  # for each row m, whether the target's likeliest token is in the draft vocabulary
     steps: int
     decay: float  # step i weighs decay ** i
-    depths: Tensor | None = None  # [N] steps after which an anchor drops out
-    counts: Sequence[int] | None = None  # anchors of each step that its mean is over, where this is a part of a larger batch
+    depths: Tensor | None = None  # [N] the number of steps after which an anchor drops out
+    counts: Sequence[int] | None = None  # anchors of each step in the whole batch, where this one is a part of it
     rule: str = "soft"  # a name in losses.py
-    columns: Columns | None = None
-    seed: int = 0  # of what a loss leaves to chance
+    columns: Columns | None = None  # the tokens that losses are computed over; None: the whole draft vocabulary
+    seed: int = 0  # of the random choices of a loss
 
     def of(self, found: Sequence[Step], x_NH: Tensor, head: nn.Linear, first: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Sum over steps i of decay ** i times the mean loss of step i, and those means. x: states of all steps' anchors before the head,
-        which they pass together: it is the largest matrix, and few rows use it badly. Parts of a batch add up to the whole."""
+        """The sum over steps i of decay ** i times the mean loss of step i, and these means. `x_NH`: the states before the head of all
+        steps' anchors, one step after the other; they pass the head together, since it is the largest matrix and few rows use it badly.
+        `first`: the number of the first of these steps. The sums of a batch's parts add up to the whole batch's."""
         sizes = [len(step.anchors) for step in found]
         shares = [self.decay**i / max(over, 1) for i, over in enumerate((self.counts or [0] * first + sizes)[first:], first)]
         rows = torch.cat([step.teacher_rows for step in found])
@@ -208,12 +218,12 @@ class Supervision(NamedTuple):
         return total, [part.sum() / self.decay**i for i, part in enumerate(terms.split(sizes), first)]
 
     def padded(self, means: list[Tensor]) -> list[Tensor]:
-        """One for every step, 0 where no answer reached."""
+        """A mean for every step, 0 for steps that no answer reached."""
         return means + [torch.zeros(())] * (self.steps - len(means))
 
 
 def unrolled_loss(network: DraftNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:
-    """Sum over steps i of decay ** i times the mean loss of step i, and those means (EAGLE-3, draft model training)."""
+    """EAGLE-3's loss: the sum over steps i of decay ** i times the mean loss of step i, and these means (EAGLE-3, draft model training)."""
     found = list(unroll(network, batch, supervision.steps, supervision.depths))
     total, means = supervision.of(found, network.norm(torch.cat([step.a for step in found])), network.lm_head)
     return total, supervision.padded(means)

@@ -1,4 +1,4 @@
-"""Processes that let the target write, one thread each, until there is enough of its text, time is up, or the disk's share is used.
+"""Processes of one thread each in which the target writes, until there is enough text, time is up, or the disk's share is used.
 
 Each worker writes every n-th shard that is missing, so a folder's first shards hold the same text however many workers there were and
 however often they were killed (where a row's sums do not depend on the pass's other rows: kernels/native.py). Knows shards and processes.
@@ -30,12 +30,12 @@ from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
 from eyas.train.shards import Folder, claim_folder, write_shards
 from eyas.train.template import Template
 
-SPARE_BYTES = 2 << 30  # of the disk, left free whatever the budget
+SPARE_BYTES = 2 << 30  # bytes of the disk that are left free whatever the budget
 
 
 @dataclass(frozen=True)
 class Limit:
-    """When writing ends: whichever of these is reached first."""
+    """When writing ends: when the first of these limits is reached."""
 
     tokens: float = math.inf  # answer tokens
     minutes: float = math.inf
@@ -51,7 +51,8 @@ def write_own_data(
     workers: int,
     report: Callable[[int], None],
 ) -> list[Path]:
-    """Let workers write until `limit`, and return the shards to train on: with a limit of tokens, the first ones that hold so many."""
+    """Let workers write until `limit`, and return the shards to train on: with a limit of tokens the first shards that hold them, else all.
+    Raises `EyasError` where the disk's share or the workers end before there is enough."""
     claim_folder(folder, settings)
     deadline = time.monotonic() + 60 * limit.minutes
     shards = Folder(folder).look()
@@ -94,10 +95,10 @@ def write_in_processes(
     done: Callable[[], bool],
     report: Callable[[int], None],
 ) -> None:
-    for unfinished in shards.path.glob("*.tmp"):  # of a writer that was killed
+    for unfinished in shards.path.glob("*.tmp"):  # left by a writer that was killed
         unfinished.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
-    slots, there = slots_for(limit), frozenset(shards.counts)  # looked up once: workers that each looked would divide different lists
+    slots, there = slots_for(limit), frozenset(shards.counts)  # listed once: workers that each looked would divide different lists
     processes = [
         context.Process(target=work, args=(directory, shards.path, settings, list(questions), slots, there, number, workers), daemon=True)
         for number in range(workers)
@@ -117,13 +118,13 @@ def write_in_processes(
 
 
 def slots_for(limit: Limit) -> int:
-    """Fewer in flight where little is wanted: 64 are written 1.8 times as fast as 16 (438 tokens a second, 240), but their first shards
-    are there after two minutes and more, and what is unfinished at the end is lost."""
+    """How many conversations a worker writes at once; fewer where little is wanted. 64 are written 1.8 times as fast as 16 (438 tokens a
+    second, 240), but their first shards come after two minutes and more, and unfinished ones are lost at the end."""
     return SLOTS if limit.minutes > 5 and limit.tokens > 50_000 else SLOTS // 4
 
 
 def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
-    """So many of the workers as half of the free memory can hold (where the system says how much that is), at least one."""
+    """How many of the workers half of the free memory can hold, at least one; all of them where the system does not tell free memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -138,7 +139,7 @@ def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
 def work(
     directory: Path, folder: Path, settings: SelfPlay, questions: list[Asked], slots: int, there: frozenset[int], number: int, workers: int
 ) -> None:
-    """Worker `number`: a process with one thread, until it is ended from outside or there is nothing left to ask."""
+    """What worker `number` runs: it writes with one thread, until its process is ended or no question is left."""
     from eyas.files.target import load_target
     from eyas.files.tokenizer import load_tokenizer
 
@@ -156,12 +157,13 @@ def work(
 
 
 def writing_precision() -> str:
-    """bf16 halves keys and values; where nothing multiplies it fast, rows would be computed one by one."""
+    """The precision the target writes with. bf16 halves keys and values; but where nothing multiplies bf16 fast, rows would be computed one
+    by one."""
     return "bf16" if native.kernel() is not None or cpu_multiplies_bfloat16() else "fp32"
 
 
 def die_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and two sets of them would write the same shards."""
+    """End this process when its parent is gone. A killed parent cannot end its workers, and the next run's would write the same shards."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

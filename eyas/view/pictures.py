@@ -1,4 +1,4 @@
-"""Pictures as files. Knows matplotlib, which is optional (`pip install 'eyas[bench]'`); what is drawn is the callers'."""
+"""Pictures as files. Knows matplotlib, which is optional (`pip install 'eyas[bench]'`); callers say what is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def can_draw() -> bool:
 
 
 def pyplot() -> Any:
-    """matplotlib's, set to draw into files: a machine may have no screen."""
+    """matplotlib's pyplot, set to draw into files, since a machine may have no screen."""
     import matplotlib
 
     matplotlib.use("Agg")

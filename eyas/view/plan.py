@@ -1,6 +1,6 @@
-"""What a planner would do: its prices, and for each number of sequences the tree that pays most, from what their nodes lately were like.
+"""What a planner would do: its prices, and for each number of sequences the tree that pays most if nodes are as they lately were.
 
-Knows a planner's prices and calibration; runs no model. A plan here is for a typical round; each real one is planned from its own scores.
+A plan here is for a typical round; each real round is planned from its own scores. Knows a planner's prices and calibration; runs no model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Typical(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Times plain decoding's throughput."""
+        """Throughput, as a multiple of plain decoding's."""
         return self.tokens / self.seconds * self.plain_seconds
 
 
@@ -56,7 +56,7 @@ def choices(planner: Planner, batch: int) -> list[Typical]:
 
 
 class Reliability(NamedTuple):
-    """Guesses alike: what the draft said of them on average, the share that came true, and how many there were."""
+    """Guesses of similar chance: the draft's mean chance of them, the share that came true, and how many there were."""
 
     least: float
     guessed: float
@@ -65,7 +65,7 @@ class Reliability(NamedTuple):
 
 
 def reliability(calibration: Calibration, depths: Sequence[int] = tuple(range(1, DEPTHS + 1))) -> list[Reliability]:
-    """What a draft said against what came true, for guesses at some depths together; of no guesses the shares are not numbers."""
+    """What a draft said against what came true, for guesses at some depths together. Where there were no guesses the shares are NaN."""
     found = []
     for at, edge in enumerate((0.0, *EDGES)):
         counts = (calibration.tried, calibration.guessed, calibration.right)

@@ -1,4 +1,4 @@
-"""Tells rounds as the paper's inference figure does: g, the drawn token, a in its place, the tree, the target's draws, the path kept.
+"""Tells rounds as the paper's inference figure does: g, the drawn token, a in place of g, the tree, the target's draws, the kept path.
 
 Everything shown comes from a real run; knows records of rounds and a console.
 """

@@ -1,4 +1,4 @@
-"""How often guesses come true: a draft's scores against what the target drew, by depth, so that a score means a chance.
+"""How often guesses come true: compares a draft's scores with what the target drew, by depth, so that a score becomes a chance.
 
 Knows depths and chances; knows nothing of drafts or targets. A guess is judged where the walk came to its parent.
 """
@@ -9,22 +9,22 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from typing import Any
 
-EDGES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # guesses between two of these are judged together
+EDGES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # guesses whose chance lies between two of these are judged together
 DEPTHS = 6  # deeper guesses are judged with those of this depth
-PRIOR_GUESSES = 10  # guesses' worth of belief that a score is right as it is
-RECENT_NODES = 48  # nodes whose children say what the next one's will be like
-COUNTED_CHILDREN = 4  # of each, the best
-USUAL_CHANCES = (0.4, 0.1, 0.05, 0.03)  # their chances, until some were seen
+PRIOR_GUESSES = 10  # the belief that a score is right as it is weighs as much as this many guesses
+RECENT_NODES = 48  # the last nodes of a depth that are remembered: their children say what the next node's will be like
+COUNTED_CHILDREN = 4  # the best children of each of these nodes that count
+USUAL_CHANCES = (0.4, 0.1, 0.05, 0.03)  # the chances of these children, until some were seen
 
 
 class Calibration:
     def __init__(self, counts: dict[str, Any] | None = None, frozen: bool = False) -> None:
-        """`counts`: what `as_dict` gave; `frozen`: nothing is learned, as in a measurement."""
+        """`counts`: what `as_dict` gave, or None to begin anew; `frozen`: learn nothing, as in a measurement."""
         known = counts if counts and shape(counts) == shape(Calibration.nothing()) else Calibration.nothing()
         self.guessed, self.right, self.tried = known["guessed"], known["right"], known["tried"]
         self.children, self.frozen = known["children"], frozen
         self.ordered = [sorted(chance for each in nodes for chance in each) for nodes in self.children]
-        self.seen = [0] * DEPTHS  # nodes, of which the latest are kept
+        self.seen = [0] * DEPTHS  # nodes seen at each depth; the latest are kept
 
     @staticmethod
     def nothing() -> dict[str, Any]:
@@ -32,19 +32,22 @@ class Calibration:
         return {**counts, "children": [[list(USUAL_CHANCES) for _ in range(RECENT_NODES)] for _ in range(DEPTHS)]}
 
     def chance(self, depth: int, guess: float) -> float:
-        """The chance that a child at `depth` (1: of the root) is drawn once its parent was, where the draft says `guess`."""
+        """The chance that a child at `depth` (1: a child of the root) is drawn once its parent was, where the draft's own chance is
+        `guess`."""
         at, of = min(depth, DEPTHS) - 1, bisect_right(EDGES, guess)
         belief = PRIOR_GUESSES * guess
         return min(1.0, guess * (self.right[at][of] + belief) / (self.guessed[at][of] + belief)) if belief else 0.0
 
     def worth(self, depth: int, parent: float, row: float) -> float:
-        """Tokens that the children, at `depth`, of a node with this chance will likely bring, each less the price of its row."""
+        """How many tokens the children of one node are expected to bring, each less the price of its row. `depth`: the children's;
+        `parent`: the node's chance; `row`: the price of a row, in tokens."""
         ordered = self.ordered[min(depth, DEPTHS) - 1]
         worthwhile = ordered[bisect_right(ordered, row / parent) :] if parent > 0 else ()
         return (parent * sum(worthwhile) - row * len(worthwhile)) / RECENT_NODES
 
     def judge(self, depth: int, guesses: Sequence[float], drawn: int | None) -> None:
-        """The children of a node that the walk came to, and which of them it went on to."""
+        """Learn from a node that the walk came to: `guesses` are the draft's chances of its children at `depth`, `drawn` the index of the
+        child that the walk went on to, or None."""
         if self.frozen:
             return
         at = min(depth, DEPTHS) - 1
@@ -55,7 +58,7 @@ class Calibration:
             self.right[at][of] += child == drawn
 
     def expanded(self, depth: int, chances: Sequence[float]) -> None:
-        """A node got children of these chances at `depth`."""
+        """Remember that a node got children at `depth` with these chances."""
         at = min(depth, DEPTHS) - 1
         best = sorted(chances, reverse=True)[:COUNTED_CHILDREN]
         best += [0.0] * (COUNTED_CHILDREN - len(best))
@@ -72,7 +75,7 @@ class Calibration:
 
 
 def shape(value: Any) -> Any:
-    """What a file has to have in common with what is kept: names, lengths, numbers."""
+    """The names, lengths and kinds of a value of JSON, without its numbers: a file whose `shape` differs is not used."""
     if isinstance(value, dict):
         return {key: shape(each) for key, each in value.items()}
     return [shape(each) for each in value] if isinstance(value, list) else isinstance(value, (int, float))

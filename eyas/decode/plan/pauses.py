@@ -1,16 +1,16 @@
-"""When to guess nothing at all: where rounds with guesses lately brought less than plain ones would have, some rounds are plain.
+"""When to guess nothing at all: where rounds with guesses lately brought less than plain rounds would have, some rounds are plain.
 
-A planner weighs each node by what it should bring and cost; this asks what all of them together did bring, the work around them counted
-too. A pause that did no good to end is followed by one twice as long. Few sequences and many are judged apart, since a row more is
-cheap for few and dear for many. Knows tokens and seconds; knows no trees.
+A planner weighs each node by what it should bring and cost. This asks what all nodes together did bring, and counts the work around them
+too. Where guessing does not pay after a pause either, the next pause is twice as long. Few sequences and many are judged apart, since one
+more row is cheap for few and dear for many. Knows tokens and seconds; knows no trees.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRIAL_ROUNDS = 200  # rounds of one sequence, or so much fewer of many, until what guessing brings is believed; as many are remembered
-FEWEST_ROUNDS = 10  # rounds at least
+TRIAL_ROUNDS = 200  # rounds until what guessing brings is believed, and rounds remembered; for n sequences an n-th of them
+FEWEST_ROUNDS = 10  # the least that this comes to for many sequences
 SHORTEST_PAUSE, LONGEST_PAUSE = 48, 768  # rounds of a pause
 
 
@@ -18,28 +18,28 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 48, 768  # rounds of a pause
 class Gain:
     """What guessing brought, for numbers of sequences within a factor of two; calls share it."""
 
-    brought: float = 0.0  # by the last rounds with guesses: tokens a sequence, older rounds fading
-    took: float = 0.0  # by the same: seconds over a plain round's
-    plain: float = 1.0  # seconds of a plain round over the price of its pass
+    brought: float = 0.0  # tokens for each sequence that the last rounds with guesses brought, older rounds fading
+    took: float = 0.0  # seconds of the same rounds divided by a plain round's
+    plain: float = 1.0  # seconds of a plain round divided by the price of its pass
     tried: int = 0  # rounds since the last pause
     length: int = SHORTEST_PAUSE  # rounds of the next pause
 
 
 class Pauses:
-    """One call's pauses. `gains`, by size of batch, is what was learned: it may be another call's too, whose pauses are its own."""
+    """One call's pauses. `gains`, by size of batch, holds what was learned; calls may share it, and each has pauses of its own."""
 
     def __init__(self, gains: dict[int, Gain] | None = None) -> None:
         self.gains = {} if gains is None else gains
-        self.left: dict[int, int] = {}  # rounds of the pause that is on, by size of batch
-        self.gain, self.batch, self.price = Gain(), 1, 1.0  # of the round under way
+        self.left: dict[int, int] = {}  # rounds left of the pause under way, by size of batch
+        self.gain, self.batch, self.price = Gain(), 1, 1.0  # those of the round under way
 
     @property
     def window(self) -> int:
-        """Rounds that are remembered."""
+        """How many rounds are remembered."""
         return max(FEWEST_ROUNDS, TRIAL_ROUNDS // self.batch)
 
     def begin(self, batch: int, price: float) -> bool:
-        """Whether the round that comes, with this price of a plain pass in seconds, shall guess nothing."""
+        """Whether the next round shall guess nothing. `batch`: its sequences; `price`: the seconds of a plain pass of them."""
         size = batch.bit_length()
         gain = self.gain = self.gains.setdefault(size, Gain())
         self.batch, self.price = batch, price
@@ -56,7 +56,7 @@ class Pauses:
         return False
 
     def record(self, guessing: bool, tokens: int, seconds: float) -> None:
-        """The round is over; `guessing`: as `begin` had it."""
+        """Learn from the round that is over. `guessing`: whether it was allowed to guess, the opposite of what `begin` said."""
         gain = self.gain
         if guessing:
             gain.brought += (tokens / self.batch - gain.brought) / self.window

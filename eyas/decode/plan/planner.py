@@ -1,9 +1,9 @@
-"""How large each round's trees should be: as large as the next node is worth its time, down to no tree at all.
+"""How large each round's trees should be: a tree grows while its next node is worth its time, which may be not at all.
 
-A round costs seconds and brings tokens; over many rounds tokens a second are most where each round makes the most of
-tokens - rate * seconds, `rate` being what the last rounds brought. So a level of drafting, a branch, a node is taken where what it adds to
-that sum is more than nothing: for one sequence or for many that share a pass, whose nodes compete by worth. Where even the first level is
-not worth it nothing is drafted, and now and then a round tries whether it would be again.
+A round costs seconds and brings tokens. Over many rounds, tokens per second are highest where each round maximises
+tokens - rate * seconds, where `rate` is the tokens per second of the last rounds. So a level, a branch or a node is taken where it adds to
+that sum. This holds for one sequence, and for many that share a pass, whose nodes then compete. Where not even the first level is worth
+its time nothing is drafted, and now and then a round tries whether drafting would pay again.
 
 Knows trees, prices and calibrated chances; knows no models. Drafters that grow level by level ask it before each level.
 """
@@ -22,12 +22,12 @@ from eyas.decode.plan.pauses import Pauses
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Tree
 
-MAX_TREE = TreeShape(64, 7, 4)  # of any one tree
-ROUND_WEIGHT = 0.04  # weight of a round in what the last ones brought
-PRIOR_ROUNDS, PRIOR_SPEEDUP = 4, 1.2  # so many rounds' worth of belief that drafting brings so many times plain decoding
-PRICE_SPAN_ROWS = 4  # rows over which the price of one more is taken: single ones are noise
-PROBE_ROUNDS = 48  # rounds in which the draft was not asked, until it is tried again
-USUAL_BEST_CHANCE = 0.45  # of a root's best child, where nothing is drafted yet
+MAX_TREE = TreeShape(64, 7, 4)  # the largest tree that is planned
+ROUND_WEIGHT = 0.04  # weight of a new round in the mean over the last rounds
+PRIOR_ROUNDS, PRIOR_SPEEDUP = 4, 1.2  # the belief that drafting is PRIOR_SPEEDUP times as fast as plain decoding weighs this many rounds
+PRICE_SPAN_ROWS = 4  # the price of one more row is the mean over this many: differences of a single row are noise
+PROBE_ROUNDS = 48  # rounds without drafting after which the draft is tried again
+USUAL_BEST_CHANCE = 0.45  # chance of a root's best child, assumed where nothing is drafted yet
 
 
 class Guesses(Protocol):
@@ -42,54 +42,54 @@ class Guesses(Protocol):
 
 
 class Plan(RoundClock):
-    """What a round asks of a plan: its clock, which trees to check, and to learn from what came of it."""
+    """What a round asks of a plan: to be its clock, to say which nodes the target reads, and to learn from the outcome."""
 
-    guesses = True  # whether the round that comes may guess at all
-    planner: Planner | None = None  # whom drafters ask before each level, where trees are planned
+    guesses = True  # whether the next round may guess at all
+    planner: Planner | None = None  # the planner that drafters ask before each level; None: trees grow to their shape
 
     def begin(self, batch: int) -> None:
-        """A round of so many sequences comes."""
+        """A round of `batch` sequences begins."""
         self.start()
 
     def cut(self, trees: list[Tree]) -> list[Tree]:
-        """What is left of the trees that were drawn up."""
+        """The parts of the drafted trees that the target shall read."""
         return trees
 
     def judge(self, tree: Tree, path: list[int]) -> None:
-        """What a walk says of its tree's guesses."""
+        """Learn which of a tree's guesses were right from the path of its walk."""
 
     def ends(self, rows: int, tokens: int) -> None:
-        """The round is over: its pass read so many rows, and it brought so many tokens."""
+        """The round is over: its pass read `rows` rows, and it committed `tokens` tokens."""
         if seconds := self.stop():
             self.record(rows, seconds[0], tokens, seconds[1])
 
     def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
-        """Learn from a usual round."""
+        """Learn from a round that captured no graph; arguments as in `ends`, with the seconds of its pass and of all of it."""
 
 
 class FixedPlan(Plan):
-    """No plan: every tree is checked as it was asked for and drawn up."""
+    """No plan: the target reads every tree as it was drafted."""
 
 
 @dataclass
 class RecentRounds:
-    """What the last rounds of one number of sequences were like, older ones fading."""
+    """Means over the last rounds with one number of sequences, older rounds fading."""
 
-    rows: float  # of their passes
-    tokens: float = 0.0
-    seconds: float = 0.0
+    rows: float  # rows of a round's pass
+    tokens: float = 0.0  # tokens that a round committed
+    seconds: float = 0.0  # of a round
 
 
 class Planner(Plan):
-    """One call's plan; prices, calibration and what pauses learned may be shared with others'."""
+    """One call's plan; calls may share prices, calibration and what pauses learned."""
 
     def __init__(self, passes: Prices, steps: Prices, calibration: Calibration, pauses: Pauses | None = None) -> None:
-        """`passes`: prices of the target's, by rows; `steps`: of the draft's, by rows of a level."""
+        """`passes`: prices of the target's passes, by rows; `steps`: prices of the draft's passes, by rows of a level."""
         self.passes, self.steps, self.calibration = passes, steps, calibration
         self.pauses = pauses or Pauses()
-        self.sizes: dict[int, RecentRounds] = {}  # by number of sequences: one that joins or leaves makes nothing forgotten
-        self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # of the round under way; rate in tokens a second
-        self.silent = 0  # rounds since the draft was asked
+        self.sizes: dict[int, RecentRounds] = {}  # by number of sequences, so that nothing is forgotten when one joins or leaves
+        self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # those of the round under way; rate in tokens per second
+        self.silent = 0  # rounds since the draft was last used
 
     @property
     def planner(self) -> Planner:
@@ -98,8 +98,8 @@ class Planner(Plan):
     # ---- before and while drafting ----
 
     def begin(self, batch: int) -> None:
-        """A round of so many sequences comes. What it has to beat is what the last rounds of as many brought, at first a little more than
-        plain decoding, and never less than that."""
+        """A round of `batch` sequences begins. The rate it has to beat is that of the last rounds with as many sequences: at first a little
+        above plain decoding's, and never below it."""
         super().begin(batch)
         self.batch, self.recent = batch, self.sizes.setdefault(batch, RecentRounds(3.0 * batch))
         alone = self.passes.of(batch)
@@ -108,12 +108,13 @@ class Planner(Plan):
         self.guesses = not self.pauses.begin(batch, alone)
 
     def row(self) -> float:
-        """What one row more of a pass has to bring, in tokens."""
+        """The price of one more row of a pass, in tokens: what the row has to bring."""
         rows = max(self.batch, round(self.recent.rows))
         return max(0.0, self.rate * (self.passes.of(rows + PRICE_SPAN_ROWS) - self.passes.of(rows)) / PRICE_SPAN_ROWS)
 
     def worth_drafting(self, covered: Sequence[float]) -> list[bool]:
-        """For which sequences a draft's first level is worth its time; `covered`: chance that another drafter's guess there is right."""
+        """For each sequence, whether the draft's first level is worth its time. `covered`: for each, the chance that another drafter's
+        guess at the root's child is right."""
         asked = self.worth_each(covered)
         self.silent = 0 if any(asked) else self.silent + 1
         if self.silent == PROBE_ROUNDS:
@@ -121,13 +122,15 @@ class Planner(Plan):
         return asked
 
     def worth_each(self, covered: Sequence[float]) -> list[bool]:
+        """`worth_drafting` without the occasional trial."""
         row, bare = self.row(), [1 - chance for chance in covered]
         step = self.rate * self.steps.of(len(bare)) / max(1, len(bare))
         worth = self.calibration.worth
         return [worth(1, share, row) + worth(2, USUAL_BEST_CHANCE * share, row) > step for share in bare]
 
     def frontiers(self, growths: Sequence[Guesses], candidates: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Of each sequence's newest level the nodes whose children are worth the next step; none where they are not together."""
+        """For each sequence, the `candidates` of its newest level that are worth expanding; none at all where together they are not worth
+        the draft's pass."""
         row, gains, kept = self.row(), 0.0, []
         for growth, nodes in zip(growths, candidates, strict=True):
             chances = self.chances(growth)
@@ -137,7 +140,7 @@ class Planner(Plan):
         return kept if gains > self.rate * self.steps.of(sum(map(len, kept))) else [[] for _ in kept]
 
     def record_level(self, growth: Guesses, frontier: Sequence[int], before: int) -> None:
-        """A level was drafted: `frontier` got the nodes from `before` on as children."""
+        """Learn from a drafted level: the nodes from `before` on are the children of `frontier`."""
         chances: dict[int, list[float]] = {node: [] for node in frontier}
         for node in range(before, len(growth.parents)):
             chances[growth.parents[node]].append(self.calibration.chance(growth.depths[node], guess(growth, node)))
@@ -145,13 +148,14 @@ class Planner(Plan):
             self.calibration.expanded(growth.depths[node] + 1, each)
 
     def record_step(self, rows: int, seconds: float) -> None:
-        """A level of so many rows took the draft so long."""
+        """Learn from a pass of the draft that read a level of `rows` rows in `seconds`."""
         self.steps.record(rows, seconds)
 
     # ---- between drafting and checking ----
 
     def chances(self, guesses: Guesses) -> list[float]:
-        """The chance of each node that the walk comes to it: calibrated, and siblings' never above their parent's together."""
+        """For each node, the calibrated chance that the walk comes to it. The chances of siblings never add up to more than their
+        parent's."""
         own: list[float] = [1.0]
         together: dict[int, float] = {}
         for node in range(1, len(guesses.parents)):
@@ -162,7 +166,7 @@ class Planner(Plan):
         return own
 
     def cut(self, trees: list[Tree]) -> list[Tree]:
-        """Of all trees the nodes that are worth their rows of the pass they share."""
+        """The trees, each cut to the nodes that are worth their rows in the pass that all trees share."""
         ranked = sorted(
             ((chance, -row, place) for place, tree in enumerate(trees) for row, chance in enumerate(self.chances(tree)) if row),
             reverse=True,
@@ -189,7 +193,7 @@ class Planner(Plan):
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
     def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
-        """A usual round is over: its pass's rows and seconds, the tokens it brought and its own seconds."""
+        """Learn from a round that captured no graph: its pass's rows and seconds, the tokens it committed and its own seconds."""
         self.passes.record(rows, pass_seconds)
         self.pauses.record(self.guesses, tokens, seconds)
         recent = self.recent
@@ -199,5 +203,5 @@ class Planner(Plan):
 
 
 def guess(guesses: Guesses, node: int) -> float:
-    """The drafter's chance of a node given its parent."""
+    """The drafter's own chance of a node, given its parent."""
     return min(1.0, math.exp(guesses.scores[node] - guesses.scores[guesses.parents[node]]))

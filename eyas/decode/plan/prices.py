@@ -1,7 +1,6 @@
-"""What a pass costs: seconds by its number of rows, timed once and then moved by every pass that is served.
+"""What a pass costs: its seconds by its number of rows, timed once and then moved by every pass that is served.
 
-Knows rows and seconds; knows nothing of models. Between two numbers of rows that were timed it draws a line,
-and goes on with it beyond the last.
+Prices between two timed numbers of rows lie on a line, which goes on beyond the last. Knows rows and seconds; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -9,18 +8,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-PRICE_STEP = 0.05  # how far one served pass moves a price; a stalled one moves it no further than LARGEST_NEWS does
-LARGEST_NEWS = 1.5
+PRICE_STEP = 0.05  # how far one served pass moves a price: by (seconds / price) ** PRICE_STEP
+LARGEST_NEWS = 1.5  # the largest ratio of a pass's seconds to its price that is believed: a stalled pass moves prices no further
 
 
 class Prices:
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        """`seconds`: of passes of so many rows; at least one."""
+        """`seconds`: rows of a pass -> its seconds; at least one entry."""
         self.rows = sorted(seconds)
         self.seconds = [seconds[rows] for rows in self.rows]
 
     def of(self, rows: int) -> float:
-        """Seconds of a pass of so many rows; a pass of none costs nothing."""
+        """Seconds of a pass of `rows` rows; a pass of none costs nothing."""
         if rows <= 0:
             return 0.0
         if len(self.rows) == 1:
@@ -30,7 +29,8 @@ class Prices:
         return max(low + (high - low) * (rows - left) / (right - left), min(self.seconds))
 
     def record(self, rows: int, seconds: float) -> None:
-        """A pass took so long: half of the news is taken for the machine's, which all prices share, half for this number of rows."""
+        """Learn from a pass of `rows` rows. Half of the change moves all prices, as the machine may be faster or slower; half moves the
+        nearest timed price alone."""
         news = min(max(seconds / self.of(rows), 1 / LARGEST_NEWS), LARGEST_NEWS)
         above = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         at = above - 1 if above and rows - self.rows[above - 1] <= self.rows[above] - rows else above

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from eyas.config import PLAIN, TreeShape
 from eyas.decode.tree import Tree
 
-USUAL_NODES = 16  # of a static tree where nobody says more
-BELIEF = 2  # nodes' worth of belief that a child is never taken: what was hardly tried promises nothing
+USUAL_NODES = 16  # nodes of a static tree where no number is given
+BELIEF = 2  # the belief that a child is never taken weighs as much as this many nodes: a child that was hardly tried promises nothing
 
 
 class RankChances:
@@ -24,14 +24,14 @@ class RankChances:
         self.tried: dict[tuple[int, int], int] = defaultdict(int)
 
     def judge(self, tree: Tree, path: Sequence[int]) -> None:
-        """A walk along `path`, rows of a tree whose siblings lie in the order of their ranks."""
+        """Count a walk along `path`, rows of a tree whose siblings lie in the order of their ranks."""
         for place, row in enumerate(path):
             for rank, child in enumerate(tree.children[row].values()):
                 self.tried[tree.depths[child], rank] += 1
                 self.taken[tree.depths[child], rank] += path[place + 1 : place + 2] == [child]
 
     def table(self) -> list[list[float]]:
-        """[depth - 1][rank]"""
+        """The chance that a child is taken where the walk came to its parent, as [depth - 1][rank]."""
         found: list[list[float]] = []
         for depth, rank in sorted(self.tried):
             if rank == 0:
@@ -41,13 +41,13 @@ class RankChances:
 
 
 def best_static(chances: Sequence[Sequence[float]], nodes: int) -> TreeShape:
-    """The tree of `nodes` nodes, root included, that a walk goes furthest along, if a child is taken with the chance of its depth and rank
-    whatever came before. A node's chance is then the product along its path, so the likeliest nodes are the best tree."""
+    """The tree of `nodes` nodes, root included, in which a walk goes furthest. A child is assumed to be taken with the chance of its depth
+    and rank, whatever came before; then a node's chance is the product along its path, and the likeliest nodes are the best tree."""
     counts: dict[tuple[int, ...], int] = {(): 0}
     waiting: list[tuple[float, tuple[int, ...], float]] = []  # minus a node's chance, its ranks from the root, its parent's chance
 
     def offer(ranks: tuple[int, ...], parent: float, most: float) -> None:
-        """A node may join, with no more than `most`: siblings join in the order of their ranks."""
+        """Let a node wait to join the tree, with a chance of no more than `most`, so that siblings join in the order of their ranks."""
         if len(ranks) <= len(chances) and ranks[-1] < len(chances[len(ranks) - 1]):
             heapq.heappush(waiting, (-min(most, parent * chances[len(ranks) - 1][ranks[-1]]), ranks, parent))
 
@@ -65,5 +65,5 @@ def best_static(chances: Sequence[Sequence[float]], nodes: int) -> TreeShape:
 
 
 def tree_for(accuracies: Sequence[Sequence[float]] | None, usual: str, nodes: int | None = None) -> TreeShape:
-    """The best tree of so many nodes for a draft whose guess of each rank is right so often at each depth; else `usual`."""
+    """The best tree of `nodes` nodes for a draft with these accuracies, [depth - 1][rank]; without accuracies the shape `usual`."""
     return best_static(accuracies, nodes or USUAL_NODES) if accuracies else TreeShape.parse(usual)

@@ -1,6 +1,6 @@
-"""What planners learned on this machine: prices and calibration, timed once, kept in a file and moved by every round that is served.
+"""What planners learned on this machine: prices, timed once, and calibration; kept in a file and moved by every round that is served.
 
-Knows a target, a clock and a file; how a round is planned is planner.py's. A damaged file only means timing again.
+A damaged file only means timing again. Knows a target, a clock and a file; planner.py plans rounds.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
 TIMED_ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96)
-TIMED_CONTEXT = 160  # rows of text before those that are timed
+TIMED_CONTEXT = 160  # rows of text before the rows that are timed
 TIMED_REPEATS = 5
-DRAFT_STEP_SHARE = {1: 0.15, 16: 0.25}  # shares of a pass of one row that a draft's step is taken to cost until it is seen
+DRAFT_STEP_SHARE = {1: 0.15, 16: 0.25}  # rows of the draft's pass -> its assumed price, as a share of the target's pass of one row
 
 
 class PlanStore:
-    """Prices and calibrations of one target and draft; what they say moves while they are used, `save` keeps it."""
+    """Prices and calibrations of one target and draft. They move while they are used; `save` writes them to the file."""
 
     def __init__(self, target: TargetModel, directory: Path, draft: Path | None, precision: str) -> None:
-        """`directory`: the target's; `draft`: the draft's, where there is one. Both, and the precision, tell one store from another."""
+        """`directory`: the target's; `draft`: the draft's, where there is one. With precision and machine they are the key in the file."""
         self.target, self.path = target, cache_dir() / "plans.json"
         where = (machine(), target.device, torch.get_num_threads())
         self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision)))
         self.known: dict[str, Any] = self.read().get(self.key, {})
         self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain]]] = {}
         self.passes: Prices | None = None
-        self.frozen = False  # a measurement: nothing is learned
+        self.frozen = False  # True in a measurement: nothing is learned or saved
 
     def planner(self, method: str, sampling: Sampling) -> Planner:
-        """A planner for one call. Calls share prices, calibration and what pauses learned; a pause that is on is the call's own."""
+        """A planner for one call. Calls share prices, calibration and what pauses learned; a pause under way belongs to its call alone.
+        Times passes where no price is known yet."""
         if self.passes is None:
             self.passes = prices(self.known.get("passes")) or self.time()
         name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
@@ -73,7 +74,7 @@ class PlanStore:
         return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
 
     def save(self) -> None:
-        """Replace the file whole; a cache that cannot be written only means timing again next time."""
+        """Write what was learned to the file, whole or not at all. A file that cannot be written only means timing again next time."""
         if self.passes is None or self.frozen:
             return
         learned = {name: {"steps": steps.table(), "calibration": counts.as_dict()} for name, (steps, counts, _) in self.planned.items()}
@@ -86,7 +87,7 @@ class PlanStore:
 
 
 def prices(table: Any) -> Prices | None:
-    """Prices from a file, or None where it says something else."""
+    """The prices that a value of a file holds, or None where it is no table of prices."""
     try:
         seconds = {int(rows): float(price) for rows, price in table.items()}
     except (AttributeError, TypeError, ValueError):
@@ -96,7 +97,8 @@ def prices(table: Any) -> Prices | None:
 
 @torch.inference_mode()
 def time_passes(target: TargetModel) -> dict[int, float]:
-    """Seconds of a pass of so many rows behind a text; the lower quarter of a few, taken in turns so that a slow moment hits all alike."""
+    """Rows of a pass -> its seconds, after a text of up to TIMED_CONTEXT rows: the lower quartile of a few repeats. All numbers of rows
+    take turns, so that a slow moment of the machine hits all alike."""
     config = target.config
     context = min(TIMED_CONTEXT, max(1, config.max_position_embeddings // 2))
     rows_fit = [rows for rows in TIMED_ROWS if context + rows <= config.max_position_embeddings]
@@ -124,6 +126,6 @@ def machine() -> str:
 
 
 def draft_key(draft: Path | None) -> str:
-    """A draft's identity: its weights' sizes and times."""
+    """What tells one draft's files from another's: the sizes and times of its weight files."""
     files: list[Path] = sorted(draft.glob("*.safetensors")) if draft else []
     return "-".join(f"{file.stat().st_size}.{int(file.stat().st_mtime)}" for file in files)
