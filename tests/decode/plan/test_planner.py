@@ -95,6 +95,26 @@ def test_nothing_is_drafted_where_it_cannot_pay_but_now_and_then_one_sequence_tr
     assert planner({1: 1.0, 64: 1.1}, step=0.01).worth_drafting([0.0]) == [True]
 
 
+def test_rounds_are_counted_from_the_last_in_which_the_draft_was_asked():
+    made = planner({1: 1.0, 64: 2.0}, step=0.2)
+    middle, asked = PROBE_ROUNDS // 2, []
+    for number in range(3 * PROBE_ROUNDS // 2):
+        asked += made.worth_drafting([0.0 if number == middle else 0.95])
+    assert [place for place, each in enumerate(asked) if each] == [middle], "asked once, so not tried until as many rounds later"
+
+
+def test_a_first_level_is_worth_what_the_second_will_bring_too():
+    """Where rows are free the first brings some 0.58 tokens, the second some 0.26 more."""
+    assert planner({1: 1.0, 64: 1.0}, step=0.7).worth_drafting([0.0]) == [True]
+    assert planner({1: 1.0, 64: 1.0}, step=0.9).worth_drafting([0.0]) == [False]
+
+
+def test_sequences_share_the_price_of_a_first_level():
+    free = {1: 1.0, 64: 1.0}
+    assert planner(free, step=1.2).worth_drafting([0.0]) == [False]
+    assert planner(free, step=1.2, batch=2).worth_drafting([0.0, 0.0]) == [True, True]
+
+
 def test_a_sure_guess_of_another_drafter_leaves_the_draft_unasked():
     made = planner({1: 1.0, 64: 2.0}, step=0.2)
     assert made.worth_drafting([0.0]) == [True]
@@ -105,6 +125,13 @@ def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
     growth = Tree([1, 2, 3], [-1, 0, 0], [0, 1, 1], [0.0, math.log(0.7), math.log(0.02)])
     assert planner({1: 1.0, 64: 3.0}, step=0.05).frontiers([growth], [[1, 2]]) == [[1]]
     assert planner({1: 1.0, 64: 3.0}, step=1.0).frontiers([growth], [[1, 2]]) == [[]]
+
+
+def test_nodes_of_one_level_pay_for_its_step_together():
+    growth = Tree([1, 2, 3], [-1, 0, 0], [0, 1, 1], [0.0, math.log(0.5), math.log(0.5)])
+    made = planner({1: 1.0, 64: 1.0}, step=0.4)
+    assert made.frontiers([growth], [[1]]) == [[]]
+    assert made.frontiers([growth], [[1, 2]]) == [[1, 2]]
 
 
 def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_ones_what_the_last_brought():
