@@ -18,11 +18,15 @@ from eyas.decode.plan.prices import Prices
 from eyas.decode.plan.store import PlanStore
 from eyas.decode.sampling import Noise
 from eyas.decode.sequence import LogitsProcessor, Sequence, result_of
+from eyas.decode.text import TextStream
+from eyas.decode.tree import Tree
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
 from eyas.drafters.merged import MergedDrafter
 from eyas.engine import Engine
+from eyas.kernels.captured import Graph
+from eyas.model.rows import chain_rows
 from tests.tiny import byte_tokenizer, tiny_draft, tiny_target
 
 V = 53
@@ -134,9 +138,87 @@ def test_abort_while_a_prompt_is_read_frees_its_slot_and_the_next_one_is_right()
     decoder.step()
     assert long.read == PROMPT_PART and decoder.reading
     decoder.abort(long)
+    assert not decoder.reading and decoder.free == [0]
     while decoder.busy:
         decoder.step()
+    assert decoder.free == [0]
     assert short.tokens == alone(4, LONG) and result_of(long).finish_reason == "aborted"
+
+
+def test_slots_go_to_those_who_wait_in_the_order_they_came_and_who_is_done_cannot_be_aborted():
+    sequences, decoder, done = [sequence(number) for number in range(6)], Decoder(TARGET), []
+    decoder.reserve(1, max(each.limit for each in sequences), [PLAIN])
+    for each in sequences:
+        decoder.admit(each)
+    while decoder.busy:
+        decoder.step()
+        done += [each.number for each in sequences if each.finish_reason and each.number not in done]
+    assert done == list(range(6))
+    reasons = [each.finish_reason for each in sequences]
+    for each in sequences:
+        decoder.abort(each)
+    assert [each.finish_reason for each in sequences] == reasons and decoder.free == [0]
+
+
+class Oracle:
+    """Knows the text: at each of two levels it makes a wrong guess and then the right one. Remembers what it hears."""
+
+    def __init__(self, text: list[int], wants: tuple[int, ...]) -> None:
+        self.text, self.wants = text, wants
+        self.tokens: list[int] = []
+        self.features: list[Tensor] = []
+
+    def reserve(self, sequences: int, capacity: int) -> None: ...
+
+    def forget(self, sequence: int) -> None: ...
+
+    def observe(self, sequence: int, tokens, features) -> None:
+        self.tokens += tokens
+        self.features.append(features)
+
+    def propose(self, requests) -> list[Tree]:
+        (request,) = requests
+        tree = ([request.root], [-1], [0], [0.0])
+        for depth, token in enumerate(self.text[request.position + 1 :][: request.shape.depth + 1][:2], 1):
+            for parts, pair in zip(tree, ([(token + 1) % V, token], [2 * depth - 2] * 2, [depth] * 2, [-1.0 * depth] * 2), strict=True):
+                parts += pair
+        return [Tree(*tree)]
+
+
+def heard_oracle(part: int, plan: FixedPlan | None = None) -> tuple[Sequence, Oracle]:
+    """A text whose prompt was read in such parts, and a drafter that was always right."""
+    prompt = [(5 * number) % V for number in range(23)]
+    plain, text = (Sequence(list(prompt), len(prompt) + 15, Noise(8, V), Sampling(1.0), shape) for shape in (PLAIN, TREE))
+    for _ in Decoder(LONG).run_all([plain]):
+        pass
+    drafter = Oracle(plain.tokens, Eagle3Drafter(*tiny_draft(LONG)).wants)
+    decoder = Decoder(LONG, drafter, plan=plan)
+    decoder.reserve(1, text.limit, [TREE])
+    decoder.admit(text)
+    decoder.seat()
+    while decoder.reading:
+        decoder.read_prompt(part)
+    while decoder.busy:
+        decoder.step()
+    assert text.tokens == plain.tokens and text.accepted_lengths[3] >= 4
+    return text, drafter
+
+
+@pytest.mark.parametrize("part", [1, 5, 23, 40])
+def test_a_drafter_hears_each_token_once_and_what_the_target_makes_of_it_however_it_was_read(part):
+    """In parts of a prompt, or in a tree whose right nodes lie between wrong ones."""
+    text, drafter = heard_oracle(part)
+    assert drafter.tokens == text.tokens[: len(drafter.tokens)] and len(drafter.tokens) > text.prompt_length + 9
+    read = chain_rows(0, drafter.tokens[:-1], 0)
+    torch.testing.assert_close(torch.cat(drafter.features), LONG(read, LONG.new_cache(1, 64), drafter.wants).features)
+
+
+def test_a_text_that_ends_gives_what_a_stop_string_might_have_taken():
+    ended = Sequence([1], 3, Noise(0, V), stream=TextStream(byte_tokenizer(), ["zz"]))
+    for letter in "az":
+        assert ended.stream.certain() == ("" if letter == "a" else "a")
+        ended.commit(byte_tokenizer()(letter, add_special_tokens=False)["input_ids"], ())
+    assert ended.finish_reason == "length" and ended.stream.certain() == "z"
 
 
 def test_a_long_prompt_is_read_by_the_draft_as_it_is_by_the_target():
@@ -249,3 +331,38 @@ def test_a_plan_that_plans_nothing_is_asked_and_says_nothing():
     plan, trees = FixedPlan(), []
     plan.begin(3)
     assert plan.guesses and plan.planner is None and plan.cut(trees) is trees
+
+
+def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_guesses():
+    class Told(FixedPlan):
+        rounds: list[tuple[int, int]] = []  # noqa: RUF012 (made for one run)
+        walks: list[tuple[int, int]] = []  # noqa: RUF012
+
+        def record(self, rows, pass_seconds, tokens, seconds):
+            self.rounds.append((rows, tokens))
+
+        def judge(self, tree, path):
+            self.walks.append((len(tree), len(path)))
+
+    told = Told()
+    text, _ = heard_oracle(40, told)
+    assert [rows for rows, _ in told.rounds] == [rows for rows, _ in told.walks] and len(told.rounds) == text.rounds
+    assert told.rounds[0] == told.walks[0] == (5, 3)
+    assert sum(tokens for _, tokens in told.rounds) == len(text.tokens) - text.prompt_length - 1, "the first is drawn behind the prompt"
+
+
+def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
+    class Told(FixedPlan):
+        taught: list[tuple] = []  # noqa: RUF012 (made for one test)
+
+        def record(self, *what):
+            self.taught.append(what)
+
+    told = Told()
+    told.begin(1)
+    monkeypatch.setattr(Graph, "made", Graph.made + 1)
+    told.ends(4, 2)
+    assert not told.taught
+    monkeypatch.setattr(told, "stop", lambda: (1.0, 2.5))
+    told.ends(4, 2)
+    assert told.taught == [(4, 1.0, 2, 2.5)], "rows, seconds of the pass, tokens, seconds of the round"

@@ -95,6 +95,26 @@ def test_nothing_is_drafted_where_it_cannot_pay_but_now_and_then_one_sequence_tr
     assert planner({1: 1.0, 64: 1.1}, step=0.01).worth_drafting([0.0]) == [True]
 
 
+def test_rounds_are_counted_from_the_last_in_which_the_draft_was_asked():
+    made = planner({1: 1.0, 64: 2.0}, step=0.2)
+    middle, asked = PROBE_ROUNDS // 2, []
+    for number in range(3 * PROBE_ROUNDS // 2):
+        asked += made.worth_drafting([0.0 if number == middle else 0.95])
+    assert [place for place, each in enumerate(asked) if each] == [middle], "asked once, so not tried until as many rounds later"
+
+
+def test_a_first_level_is_worth_what_the_second_will_bring_too():
+    """Where rows are free the first brings some 0.58 tokens, the second some 0.26 more."""
+    assert planner({1: 1.0, 64: 1.0}, step=0.7).worth_drafting([0.0]) == [True]
+    assert planner({1: 1.0, 64: 1.0}, step=0.9).worth_drafting([0.0]) == [False]
+
+
+def test_sequences_share_the_price_of_a_first_level():
+    free = {1: 1.0, 64: 1.0}
+    assert planner(free, step=1.2).worth_drafting([0.0]) == [False]
+    assert planner(free, step=1.2, batch=2).worth_drafting([0.0, 0.0]) == [True, True]
+
+
 def test_a_sure_guess_of_another_drafter_leaves_the_draft_unasked():
     made = planner({1: 1.0, 64: 2.0}, step=0.2)
     assert made.worth_drafting([0.0]) == [True]
@@ -105,6 +125,13 @@ def test_a_level_is_drafted_only_where_its_children_are_worth_the_step():
     growth = Tree([1, 2, 3], [-1, 0, 0], [0, 1, 1], [0.0, math.log(0.7), math.log(0.02)])
     assert planner({1: 1.0, 64: 3.0}, step=0.05).frontiers([growth], [[1, 2]]) == [[1]]
     assert planner({1: 1.0, 64: 3.0}, step=1.0).frontiers([growth], [[1, 2]]) == [[]]
+
+
+def test_nodes_of_one_level_pay_for_its_step_together():
+    growth = Tree([1, 2, 3], [-1, 0, 0], [0, 1, 1], [0.0, math.log(0.5), math.log(0.5)])
+    made = planner({1: 1.0, 64: 1.0}, step=0.4)
+    assert made.frontiers([growth], [[1]]) == [[]]
+    assert made.frontiers([growth], [[1, 2]]) == [[1, 2]]
 
 
 def test_the_first_rounds_expect_a_little_more_than_plain_decoding_and_later_ones_what_the_last_brought():
@@ -157,10 +184,30 @@ def test_every_level_that_is_drafted_moves_the_price_of_a_step():
     assert heard[0] == 2 and all(2 <= rows <= 2 * MAX_TREE.top_k for rows in heard[1:])
 
 
+def test_what_a_level_and_a_walk_say_is_learned_at_the_depth_of_the_guesses():
+    counts = Calibration()
+    made = Planner(Prices({1: 1.0}), Prices({1: 0.1}), counts)
+    tree = Tree.chain(1, [2, 3], [math.log(0.5), math.log(0.5 * 0.9)])
+    before = [counts.worth(depth, 1.0, 0.0) for depth in (1, 2, 3)]
+    made.record_level(tree, [1], 2)  # the first guess got the second as its child
+    after = [counts.worth(depth, 1.0, 0.0) for depth in (1, 2, 3)]
+    assert [now > then for now, then in zip(after, before, strict=True)] == [False, True, False]
+    made.judge(tree, [0, 1])  # the first came true, the second did not
+    assert [sum(counts.tried[depth]) for depth in range(3)] == [1, 1, 0]
+    assert [sum(counts.right[depth]) for depth in range(3)] == [1, 0, 0]
+
+
+def test_a_round_moves_the_price_of_its_pass_by_the_seconds_of_the_pass_alone():
+    made = planner({1: 1.0, 8: 2.0})
+    made.record(8, 3.0, 4, 300.0)
+    assert 2.0 < made.passes.of(8) < 2.1 and made.recent.rows > 1.0
+
+
 def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
     prices = Prices({1: 10.0, 4: 13.0, 8: 21.0})
     assert [prices.of(rows) for rows in (0, 1, 2, 4, 6, 8, 12)] == [0, 10, 11, 13, 17, 21, 29]
     assert Prices({2: 5.0}).of(7) == 5.0
+    assert Prices({1: 10.0, 4: 4.0}).of(12) == 4.0, "a line that falls is not followed below what was seen"
 
 
 def test_served_passes_move_prices_and_a_stalled_one_hardly():
