@@ -290,7 +290,7 @@ def add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.
 
 
 def plugin(command: argparse.ArgumentParser, name: str) -> None:
-    """Before the command's name or behind it; each has its own list, since a command's defaults take the place of what stands before."""
+    """Add `--plugin`, before the command's name or after it. Each has its own list: a command's defaults replace what came before."""
     told = "a Python file of your own that registers losses, growths or methods (docs/add-a-method.md)"
     command.add_argument("--plugin", dest=name, metavar="F.py", action="append", default=[], help=told)
 

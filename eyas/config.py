@@ -319,24 +319,24 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip: float = 1.0
     max_length: int = 1024  # tokens of a document; longer ones are cut at a token
-    held_out: float = 0.02  # share of documents that only measure
+    held_out: float = 0.02  # share of documents that are not trained on, only measured with
     seed: int = 0
     measure_steps: int = 500  # between measurements of held-out acceptance, by which the best weights are chosen
-    tree_every: int = 4  # measurements from one tau of real rounds with trees to the next; 0: none
+    tree_every: int = 4  # every so many measurements tau is measured in real rounds with trees too; 0: never
     patience: int = 5  # measurements in a row clearly under the best (over-fitting, not noise) that end the training; 0: none
     checkpoint_minutes: float = 5.0
     autocast: bool = False  # products in bfloat16 over float32 weights: on CUDA, and on CPUs that multiply it fast
-    top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and for good
+    top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and in use
     random_head: bool = False  # for a control: the draft's head begins at random instead of with the target's
     token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn
     fc_norm: bool = False
     norm_output: bool = False
-    draft_layers: int = 1  # of an EAGLE-3 draft; engines run those of one
+    draft_layers: int = 1  # decoder layers of an EAGLE-3 draft; engines run drafts of one layer
 
 
-DISK_SHARE = 0.5  # of the free disk that self-written data may take where no --disk is given
+DISK_SHARE = 0.5  # share of the free disk that self-written data may take where no --disk is given
 SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is given
-TRAIN_MINUTES = 60.0  # of training where no budget is given
+TRAIN_MINUTES = 60.0  # minutes of training where no budget is given
 
 
 def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What timed generations amount to: acceptance, speed against plain and sameness of text, each with what makes it count.
+"""Figures from timed generations: acceptance, speed against plain decoding and sameness of text, each with its interval or count.
 
 Knows generations as tokens, seconds and rounds; knows no engine. A number over prompts is a pooled ratio (tau: all tokens committed in
 rounds / all rounds), and its interval is the same formula over prompts drawn again with replacement.

@@ -1,4 +1,4 @@
-"""One contestant of a race: a process that loads an engine once and then answers prompts, one a line, saying how long each took.
+"""One contestant of a race: a process that loads an engine once, then answers prompts, one on each line, and says how long each took.
 
     ENVIRONMENT/bin/python -I peer_worker.py '{"engine": "vllm", ..}'
 

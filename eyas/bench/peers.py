@@ -1,8 +1,7 @@
 """Ours against other engines on the same weights, prompts and threads, taking turns: `eyas bench --peers`.
 
-Every contestant is a process in its own environment (environments.py) that loads once (peer_worker.py); all but the one whose turn it is
-are stopped, so none takes another's cores. Prompts go to all as the same token ids, each prompt to all before the next, in a rotating
-order.
+Every contestant is a process in its own environment (environments.py) that loads once (peer_worker.py). All but the one whose turn it is
+are stopped, so none takes another's cores. All get the same token ids; each prompt goes to all before the next one, in a rotating order.
 Knows contestants, turns and tables; knows no engine's insides.
 """
 

@@ -28,7 +28,7 @@ Report = Callable[[int, int, str], None]  # generations done, of how many, the m
 
 
 class Method(NamedTuple):
-    """`METHOD[@TREE][+VERIFIER]`; what is left out comes from the request."""
+    """A method as a user writes it, `METHOD[@TREE][+VERIFIER]`; parts that are left out come from the request."""
 
     text: str
     name: str
@@ -90,12 +90,12 @@ def settings_of(plan: Request) -> dict[str, str]:
 
 
 def same_draws(plan: Request, plain: Request | None) -> bool:
-    """Whether this method must write plain's text: EAGLE's rule draws other (as good) tokens unless greedy."""
+    """Whether this method must write plain decoding's text. EAGLE's rule draws other (as good) tokens unless greedy."""
     return plain is not None and (plan.sampling.greedy or plan.verifier == plain.verifier == "walk")
 
 
 def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, Request], report: Report) -> list[Row]:
-    """Each prompt by every method in a rotating order, all with one seed. An interrupt keeps the prompts that every method has done."""
+    """Run every method on each prompt, in a rotating order, all with one seed. An interrupt keeps the prompts that all methods did."""
     rows: list[Row] = []
     names = list(plans)
     try:

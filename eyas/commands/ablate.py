@@ -22,7 +22,7 @@ from eyas.train.build import Setup, Studied, hold_out, usual_taps
 from eyas.train.features import Example, ShardStates, StateSource, TapsOf, TargetStates
 from eyas.train.shards import settings_of_folder
 
-HELD_OUT = 0.1  # of the conversations, 64 at most
+HELD_OUT = 0.1  # share of the conversations that is held out, 64 at most
 MINUTES = 3.0  # for each draft where no budget is given
 SELF_PLAY = 100_000  # answer tokens that the target writes where no number is given
 

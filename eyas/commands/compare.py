@@ -67,7 +67,7 @@ class Scale:
     same_time: bool  # whether drafts are trained for the same time too
 
 
-HELD_OUT = 0.05  # of the conversations: enough to ask and to measure with
+HELD_OUT = 0.05  # share of the conversations that is held out: enough to ask and to measure with
 QUICK, FULL = Scale(40_000, 140_000, 6, 64, False), Scale(400_000, 600_000, 20, 100, True)
 
 
@@ -279,7 +279,7 @@ def memory_mb(engine: Engine, row: Row, own: int) -> float:
     """The megabytes of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
     drafter: Any = engine.drafter(row.method)  # its caches are no part of what a drafter has to have
     drafter.reserve(1, 1000)
-    drafter = getattr(drafter, "draft", drafter)  # of look-up and a draft, the latter
+    drafter = getattr(drafter, "draft", drafter)  # look-up merged with a draft: the draft's part
     caches: list[KVCache] = getattr(drafter, "caches", [drafter.cache] if hasattr(drafter, "cache") else [])
     return round((2 * own + sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)) / 1e6, 2)
 

@@ -1,7 +1,7 @@
 """`eyas new-draft`: a draft for a model in one command and a given time, with no data set.
 
-The model writes its own conversations, the draft trains on them, what it accepts is measured, and the directory tells all of it. Killed
-at any moment, the same command goes on where it was.
+The model writes its own conversations, the draft trains on them, its acceptance is measured, and the directory tells all of it. If it is
+killed at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Drafter(Protocol):
     """Guesses what follows the text of each sequence, as a tree. The decoder calls `reserve` once; then for each sequence `observe` while
     its prompt is read and after each round, `propose` before each round that guesses, and `forget` at its end.
 
-    A wrong guess costs time and never changes the text. A drafter reads nothing of the target but the features it names in `wants`.
+    Under the walk a wrong guess costs time and never changes the text. A drafter gets nothing of the target but the features in `wants`.
     """
 
     wants: tuple[int, ...]  # numbers of the target layers whose input it reads, or LAST_HIDDEN; () for none

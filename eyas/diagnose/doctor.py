@@ -1,8 +1,8 @@
-"""Why does a draft accept little? Looks at its files, then measures it as it is and under each usual mistake undone.
+"""Why a draft accepts little: looks at its files, then measures it as it is and with each usual mistake undone.
 
 A mistake in a file shows in one of two ways: a fact contradicts another (two spellings of theta, a vocabulary and its mask), or the draft
-agrees better with its target when read otherwise (taps one layer off, halves swapped). Knows layouts through formats/layouts.py, and what
-the measuring costs: one pass of the target, a second or so for each way of reading.
+agrees better with its target when it is read in another way (taps one layer off, halves swapped). Measuring costs one pass of the target,
+and a second or so for each reading. Knows layouts through formats/layouts.py.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from eyas.measure.agreement import Agreement, Evidence, agreement
 from eyas.model.vocab import DraftVocab
 from eyas.train.card import best_point
 
-MEANINGLESS = {"vocabulary", "not finite", "zero weights"}  # where one of these is found, what agrees better does so by chance
+MEANINGLESS = {"vocabulary", "not finite", "zero weights"}  # where one of these is found, a reading agrees better only by chance
 LOW = 0.25  # acceptance of the first step under which a draft is called weak
-FALLEN = 0.7  # of what training measured, under which something happened since
+FALLEN = 0.7  # share of the figure that training measured; below it something has happened since
 
 
 class Finding(NamedTuple):

@@ -20,7 +20,7 @@ from eyas.formats.portable import Draft, TargetFiles, probe
 
 EXACT = 1e-6  # largest difference of logits allowed where nothing is rounded
 ROUNDED = 5.0  # and where weights are, in standard deviations of the logits: more is an overflow, not rounding
-DRAFTS = ("config.json", "*.gguf", "openvino_model.xml")  # what a folder that may be replaced has one of
+DRAFTS = ("config.json", "*.gguf", "openvino_model.xml")  # a folder may be replaced only if it has one of these files
 KEPT = ("training.json",)  # files of the draft that travel along
 
 

@@ -63,7 +63,7 @@ def pre_tokenizer_name(held: Mapping[str, Any], directory: Path) -> str:
 
 
 def copy_tokenizer(writer: GGUFWriter, path: Path) -> None:
-    """The tokenizer section of another GGUF, the target's own."""
+    """Copy the tokenizer section of another GGUF, the target's own."""
     from gguf import GGUFReader
 
     check_gguf(path)

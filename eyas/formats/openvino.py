@@ -1,7 +1,8 @@
 """OpenVINO GenAI: an intermediate representation that optimum-intel exports, with its list of tapped layers put right.
 
-The exporter and eyas want different versions of transformers, so it runs as a child in an environment of its own (openvino_convert.py),
-which also runs what it made on seeded input: the logits are compared with ours here. Layer ids name the layers whose *output* is read.
+The exporter and eyas need different versions of transformers, so the exporter runs as a child in an environment of its own
+(openvino_convert.py). The child also runs the converted model on seeded input, and the logits are compared with ours here. Layer ids name
+the layers whose *output* is read.
 """
 
 from __future__ import annotations

@@ -46,14 +46,15 @@ def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> 
 
 
 def write_pickled(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    """pytorch_model.bin, which its loader looks for first."""
+    """Write pytorch_model.bin, which SafeAILab's loader looks for first, and config.json."""
     config = config_for(draft, target, dtype)
     torch.save({name: tensor.to(dtype) for name, tensor in draft.weights.items()} | draft.vocab.as_tensors(), work / PICKLED)
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
-    """Its class, in a checkout of it. The target's weights must lie in shards with an index, by which it finds the embedding."""
+    """The command that loads SafeAILab's class, in a checkout of its code. The target's weights must lie in shards with an index, by which
+    the class finds the embedding."""
     settings = f"total_token={shape.nodes}, depth={max(shape.depth, 0)}, top_k={shape.top_k}"
     return (
         f"python -c \"from eagle.model.ea_model import EaModel; model = EaModel.from_pretrained(base_model_path='{target}', "

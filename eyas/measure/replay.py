@@ -1,7 +1,7 @@
 """Walks a draft along a text that is already written: what it would have guessed in each round, and how much of that was right.
 
-Knows drafters, features and tokens; knows nothing of who wrote the text. So one draft can be measured on the very text that another
-engine wrote, and the two compared round by round.
+So a draft can be measured on the very text that another engine wrote with it, and the two compared round by round. Knows drafters, features
+and tokens; knows nothing of who wrote the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The draft's vocabulary: the few target tokens it can say. The only place that knows files store it as offsets (`d2t`)."""
+"""The draft's vocabulary: the few target tokens that it can guess. Only this module knows that files store it as offsets (`d2t`)."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
         with safe_open(path, framework="pt") as file:
             tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
             numbers, temperatures = file.get_tensor("answers").tolist(), file.get_tensor("temperatures").tolist()
-        place = row = 0  # of the shard's tokens, and of its states
+        place = row = 0  # where a document begins among the shard's tokens, and among its states
         for length, temperature in zip(lengths, temperatures, strict=True):
             kept = slice(place, place + min(length, max_length))
             if sum(number >= 0 for number in numbers[kept]) >= 8:

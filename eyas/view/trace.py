@@ -69,7 +69,7 @@ class Story:
         self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {made}.")
 
     def draft_steps(self, tree: Tree, before: int) -> None:
-        """Step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist."""
+        """Tell the draft's steps: step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist yet."""
         root = tree.tokens[0]
         g, a = self.vectors("g", [before]), self.vectors("a", [root])
         self.say(f"  Step 1: the draft reads {g} with the embedding of {self.word(root)} and makes {a};")
