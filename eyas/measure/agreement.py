@@ -18,6 +18,7 @@ from eyas.decode.generate import Decoder
 from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
+from eyas.train.acceptance import guessed
 from eyas.train.batches import make_batch
 from eyas.train.features import Example, States, TargetStates
 from eyas.train.unroll import unroll
@@ -114,15 +115,11 @@ def agreement(network: DraftNetwork, vocab: DraftVocab, evidence: Evidence, late
     """Draft at every anchor of the texts' answers with this network (loose weights, float32), its taps and its vocabulary."""
     batch, states = make_batch(evidence.examples, Taken(evidence, network.config.taps, late), network)
     place = torch.full((vocab.vocab_size,), -1).index_copy_(0, vocab.ids, torch.arange(len(vocab)))  # draft id of a target token
-    good = torch.ones_like(batch.tokens, dtype=torch.bool)
     log_q, acceptance, leading, anchors = [], [], 0, 0
-    for step in unroll(network, batch, steps):
-        logits, wanted = network.logits(step.a), states.target_argmax[step.teacher_rows]
-        hit, before = vocab.to_target(logits.argmax(-1)) == wanted, good[step.anchors]
+    for _, logits, wanted, right, alive in guessed(network, vocab, batch, states.target_argmax, steps, unroll):
         said = logits.log_softmax(-1).gather(1, place[wanted].clamp_min(0)[:, None])[:, 0]
         log_q.append(torch.where(place[wanted] >= 0, said, UNSAYABLE))
-        right = int((hit & before).sum())
-        acceptance.append(right / max(int(before.sum()), 1))
-        leading, anchors = leading + right, anchors or len(wanted)
-        good[step.anchors] = hit & before
+        still = int((right & alive).sum())
+        acceptance.append(still / max(int(alive.sum()), 1))
+        leading, anchors = leading + still, anchors or len(wanted)
     return Agreement(acceptance, 1 + leading / max(anchors, 1), torch.cat(log_q))

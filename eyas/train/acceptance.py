@@ -57,6 +57,26 @@ class Simulation(NamedTuple):
         return low, high
 
 
+class Guessed(NamedTuple):
+    """What a chain of guesses says at one step, beside what the target says there. N anchors reach the step."""
+
+    step: Step
+    logits: Tensor  # [N, D] the draft's
+    wanted: Tensor  # [N] the target's likeliest tokens
+    right: Tensor  # bool [N] whether this step says them
+    alive: Tensor  # bool [N] whether all steps before said theirs
+
+
+def guessed(network: DraftModule, vocab: DraftVocab, batch: Batch, target_argmax: Tensor, steps: int, unroll: Unroll) -> Iterator[Guessed]:
+    """Draft a chain at every anchor of a batch, fed with the text's own tokens, and compare each step with the target's likeliest token."""
+    alive_M = torch.ones_like(batch.tokens, dtype=torch.bool)
+    for i, step in enumerate(unroll(network, batch, steps)):
+        logits, wanted = network.logits_at(i, step.a), target_argmax[step.teacher_rows]
+        right, alive = vocab.to_target(logits.argmax(-1)) == wanted, alive_M[step.anchors]
+        yield Guessed(step, logits, wanted, right, alive)
+        alive_M[step.anchors] = right & alive
+
+
 @torch.no_grad()
 def simulate(
     network: DraftModule,
@@ -75,13 +95,9 @@ def simulate(
         lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
         example_of = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         counts = torch.zeros(4, len(lengths), steps, dtype=torch.float64, device=lengths.device)
-        good = torch.ones_like(batch.tokens, dtype=torch.bool)
-        for i, step in enumerate(unroll(network, batch, steps)):
-            guesses = vocab.to_target(network.logits_at(i, step.a).argmax(-1))
-            hit, before = guesses == states.target_argmax[step.teacher_rows], good[step.anchors]
-            for row, marked in zip(counts, (torch.ones_like(hit), before, hit & before, hit), strict=True):
+        for i, (step, _, _, right, alive) in enumerate(guessed(network, vocab, batch, states.target_argmax, steps, unroll)):
+            for row, marked in zip(counts, (torch.ones_like(right), alive, right & alive, right), strict=True):
                 row[:, i].index_add_(0, example_of[step.anchors], marked.double())
-            good[step.anchors] = hit & before
         parts.append(counts)
     counted, alive, right, forced = torch.cat(parts, 1).cpu()
     return Simulation(counted[:, 0], counted, alive, right, forced)
