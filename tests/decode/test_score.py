@@ -9,7 +9,7 @@ import torch
 
 from eyas.config import Sampling, TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.sampling import GUESS, gumbel
+from eyas.decode.sampling import GUESS, Noise, gumbel
 from eyas.decode.score import best_children, children, log_scores
 from eyas.model.vocab import DraftVocab
 from tests.enumeration import surprise
@@ -46,6 +46,19 @@ def test_best_children_are_sorted_and_ties_go_to_the_lower_id():
     assert values[0].tolist() == [2.0, 2.0, 1.0, 1.0]
     assert ids[1].tolist() == [0, 1, 2, 3]
     assert best_children(scores, 1)[1].tolist() == [[1], [0]]
+    for size in range(3, 90):
+        level = torch.zeros(1, size)
+        level[0, -1] = 1.0
+        assert best_children(level, 2)[1].tolist() == [[size - 1, 0]], "of equals that do not all stay"
+
+
+def test_children_are_scored_with_the_noise_of_the_place_they_would_fill_each_token_with_its_own():
+    vocab, noise = DraftVocab(list(range(11, 51)), 60), Noise(5, 60)
+    request = TreeRequest(0, 7, 20, TreeShape.parse("8x2x3"), SAMPLED, noise=noise.at)
+    found = children(request, 2, [4, 5], LOGITS[:2], vocab)
+    values, ids = log_scores(LOGITS[:2], SAMPLED, noise.at(23)[11:51]).topk(3)
+    assert found.tokens == (ids + 11).tolist()
+    torch.testing.assert_close(torch.tensor(found.log_scores, dtype=torch.float64), values)
 
 
 def drawing(shape: str, sampling: Sampling = SAMPLED, seed: int = 3) -> TreeRequest:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.generate import PROMPT_PART, Decoder
+from eyas.decode.generate import PROMPT_PART, Decoder, rows_of
 from eyas.decode.plan.calibration import Calibration
 from eyas.decode.plan.planner import FixedPlan, Planner
 from eyas.decode.plan.prices import Prices
@@ -359,10 +359,18 @@ def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
             self.taught.append(what)
 
     told = Told()
-    told.begin(1)
-    monkeypatch.setattr(Graph, "made", Graph.made + 1)
-    told.ends(4, 2)
-    assert not told.taught
+    for made in (3, 4, 4):
+        told.begin(1)
+        monkeypatch.setattr(Graph, "made", made)
+        told.ends(4, 2)
+    assert len(told.taught) == 1, "the third's graphs were all there"
+    told.taught.clear()
     monkeypatch.setattr(told, "stop", lambda: (1.0, 2.5))
     told.ends(4, 2)
     assert told.taught == [(4, 1.0, 2, 2.5)], "rows, seconds of the pass, tokens, seconds of the round"
+
+
+@pytest.mark.parametrize("path", [[0], [0, 1], [0, 1, 2], [0, 2, 4]])
+def test_of_a_trees_features_the_paths_rows_stay(path):
+    features = torch.arange(10).view(5, 2)
+    assert torch.equal(rows_of(features, path), features[path])

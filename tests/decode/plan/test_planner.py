@@ -201,6 +201,8 @@ def test_a_round_moves_the_price_of_its_pass_by_the_seconds_of_the_pass_alone():
     made = planner({1: 1.0, 8: 2.0})
     made.record(8, 3.0, 4, 300.0)
     assert 2.0 < made.passes.of(8) < 2.1 and made.recent.rows > 1.0
+    made.record_step(1, 0.15)
+    assert 0.1 < made.steps.of(1) < 0.11
 
 
 def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
@@ -228,6 +230,9 @@ def test_calibration_learns_what_guesses_are_worth_and_frozen_it_does_not():
             each.judge(1, [0.5], drawn)
     assert learned.chance(1, 0.5) == pytest.approx(0.2, abs=0.03)
     assert learned.chance(2, 0.5) == frozen.chance(1, 0.5) == 0.5
+    once = Calibration()
+    once.judge(1, [0.5], None)
+    assert 0.4 < once.chance(1, 0.5) < 0.5, "a single guess says little"
     again = Calibration(learned.as_dict())
     assert again.chance(1, 0.5) == learned.chance(1, 0.5)
 
