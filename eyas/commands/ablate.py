@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.table import Table
 from eyas.commands.bench import PIPED_WIDTH, writable, write
 from eyas.commands.data import from_conversations, from_self_play, own_words
 from eyas.commands.follow import with_bar
-from eyas.commands.train import budget_from, method_of, setting, settings_of, taps_from
+from eyas.commands.train import budget_from, method_of, setting, settings_of, taps_from, workers_of
 from eyas.config import EyasError, TrainSettings
 from eyas.files.target import check_device, load_target, target_config, target_directory
 from eyas.train.ablate import BASE, Trained, Variant, told, trained
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
                 source=TapsOf(source, studied.taps, variant.taps or taps),
                 settings=base,
                 method=method_of(options),
-                workers=options.workers or os.cpu_count() or 1,
+                workers=workers_of(options),
             )
             found[variant.name] = trained(setup, variant, budget, options.seeds, lambda trainer, budget: with_bar(trainer, budget, console))
             result["variants"][variant.name] = told(variant, found[variant.name], found[BASE])
@@ -122,7 +121,7 @@ def data_of(options: argparse.Namespace, studied: Studied, base: TrainSettings, 
         return examples, TargetStates(load_target(studied.directory, "fp32", options.device).prepare(), studied.taps)
     words = own_words(studied, None, None, console)
     wanted = options.self_play or SELF_PLAY
-    examples, _ = from_self_play(options, words, base, wanted, options.workers or os.cpu_count() or 1, None)
+    examples, _ = from_self_play(options, words, base, wanted, workers_of(options), None)
     return examples, ShardStates()
 
 

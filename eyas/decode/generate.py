@@ -50,9 +50,10 @@ class Decoder:
         """Run one round: each of these sequences gets at least one token."""
         plan, first, brought = self.plan, 0, 0
         plan.begin(len(sequences))
-        trees = [Tree.root(sequence.root) for sequence in sequences]
         if plan.guesses:
             trees = plan.cut(self.drafter.propose([self.request(sequence) for sequence in sequences]))
+        else:
+            trees = [Tree.root(sequence.root) for sequence in sequences]
         plan.pass_begins()
         out = self.target(self.rows(sequences, trees), self.cache, self.drafter.wants)
         plan.pass_ends(self.target.device)

@@ -112,9 +112,8 @@ class HeadLoss(torch.autograd.Function):
     sum to 1."""
 
     @staticmethod
-    @torch.amp.custom_fwd(
-        device_type="cuda", cast_inputs=torch.float32
-    )  # a distribution needs float32, whatever format the layer below computed in
+    # a distribution needs float32, whatever format the layer below computed in
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(
         ctx: Any,
         x_NH: Tensor,

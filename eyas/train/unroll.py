@@ -6,7 +6,7 @@ the target would not have computed yet. Here that is computed as causal scores a
 softmax; the tests compare it with the dense mask. Each decoder layer has a comb of its own.
 Knows the network and packed documents; knows nothing of files, optimisers or where features come from.
 
-    anchor        0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
+    anchor      0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
     feature    f0   f1   f2     step 1: (a_j, t_{j+2}) at position j+1    -> p_{j+2}
     token      t1   t2   t3     step i: (a_j, t_{j+1+i}) at position j+i  -> p_{j+1+i}, the distribution of t_{j+2+i}
 """
