@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from eyas.cli import LAYOUT_NAMES
+from eyas.commands.parser import LAYOUT_NAMES
 from eyas.commands.serve_command import gain
 from eyas.files.eagle3_files import config_from_file
 from eyas.formats.layouts import LAYOUTS

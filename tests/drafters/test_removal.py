@@ -41,7 +41,7 @@ def check(tree, gone):
     for name, make in makers().items():
         assert said(make(), TreeShape.parse("chain:3")) == said(None, PLAIN), name
     from eyas.bench.family import chosen_rows
-    from eyas.cli import parser
+    from eyas.commands.parser import parser
     parser()
     assert {row.method for row in chosen_rows(None, False)} == set(METHODS)
     with open(os.path.join(tree, "left"), "w") as file:

@@ -1,0 +1,264 @@
+"""Every command's own options, one function a command.
+
+Knows options and their defaults (from config.py); imports nothing heavy, so `eyas --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from eyas.commands.options import Parser, add, apart, disk, generation, known_methods, models, plugin, seed_prompts
+from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, TrainSettings
+from eyas.methods import trained
+
+LAYOUT_NAMES = "sglang, vllm, speculators, safeailab, safeailab-bin, llama_cpp or openvino"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
+    plugin(top, "first")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for options in (
+        demo_options,
+        generate_options,
+        chat_options,
+        new_draft_options,
+        train_options,
+        bench_options,
+        compare_options,
+        ablate_options,
+        plan_options,
+        trace_options,
+        export_options,
+        import_options,
+        serve_command_options,
+        doctor_options,
+        publish_options,
+    ):
+        options(commands)
+    return top
+
+
+def demo_options(commands: argparse._SubParsersAction) -> None:
+    demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
+    models(demo)
+    demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
+    demo.add_argument("--max-new-tokens", type=int, default=160)
+    demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
+    demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
+
+
+def generate_options(commands: argparse._SubParsersAction) -> None:
+    generate = add(commands, "generate", "write one answer, streamed")
+    generate.add_argument("prompt", nargs="?", help="a user's turn, or text to go on with under --raw")
+    generate.add_argument("--messages", metavar="F.json", help="a conversation as a JSON list of {role, content} instead of PROMPT")
+    generate.add_argument("--system", help="a system message to begin with")
+    generate.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
+    generation(generate)
+    generate.add_argument("--json", action="store_true", help="print one object: text, tokens, tau, rounds, seconds, seed, finish_reason")
+
+
+def chat_options(commands: argparse._SubParsersAction) -> None:
+    chat = add(commands, "chat", "a conversation in the terminal")
+    chat.add_argument("--system", help="a system message to begin with")
+    generation(chat)
+
+
+def new_draft_options(commands: argparse._SubParsersAction) -> None:
+    new = add(
+        commands, "new-draft", "a draft for a model in a given time: the model writes the data, what the draft accepts is measured and told"
+    )
+    new.add_argument("model", nargs="?", help="directory, .gguf file or hub name (default: the embedded target)")
+    new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
+    new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
+    seed_prompts(new)
+    apart(new)
+    disk(new)
+    new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
+
+
+def train_options(commands: argparse._SubParsersAction) -> None:
+    train = add(commands, "train", "train a draft for a target, on text the target writes itself or on your conversations")
+    train.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded target)")
+    train.add_argument("--out", required=True, help="directory of the draft; checkpoints go there too")
+    train.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
+    train.add_argument(
+        "--self-play",
+        type=int,
+        metavar="TOKENS",
+        default=None,
+        help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
+    )
+    seed_prompts(train)
+    train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
+    apart(train)
+    disk(train)
+    train.add_argument(
+        "--shards",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="train on these folders of self-written shards too (or alone)",
+    )
+    train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
+    train.add_argument("--steps", type=int, help="stop after so many steps")
+    train.add_argument(
+        "--minutes", type=float, help=f"stop after so many minutes of training (default {TRAIN_MINUTES:g} if nothing else is given)"
+    )
+    train.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
+    train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    train.add_argument(
+        "--taps", metavar="L,M,H", help="target layers whose inputs are the features, as many as you like (default 2, n//2, n-3)"
+    )
+    train.add_argument(
+        "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
+    )
+    train.add_argument(
+        "--unroll",
+        type=int,
+        help="steps of the training-time test (default 7; eagle1 trains one), heads of medusa (5) or modules of mtp (4)",
+    )
+    train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
+    train.add_argument("--seed", type=int, default=TrainSettings.seed)
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
+    train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
+    train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
+
+
+def bench_options(commands: argparse._SubParsersAction) -> None:
+    bench = add(commands, "bench", "compare methods on prompts, interleaved, with intervals")
+    bench.add_argument("--prompts", required=True, metavar="F.jsonl", help="lines with turns, prompt, question or messages")
+    bench.add_argument("--limit", type=int, help="only the first so many prompts")
+    bench.add_argument(
+        "--methods",
+        default="plain,eagle3,eagle3-lookup,lookup",
+        metavar="METHOD[@TREE][+VERIFIER],..",
+        help=f"{known_methods()}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
+        "(default %(default)s)",
+    )
+    bench.add_argument(
+        "--peers",
+        action="store_true",
+        help="instead: ours beside transformers, vLLM, OpenVINO and llama.cpp on the same weights, each in an environment that is made on "
+        "first use (minutes, gigabytes)",
+    )
+    bench.add_argument("--out", metavar="r.json", help="write the result there; with --peers and matplotlib also a picture")
+    generation(bench, method=False, new_tokens=200)
+
+
+def compare_options(commands: argparse._SubParsersAction) -> None:
+    compare = add(commands, "compare", "train every method of the line that leads to EAGLE-3 on the same text, and compare them")
+    compare.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    compare.add_argument("--quick", action="store_true", help="twenty minutes: little text, short training, the methods alone")
+    compare.add_argument(
+        "--rows",
+        metavar="NAME,..",
+        help="only these, and plain: medusa, 'eagle3 without fusion', .. (default: all)",
+    )
+    compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
+    compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
+    disk(compare)
+
+
+def ablate_options(commands: argparse._SubParsersAction) -> None:
+    ablate = add(commands, "ablate", "what a change of training brings: drafts trained alike on one text but for it, compared in minutes")
+    ablate.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    ablate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variant with one setting changed; repeatable")
+    ablate.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME=VALUE ..'",
+        help="a variant with several settings changed, divided by spaces: 'draft_layers=2 taps=1,5,9'; repeatable",
+    )
+    ablate.add_argument("--common", action="append", default=[], metavar="NAME=VALUE", help="a setting of every variant, the base included")
+    ablate.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
+    ablate.add_argument("--taps", metavar="L,M,H", help="the base's (default 2, n//2, n-3)")
+    ablate.add_argument("--minutes", type=float, help="of training for each draft (default 3 if nothing else is given)")
+    ablate.add_argument("--steps", type=int, help="so many steps for each draft")
+    ablate.add_argument("--tokens", type=int, help="so many answer tokens for each draft")
+    ablate.add_argument("--seeds", type=int, default=1, help="drafts of each variant, with other seeds (default %(default)s)")
+    ablate.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
+    ablate.add_argument(
+        "--shards", metavar="DIR", nargs="+", action="extend", default=[], help="train on these folders of self-written shards"
+    )
+    ablate.add_argument("--self-play", type=int, metavar="TOKENS", help="answer tokens for the target to write itself (default 100000)")
+    ablate.add_argument("--device", default="cpu", help="where drafts train: cpu (default) or cuda")
+    ablate.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
+    ablate.add_argument("--out", metavar="r.json", help="write the result there, anew after each variant")
+    ablate.set_defaults(regenerate=False, apart=[])
+    disk(ablate)
+
+
+def plan_options(commands: argparse._SubParsersAction) -> None:
+    plan = add(commands, "plan", "what a pass costs here, and which trees pay for how many sequences")
+    models(plan, tree=False)
+    plan.add_argument("--method", default=None, help="any with planned trees (default: the draft's own)")
+    plan.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    plan.add_argument("--picture", metavar="F.png", help="draw prices and gains there (needs matplotlib)")
+
+
+def trace_options(commands: argparse._SubParsersAction) -> None:
+    trace = add(commands, "trace", "the rounds told step by step on what the model really writes")
+    trace.add_argument("prompt")
+    trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
+    trace.add_argument("--rounds", type=int, default=4, help="how many rounds to tell (default %(default)s)")
+    generation(trace, method=False, new_tokens=48)
+
+
+def export_options(commands: argparse._SubParsersAction) -> None:
+    export = add(commands, "export", "write a draft in an engine's layout, read it back and compare")
+    export.add_argument("draft", help="a draft of eyas's making, or `bundled`")
+    export.add_argument("out", help="directory to write")
+    export.add_argument("--to", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    export.add_argument(
+        "--target", help="its target: directory, .gguf file or hub name (default: the embedded one, where it is the target)"
+    )
+    export.add_argument("--weights", help="number format: bf16, fp16, fp32; for llama_cpp q8_0 and q4_1 too; for openvino int8 too")
+    export.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+    export.add_argument("--chain", type=int, default=3, help="tokens drafted a round in the command printed (default %(default)s)")
+    export.add_argument("--target-gguf", metavar="T.gguf", help="llama_cpp: take the tokenizer from the target's GGUF")
+    export.add_argument("--python", help="openvino: the Python of an environment with optimum-intel (docs/engines.md)")
+
+
+def import_options(commands: argparse._SubParsersAction) -> None:
+    importing = add(commands, "import", "read a draft in any engine's layout, say what it is, and write it as eyas's own")
+    importing.add_argument("source", help="directory, .gguf file or hub name")
+    importing.add_argument("out", nargs="?", help="directory to write")
+    importing.add_argument("--target", help="its target; what its files leave open is then measured on text that the target writes")
+    importing.add_argument("--target-layers", type=int, metavar="N", help="how many layers its target has, where that is not at hand")
+    importing.add_argument("--unmeasured", action="store_true", help="believe the files")
+    importing.add_argument("--dry-run", action="store_true", help="only say what it is")
+    importing.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+
+
+def serve_command_options(commands: argparse._SubParsersAction) -> None:
+    serve = add(commands, "serve-command", "the command line that serves a draft in an engine, with the best number of draft tokens")
+    serve.add_argument("draft", help="what `eyas export` wrote, or a draft of eyas's making")
+    serve.add_argument("--engine", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    serve.add_argument("--target", help="its target (default: the embedded one)")
+    serve.add_argument("--cost", type=float, default=None, metavar="C", help="a draft step's time over a target pass's (default: 0.1)")
+
+
+def doctor_options(commands: argparse._SubParsersAction) -> None:
+    doctor = add(commands, "doctor", "why a draft accepts little: checks its files, measures it under each usual mistake")
+    doctor.add_argument("draft", help="directory, .gguf file or hub name, in any layout; or `bundled`")
+    doctor.add_argument("--target", help="its target (default: the embedded one)")
+    doctor.add_argument("--engine-url", metavar="URL", help="a running OpenAI-compatible engine that serves this draft: compare acceptance")
+    doctor.add_argument("--tokens", type=int, default=96, help="of each answer that is measured on (default %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print one object")
+
+
+def publish_options(commands: argparse._SubParsersAction) -> None:
+    publish = add(commands, "publish", "a folder ready for the hub: the draft as engines read it, its model card, its provenance")
+    publish.add_argument("draft", help="a draft of eyas's making, or `bundled`")
+    publish.add_argument("out", help="directory to write")
+    publish.add_argument("--target", help="its target (default: the embedded one)")
+    publish.add_argument("--target-name", help="the target's name on the hub, as users will type it")
+    publish.add_argument("--licence", help="licence of the draft, which must allow for the target's (default: what the target's card says)")
+    publish.add_argument("--bench", metavar="r.json", action="append", default=[], help="results of `eyas bench` to put into the card")
+    publish.add_argument("--dry-run", action="store_true", help="say what the folder would hold")
+    publish.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
