@@ -16,7 +16,7 @@ from eyas.files.tokenizer import chat_template_hash
 from eyas.formats.export import make_way
 from eyas.formats.importing import resolve
 from eyas.formats.layouts import find
-from eyas.formats.portable import Draft, Found, TargetFiles, write_own
+from eyas.formats.portable import FILES, Draft, Found, TargetFiles, write_own
 
 MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         if out is None:
             raise EyasError("name a directory to write to, or ask for --dry-run")
-        make_way(out, options.force)
+        make_way(out, options.force, FILES, own=True)
     source = draft_path(options.source)
     found = find(source)
     console.print(f"{source}: {found.layout}, {described(found)}", markup=False)

@@ -16,7 +16,7 @@ from eyas.files.disk import atomic_directory
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.export import make_way
 from eyas.formats.model_card import bench_results, card, licence_of, training_told
-from eyas.formats.portable import own_draft, write_own
+from eyas.formats.portable import FILES, own_draft, write_own
 from eyas.train.card import CARD, PICTURE
 
 KEPT = ("training.json", PICTURE)
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError("name the target as users will type it: --target-name owner/model")
     licence = licence_of(target, options.licence)
     if not options.dry_run:
-        make_way(out, options.force)
+        make_way(out, options.force, (*FILES, CARD, *KEPT), own=True)
     with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
         made = Path(folder)
         write_own(made, draft, draft.facts | {"target": name})

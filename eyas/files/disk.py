@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -34,11 +35,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """A temporary folder beside `final` that replaces it only when the block ends well; until then `final` stays as it was.
 
-    `ours`: the names that are replaced. Other files in `final` (such as a user's notes) are copied along. None: all are replaced.
+    `ours`: the names that are replaced. Other files in `final` (such as a user's notes) are copied along. None: all are replaced. Where
+    `final` is a link to a folder, that folder is replaced.
     """
+    final = final.resolve() if final.is_symlink() else final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        work = Path(tempfile.mkdtemp(prefix=temporary_prefix(final), dir=final.parent))
     except OSError as error:
         raise EyasError(f"cannot write {final}: {error.strerror}") from None
     try:
@@ -69,13 +72,20 @@ def atomic_directory(final: Path, ours: Collection[str] | None = None) -> Iterat
 
 def recover_directory(final: Path) -> None:
     """Repair a folder after a kill inside `atomic_directory`: move the earlier content back where it was renamed away, and delete what is
-    left of a save."""
-    leftovers = [path for path in final.parent.glob(f".{final.name}-*") if path.is_dir()] if final.parent.is_dir() else []
+    left of a save. Only folders with the names that `atomic_directory` gives are touched."""
+    mine = re.compile(re.escape(temporary_prefix(final)) + r"\w{8}(-old)?")
+    beside = final.parent.iterdir() if final.parent.is_dir() else ()
+    leftovers = [path for path in beside if mine.fullmatch(path.name) and path.is_dir()]
     old = [path for path in leftovers if path.name.endswith("-old")]
     if not final.exists() and old:
         os.replace(max(old, key=lambda path: path.stat().st_mtime), final)
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def temporary_prefix(final: Path) -> str:
+    """How the names of a folder's temporary neighbours begin; eight characters by chance follow. No folder of a user's is called so."""
+    return f".{final.name}.eyas-"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,22 +6,25 @@ Knows layouts by their names and the probe that compares two drafts; knows no en
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eyas.config import EyasError
-from eyas.files.disk import atomic_directory
+from eyas.files.disk import atomic_directory, read_json
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import DTYPES, Layout, find, layout_of
 from eyas.formats.portable import Draft, TargetFiles, probe
 
 EXACT = 1e-6  # largest difference of logits allowed where nothing is rounded
 ROUNDED = 5.0  # and where weights are, in standard deviations of the logits: more is an overflow, not rounding
-DRAFTS = ("config.json", "*.gguf", "openvino_model.xml")  # a folder may be replaced only if it has one of these files
 KEPT = ("training.json",)  # files of the draft that travel along
+NAMED = 3  # foreign files that are named where a folder is not replaced
+GGUF_HEAD = 256  # bytes of a GGUF that hold its architecture, which is the first field
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
     if out.resolve() == source.resolve():
         raise EyasError(f"{out} is the draft itself; choose another place")
-    make_way(out, force)
+    make_way(out, force, layout.files)
     with atomic_directory(out) as work:
         layout.write(work, draft, target, weights, **extra)
         for kept in KEPT:
@@ -69,10 +72,42 @@ def checked(layout: Layout, draft: Draft, work: Path, weights: str) -> Check:
     return Check(difference, spread, exact, again.config.taps)
 
 
-def make_way(out: Path, force: bool) -> None:
-    if out.exists() and not force:
+def make_way(out: Path, force: bool, files: Sequence[str], own: bool = False) -> None:
+    """Raise `EyasError` unless `out` is free, or may be replaced: with `force`, if it holds nothing but `files` (names, or patterns of
+    them) as eyas writes them. `own`: of eyas's own layout, not of an engine's. What is foreign is named."""
+    if out.is_symlink() and not out.exists():
+        raise EyasError(f"{out} is a link to nothing; choose another place")
+    if not out.exists():
+        return
+    if not force:
         raise EyasError(f"{out} exists; choose another place, or --force to replace it")
-    if out.exists() and not out.is_dir():
+    if not out.is_dir():
         raise EyasError(f"{out} is a file; name a directory")
-    if out.exists() and any(out.iterdir()) and not any(any(out.glob(mark)) for mark in DRAFTS):
-        raise EyasError(f"{out} holds something else than a draft; it is not replaced, choose another place")
+    if found := foreign(out, (*files, *KEPT), own):
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        told = ", ".join(found[:NAMED]) + more
+        raise EyasError(f"{out} holds something else than a draft of this layout: {told}; nothing is replaced, choose another place")
+
+
+def foreign(out: Path, files: Sequence[str], own: bool) -> list[str]:
+    """What a folder holds that eyas did not write there."""
+    found = []
+    for path in sorted(out.iterdir()):
+        if path.is_dir() or not any(fnmatchcase(path.name, name) for name in files):
+            found.append(path.name + "/" * path.is_dir())
+        elif path.name == "config.json" and (why := not_ours(path, own)):
+            found.append(f"config.json ({why})")
+        elif path.suffix == ".gguf" and b"eagle3" not in path.open("rb").read(GGUF_HEAD):
+            found.append(f"{path.name} (no EAGLE-3 draft)")
+    return found
+
+
+def not_ours(config: Path, own: bool) -> str | None:
+    """Why a config.json is not what an export (`own`: an import) wrote; None where it is."""
+    try:
+        told = read_json(config)
+    except EyasError:
+        return "it cannot be read"
+    if "draft_vocab_size" not in told:
+        return "no draft's"
+    return None if ("eyas" in told) == own else "a draft of eyas's own" if "eyas" in told else "a draft in an engine's layout"

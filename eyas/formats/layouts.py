@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from eyas.config import EyasError, TreeShape
-from eyas.files.untrusted import Fields
+from eyas.files.untrusted import PICKLED, Fields
 from eyas.formats import llama_cpp, openvino, safeailab, sglang, vllm
 from eyas.formats.plain import read_plain
-from eyas.formats.portable import Draft, Found, TargetFiles, own_draft
+from eyas.formats.portable import FILES, Draft, Found, TargetFiles, own_draft
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Write = Callable[[Path, Draft, TargetFiles, Any], None]
@@ -25,6 +25,7 @@ Write = Callable[[Path, Draft, TargetFiles, Any], None]
 @dataclass(frozen=True)
 class Layout:
     title: str  # engine and the version that was run
+    files: tuple[str, ...]  # names of all that is written, or patterns of them: only a folder of these may be replaced
     weights: tuple[str, ...]  # number formats it can be written in; the first is the default
     refusal: Callable[[Draft], str | None]  # why the engine cannot run this draft
     write: Write  # into an existing directory; the last argument is a name of `weights`
@@ -37,10 +38,11 @@ def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> 
 
 
 LAYOUTS = {
-    "sglang": Layout(sglang.TITLE, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve),
-    "vllm": Layout(vllm.TITLE, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve),
+    "sglang": Layout(sglang.TITLE, FILES, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve),
+    "vllm": Layout(vllm.TITLE, FILES, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve),
     "speculators": Layout(
         f"{vllm.TITLE}, speculators 0.9.0",
+        FILES,
         vllm.WEIGHTS,
         vllm.refusal,
         in_torch(vllm.write_speculators),
@@ -49,6 +51,7 @@ LAYOUTS = {
     ),
     "safeailab": Layout(
         safeailab.TITLE,
+        FILES,
         safeailab.WEIGHTS,
         safeailab.refusal,
         in_torch(safeailab.write),
@@ -57,14 +60,17 @@ LAYOUTS = {
     ),
     "safeailab-bin": Layout(
         f"{safeailab.TITLE}, as pytorch_model.bin",
+        ("config.json", PICKLED),
         safeailab.WEIGHTS,
         safeailab.refusal,
         in_torch(safeailab.write_pickled),
         read_plain,
         safeailab.serve,
     ),
-    "llama_cpp": Layout(llama_cpp.TITLE, llama_cpp.WEIGHTS, llama_cpp.refusal, llama_cpp.write, llama_cpp.read, llama_cpp.serve),
-    "openvino": Layout(openvino.TITLE, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve),
+    "llama_cpp": Layout(
+        llama_cpp.TITLE, (llama_cpp.FILE,), llama_cpp.WEIGHTS, llama_cpp.refusal, llama_cpp.write, llama_cpp.read, llama_cpp.serve
+    ),
+    "openvino": Layout(openvino.TITLE, openvino.FILES, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve),
 }
 
 

@@ -29,6 +29,11 @@ WEIGHTS = ("fp32", "fp16", "int8")
 CONVERT = Path(__file__).with_name("openvino_convert.py")
 PINS = "openvino-genai==2026.4.1.0 optimum-intel==2.2.0 transformers==5.5.4 torch==2.13.0 nncf"
 SPARE = "torchvision"  # comes along, in a build that may not fit this torch and then breaks the import
+FILES = (
+    *("openvino_model.xml", "openvino_model.bin", "openvino_config.json", "config.json", "generation_config.json"),
+    *("openvino_tokenizer.*", "openvino_detokenizer.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "vocab*", "merges*"),
+)  # what the exporter writes, the target's tokenizer included
 CLOSE = 1e-3  # largest difference of logits allowed in float32: other kernels, other order of sums
 MINUTES = 20
 

@@ -25,6 +25,7 @@ from eyas.model.draft import DraftNetwork
 from eyas.model.rows import Segment
 from eyas.model.vocab import DraftVocab
 
+FILES = ("config.json", "model.safetensors")  # a draft in eyas's own layout, and in most engines'
 PROBE_ROWS, PROBE_STEPS, PROBE_TOKENS = 12, 4, 64
 
 

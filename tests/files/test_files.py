@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 
 import gguf
 import numpy as np
@@ -425,7 +426,7 @@ def test_a_gguf_that_claims_more_than_it_holds_is_one_line(tmp_path):
 
 def test_a_kill_between_the_renames_of_a_save_loses_nothing(tmp_path):
     """What was there before moves back into place; half-written remains go; a directory that is there is left alone."""
-    old, work = tmp_path / ".draft-abc-old", tmp_path / ".draft-abc"
+    old, work = tmp_path / ".draft.eyas-abcdefgh-old", tmp_path / ".draft.eyas-abcdefgh"
     old.mkdir(), work.mkdir()
     (old / "config.json").write_text("before")
     (work / "config.json").write_text("half")
@@ -435,3 +436,24 @@ def test_a_kill_between_the_renames_of_a_save_loses_nothing(tmp_path):
     recover_directory(tmp_path / "draft")
     assert [path.name for path in tmp_path.iterdir()] == ["draft"] and (tmp_path / "draft" / "config.json").read_text() == "before"
     recover_directory(tmp_path / "nowhere" / "draft")
+
+
+def test_a_users_folders_beside_are_never_taken_for_remains(tmp_path):
+    """`--out ~/ssh` must not delete `~/.ssh-archived`, nor a name with brackets what a pattern of them finds."""
+    with atomic_directory(tmp_path / "[ab]") as work:
+        assert re.fullmatch(r"\.\[ab\]\.eyas-\w{8}", work.name), "what is written has a name that nobody gives"
+    for name in (".ssh-archived", ".ssh-archived-old", ".ssh.eyas-notes", ".a.eyas-abcdefgh"):
+        (tmp_path / name).mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    recover_directory(tmp_path / "ssh")
+    recover_directory(tmp_path / "[ab]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link") as work:
+        (work / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "new").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

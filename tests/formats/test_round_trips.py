@@ -212,15 +212,13 @@ def test_an_export_with_other_taps_is_not_kept(draft, target, tmp_path, monkeypa
 
 
 def test_what_exists_is_replaced_only_when_asked_and_only_by_something_whole(draft, target, tmp_path, monkeypatch):
+    from eyas.formats import layouts
+
     out = tmp_path / "x"
-    out.mkdir()
-    (out / "notes").write_text("mine")
-    with pytest.raises(EyasError, match="holds something else than a draft"):
-        export(draft, tmp_path, "vllm", out, target, None, force=True)
-    (out / "config.json").write_text("{}")
+    written(draft, "vllm", target, tmp_path)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(EyasError, match="exists; choose another place, or --force"):
         written(draft, "vllm", target, tmp_path)
-    from eyas.formats import layouts
 
     def fails(work, draft, target, weights):
         (work / "half").write_text("half")
@@ -229,9 +227,43 @@ def test_what_exists_is_replaced_only_when_asked_and_only_by_something_whole(dra
     monkeypatch.setitem(layouts.LAYOUTS, "vllm", replace(layouts.LAYOUTS["vllm"], write=fails))
     with pytest.raises(EyasError, match="No space left"):
         export(draft, tmp_path, "vllm", out, target, None, force=True)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes"] and sorted(path.name for path in tmp_path.iterdir()) == [
-        "x"
-    ]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_every_layout_may_be_written_anew_over_itself(draft, target, tmp_path):
+    for name, layout in LAYOUTS.items():
+        if layout.read is not None:
+            for force in (False, True):
+                export(draft, tmp_path, name, tmp_path / name, target, None, force)
+
+
+FOREIGN = {
+    "a note": ({"notes.txt": "mine"}, "notes.txt"),
+    "a folder": ({"old/model.safetensors": "mine"}, "old/"),
+    "settings of something else": ({"config.json": "{}"}, "config.json (no draft's)"),
+    "settings that are no JSON": ({"config.json": "port = 80"}, "config.json (it cannot be read)"),
+    "a target": ({"config.json": '{"model_type": "llama"}', "model.safetensors": "x"}, "config.json (no draft's)"),
+    "a trained draft": ({"config.json": '{"draft_vocab_size": 9, "eyas": {}}'}, "config.json (a draft of eyas's own)"),
+    "a run's checkpoint": ({"config.json": '{"draft_vocab_size": 9}', "checkpoint": "x"}, "checkpoint"),
+    "another model's GGUF": ({"draft.gguf": "GGUF llama"}, "draft.gguf"),
+    "much": ({f"{number}.txt": "mine" for number in range(5)}, "0.txt, 1.txt, 2.txt and 2 more"),
+}
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama_cpp"])
+@pytest.mark.parametrize("held", FOREIGN)
+def test_what_eyas_did_not_write_is_never_replaced(draft, target, tmp_path, held, name):
+    files, told = FOREIGN[held]
+    out = tmp_path / "x"
+    for file, text in files.items():
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text(text)
+    if name == "llama_cpp":  # which writes no config.json
+        told = told.split(" ")[0] if held != "much" else told
+    with pytest.raises(EyasError, match="holds something else than a draft") as caught:
+        export(draft, tmp_path, name, out, target, None, force=True)
+    assert told in str(caught.value) and "nothing is replaced" in str(caught.value)
+    assert all((out / file).read_text() == text for file, text in files.items())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
