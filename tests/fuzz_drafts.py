@@ -230,9 +230,7 @@ def run_case(base: Path, name: str, draw: random.Random, room: Path) -> tuple[st
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, case)
     out.mkdir()
-    (out / "config.json").write_text(
-        '{"draft_vocab_size": 1, "eyas": {"what": "was there"}}'
-    )
+    (out / "config.json").write_text('{"draft_vocab_size": 1, "eyas": {"what": "was there"}}')
     before = contents(out)
     DAMAGES[name](case, draw)
     try:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from eyas.commands.bench import PIPED_WIDTH, writable, write
 from eyas.commands.data import from_conversations, from_self_play, own_words
 from eyas.commands.follow import with_bar
+from eyas.commands.output import result_file, terminal, write_result
 from eyas.commands.train import budget_from, method_of, setting, settings_of, taps_from, workers_of
 from eyas.config import EyasError, TrainSettings
 from eyas.files.target import check_device, load_target, target_config, target_directory
@@ -27,7 +26,7 @@ SELF_PLAY = 100_000  # answer tokens that the target writes where no number is g
 
 
 def run(options: argparse.Namespace) -> int:
-    variants, budget, out = variants_from(options), budget_from(options, MINUTES), writable(options.out)
+    variants, budget, out = variants_from(options), budget_from(options, MINUTES), result_file(options.out)
     check_device(options.device)
     directory = target_directory(options.target)
     config = target_config(directory)
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     base = base_settings(options, config.vocab_size)
     check_variants(options, variants, base, config.vocab_size)
     studied = Studied.at(directory, held_taps(options, taps, variants))
-    console = Console(stderr=True, highlight=False)
+    console = terminal(stderr=True)
     examples, source = data_of(options, studied, base, console)
     kept, held_out = hold_out(examples, base)
     drafts = f"{len(variants)} variants, {options.seeds} of each, {budget.told()} for each draft"
@@ -58,9 +57,9 @@ def run(options: argparse.Namespace) -> int:
             found[variant.name] = trained(setup, variant, budget, options.seeds, lambda trainer, budget: with_bar(trainer, budget, console))
             result["variants"][variant.name] = told(variant, found[variant.name], found[BASE])
             if out:
-                write(out, result)
+                write_result(out, result)
     finally:
-        show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
+        show(result, terminal())
     return 0
 
 

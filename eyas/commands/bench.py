@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
 from eyas.bench.speed import Method, parse_methods, run_bench
 from eyas.commands.common import engine_from, request_from
+from eyas.commands.output import progress, result_file, terminal, write_result
 from eyas.config import EyasError, Request
 from eyas.engine import Engine
 from eyas.view.pictures import can_draw
 
 SHOWN = 5  # complaints about a file before only their number is told
-PIPED_WIDTH = 140  # columns where standard output is no terminal
 
 
 def run(options: argparse.Namespace) -> int:
     methods, request = parse_methods(options.methods), request_from(options)
     if options.peers:
         return peers(options, request)
+    out = result_file(options.out)
     items, complaints = read_prompts(options.prompts, options.limit)
-    out = writable(options.out)
     engine = engine_from(options)
     for method in methods:
         engine.drafter(method.name)  # a missing draft is said before anything is timed
@@ -38,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
     complain(options.prompts, [*complaints, *unfit])
     result = with_progress(engine, items, methods, request)
     result["conditions"] |= facts_of_options(options, methods, len(complaints) + len(unfit))
-    print_result(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    print_result(result, terminal())
     if out:
-        write(out, result)
+        write_result(out, result)
     return 0 if result.get("complete", True) else 130
 
 
@@ -52,42 +49,27 @@ def peers(options: argparse.Namespace, request: Request) -> int:
 
     if not request.sampling.greedy:
         raise EyasError("--peers compares greedy answers; leave --temperature out")
+    out = result_file(options.out)
     items, complaints = read_prompts(options.prompts, options.limit)
     complain(options.prompts, complaints)
-    out = writable(options.out)
-    said = Console(stderr=True, highlight=False)
+    said = terminal(stderr=True)
     result = run_peers(
         options.target, options.draft, Path(options.prompts).name, items, request.max_new_tokens, torch.get_num_threads(), said.print
     )
     table = Table("engine", "bits a weight", "tokens/s [quartiles]", "text as bf16's", "version")
     for cells in table_rows(result):
         table.add_row(*cells)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = terminal()
     console.print(table)
     for pair, (middle, low, high) in result["ratios"].items():
         console.print(f"{pair}: {middle:.2f}x [{low:.2f}, {high:.2f}]", markup=False)
     for name, why in result["left_out"].items():
         console.print(f"left out: {name}: {why}", markup=False)
     if out:
-        write(out, result)
+        write_result(out, result)
         if can_draw():
             save_picture(result, out.with_suffix(".png"))
     return 0
-
-
-def writable(out: str | None) -> Path | None:
-    """The path for the result, once it is sure that it can be written there; an earlier result stays as it is until then."""
-    if out is None:
-        return None
-    path = Path(out).expanduser()
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise EyasError(f"--out {out} cannot be written ({error.strerror}); give a file in a directory that exists") from None
-    if not existed:
-        path.unlink()
-    return path
 
 
 def complain(source: str, complaints: Sequence[str]) -> None:
@@ -98,11 +80,9 @@ def complain(source: str, complaints: Sequence[str]) -> None:
 
 
 def with_progress(engine: Engine, items: list[PromptItem], methods: list[Method], request: Request) -> dict[str, Any]:
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("warming up", total=len(items) * len(methods))
-        return run_bench(engine, items, methods, request, lambda done, total, text: progress.update(task, completed=done, description=text))
+    with progress() as bar:
+        task = bar.add_task("warming up", total=len(items) * len(methods), unit="answers")
+        return run_bench(engine, items, methods, request, lambda done, total, text: bar.update(task, completed=done, description=text))
 
 
 def facts_of_options(options: argparse.Namespace, methods: Sequence[Method], skipped: int) -> dict[str, Any]:
@@ -110,10 +90,3 @@ def facts_of_options(options: argparse.Namespace, methods: Sequence[Method], ski
     if any(method.name == "draft-model" for method in methods):
         facts["draft_model"] = options.draft_model or "the target's first third"
     return facts
-
-
-def write(out: Path, result: dict[str, Any]) -> None:
-    try:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EyasError(f"--out {out} could not be written ({error.strerror})") from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from eyas.commands.common import engine_from, request_from
-from eyas.commands.generate import summary
+from eyas.commands.generate import tell
 from eyas.config import EyasError
+from eyas.decode.sequence import Result
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,24 +23,28 @@ def run(options: argparse.Namespace) -> int:
         try:
             text = input("> ")
         except EOFError:
+            print()
             return 0
         if not text.strip():
             return 0
         messages.append({"role": "user", "content": text})
         seeded = request if request.seed is None else replace(request, seed=request.seed + turn)
-        answer = ""
+        said: list[str] = []
         try:
-            for piece in engine.stream(messages, seeded):
-                if isinstance(piece, str):
-                    answer += piece
-                    print(piece, end="", flush=True)
-                else:
-                    print(f"\n[{summary(piece)}]", file=sys.stderr)
+            tell(noted(engine.stream(messages, seeded), said))
         except EyasError as error:  # say, the context is full: the conversation before this turn is still there
             messages.pop()
             print(f"eyas: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             print("\n[stopped]", file=sys.stderr)
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": "".join(said)})
         turn += 1
+
+
+def noted(pieces: Iterable[str | Result], said: list[str]) -> Iterator[str | Result]:
+    """The same pieces; the text among them is put into `said` as it comes, so that it is there after Ctrl-C too."""
+    for piece in pieces:
+        if isinstance(piece, str):
+            said.append(piece)
+        yield piece

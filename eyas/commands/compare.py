@@ -36,10 +36,11 @@ from eyas.bench.family import (
 from eyas.bench.prompts import PromptItem, read_prompts
 from eyas.bench.report import machine
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands.bench import PIPED_WIDTH, complain, writable, write
-from eyas.commands.data import OwnWords, disk_limit, own_words, progress, shard_facts
+from eyas.commands.bench import complain
+from eyas.commands.data import OwnWords, disk_limit, own_words, shard_facts
 from eyas.commands.follow import follow
 from eyas.commands.new_draft import fits, questions_of
+from eyas.commands.output import progress, result_file, terminal, write_result
 from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.plan import store
@@ -109,10 +110,10 @@ class Family:
 
 
 def run(options: argparse.Namespace) -> int:
-    rows, out = chosen_rows(options.rows, options.quick), writable(options.out)
+    rows, out = chosen_rows(options.rows, options.quick), result_file(options.out)
     scale = QUICK if options.quick else FULL
     studied = Studied.at(target_directory(options.target))
-    console = Console(stderr=True, highlight=False)
+    console = terminal(stderr=True)
     words = own_words(studied, None, None, console)
     asked, complaints = read_prompts(options.prompts, scale.prompts) if options.prompts else ([], [])
     complain(options.prompts, complaints)
@@ -127,9 +128,9 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what was done is kept, and the same command goes on", file=sys.stderr)
         raise
-    show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    show(result, terminal())
     if out:
-        write(out, result)
+        write_result(out, result)
         if can_draw():
             save_picture(result["methods"], out.with_suffix(".png"))
     return 0

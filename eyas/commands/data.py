@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eyas.bench.prompts import read_prompts
+from eyas.commands.output import progress
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train.build import Studied
@@ -186,8 +186,8 @@ def from_self_play(
     if options.self_play or options.regenerate or not folders:
         endless = words.play.regenerate and options.self_play is None
         limit = Limit(tokens=math.inf if endless else wanted, bytes=disk_limit(options.disk, words.folder))
-        with progress(Console(stderr=True, highlight=False)) as bar:
-            task = bar.add_task("the target writes", total=None if endless else wanted)
+        with progress() as bar:
+            task = bar.add_task("the target writes", total=None if endless else wanted, unit="answer tokens")
             written = words.write(limit, workers, lambda count: bar.update(task, completed=count))
         shards += [shard for shard in written if shard not in shards]
         folders = list(dict.fromkeys([*folders, words.folder.resolve()]))
@@ -241,9 +241,3 @@ def apart_facts(paths: Sequence[str], evaluated: Sequence[str], dropped: int) ->
 def place_of(shard: Path) -> str:
     """A shard's folder and name, since names alone are the same in every folder."""
     return f"{shard.parent.name}/{shard.name}"
-
-
-def progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=console
-    )

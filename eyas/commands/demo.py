@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from eyas.commands.common import engine_from
-from eyas.config import EyasError, Request
+from eyas.commands.output import picture_file, terminal
+from eyas.config import EyasError, Request, TreeShape
 from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result
 from eyas.engine import Engine
@@ -26,10 +28,13 @@ QUESTION = "What makes a hawk such a good hunter? Answer in a few sentences."
 def run(options: argparse.Namespace) -> int:
     if options.max_new_tokens < 2:
         raise EyasError(f"max-new-tokens must be at least 2 here, not {options.max_new_tokens}")
+    if options.tree != "auto":
+        TreeShape.parse(options.tree)
+    picture = picture_file("--svg", options.svg, (".svg",))
     engine = engine_from(options)
     engine.drafter("eagle3")
     prompt = options.prompt or QUESTION
-    console = Console(highlight=False, quiet=options.json)
+    console = terminal(quiet=options.json)
     shared = {"max_new_tokens": options.max_new_tokens, "seed": 0}
     plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
@@ -44,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"\n{lines}")
     if options.json:
         print(json.dumps(facts(slow_result, fast_result)))
-    if options.svg:
-        save_picture(options.svg, [*shown, slow_text, heading, fast_text, lines])
+    if picture:
+        save_picture(picture, [*shown, slow_text, heading, fast_text, lines])
     return 0
 
 
@@ -64,13 +69,13 @@ def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precisi
     return line if found["same_text"] else f"{line}\n{explain_parting(engine, prompt, plain, fast, precision)}"
 
 
-def save_picture(path: str, shown: list[Any]) -> None:
+def save_picture(path: Path, shown: list[Any]) -> None:
     """What was shown, as an SVG of a terminal."""
     console = Console(record=True, file=io.StringIO(), width=110, highlight=False)
     for part in shown:
         console.print(part, end="\n\n")
     try:
-        console.save_svg(path, title="eyas demo")
+        console.save_svg(str(path), title="eyas demo")
     except OSError as error:
         raise EyasError(f"cannot write {path} ({error.strerror})") from None
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eyas.commands.common import draft_path, evidence_of
+from eyas.commands.output import terminal
 from eyas.config import EyasError
 from eyas.diagnose.doctor import Diagnosis, diagnose
 from eyas.formats.portable import TargetFiles
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     evidence, embedding = evidence_of(target, options.tokens)
     found = diagnose(path, target, evidence, embedding)
     if not options.json:
-        tell(Console(highlight=False, soft_wrap=True), found, evidence.answer_tokens)
+        tell(terminal(), found, evidence.answer_tokens)
     served = None
     if options.engine_url and found.draft:
         from eyas.diagnose.served import compare

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from eyas.commands.common import target_for
+from eyas.commands.output import terminal
 from eyas.config import EyasError, TreeShape
 from eyas.engine import draft_directory
 from eyas.formats.export import Check, export
@@ -16,7 +15,7 @@ from eyas.formats.portable import own_draft
 
 
 def run(options: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     if options.chain < 1:
         raise EyasError(f"chain must be at least 1, not {options.chain}")
     layout, out = layout_of(options.to), Path(options.out).expanduser()

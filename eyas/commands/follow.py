@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from eyas.commands.data import progress
+from eyas.commands.output import progress
 from eyas.train.build import TREE
 from eyas.train.trainer import Budget, Progress, Trainer
 
@@ -24,7 +24,7 @@ def with_bar(trainer: Trainer, budget: Budget, console: Console) -> None:
 
         def report(now: Progress, losses: list[float], spent: float) -> None:
             nonlocal told
-            bar.update(task, completed=1000 * spent, description=f"step {now.steps}, {now.slots} tokens, loss {losses[0]:.2f}")
+            bar.update(task, completed=1000 * spent, told=f"{now.slots:,} tokens, step {now.steps}, loss {losses[0]:.2f}")
             for point in now.curve[told:]:
                 console.print(curve_line(point))
             told = len(now.curve)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from eyas.commands.common import engine_from, request_from
 from eyas.config import EyasError
 from eyas.decode.prompt import Prompt
-from eyas.decode.sequence import Sequence, result_of
+from eyas.decode.sequence import Result, Sequence, result_of
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 
@@ -30,18 +30,26 @@ def run(options: argparse.Namespace) -> int:
                 print(json.dumps({key: value for key, value in asdict(result_of(texts[0])).items() if key in JSON_KEYS}))
         return 0
     try:
-        for piece in engine.stream(prompt, request):
-            if isinstance(piece, str):
-                print(piece, end="", flush=True)
-            else:
-                print(f"\n[{summary(piece)}]", file=sys.stderr)
+        tell(engine.stream(prompt, request))
     except KeyboardInterrupt:
         print()  # what was written stays
         raise
     return 0
 
 
-def summary(result: Any) -> str:
+def tell(pieces: Iterable[str | Result]) -> None:
+    """Print an answer as it comes, its last line ended as every line is, and then its summary."""
+    end = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            end = piece[-1:] or end
+            print(piece, end="", flush=True)
+        else:
+            print(end="" if end == "\n" else "\n", flush=True)
+            print(f"[{summary(piece)}]", file=sys.stderr)
+
+
+def summary(result: Result) -> str:
     rate = len(result.tokens) / result.seconds if result.seconds else 0
     return f"{len(result.tokens)} tokens, {result.rounds} rounds, tau {result.tau:.2f}, {rate:.1f} tokens/s, seed {result.seed}"
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from eyas.commands.common import draft_path, evidence_of
+from eyas.commands.output import terminal
 from eyas.config import EyasError, default_taps
 from eyas.files.disk import atomic_directory, directory_hash
 from eyas.files.eagle3_files import check_fits
@@ -22,7 +22,7 @@ MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
 
 
 def run(options: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     out = Path(options.out).expanduser() if options.out else None
     if not options.dry_run:
         if out is None:

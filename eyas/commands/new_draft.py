@@ -22,8 +22,9 @@ from rich.console import Console
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, progress, shard_facts
+from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, shard_facts
 from eyas.commands.follow import follow
+from eyas.commands.output import progress, terminal
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.decode.prompt import Prompt
 from eyas.engine import Engine, load
@@ -123,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     recover_directory(out)
     studied = Studied.at(target_directory(options.model))
     settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, studied.config.vocab_size))
-    console = Console(stderr=True, highlight=False)
+    console = terminal(stderr=True)
     words = own_words(studied, options.seed_prompts, None, console)
     wanted = Run(words.play.target, options.hours, words.play.seed_prompts)
     if (state := Run.begun(out, wanted)).finished:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from eyas.bench.prompts import PRACTICE
 from eyas.commands.common import engine_from
+from eyas.commands.output import picture_file, terminal
 from eyas.config import EyasError, Sampling
 from eyas.decode.plan.calibration import Calibration
 from eyas.methods import METHODS
-from eyas.view.pictures import can_draw
 from eyas.view.plan import reliability, save_picture, typical_rounds
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -28,8 +26,7 @@ def run(options: argparse.Namespace) -> int:
             raise EyasError(f"method {method!r} has no trees to plan; choose {', '.join(planned)}")
 
     check(options.method or planned[0])
-    if options.picture and not can_draw():
-        raise EyasError("--picture needs matplotlib (pip install 'eyas[bench]')")
+    picture = picture_file("--picture", options.picture)
     sampling = Sampling(options.temperature)
     engine = engine_from(options)
     method = options.method or engine.default_method
@@ -42,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     planner = engine.planner("auto", method, sampling)
     assert planner is not None  # `check` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)
-    console = Console(highlight=False)
+    console = terminal()
     prices = Table("rows of a pass", "milliseconds", title="What a pass costs here")
     for rows, seconds in planner.passes.table().items():
         prices.add_row(str(rows), f"{1e3 * seconds:.1f}")
@@ -54,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
         plans.add_row(str(each.batch), *shape, f"{each.tokens:.2f}", f"{1e3 * each.seconds:.1f}", f"{each.gain:.2f}")
     console.print(plans)
     console.print(reliability_table(planner.calibration))
-    if options.picture:
-        save_picture(planner, rounds, Path(options.picture))
+    if picture:
+        save_picture(planner, rounds, picture)
     return 0
 
 

@@ -7,9 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from eyas.commands.common import target_for
+from eyas.commands.output import terminal
 from eyas.config import EyasError
 from eyas.engine import draft_directory
 from eyas.files.disk import atomic_directory
@@ -23,7 +22,7 @@ KEPT = ("training.json", PICTURE)
 
 
 def run(options: argparse.Namespace) -> int:
-    console, out = Console(highlight=False, soft_wrap=True), Path(options.out).expanduser()
+    console, out = terminal(), Path(options.out).expanduser()
     source = draft_directory(options.draft, Path())
     assert source is not None  # the command line asks for one
     draft, target = own_draft(source), target_for(options.target, source)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from eyas.commands.common import draft_path, evidence_of
+from eyas.commands.output import terminal
 from eyas.config import EyasError, TreeShape
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import find, layout_of
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     cost = USUAL_COST if options.cost is None else options.cost
     gains = [gain(acceptance[:length], cost) for length in range(1, LONGEST + 1)]
     best = 1 + max(range(LONGEST), key=gains.__getitem__)
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     told = ", ".join(f"{length}: {value:.2f}" for length, value in enumerate(gains, 1))
     console.print(f"# {layout.title}; expected gain over plain by draft tokens, a draft step costing {cost:g} of a target pass: {told}")
     if max(gains) <= 1:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from rich.console import Console
-
 from eyas.commands.common import engine_from, request_from
+from eyas.commands.output import terminal
 from eyas.config import EyasError, TreeShape
 from eyas.view.trace import Story
 
@@ -24,5 +23,5 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError("the prompt is empty; give some text")
     engine = engine_from(options)
     engine.drafter("eagle3")
-    Story(engine, Console(highlight=False)).tell(options.prompt, request, options.rounds)
+    Story(engine, terminal()).tell(options.prompt, request, options.rounds)
     return 0

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from eyas.commands.data import from_conversations, from_self_play, own_words
 from eyas.commands.follow import follow
+from eyas.commands.output import terminal
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
@@ -49,7 +50,7 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         check_out(out, options.resume)
     studied = Studied.at(target_directory(options.target), taps_from(options.taps))
     check_together(options, settings, studied)
-    console = Console(stderr=True, highlight=False, quiet=not ranks.first)
+    console = terminal(stderr=True, quiet=not ranks.first)
     before = training.read_checkpoint(out) if options.resume else None
     examples, source, facts = data_of(options, studied, settings, console, ranks, before)
     method, start = method_of(options), Path(options.start).expanduser() if options.start else None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PICTURES = (".png", ".svg", ".pdf")  # endings of pictures that are drawn
+
 
 def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None

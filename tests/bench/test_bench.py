@@ -23,6 +23,7 @@ from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.speed import Method, parse_methods, round_of, run_bench
 from eyas.cli import main
 from eyas.commands import bench as command
+from eyas.commands.output import result_file
 from eyas.config import EyasError, Request, Sampling
 from eyas.decode.sampling import derived_seed
 from eyas.decode.sequence import RoundRecord
@@ -280,5 +281,5 @@ def test_an_unwritable_out_is_refused_before_a_model_is_loaded(place, options, t
 def test_checking_out_leaves_an_earlier_result_alone(tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("{}")
-    command.writable(str(old)), command.writable(str(new))
+    result_file(str(old)), result_file(str(new))
     assert old.read_text() == "{}" and not new.exists()

@@ -1,0 +1,63 @@
+"""Where output goes: nothing is cut where nobody looks, nothing that is not ours is written over, bars say how much and how long."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.table import Table
+
+from eyas.commands import output
+from eyas.config import EyasError
+
+
+def test_what_is_piped_is_cut_at_no_column(capsys):
+    table = Table("name", "said")
+    table.add_row("x" * 200, "y" * 200)
+    output.terminal().print(table)
+    output.terminal().print("a line of " + "words " * 80 + "end")
+    out = capsys.readouterr().out
+    assert "x" * 200 in out and "y" * 200 in out and "…" not in out and "words end\n" in out
+
+
+def test_only_an_earlier_result_is_written_over(tmp_path):
+    earlier, notes, bare = tmp_path / "r.json", tmp_path / "notes.json", tmp_path / "notes.txt"
+    earlier.write_text('{"conditions": {}, "methods": {}}'), notes.write_text('{"mine": 1}'), bare.write_text("mine")
+    assert output.result_file(str(earlier)) == earlier and output.result_file(str(tmp_path / "new.json")) == tmp_path / "new.json"
+    assert not (tmp_path / "new.json").exists()
+    for path in (notes, bare):
+        with pytest.raises(EyasError, match="holds something else than an earlier result; it is not replaced"):
+            output.result_file(str(path))
+    with pytest.raises(EyasError, match=r"named like a picture; the result is JSON"):
+        output.result_file(str(tmp_path / "r.png"))
+    output.write_result(earlier, {"conditions": {"seed": 1}})
+    assert json.loads(earlier.read_text()) == {"conditions": {"seed": 1}} and notes.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["demo", "--svg", "x.gif"], "--svg x.gif: a picture's name ends in .svg"),
+        (["demo", "--svg", "no/x.svg"], "--svg no/x.svg cannot be written (No such file or directory)"),
+        (["plan", "--picture", "x"], "--picture x: a picture's name ends in .png or .svg or .pdf"),
+        (["plan", "--picture", "no/x.png"], "--picture no/x.png cannot be written"),
+        (["demo", "--tree", "7x"], "tree shape '7x' is not understood"),
+    ],
+)
+def test_where_a_picture_goes_is_checked_before_anything_is_loaded(refused, tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(output, "can_draw", lambda: True)
+    monkeypatch.setattr("eyas.commands.common.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    assert refused(*words).startswith(said) and list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_says_how_much_is_done_and_where_no_terminal_is_a_line_now_and_then(monkeypatch):
+    shown = output.terminal(stderr=True)
+    shown.file = io.StringIO()
+    monkeypatch.setattr(output, "SILENCE", 0.0)
+    with output.progress(shown) as bar:
+        bar.update(bar.add_task("writing", total=400_000, unit="answer tokens"), completed=1234)
+        bar.update(bar.add_task("fetching", total=None, unit="MB"), completed=5_000_000)
+        bar.update(bar.add_task("training", total=10), completed=5, told="3 steps")
+    assert shown.file.getvalue().splitlines() == ["writing: 1,234 of 400,000 answer tokens", "fetching: 5 MB", "training: 3 steps"]
