@@ -1,6 +1,6 @@
-"""Turns tokens into text while they arrive, without half characters, and finds stop strings.
+"""Turns tokens into text while they arrive, and finds stop strings.
 
-Knows the tokenizer; knows nothing of rounds.
+Text is what decoding all tokens gives (detokenize.py), and stop strings are found in exactly that text. Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -8,40 +8,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from eyas.decode.detokenize import detokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNFINISHED = "\ufffd"  # what a decoder shows for the beginning of a character
-
 
 class TextStream:
-    """Decodes tokens one by one. `text` has all whole characters so far; it is cut where a stop string begins."""
+    """Decodes tokens one by one. `text` has what no later token can change; it is cut where a stop string begins.
+
+    A stop string that is a special token ends the text where that token comes: it has no text of its own.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.stops = [stop for stop in stops if stop]
         self.text = ""
         self.stopped = False
-        self._window: list[int] = []  # tokens decoded together: those of `_shown`, then new ones
-        self._shown = ""  # text of the window that `text` already has
+        self._tokens = None if tokenizer is None else detokenizer(tokenizer)
+        self._stop_ids = special_ids(tokenizer, self.stops) if tokenizer is not None and self.stops else frozenset[int]()
         self._given = 0  # characters that `certain` has returned
         self._ended = False
 
     def push(self, token: int) -> bool:
         """Add a token; True if it completes a stop string."""
-        if self.tokenizer is None:
-            return False
-        self._window.append(token)
-        decoded = self._decode(self._window)
-        if not decoded.endswith(UNFINISHED):
-            self._append(decoded[len(self._shown) :])
-            self._window, self._shown = self._window[-1:], self._decode(self._window[-1:])
+        if self._tokens is None or self.stopped:
+            return self.stopped
+        start = self._start()
+        if token in self._stop_ids:
+            self._append(self._tokens.rest(), start)
+            self.stopped = self._ended = True
+            return True
+        self.text += self._tokens.push(token)
+        if self.stops:
+            self._cut(self.text[start:] + self._tokens.ahead(), start)
         return self.stopped
 
     def finish(self) -> str:
         """End the stream and return all its text, an unfinished last character included."""
-        if self.tokenizer is not None and not self.stopped:
-            self._append(self._decode(self._window)[len(self._shown) :])
-            self._shown = self._decode(self._window)
+        if self._tokens is not None and not (self.stopped or self._ended):
+            self._append(self._tokens.rest(), self._start())
         self._ended = True
         return self.text
 
@@ -54,16 +59,22 @@ class TextStream:
         self._given += len(ready)
         return ready
 
-    def _decode(self, tokens: list[int]) -> str:
-        assert self.tokenizer is not None  # without a tokenizer `push` keeps nothing
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert isinstance(text, str)  # of one list of tokens, not of several
-        return text
+    def _start(self) -> int:
+        """Where in the text a stop string may begin that ends in what comes."""
+        return max(0, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
 
-    def _append(self, piece: str) -> None:
-        reach = max((len(stop) for stop in self.stops), default=1) - 1
-        start = max(0, len(self.text) - reach)
+    def _append(self, piece: str, start: int) -> None:
         self.text += piece
-        found = [place for stop in self.stops if (place := self.text.find(stop, start)) >= 0]
+        self._cut(self.text[start:], start)
+
+    def _cut(self, end: str, start: int) -> None:
+        """Cut the text where the first stop string begins in `end`, what the text would be from `start` on."""
+        found = [place for stop in self.stops if (place := end.find(stop)) >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            self.text, self.stopped = self.text[:start] + end[: min(found)], True
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> frozenset[int]:
+    """Ids of the special tokens that are stop strings."""
+    special = {*tokenizer.all_special_ids, *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return frozenset(index for index in special if tokenizer.convert_ids_to_tokens(index) in stops)

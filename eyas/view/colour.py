@@ -28,6 +28,10 @@ class Colouring:
 
     def token(self, token: int, drafted: bool) -> None:
         self.stream.push(token)
+        self.show(drafted)
+
+    def show(self, drafted: bool) -> None:
+        """Print what is certain by now."""
         if piece := self.stream.certain():
             styled = Styled(piece, DRAFTED if drafted else DRAWN)
             self.console.print(styled, end="", soft_wrap=True)
@@ -47,5 +51,7 @@ def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Co
         if sequence.rounds == 0:
             colouring.token(sequence.tokens[-1], False)
     assert sequence is not None, "a prompt is one sequence"
+    colouring.stream.finish()
+    colouring.show(False)
     console.print()
     return result_of(sequence), colouring.written
