@@ -56,6 +56,7 @@ class TargetConfig:
     qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    sliding_window: int | None = None  # how many positions a row sees, itself included; None: all
 
 
 @dataclass(frozen=True)

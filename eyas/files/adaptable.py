@@ -10,7 +10,7 @@ from typing import Any
 
 from eyas.config import EyasError, TargetConfig
 from eyas.files.disk import read_json
-from eyas.files.hf_config import end_of_turn_ids
+from eyas.files.hf_config import context_length, end_of_turn_ids, nested, stored_config
 
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
 WRAPPERS = ("text_config", "vision_config", "audio_config")
@@ -24,17 +24,14 @@ def check_adaptable(directory: Path) -> Any:
     Reads config.json and no weights.
     """
     kind = read_json(directory / "config.json").get("model_type")
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
 
     def refused(why: str) -> EyasError:
         return EyasError(f"{directory} is a {kind!r} model: {why}")
 
     if kind not in CONFIG_MAPPING:
         raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # each config class validates in its own way
-        raise EyasError(f"{directory / 'config.json'} cannot be used ({first_line(error)})") from None
+    config = stored_config(directory)
     if config.is_encoder_decoder:
         raise refused(f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder")
     if any(getattr(config, part, None) is not None for part in WRAPPERS):
@@ -73,19 +70,15 @@ def adapted_config(directory: Path) -> TargetConfig:
         raise EyasError(f"{directory / 'config.json'} gives no single number for {', '.join(wrong)}; eyas cannot shape a draft after it")
     kv_heads = of("num_key_value_heads", default=1 if of("multi_query") else heads)
     rope = of("rope_parameters", default={})
-    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+    if nested(rope):  # one for each type of layer
         rope = rope.get("full_attention") or next(value for value in rope.values() if isinstance(value, dict))
-    kind, positions = rope.get("rope_type", "default"), of("max_position_embeddings", default=2048)
-    if kind == "longrope":  # beyond it every frequency changes, those of rows in the cache too: one pass could not hold both kinds
-        original = "original_max_position_embeddings"
-        positions = min(positions, rope.get(original) or of(original, default=positions))
-    known = kind in ("linear", "llama3", "yarn")
+    known = rope.get("rope_type") in ("linear", "llama3", "yarn")
     return TargetConfig(
         **sizes,
         intermediate_size=of("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden),
         num_key_value_heads=kv_heads if isinstance(kv_heads, int) and heads % kv_heads == 0 else heads,
         head_dim=of("head_dim", default=hidden // heads),
-        max_position_embeddings=positions,
+        max_position_embeddings=context_length(config),
         rms_norm_eps=of("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", default=1e-5),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rope_scaling={key: value for key, value in rope.items() if key != "partial_rotary_factor"} if known else None,
@@ -100,8 +93,3 @@ def setting(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:
         return None
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -13,21 +13,28 @@ from typing import Any
 import torch
 
 from eyas.config import EyasError
-from eyas.files.adaptable import adapted_config, first_line
+from eyas.files.adaptable import adapted_config
+from eyas.files.hf_config import first_line, stored_config
+from eyas.files.untrusted import pickled, tensors_of
 from eyas.model.adapter import NAME, AdaptedTarget, attention, compare, mask
 
 
 def load_adapted(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> AdaptedTarget:
     """Load a target through transformers and compare it with transformers' own forward; it is not yet prepared for inference."""
     config = adapted_config(directory)
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    stored = stored_config(directory)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(stored)]
     settings = {"dtype": dtype, "attn_implementation": NAME, "use_safetensors": True, "local_files_only": True}
+    source: Path | None = directory
+    if pickled(directory):  # read by the reader that trusts nobody
+        source, settings = None, {**settings, "config": stored, "state_dict": tensors_of(directory)}
     try:
         with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+            loaded: Any = kind.from_pretrained(source, output_loading_info=True, **settings)
             network, report = loaded
     except Exception as error:  # transformers raises many kinds: no weights, damaged ones, a missing package
         raise EyasError(f"transformers cannot load {directory} ({first_line(error)})") from None

@@ -1,6 +1,7 @@
 """A target's shape from its Hugging Face config.json, where our own blocks compute it; and which ids end an answer.
 
-Knows config.json and generation_config.json; reads no weights.
+transformers reads the file, so defaults and precedence (rope_scaling before rope_parameters) are its own. Knows config.json and
+generation_config.json; reads no weights.
 """
 
 from __future__ import annotations
@@ -9,53 +10,183 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eyas.config import EyasError, TargetConfig, rope_kind
+from eyas.config import EyasError, TargetConfig, short
+from eyas.files.config_fields import ROPE_KINDS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
 from eyas.files.disk import read_json
+from eyas.files.notes import note
 
-SUPPORTED = {  # model_type -> flags that its config leaves unsaid
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"attention_bias": True},
-    "qwen3": {"qk_norm": True},
-}
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types that our own blocks compute
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def has_own_blocks(directory: Path) -> bool:
-    """Whether our own blocks compute this model; others go through transformers (model/adapter.py)."""
-    raw = read_json(directory / "config.json")
-    return raw.get("model_type") in SUPPORTED and not raw.get("mlp_bias") and raw.get("hidden_act", "silu") == "silu"
+    """Whether our own blocks compute this model; others go through transformers (model/adapter.py). Raises as `foreign_part` does."""
+    return read_json(directory / "config.json").get("model_type") in SUPPORTED and foreign_part(directory) is None
+
+
+def foreign_part(directory: Path) -> str | None:
+    """What a model of a supported family has that transformers computes and our own blocks do not; None: nothing.
+
+    Raises `EyasError` for a config.json that lacks a size, that transformers refuses, or with a field that nobody knows.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    if absent := [key for key in NEEDED if key not in raw]:
+        raise EyasError(f"{path} lacks {', '.join(absent)}")
+    config = stored_config(directory)
+    if config.model_type not in SUPPORTED:  # transformers takes a Mistral with layer_types for a Ministral
+        return f"a model that transformers takes for {config.model_type}"
+    declared, rope = declared_by(config), rope_of(config)
+    unknown = {name: raw[name] for name in unknown_fields(raw, declared) + odd_windows(config, raw)}
+    unknown |= {f"rope_parameters' {name}": rope[name] for name in unknown_rope({} if nested(rope) else rope)}
+    if unknown:
+        values = ", ".join(f"{name} ({short(value)})" for name, value in unknown.items())
+        way_out = "take it out of the file if it changes nothing of what the model computes"
+        raise EyasError(f"{path} sets {values}, which neither eyas nor transformers' {raw['model_type']} computes; {way_out}")
+    if foreign := foreign_fields(raw, declared):
+        return ", ".join(f"{name} {short(raw[name])}" for name in foreign)
+    if nested(rope):
+        return "a rotary embedding for each type of layer"
+    if rope["rope_type"] not in ROPE_KINDS:
+        return f"rotary scaling {short(rope['rope_type'])}"
+    if head_width(config) % 2:
+        return f"heads of width {head_width(config)}"
+    if len(kinds := layer_kinds(config)) > 1 or not kinds <= {"full_attention", "sliding_attention"}:
+        return f"layers of different kinds ({', '.join(sorted(kinds))})"
+    return None
 
 
 def own_config(directory: Path) -> TargetConfig:
     """The shape of a target that our own blocks compute."""
-    raw = read_json(directory / "config.json")
-    kind = raw["model_type"]
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if absent := [key for key in needed if key not in raw]:
-        raise EyasError(f"{directory / 'config.json'} lacks {', '.join(absent)}")
-    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-    rope = raw.get("rope_parameters") or {}  # transformers 5 puts theta and scaling here
-    scaling = rope or raw.get("rope_scaling")
-    window = raw.get("sliding_window") if kind == "mistral" or raw.get("use_sliding_window") else None
-    positions = raw.get("max_position_embeddings", 2048)
+    config, raw = stored_config(directory), read_json(directory / "config.json")
+    kind, rope, positions = raw["model_type"], rope_of(config), context_length(config)
+    rope = {name: value for name, value in rope.items() if name in ROPE_READ}
+    if rope["rope_type"] == "longrope" and not rope.get("factor"):  # derived from the whole context, of which the half is cut off here
+        rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+    bias = bool(getattr(config, "attention_bias", False)) and kind in ("llama", "qwen3")
     return TargetConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or hidden // heads,
-        max_position_embeddings=min(positions, window) if window else positions,  # inside the window full attention is the same
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling=scaling if scaling and rope_kind(scaling) is not None else None,
-        attention_bias=raw.get("attention_bias", False) or SUPPORTED[kind].get("attention_bias", False),
-        attention_out_bias=kind in ("llama", "qwen3") and raw.get("attention_bias", False),
-        qk_norm=SUPPORTED[kind].get("qk_norm", False),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        eos_token_ids=end_of_turn_ids(directory, raw),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=head_width(config),
+        max_position_embeddings=positions,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=None if rope["rope_type"] in ("default", "dynamic") else rope,  # inside its context, dynamic is unscaled
+        attention_bias=bias or kind == "qwen2",
+        attention_out_bias=bias,
+        qk_norm=kind == "qwen3",
+        tie_word_embeddings=config.tie_word_embeddings,
+        eos_token_ids=end_of_turn_ids(directory, {"eos_token_id": config.eos_token_id}),  # the class knows one where the file has none
+        sliding_window=window_of(config) if layer_kinds(config) == {"sliding_attention"} else None,
     )
+
+
+# ---- transformers' view of a config.json ----
+
+
+def stored_config(directory: Path) -> Any:
+    """transformers' config of a directory. Raises `EyasError` with one line where transformers refuses it."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # what matters of its advice is said in one line, here and in `context_length`
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # each config class validates in its own way
+        raise EyasError(f"{directory / 'config.json'} cannot be used ({first_line(error)})") from None
+    finally:
+        logging.set_verbosity(shown)
+    say_what_scaling_hides(directory, rope_of(config))
+    return config
+
+
+def say_what_scaling_hides(directory: Path, taken: Mapping[str, Any]) -> None:
+    """Note where transformers passes over something of a rotary embedding that the file says; `taken`: what it took."""
+    raw, path = read_json(directory / "config.json"), directory / "config.json"
+    scaling, parameters = ({} if not isinstance(raw.get(key), dict) else raw[key] for key in ("rope_scaling", "rope_parameters"))
+    if "attn_factor" in (scaling or parameters):
+        note(f"{path}: attn_factor is read neither by transformers nor by eyas (attention_factor is)")
+    if scaling and parameters.get("rope_theta", taken.get("rope_theta")) != taken.get("rope_theta"):
+        hidden = f"so base {taken['rope_theta']} is taken and not {parameters['rope_theta']}, as in transformers"
+        note(f"{path}: rope_scaling stands before rope_parameters, {hidden}; write rope_theta into rope_scaling if that is meant")
+
+
+def declared_by(config: Any) -> set[str]:
+    """The names of the fields that a config's class knows."""
+    return {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """A copy of the rotary embedding's parameters; of no parameters where the model has no rotary embedding."""
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
+def nested(rope: Mapping[str, Any]) -> bool:
+    """Whether there is one rotary embedding for each type of layer."""
+    return any(isinstance(value, dict) for value in rope.values())
+
+
+def head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a model reads: a scaled rotary embedding's factor times the length it was made for, as vLLM derives it.
+
+    With dynamic scaling and longrope every frequency changes behind that length, those of rows in the cache too, and one pass could not
+    hold both kinds: there the context ends at it.
+    """
+    rope, positions = rope_of(config), getattr(config, "max_position_embeddings", None) or 2048
+    if nested(rope):  # Gemma 3's length is that of the scaled embedding
+        return positions
+    kind, factor, original = rope.get("rope_type"), rope.get("factor"), rope.get("original_max_position_embeddings")
+    if kind == "longrope":
+        return min(positions, original or getattr(config, "original_max_position_embeddings", None) or positions)
+    if kind in ("yarn", "linear") and factor:
+        return int(factor * ((original if kind == "yarn" else None) or positions))
+    return positions
+
+
+def window_of(config: Any) -> int | None:
+    """How many positions a row of a windowed layer sees, itself included; None without such layers, or where the context ends first."""
+    window = config.sliding_window if "sliding_window" in declared_by(config) else None
+    return window if window and window < context_length(config) else None
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """The kinds of attention among a model's layers."""
+    if "layer_types" not in declared_by(config):
+        return {"full_attention"} if window_of(config) is None else {"sliding_attention"}
+    kinds = set(config.layer_types)
+    whole = config.sliding_window is not None and window_of(config) is None
+    return {"full_attention" if whole and kind == "sliding_attention" else kind for kind in kinds}
+
+
+def odd_windows(config: Any, raw: Mapping[str, Any]) -> list[str]:
+    """Fields about windows that a config.json sets and transformers' class of the family passes over."""
+    declared, kinds, found = declared_by(config), layer_kinds(config), []
+    windowed = raw.get("sliding_window") is not None and raw["sliding_window"] < context_length(config)
+    used = raw.get("use_sliding_window")
+    if windowed and "sliding_window" not in declared and used is not False:
+        found.append("sliding_window")
+    if windowed and "sliding_window" in declared and "use_sliding_window" not in declared and used is False:
+        found.append("use_sliding_window")
+    if raw.get("layer_types") is not None and "layer_types" not in declared and set(raw["layer_types"]) != kinds:
+        found.append("layer_types")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- ends ----
 
 
 def end_of_turn_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:

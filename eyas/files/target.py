@@ -9,21 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir
 from eyas.files.adaptable import adapted_config
 from eyas.files.adapted import load_adapted
-from eyas.files.disk import file_hash
+from eyas.files.disk import file_hash, read_json
 from eyas.files.embedded import embedded_target
 from eyas.files.gguf import convert_gguf
-from eyas.files.hf_config import has_own_blocks, own_config
-from eyas.files.tensors import load_strictly, read_tensors
+from eyas.files.hf_config import SUPPORTED, foreign_part, has_own_blocks, own_config
+from eyas.files.notes import note
+from eyas.files.tensors import load_strictly
+from eyas.files.untrusted import tensors_of
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "q4": torch.bfloat16}  # of all but products' weights
-
-
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md")
 BITS = {"int8": 8, "q4": 4}  # bits of products' weights, where these have fewer than their number format
 
 
@@ -44,7 +46,10 @@ def target_directory(source: str | Path | None) -> Path:
         return final
     if path.exists() or str(source).count("/") != 1:
         raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
-    return from_hub(str(source), ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md"])
+    directory = from_hub(str(source), HUB_FILES)
+    if not any(directory.glob("*.safetensors")):
+        return from_hub(str(source), [*HUB_FILES, "pytorch_model*.bin"])
+    return directory
 
 
 def target_config(directory: Path) -> TargetConfig:
@@ -73,16 +78,29 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
         raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
     config = target_config(directory)
     if not has_own_blocks(directory):
+        why = foreign_part(directory) if read_json(directory / "config.json").get("model_type") in SUPPORTED else None
         if precision in BITS:
-            raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name} runs through transformers: use bf16 or fp32")
+            has = f" ({why})" if why else ""
+            raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name}{has} runs through transformers: use bf16 or fp32")
+        if why:
+            note(f"{directory}: eyas's own blocks do not compute {why}; it runs through transformers, which is slower")
         return load_adapted(directory, DTYPES[precision], device)
     with torch.device("meta"):
         target = Target(config)
     target = target.to(DTYPES[precision]).to_empty(device=device)
     if config.tie_word_embeddings:
         target.lm_head.weight = target.model.embed_tokens.weight
-    load_strictly(target, read_tensors(directory), f"target {directory}")
+    load_strictly(target, target_tensors(directory), f"target {directory}")
     return target
+
+
+def target_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a target that our own blocks compute, from safetensors or pytorch_model.bin, under the names that they have with a
+    head on top."""
+    tensors = tensors_of(directory)
+    if "embed_tokens.weight" not in tensors:
+        return tensors
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}  # saved without its head
 
 
 def prepared(model: TargetModel, precision: str) -> TargetModel:

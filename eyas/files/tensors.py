@@ -22,20 +22,24 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory: model.safetensors, or the shards that its index lists."""
-    if (directory / INDEX).exists():
-        where = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(where, dict):
-            raise EyasError(f"{directory / INDEX} has no weight_map; copy or download it again")
-        files = sorted(set(where.values()))
-    else:
-        files = ["model.safetensors"]
+    """All tensors of a directory: model.safetensors, else the shards that its index lists (the order in which transformers looks)."""
+    alone = directory / "model.safetensors"
+    files = shards(directory / INDEX) if (directory / INDEX).exists() and not alone.exists() else [alone]
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (directory / name).exists():
-            raise EyasError(f"{directory} holds no {name}; give a directory with config.json and safetensors weights")
-        tensors |= read_file(directory / name)
+    for path in files:
+        if not path.exists():
+            raise EyasError(f"{directory} holds no {path.name}; give a directory with config.json and safetensors weights")
+        tensors |= read_file(path)
     return tensors
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of weights lists, which lie beside it."""
+    where = read_json(index).get("weight_map")
+    names = sorted(set(where.values())) if isinstance(where, dict) and all(isinstance(name, str) for name in where.values()) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise EyasError(f"{index} has no weight_map of files beside it; copy or download it again")
+    return [index.parent / name for name in names]
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from eyas.config import LARGEST_SIZE, EyasError, check_number, short
 from eyas.files.disk import read_json
-from eyas.files.tensors import INDEX, read_file, read_tensors
+from eyas.files.tensors import INDEX, read_file, read_tensors, shards
 
 LARGEST_CONFIG = 1 << 20  # bytes
 PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
 
 
@@ -93,15 +94,35 @@ class Fields:
 
 
 def tensors_of(directory: Path, *others: str) -> dict[str, Tensor]:
-    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin, else the first of other files that is there."""
+    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin or its shards, else the first of other files that
+    is there."""
     if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
         return checked_tensors(read_tensors(directory), directory)
     if (directory / PICKLED).exists():
         return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED)
+    if (directory / PICKLED_INDEX).exists():
+        return pickled_shards(directory)
     for path in (directory / name for name in others):
         if path.exists():
             return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path)
     raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
+
+
+def pickled(directory: Path) -> bool:
+    """Whether a directory's weights are what torch.save wrote, with no safetensors beside them."""
+    if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
+        return False
+    return (directory / PICKLED).exists() or (directory / PICKLED_INDEX).exists()
+
+
+def pickled_shards(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the shards that pytorch_model.bin.index.json lists."""
+    tensors: dict[str, Tensor] = {}
+    for path in shards(directory / PICKLED_INDEX):
+        if not path.exists():
+            raise EyasError(f"{directory} holds no {path.name}, which its index lists; copy or download it again")
+        tensors |= checked_tensors(unpickled(path), path)
+    return tensors
 
 
 def unpickled(path: Path) -> dict[str, Any]:
@@ -134,7 +155,7 @@ def checked_tensors(tensors: Any, where: Path) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise EyasError(f"{where}: {short(name)} is a {type(tensor).__name__}, not a tensor; it is another kind of checkpoint")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
-            raise EyasError(f"{where}: {short(name)} is in a number format ({tensor.dtype}) that no draft has")
+            raise EyasError(f"{where}: {short(name)} is in a number format ({tensor.dtype}) that eyas does not read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise EyasError(f"{where}: {short(name)} claims {tensor.numel()} numbers, more than the file holds")
     return tensors

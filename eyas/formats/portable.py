@@ -18,8 +18,7 @@ from eyas.config import DraftConfig, TargetConfig, check_taps, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.files.eagle3_files import FACTS, checked_network, config_from_file, network_of, save_draft, vocab_of
 from eyas.files.hf_config import has_own_blocks
-from eyas.files.target import target_config, target_directory
-from eyas.files.tensors import read_tensors
+from eyas.files.target import target_config, target_directory, target_tensors
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.model.draft import DraftNetwork
 from eyas.model.rows import Segment
@@ -93,7 +92,7 @@ class TargetFiles:
     def embedding(self) -> Tensor:
         """The target's embedding [V, H], as stored."""
         if has_own_blocks(self.directory):
-            return read_tensors(self.directory)["model.embed_tokens.weight"]
+            return target_tensors(self.directory)["model.embed_tokens.weight"]
         from eyas.files.target import load_target
 
         return load_target(self.directory).embedding.detach()

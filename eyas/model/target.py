@@ -22,6 +22,7 @@ from eyas.kernels.linear import Dense
 from eyas.model.cache import KVCache, Pool, pool_on
 from eyas.model.rows import Rows
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
+from eyas.model.window import WindowedCache
 
 
 class Output(NamedTuple):
@@ -112,6 +113,9 @@ class Target(nn.Module):
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Room for `slots` sequences of `capacity` rows each."""
         config, kind = self.config, (self.dtype, self.device)
+        if config.sliding_window is not None and capacity > config.sliding_window:
+            shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
+            return WindowedCache(config.sliding_window, *shape, *kind)
         if self.pool and slots == 1:
             return self.pool.cache(config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, *kind)
         return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
@@ -125,8 +129,10 @@ class Target(nn.Module):
             logits, features, hidden = fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0])
             assert logits is not None and hidden is not None  # of what `read` gives only the features may be none
             return Output(logits, features, hidden)
+        windowed = isinstance(cache, WindowedCache)
+        attention = cache.attention_at(rows.segments, rows.positions, group) if windowed else cache.attention(rows.segments, group)
         rows = rows.on(self.device)
-        return self.read(rows.tokens, rows.positions, cache.attention(rows.segments, group), taps, logits_of)
+        return self.read(rows.tokens, rows.positions, attention, taps, logits_of)
 
     def read(
         self,

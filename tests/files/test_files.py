@@ -26,7 +26,7 @@ from eyas.model.target import Target
 from tests.files.test_gguf_tokenizer import fields
 from tests.tiny import randomize, tiny_config, tiny_target
 
-QWEN = {"model_type": "llama", **{name: value for name, value in vars(tiny_config()).items() if value is not None}}
+QWEN = {"model_type": "llama", **{name: value for name, value in vars(tiny_config()).items() if value not in (None, ())}}
 
 
 def one_line(caught):
@@ -130,21 +130,24 @@ def test_a_config_that_cannot_be_used_is_one_line(tmp_path, config, reason):
     assert str(tmp_path) in one_line(caught)
 
 
-def test_a_config_says_what_ends_an_answer_and_how_far_full_attention_holds(tmp_path):
+def test_a_config_says_what_ends_an_answer_and_how_far_rows_see(tmp_path):
     config = {**QWEN, "eos_token_id": 2, "max_position_embeddings": 4096, "rope_theta": 10000.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert target_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     assert target_config(tmp_path).eos_token_ids == (2, 7)
     for kind, more, wanted in [
-        ("llama", {"sliding_window": 512}, 4096),
+        ("llama", {"sliding_window": 512, "use_sliding_window": False}, None),
         ("mistral", {"sliding_window": 512}, 512),
-        ("mistral", {"sliding_window": None}, 4096),
-        ("qwen2", {"sliding_window": 512, "use_sliding_window": False}, 4096),
-        ("qwen2", {"sliding_window": 512, "use_sliding_window": True}, 512),
+        ("mistral", {"sliding_window": 4096}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": False}, None),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0}, 512),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 5}, None),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind, **more}))
-        assert target_config(tmp_path).max_position_embeddings == wanted
+        read = target_config(tmp_path)
+        assert (read.sliding_window, read.max_position_embeddings) == (wanted, 4096)
 
 
 # ---- saving ----
