@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from eyas.config import PLAIN, EyasError, Sampling, TreeShape
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree, merge
-from eyas.files.chat_data import messages_of, numbered_lines, object_of
+from eyas.files.chat_data import ROLES, messages_of
 from eyas.files.eagle3_files import config_from_file, config_to_file
+from eyas.files.records import object_of, records
 from eyas.model.cache import KVCache
 from eyas.model.draft import draft_config
 from eyas.model.mask import ancestor_mask
@@ -195,34 +196,66 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=8,
 )
-ROLE = st.sampled_from(["system", "user", "human", "assistant", "gpt", "tool"]) | JSON
-TURN = st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), ROLE) | JSON
-LINE = st.dictionaries(st.sampled_from(["messages", "conversations", "prompt"]), st.lists(TURN, max_size=3) | JSON) | JSON
+ROLE = st.sampled_from([*ROLES]) | JSON
+CALL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": st.text(max_size=3), "arguments": st.text(max_size=3) | JSON})})
+FIELDS = {
+    "role": ROLE,
+    "from": ROLE,
+    "content": ROLE,
+    "value": ROLE,
+    "weight": st.booleans() | JSON,
+    "name": JSON,
+    "reasoning_content": JSON,
+}
+TURN = st.fixed_dictionaries({}, optional={**FIELDS, "tool_calls": st.lists(CALL | JSON, max_size=2) | JSON}) | JSON
+TURNS = st.lists(TURN, max_size=3) | JSON
+LINE = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("messages", "conversations", "prompt", "completion"), TURNS),
+            **dict.fromkeys(
+                ("instruction", "output", "input", "history", "system", "text", "tools", "loss_mask", "chat_template_kwargs"), JSON
+            ),
+        },
+    )
+    | JSON
+)
+
+
+def object_in(line):
+    """The object of a line; what is wrong with it is raised."""
+    row = object_of(line)
+    if isinstance(row, EyasError):
+        raise row
+    return row
 
 
 @given(st.one_of(LINE.map(json.dumps), LINE.map(lambda value: json.dumps(value, ensure_ascii=False)), st.text()))
 def test_a_line_of_chat_data_is_a_conversation_or_one_line_of_complaint(line):
     try:
-        messages = messages_of(object_of(line))
+        conversation = messages_of(object_in(line))
     except EyasError as error:
         assert one_line(error)
         return
-    for message in messages or []:
-        assert set(message) == {"role", "content"} and message["role"] in ("system", "user", "assistant")
-        message["content"].encode()  # text that can be written
+    for message in conversation or []:
+        assert set(message) <= {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+        assert message["role"] in ("system", "developer", "user", "assistant", "tool")
+        assert isinstance(message["content"], str) or message["tool_calls"]
+        json.dumps(message, ensure_ascii=False).encode()  # text that can be written
 
 
-@given(st.binary(max_size=60))
-def test_any_bytes_are_lines_or_one_line_of_complaint(tmp_path_factory, content):
+@given(st.binary(max_size=60), st.sampled_from([b"", b"\x1f\x8b", b"[", b'{\n"', b"\xef\xbb\xbf["]))
+def test_any_bytes_are_objects_or_one_line_of_complaint(tmp_path_factory, content, start):
     path = tmp_path_factory.mktemp("lines") / "data.jsonl"
-    path.write_bytes(content)
+    path.write_bytes(start + content)
     try:
-        lines = list(numbered_lines(path, "prompt"))
+        found = list(records(path, "prompt"))
     except EyasError as error:
         assert one_line(error)
     else:
-        assert [number for number, _ in lines] == sorted({number for number, _ in lines})
-        assert all(line.strip() and "\n" not in line for _, line in lines)
+        assert [place.number for place, _ in found] == sorted({place.number for place, _ in found})
+        assert all(isinstance(value, dict) or one_line(value) for _, value in found)
 
 
 DRAFT = config_to_file(draft_config(tiny_config(), 29, (1, 2, 4)), 5)
@@ -304,5 +337,5 @@ def test_sampling_is_sound_or_refused(temperature, top_k, top_p, min_p):
 @pytest.mark.parametrize("depth", [100, 900, 960, 970, 980, 985, 990, 995, 100_000])
 def test_a_line_nested_however_deeply_is_one_line_of_complaint(depth):
     with pytest.raises(EyasError) as caught:
-        messages_of(object_of('{"messages": [{"role": ' + "[" * depth + "]" * depth + "}]}"))
+        messages_of(object_in('{"messages": [{"role": ' + "[" * depth + "]" * depth + "}]}"))
     assert one_line(caught.value)

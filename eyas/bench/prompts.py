@@ -1,6 +1,6 @@
-"""Prompts to measure on: JSONL in the forms that benchmarks and chat data come in.
+"""Prompts to measure on, in the forms that benchmarks and chat data come in.
 
-Knows five spellings of a prompt; knows nothing of timing.
+Knows the spellings of a prompt; knows nothing of timing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from eyas.config import EyasError
 from eyas.decode.prompt import Prompt
 from eyas.engine import Engine
-from eyas.files.chat_data import CHAT_KEYS, encodable, messages_of, read_lines
+from eyas.files.chat_data import CHAT_KEYS, SYSTEMS, TOOLS, VARIABLES, encodable, messages_of
+from eyas.files.records import read_objects
 
 TEXT_KEYS = ("prompt", "question")
 # answered before anything is timed, so that planners have seen rounds of their own
@@ -28,13 +29,13 @@ class PromptItem(NamedTuple):
 def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[PromptItem], list[str]]:
     """The first `limit` usable prompts and one complaint for each line skipped on the way.
 
-    A line is an object with `turns` (the first is taken), `prompt`, `question`, or `messages` or `conversations` (taken up to the
+    An object holds `turns` (the first is taken), `prompt` or `question`, or a conversation in any form of docs/data.md (taken up to the
     first answer: later turns would need the target's own answers). Raises EyasError if the file cannot be read or no line is usable.
     """
     if limit is not None and limit < 1:
         raise EyasError(f"limit must be at least 1, not {limit}")
-    found, complaints = read_lines(path, prompt_of, "prompt", '{"prompt": "..."}', limit)
-    return [PromptItem(number, prompt) for number, prompt in found], complaints
+    found, complaints = read_objects(path, prompt_of, "prompt", '{"prompt": "..."}', limit)
+    return [PromptItem(place.number, prompt) for place, prompt in found], complaints
 
 
 def prompt_of(row: dict[str, Any]) -> Prompt:
@@ -43,12 +44,15 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
         turns = row["turns"]
         return checked(turns[0] if isinstance(turns, list) and turns else None, "turns")
     for key in TEXT_KEYS:
+        if isinstance(row.get(key), list):  # a conversation up to its answer
+            row = {CHAT_KEYS[0]: row[key], **{name: row.get(name) for name in (*SYSTEMS, *TOOLS, VARIABLES)}}
+            break
         if row.get(key) is not None:
             return checked(row[key], key)
-    messages = messages_of(row)
-    if messages is None:
+    conversation = messages_of(row)
+    if conversation is None:
         raise EyasError(f"no prompt in it; expected one of {', '.join(('turns', *TEXT_KEYS, *CHAT_KEYS))}")
-    opening = list(takewhile(lambda message: message["role"] != "assistant", messages))
+    opening = conversation.with_messages(takewhile(lambda message: message["role"] != "assistant", conversation))
     if not any(message["role"] == "user" and message["content"].strip() for message in opening):
         raise EyasError("no user turn before the first answer")
     return opening

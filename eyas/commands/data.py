@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,22 @@ from rich.console import Console
 from eyas.bench.prompts import read_prompts
 from eyas.commands.output import progress
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
+from eyas.files.chat_data import Conversation
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train.build import Studied
-from eyas.train.conversations import Document, read_conversations, render, truncate
+from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
 from eyas.train.decontaminate import all_grams, decontaminated, meets
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
 from eyas.train.shards import Counts, check_shards, counts_of, data_folder, settings_of_folder
 from eyas.train.template import Template
 from eyas.train.writers import Limit, write_own_data
+
+MOST_CAUSES = 8  # why conversations were skipped: so many causes are named
+FOREIGN = (
+    "these answers were not written by this target, so the draft learns another model's words and does worse on the target's own; "
+    "`eyas train --data .. --regenerate` keeps the questions and lets the target answer them"
+)
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,43 @@ def regenerated_questions(path: str, template: Template, console: Console) -> tu
     """The user turns of a file's conversations, whose answers the target is to write anew."""
     if not template.chat:
         raise EyasError("--regenerate needs a target with a chat template: it answers the file's user turns")
-    conversations, complaints = read_conversations(path)
+    conversations, complaints = read_conversations(path, saying(console))
+    found: list[Asked] = []
+    for _, conversation in conversations:
+        try:
+            found.append(asked_in(conversation))
+        except EyasError as error:
+            complaints.append(f"{conversation.place}: {error}")
     say_skipped(complaints, path, console)
-    found = []
-    for _, messages in conversations:
-        systems = [message["content"] for message in messages if message["role"] == "system"]
-        turns = tuple(message["content"] for message in messages if message["role"] == "user")
-        if turns:
-            found.append(Asked(turns, systems[0] if systems else None))
     if not found:
-        raise EyasError(f"{path} holds no user turn to answer")
+        raise EyasError(f"{path} holds no user turn to answer{f' ({complaints[0]})' if complaints else ''}")
     return found, key_of(path, found)
 
 
+def asked_in(conversation: Conversation) -> Asked:
+    """What a conversation asks the target. Raises EyasError where it asks under conditions that cannot be met anew."""
+    if conversation.text is not None:
+        raise EyasError("its text is in one piece; --regenerate needs messages")
+    if conversation.tools or any(message["role"] == "tool" for message in conversation):
+        raise EyasError("it uses tools, and nobody would answer the calls that the target makes anew")
+    if conversation.variables:
+        raise EyasError("it has chat template variables of its own")
+    systems = [message["content"] for message in conversation if message["role"] in ("system", "developer")]
+    turns = tuple(message["content"] for message in conversation if message["role"] == "user")
+    if len(systems) > 1 or not turns:
+        raise EyasError("it has several system messages" if turns else "it has no user turn to answer")
+    return Asked(turns, systems[0] if systems else None)
+
+
+def saying(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
+
+
 def say_skipped(complaints: Sequence[str], path: str, console: Console) -> None:
+    for cause in causes(complaints)[:MOST_CAUSES]:
+        saying(console)(f"skipped: {cause}")
     if complaints:
-        console.print(f"skipped {len(complaints)} lines of {path}, the first: {complaints[0]}", markup=False, soft_wrap=True)
+        saying(console)(f"skipped {len(complaints)} lines of {path}")
 
 
 def key_of(path: str, content: Any) -> str:
@@ -130,40 +158,77 @@ def from_conversations(
     path: Path, directory: Path, settings: TrainSettings, console: Console, apart: Sequence[str]
 ) -> tuple[list[Example], dict[str, Any]]:
     """A file's conversations in the target's template, without those that ask what the files `apart` ask."""
-    conversations, complaints = read_conversations(path)
+    say = saying(console)
+    conversations, complaints = read_conversations(path, say)
     tokenizer = load_tokenizer(directory)
-    if not getattr(tokenizer, "chat_template", None):
-        raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; use the target's instruction-tuned form")
-    documents: list[Document] = []
+    if not getattr(tokenizer, "chat_template", None) and any(conversation.text is None for _, conversation in conversations):
+        way = 'use the target\'s instruction-tuned form, or give plain text as {"text": ..}'
+        raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; {way}")
     evaluated = evaluation_prompts(apart)
-
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    avoided, met = all_grams(evaluated, tokens), 0
-    for line, messages in conversations:
-        if avoided and meets((tokens(message["content"]) for message in messages if message["role"] == "user"), avoided):
+    avoided, met = all_grams(evaluated, lambda text: text_tokens(tokenizer, text)), 0
+    cut, found, numbers = Cut(settings.max_length), [], []
+    for number, (_, conversation) in enumerate(conversations):
+        if avoided and meets((text_tokens(tokenizer, text) for text in asked_texts(conversation)), avoided):
             met += 1
             continue
         try:
-            document = truncate(render(tokenizer, messages), settings.max_length)
+            kept = cut.to_length(documents(tokenizer, conversation))
         except EyasError as error:
-            complaints.append(f"line {line}: {error}")
+            complaints.append(f"{conversation.place}: {error}")
             continue
-        if document:
-            documents.append(document)
-        else:
-            complaints.append(f"line {line}: too little of an answer in its first {settings.max_length} tokens")
-    for complaint in complaints[:5]:
-        console.print(f"skipped: {complaint}", markup=False, soft_wrap=True)
+        found += kept
+        numbers += [number if len(kept) > 1 else None] * len(kept)
+    for cause in causes(complaints)[:MOST_CAUSES]:
+        say(f"skipped: {cause}")
     if complaints:
-        console.print(f"skipped {len(complaints)} of {len(complaints) + len(documents)} conversations")
-    if not documents:
+        say(f"skipped {len(complaints)} of {len(complaints) + len(conversations)} conversations")
+    if cut.long:
+        say(cut.told())
+    if not found:
         why = f"the first was skipped since {complaints[0]}" if complaints else "all of them ask what --apart's files ask"
         raise EyasError(f"{path} holds no conversation with an answer to learn from; {why}")
-    examples, twins = without_twins(document_examples(documents))
+    say(FOREIGN)
+    examples, twins = without_twins(document_examples(found, numbers))
     facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
-    return examples, {"data": facts | apart_facts(apart, evaluated, met)}
+    return examples, {"data": facts | {"answer_tokens_cut": cut.lost} | apart_facts(apart, evaluated, met)}
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def asked_texts(conversation: Conversation) -> list[str]:
+    """What a conversation asks: its user turns; all of a text in one piece."""
+    if conversation.text is not None:
+        return [conversation.text]
+    return [message["content"] for message in conversation if message["role"] == "user"]
+
+
+class Cut:
+    """Documents cut to a length, and what that took away."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.long = self.lost = self.answers = self.longest = 0
+
+    def to_length(self, whole: Sequence[Document]) -> list[Document]:
+        """What is left of one conversation's documents. Raises EyasError if that has no answer to learn."""
+        for document in whole:
+            self.longest = max(self.longest, len(document.tokens))
+            self.answers += sum(answer >= 0 for answer in document.answers)
+            self.long += len(document.tokens) > self.max_length
+            self.lost += sum(answer >= 0 for answer in document.answers[self.max_length :])
+        kept = [shorter for document in whole if (shorter := truncate(document, self.max_length))]
+        if not kept and any(len(document.tokens) > self.max_length for document in whole):
+            raise EyasError(f"longer than max_length={self.max_length}, with too little of an answer before it")
+        if not kept:
+            raise EyasError(f"too little of an answer: fewer than {MIN_ANSWER_TOKENS} tokens")
+        return kept
+
+    def told(self) -> str:
+        lost = f"{self.lost} of {self.answers} answer tokens lie beyond it and are not learned"
+        raise_it = f"--set max_length={self.longest} keeps all, in memory that grows with it"
+        return f"{self.long} documents are longer than max_length={self.max_length}: {lost}; {raise_it}"
 
 
 def without_twins(examples: list[Example]) -> tuple[list[Example], int]:

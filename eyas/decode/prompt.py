@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from eyas.config import EyasError, Message
 from eyas.files.chat_data import encodable
+from eyas.files.chat_template import written
 
 Messages = Sequence[Message] | Sequence[dict[str, str]]  # one conversation
 Prompt = str | Messages
@@ -41,8 +40,5 @@ def render(tokenizer: Any, prompt: Prompt, raw: bool, directory: Path) -> list[i
         raise EyasError("the prompt is empty; give at least one message")
     if not getattr(tokenizer, "chat_template", None):
         raise EyasError(f"{directory} has no chat template; use --raw to continue plain text")
-    try:
-        text = encodable(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), "the prompt")
-    except TemplateError as error:  # a template may refuse a system turn, or roles that do not alternate
-        raise EyasError(f"the chat template refuses this conversation ({error}); change its messages or use --raw") from None
+    text = encodable(written(tokenizer, prompt, prompt=True).text, "the prompt")
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them; too long is the caller's to say

@@ -177,14 +177,16 @@ def earlier_facts(start: Path | None) -> dict[str, Any]:
 
 
 def hold_out(examples: list[Example], settings: TrainSettings) -> tuple[list[Example], list[Example]]:
-    """A seeded split; at least one document measures and one trains. Tau is defined on the target's greedy answers: where there are
-    such, they measure."""
-    if len(examples) < 2:
-        raise EyasError("one conversation is too little to train on and measure with; give at least two")
+    """A seeded split; at least one document measures and one trains, and no conversation does both. Tau is defined on the target's greedy
+    answers: where there are such, they measure."""
     order = random.Random(settings.seed).sample(examples, len(examples))
     order.sort(key=lambda example: not example.greedy)  # stable: the greedy ones first, each kind in its drawn order
     count = min(max(1, round(len(order) * settings.held_out)), 64)
-    return order[count:], order[:count]
+    measured = {example.conversation for example in order[:count]} - {None}
+    kept = [example for example in order[count:] if example.conversation not in measured]
+    if not kept:
+        raise EyasError("one conversation is too little to train on and measure with; give at least two")
+    return kept, order[:count]
 
 
 def coverage(examples: list[Example], vocab: DraftVocab) -> float:

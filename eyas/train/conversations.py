@@ -1,31 +1,34 @@
 """Turns conversations into documents of tokens, and marks which tokens are answers.
 
 Knows any chat template: an answer is found by rendering, never by a header written here.
-Knows nothing of models, tensors or batches, and reads no tool calls (a line with a tool's turn is reported and skipped).
+Knows nothing of models, tensors or batches.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
 from eyas.config import EyasError
-from eyas.files.chat_data import CHAT_KEYS, Message, messages_of, read_lines
+from eyas.files.chat_data import CHAT_KEYS, FORMS, TEXT_KEY, Conversation, Message, messages_of
+from eyas.files.chat_template import as_conversation, try_apply, written
+from eyas.files.records import read_objects
+from eyas.train.answers import Span, answer_numbers, answer_span, served, special_tokens, tokens_of
+from eyas.train.preformatted import preformatted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MIN_ANSWER_TOKENS = 4  # an anchor's loss needs t_{j+1} and t_{j+2} in one answer; fewer tokens teach nothing
-PROBE = "\ue000eyas\ue000"  # private-use characters: stands in for an answer while the template shows where it puts answers
 # What chat templates begin a turn with: a turn's own text that does so is already rendered, by this model's template or another's.
 MARKS = ("<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>", "[INST]", "<s>", "<start_of_turn>", "<|assistant|>", "<|user|>")
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
 
 
 class Document(NamedTuple):
@@ -35,152 +38,124 @@ class Document(NamedTuple):
     answers: list[int]  # [T] number of the answer (0, 1, ..) that the token belongs to, its end-of-turn token included; -1 elsewhere
 
 
-class _Rendered(NamedTuple):
-    """A conversation as the template writes it, and where in `text` each of its T tokens lies (characters)."""
-
-    text: str
-    tokens: list[int]  # [T]
-    starts: list[int]  # [T] ascending
-    ends: list[int]  # [T] ascending
-
-
 # --- reading -------------------------------------------------------------------------------------------------------------------
 
 
-def read_conversations(path: str | Path) -> tuple[list[tuple[int, list[Message]]], list[str]]:
-    """(line number, conversation) of every valid line, and one complaint for each line that was skipped.
+def warn(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
 
-    Raises EyasError if the file cannot be read or has no valid line.
+
+def read_conversations(path: str | Path, say: Callable[[str], None] = warn) -> tuple[list[tuple[int, Conversation]], list[str]]:
+    """(line or entry number, conversation) of all that are valid, and one complaint for each that was skipped.
+
+    `say` gets one line about the fields that were not read. Raises EyasError if the file cannot be read or holds no valid conversation.
     """
-    return read_lines(path, conversation_of, "conversation", '{"messages": [...]}')
+    found, complaints = read_objects(path, conversation_of, "conversation", '{"messages": [...]}')
+    conversations = [(place.number, conversation) for place, conversation in found]
+    for place, conversation in found:
+        conversation.place = place.name
+    unread = Counter(name for _, conversation in conversations for name in conversation.unread)
+    if unread:
+        named = ", ".join(f"{name} ({count})" for name, count in unread.most_common())
+        say(f"{path}: fields of conversations that are not read, and in how many they stand: {named}")
+    return conversations, complaints
 
 
-def conversation_of(row: dict[str, Any]) -> list[Message]:
-    messages = messages_of(row)
-    if messages is None:
-        raise EyasError(f"no conversation in it; expected {' or '.join(f'{key!r}' for key in CHAT_KEYS)}".replace("'", '"'))
-    if not any(message["role"] == "assistant" for message in messages):
+def conversation_of(row: dict[str, Any]) -> Conversation:
+    conversation = messages_of(row)
+    if conversation is None:
+        forms = f"{', '.join(CHAT_KEYS)}, {', '.join(form.name for form in FORMS[1:])} or {TEXT_KEY}"
+        raise EyasError(f"no conversation in it; expected {forms} (docs/data.md lists the forms)")
+    answers = {index for index, message in enumerate(conversation) if message["role"] == "assistant"}
+    if conversation.text is None and not answers:
         raise EyasError("no assistant turn in it")
-    return messages
+    if answers and answers <= conversation.not_learned:
+        raise EyasError("every answer in it is marked as not to be learned")
+    return conversation
+
+
+def causes(complaints: Iterable[str]) -> list[str]:
+    """Complaints that say the same but for their numbers, counted: "6 conversations, the first on line 3: no assistant turn in it"."""
+    groups: dict[str, list[str]] = {}
+    for complaint in complaints:
+        groups.setdefault(re.sub(r"\d+", "N", complaint), []).append(complaint)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return [f"{len(group)} conversations, the first on {group[0]}" if len(group) > 1 else group[0] for group in ordered]
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------------------
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> Document:
-    """The tokens a server would see for this conversation, and which of them are answers.
+    """The one document of a conversation whose answers all stand in one rendering. Raises EyasError as `documents` does, and where it takes
+    several."""
+    found = documents(tokenizer, messages)
+    if len(found) > 1:
+        turn = next(index for index, message in enumerate(messages, start=1) if message["role"] == "assistant")
+        raise EyasError(f"the chat template rewrites the answer in message {turn} once others follow; this takes {len(found)} documents")
+    return found[0]
 
-    The text is rendered once and tokenised once with add_special_tokens=False (the template writes its own BOS). An answer is the
-    content as rendered plus the end-of-turn token; a token that straddles the answer's start belongs to what came before.
-    Raises EyasError if the template refuses the conversation, rewrites an answer (some drop reasoning), or no token is an answer.
+
+def documents(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[Document]:
+    """The tokens a server would see for this conversation, and which of them are answers. Mostly one document; where the template drops an
+    answer's thoughts once other turns follow, that answer has a document that ends with it, as it was served.
+
+    The text is tokenised once with add_special_tokens=False (the template writes its own BOS). An answer is all that the assistant said, as
+    rendered, plus the end-of-turn token. Turns that are marked as not to be learned are read and are no answers.
+    Raises EyasError if the template refuses the conversation, does not show something in it or rewrites an answer, or if no token is an
+    answer.
     """
-    _check_marks(messages)
-    rendered = _render(tokenizer, messages)
-    specials = _special_ids(tokenizer)
-    answers = [-1] * len(rendered.tokens)
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    for number, turn in enumerate(turns):
-        begin, end = _answer_span(tokenizer, messages, turn, rendered.text)
-        first, stop = bisect_left(rendered.starts, begin), _stop(rendered, specials, end)
-        answers[first:stop] = [number] * (stop - first)
-    if max(answers, default=-1) < 0:
+    conversation = as_conversation(messages)
+    if conversation.text is None:
+        _check_marks(conversation)
+        rows = _rows(tokenizer, conversation)
+    else:
+        rows = [preformatted(tokenizer, conversation.text)]
+    specials = set(special_tokens(tokenizer))
+    found = []
+    for text, spans in rows:
+        tokens = tokens_of(tokenizer, text)
+        answers = answer_numbers(tokens, spans, specials)
+        if max(answers, default=-1) >= 0:
+            found.append(Document(tokens.ids, answers))
+    if not found:
         raise EyasError("no token of this conversation is an answer; it needs an assistant turn with text")
-    return Document(rendered.tokens, answers)
+    return found
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> list[tuple[str, list[Span]]]:
+    """Texts and the answers in them, so that each answer to be learned stands in one of them as it was served: the whole conversation, and,
+    where a turn is not what it was any more, the conversation up to there."""
+    messages, text = written(tokenizer, conversation)
+    rows: list[tuple[str, list[Span]]] = [(text, [])]
+    for turn in reversed(range(len(messages))):
+        if messages[turn]["role"] != "assistant" or turn in conversation.not_learned:
+            continue
+        span = answer_span(tokenizer, messages, turn, rows[-1][0])
+        if span is None:
+            text, span = _own_row(tokenizer, messages, turn)
+            rows.append((text, []))
+        rows[-1][1].insert(0, span)
+    return [row for row in reversed(rows) if row[1]]
+
+
+def _own_row(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int) -> tuple[str, Span]:
+    """The conversation up to message `turn`, and where its answer stands."""
+    until = messages.with_messages(messages[: turn + 1])
+    text = try_apply(tokenizer, until)
+    span = None if text is None else answer_span(tokenizer, until, turn, text)
+    row = (text, span) if text is not None and span is not None else served(tokenizer, messages, turn)
+    if row is None:
+        raise EyasError(f"the chat template rewrites the answer in message {turn + 1} (it may drop reasoning); leave this conversation out")
+    return row
 
 
 def _check_marks(messages: Sequence[Message]) -> None:
     """Turns that were put through a template before, this model's or another's, would teach its marks as text."""
     for number, message in enumerate(messages, start=1):
-        mark = next((mark for mark in MARKS if message["content"].lstrip().startswith(mark)), None)
+        mark = next((mark for mark in MARKS if (message["content"] or "").lstrip().startswith(mark)), None)
         if mark is not None:
             raise EyasError(f"message {number} begins with {mark}, as if put through a chat template before; give the turn's plain text")
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> _Rendered:
-    if not tokenizer.is_fast:
-        raise EyasError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer (tokenizer.json)")
-    try:
-        text = _apply(tokenizer, messages)
-    except TEMPLATE_ERRORS as error:
-        raise EyasError(f"the chat template cannot render this conversation ({_one_line(error)}); change it or leave it out") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts: list[int] = []
-    ends: list[int] = []
-    for start, end in encoded["offset_mapping"]:
-        # Byte-level tokenizers trim spaces off their offsets; a token of nothing but spaces is left empty, after them.
-        starts.append(min(start, ends[-1] if ends else 0) if start == end else start)
-        ends.append(end)
-    return _Rendered(text, list(encoded["input_ids"]), starts, ends)
-
-
-def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    assert isinstance(text, str)  # of one conversation, not tokenized
-    return text
-
-
-def _try_apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], prompt: bool = False) -> str | None:
-    """Many templates refuse an empty conversation or an odd order; for a helper's rendering that is an answer, not an error."""
-    try:
-        return _apply(tokenizer, messages, prompt)
-    except TEMPLATE_ERRORS:
-        return None
-
-
-def _answer_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
-    """Characters [begin, end) of `text` that hold the answer of message `turn`, without its end-of-turn token.
-
-    begin is where a generation prompt ends. What the template puts between that and the content (a header, an empty
-    reasoning block) is no answer; blanks there are, since there the model writes them (and may join them to the first word).
-    """
-    content = messages[turn]["content"].strip()
-    prompt = _try_apply(tokenizer, messages[:turn], prompt=True)
-    prompt_end = len(prompt) if prompt is not None and text.startswith(prompt) else None
-    span = _probed_span(tokenizer, messages, turn, text) or _literal_span(text, content, prompt_end)
-    if span is None or text[slice(*span)].strip() != content:
-        raise EyasError(f"the chat template rewrites the answer in message {turn + 1} (it may drop reasoning); leave this conversation out")
-    begin, end = span
-    if prompt_end is not None and not text[prompt_end:begin].strip():
-        begin = prompt_end
-    return begin, end
-
-
-def _probed_span(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int] | None:
-    """Where the content lies, found by rendering the same conversation with PROBE instead; None if the template treats the two
-    differently."""
-    probed = _try_apply(tokenizer, [*messages[:turn], {**messages[turn], "content": PROBE}, *messages[turn + 1 :]])
-    if probed is None or probed.count(PROBE) != 1:
-        return None
-    before, after = probed.split(PROBE)
-    begin, end = len(before), len(text) - len(after)
-    return (begin, end) if begin <= end and text.startswith(before) and text.endswith(after) else None
-
-
-def _literal_span(text: str, content: str, prompt_end: int | None) -> tuple[int, int] | None:
-    """Where the stripped content lies, if it follows the generation prompt with nothing but blanks between; else None."""
-    if prompt_end is None:
-        return None
-    begin = len(text) - len(text[prompt_end:].lstrip())
-    return (begin, begin + len(content)) if text.startswith(content, begin) else None
-
-
-def _stop(rendered: _Rendered, specials: set[int], end: int) -> int:
-    """Index after the end-of-turn token: the first special token past the content's last character, with only blanks between."""
-    for index in range(bisect_right(rendered.ends, end), len(rendered.tokens)):
-        if rendered.tokens[index] in specials:
-            return index + 1
-        if rendered.text[end : rendered.ends[index]].strip():
-            break
-    return bisect_left(rendered.starts, end)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """`all_special_ids` names only eos, bos and their like; Llama-3's <|eot_id|> is special only among the added tokens."""
-    return {*tokenizer.all_special_ids, *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- documents -----------------------------------------------------------------------------------------------------------------

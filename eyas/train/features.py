@@ -32,6 +32,7 @@ class Example:
     greedy: bool = False  # whether the answer is the target's own at temperature 0
     source: Path | None = None  # its shard; None: the target computes its states
     start: int = 0  # first row of its states in `source`
+    conversation: int | None = None  # the same number for documents that were made of one conversation; None: it has no others
 
     @property
     def key(self) -> str:
@@ -121,5 +122,7 @@ class TapsOf:
         return states._replace(features=torch.cat([parts[place] for place in self.places], -1))
 
 
-def document_examples(documents: Sequence[Document]) -> list[Example]:
-    return [Example(document.tokens, document.answers) for document in documents]
+def document_examples(documents: Sequence[Document], conversations: Sequence[int | None] | None = None) -> list[Example]:
+    """Examples of documents; `conversations`: for each the number of the conversation that it was made of."""
+    numbers = conversations or [None] * len(documents)
+    return [Example(document.tokens, document.answers, conversation=number) for document, number in zip(documents, numbers, strict=True)]

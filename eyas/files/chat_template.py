@@ -1,0 +1,185 @@
+"""A conversation as a tokenizer's chat template writes it, with all that it holds.
+
+Templates differ in how they want what is not plain text: arguments of a call as JSON text or as an object, no content as "" or as null,
+thoughts in a field or in the content. The spelling that a template shows is found by rendering. What it cannot show is an error, never left
+out. Knows tokenizers and messages; knows nothing of files, training or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from eyas.config import EyasError
+from eyas.files.chat_data import Conversation, Message
+
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+THOUGHT_FIELDS = re.compile(r"reasoning_content|[.'\"](reasoning|thinking)\b")  # by which templates read thoughts
+PROBE = "\ue000{}\ue000"  # private-use characters: stands in for a message's text
+
+
+class Written(NamedTuple):
+    """A conversation in the template's own spelling, and the text it makes of it."""
+
+    conversation: Conversation
+    text: str
+
+
+def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> Written:
+    """What the template makes of messages (a `Conversation` brings tools and variables); `prompt`: up to where the answer begins.
+
+    Raises EyasError, in one line, where the template refuses them or does not show something that they hold: tools, calls, a turn's text.
+    """
+    conversation = as_conversation(messages)
+    problem: EyasError | None = None
+    for form in spellings(conversation, template_text(tokenizer, conversation)):
+        try:
+            text = apply(tokenizer, form, prompt)
+        except TEMPLATE_ERRORS as error:
+            refused = f"the chat template cannot render this conversation ({one_line(error)}); change it or leave it out"
+            problem = problem or EyasError(refused)
+            continue
+        if calls_are_shown(tokenizer, form, text, prompt):
+            check_shown(tokenizer, form, text, prompt)
+            return Written(form, text)
+        problem = EyasError("the chat template does not show tool calls")
+    assert problem is not None  # there is always a spelling
+    raise problem
+
+
+def apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
+    """The template's text for messages in its own spelling, unchecked; raises whatever the template raises."""
+    conversation = as_conversation(messages)
+    text = tokenizer.apply_chat_template(
+        list(conversation), tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.variables
+    )
+    assert isinstance(text, str)  # of one conversation, not tokenized
+    return text
+
+
+def try_apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str | None:
+    """Many templates refuse an empty conversation or an odd order; for a helper's rendering that is an answer, not an error."""
+    try:
+        return apply(tokenizer, messages, prompt)
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def as_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    return messages if isinstance(messages, Conversation) else Conversation(map(dict, messages))
+
+
+def changed(conversation: Conversation, change: Callable[[int, Message], Message]) -> Conversation:
+    """The conversation with each message put through `change`, which gets its index too; the given one is left as it is."""
+    return conversation.with_messages(change(index, message) for index, message in enumerate(conversation))
+
+
+def template_text(tokenizer: Any, conversation: Conversation) -> str:
+    """The template that will write this conversation; "" where there is none (which rendering says)."""
+    try:
+        return tokenizer.get_chat_template(tools=conversation.tools) or ""
+    except ValueError:
+        return ""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- spellings ----
+
+
+def spellings(conversation: Conversation, template: str) -> Iterator[Conversation]:
+    """The conversation in every spelling that this template may want, the likeliest first; mostly there is but one."""
+    plain = changed(conversation, lambda _, message: thoughts_where_read(with_role(message, template), template))
+    calls = any(message.get("tool_calls") for message in plain)
+    for arguments in (given, as_objects, as_texts) if calls else (given,):
+        for empty in ("", None) if any(message.get("content") is None for message in plain) else ("",):
+            yield changed(plain, lambda _, message: spelled(message, arguments, empty))  # noqa: B023 (used at once)
+
+
+def with_role(message: Message, template: str) -> Message:
+    """A developer's message is the system's, under its earlier name, for every template that does not know the newer one."""
+    return {**message, "role": "system"} if message["role"] == "developer" and "developer" not in template else message
+
+
+def thoughts_where_read(message: Message, template: str) -> Message:
+    """An answer's thoughts in fields of their own where the template reads such; else as they are."""
+    if message["role"] != "assistant":
+        return message
+    content, thought = message.get("content"), message.get("reasoning_content")
+    fields = THOUGHT_FIELDS.search(template)
+    if fields and not thought and content and THOUGHT_ENDS in content:
+        before, _, content = content.partition(THOUGHT_ENDS)
+        thought, content = before.rpartition(THOUGHT_BEGINS)[2].strip("\n"), content.lstrip("\n")
+        message = {**message, "content": content}
+    if thought and fields:
+        return {**message, "reasoning_content": thought, "reasoning": thought, "thinking": thought}
+    return message
+
+
+def spelled(message: Message, arguments: Callable[[Any], Any], empty: str | None) -> Message:
+    content = empty if message.get("content") is None else message.get("content")
+    if not message.get("tool_calls"):
+        return {**message, "content": content}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": arguments(call["function"]["arguments"])}} for call in message["tool_calls"]
+    ]
+    return {**message, "content": content, "tool_calls": calls}
+
+
+def given(arguments: Any) -> Any:
+    return arguments
+
+
+def as_objects(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def as_texts(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+# ---- what is shown ----
+
+
+def calls_are_shown(tokenizer: Any, conversation: Conversation, text: str, prompt: bool) -> bool:
+    """Whether the calls stand in the text, with their arguments as JSON: neither as JSON text within JSON nor as Python writes objects."""
+    arguments = [call["function"]["arguments"] for message in conversation for call in message.get("tool_calls", ())]
+    if not arguments:
+        return True
+    for held in arguments:
+        if isinstance(held, str):
+            twice = (json.dumps(held), json.dumps(held, ensure_ascii=False))
+            if held not in text or any(wrapped in text for wrapped in twice):
+                return False
+        elif repr(held) in text and repr(held) != json.dumps(held):
+            return False
+    without = changed(conversation, lambda _, message: {key: value for key, value in message.items() if key != "tool_calls"})
+    return try_apply(tokenizer, without, prompt) != text
+
+
+def check_shown(tokenizer: Any, conversation: Conversation, text: str, prompt: bool) -> None:
+    """Raise EyasError where the tools or a turn that is no answer do not stand in the text. (Thoughts of earlier answers are left out by
+    design; who renders answers looks for each.)"""
+    if conversation.tools and try_apply(tokenizer, conversation.with_tools(None), prompt) == text:
+        raise EyasError("the chat template does not show tools")
+    probed = changed(conversation, probe)
+    shown = try_apply(tokenizer, probed, prompt)
+    if shown is None:
+        return
+    for index, message in enumerate(conversation):
+        if message["role"] != "assistant" and PROBE.format(index) not in shown:
+            raise EyasError(f"the chat template does not show a message of role {message['role']}")
+
+
+def probe(index: int, message: Message) -> Message:
+    return message if message["role"] == "assistant" else {**message, "content": PROBE.format(index)}
