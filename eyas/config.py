@@ -1,4 +1,4 @@
-"""Every setting of eyas, once: the shapes of target and draft, how to sample, how large a tree may be, how to train.
+"""Every setting of eyas, once: the shapes of target and draft, how to sample, how to train.
 
 Plain frozen dataclasses; knows no tensors and imports nothing heavy, so `eyas --help` can read the defaults.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
-
-class EyasError(ValueError):
-    """An error a user can mend: the message is one line that says what is wrong and what to do."""
+from eyas.checks import LARGEST_SIZE, EyasError, check_number, is_number
+from eyas.checks import short as short
+from eyas.tree_shape import PLAIN as PLAIN
+from eyas.tree_shape import TreeShape
+from eyas.tree_shape import depths_of as depths_of
 
 
 def cache_dir() -> Path:
@@ -122,19 +123,7 @@ def rope_kind(scaling: Mapping[str, Any]) -> Any:
     return None if kind == "default" else kind
 
 
-LARGEST_SIZE = 1 << 24  # the largest width or vocabulary that is believed
-
-
-def check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
-    kind = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
-        raise EyasError(f"{name} must be a {'whole ' * whole}number from {least:g} to {most:g}, not {short(value)}")
-
-
-def short(value: Any) -> str:
-    """A value as text for a message of one line."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+LEAST_TEMPERATURE = 1e-10  # logits divided by less leave the range of floating point
 
 
 @dataclass(frozen=True)
@@ -150,8 +139,15 @@ class Sampling:
     min_p: float = 0.0  # 0 to 1: keep tokens at least this share as likely as the likeliest; 0: off
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            if not is_number(getattr(self, name)):
+                raise EyasError(f"{name.replace('_', '-')} must be a number, not {short(getattr(self, name))}")
+        if not is_number(self.top_k, whole=True):
+            raise EyasError(f"top-k must be 0 (off) or a whole number above it, not {short(self.top_k)}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise EyasError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise EyasError(f"temperature {self.temperature:g} is too small to divide by: 0 is greedy, else at least {LEAST_TEMPERATURE:g}")
         if self.top_k < 0:
             raise EyasError(f"top-k must be 0 (off) or a positive count, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -164,93 +160,6 @@ class Sampling:
         return self.temperature == 0
 
 
-@dataclass(frozen=True)
-class TreeShape:
-    """How large a tree may grow: `NODESxDEPTHxTOPK`, counted as SafeAILab counts.
-
-    `chain:K` guesses K tokens, one below the other. `static:3.2.0.1` fixes the shape before anything is guessed: it lists how many
-    children each node has, breadth first from the root (zeros at the end left out). A shape of 1 node is the empty tree: plain decoding.
-    `60x7x10/NAME` grows with the growth that a plugin registered as NAME (decode/grow.py).
-    """
-
-    nodes: int  # nodes that the target reads at most, the root included
-    depth: int  # times the draft is expanded after the first; a node lies `depth` + 1 below the root at most
-    top_k: int  # children of a node at most; in a tree that scores shape, nodes expanded in a level at most too
-    counts: tuple[int, ...] = ()  # of a static tree: each node's number of children, breadth first; () for every other shape
-    growth: str = ""  # the name of a registered growth, used instead of EAGLE-2's; "": none
-
-    @classmethod
-    def parse(cls, text: str) -> TreeShape:
-        """Read `60x7x10`, `60x7x10/NAME`, `chain:3` or `static:3.2.0.1`. Raises `EyasError` for any other text, for a tree of no nodes, no
-        children or an empty chain, and as `static` does."""
-        chain = re.fullmatch(r"chain:(\d+)", text.strip())
-        full = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\w+))?", text.strip())
-        static = re.fullmatch(r"static:(\d+(?:\.\d+)*)", text.strip())
-        if chain and int(chain[1]) > 0:
-            return cls.chain(int(chain[1]))
-        if full and int(full[1]) > 0 and int(full[3]) > 0:
-            return cls(int(full[1]), int(full[2]), int(full[3]), growth=full[4] or "")
-        if static and int(static[1].split(".")[0]) > 0:
-            return cls.static([int(count) for count in static[1].split(".")])
-        known = "NODESxDEPTHxTOPK (60x7x10), chain:K (chain:3), static:CHILDREN (static:3.2.0.1) or auto"
-        raise EyasError(f"tree shape {text!r} is not understood; write {known}")
-
-    @classmethod
-    def chain(cls, tokens: int) -> TreeShape:
-        """The shape of a chain of this many guessed tokens (at least 1)."""
-        return cls(tokens + 1, tokens - 1, 1)
-
-    @classmethod
-    def static(cls, counts: Sequence[int]) -> TreeShape:
-        """The static shape with these numbers of children, one for each node, breadth first from the root. Zeros at the end may be left
-        out. Raises `EyasError` where it counts children of nodes that the tree does not have."""
-        depths = depths_of(counts)
-        text = ".".join(map(str, counts))
-        if any(counts[len(depths) :]):
-            raise EyasError(f"static tree {text} names more nodes than it has: {len(counts)} counts, {len(depths)} nodes")
-        counts = counts[: max((place + 1 for place, count in enumerate(counts) if count), default=0)]
-        return cls(len(depths), depths[-1] - 1, max(counts), tuple(counts)) if counts else PLAIN
-
-    @property
-    def fixed(self) -> tuple[int, ...]:
-        """Each node's number of children, breadth first, where the shape is settled before anything is guessed (a static tree, a chain);
-        () where scores decide."""
-        return self.counts or ((1,) * self.levels if self.top_k == 1 and not self.growth else ())
-
-    @property
-    def levels(self) -> int:
-        """The depth of the deepest node the shape allows; the root's children have depth 1."""
-        return 0 if self.nodes == 1 else min(self.depth + 1, self.nodes - 1)
-
-    def cut(self, levels: int) -> TreeShape:
-        """This shape, cut to at most `levels` levels."""
-        if levels >= self.levels:
-            return self
-        if levels <= 0:
-            return PLAIN
-        if self.counts:
-            return TreeShape.static([count for count, depth in zip(self.counts, depths_of(self.counts), strict=False) if depth < levels])
-        return replace(self, depth=levels - 1)
-
-    def __str__(self) -> str:
-        if self.counts:
-            return "static:" + ".".join(map(str, self.counts))
-        if self.growth:
-            return f"{self.nodes}x{self.depth}x{self.top_k}/{self.growth}"
-        return f"chain:{self.nodes - 1}" if self.top_k == 1 and self.nodes == self.depth + 2 else f"{self.nodes}x{self.depth}x{self.top_k}"
-
-
-def depths_of(counts: Sequence[int]) -> list[int]:
-    """The depth of each node of a static tree, breadth first."""
-    depths = [0]
-    for place, count in enumerate(counts):
-        if place == len(depths):
-            break
-        depths += [depths[place] + 1] * count
-    return depths
-
-
-PLAIN = TreeShape(1, 0, 1)
 GREEDY = Sampling()
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
 LOSSY = ("typical-lossy",)  # the verifiers that change the text's distribution
@@ -334,6 +243,37 @@ class TrainSettings:
     norm_output: bool = False
     draft_layers: int = 1  # decoder layers of an EAGLE-3 draft; engines run drafts of one layer
 
+    def __post_init__(self) -> None:
+        """Raise `EyasError` for a number that no training could use."""
+        for name, (least, most) in RANGES.items():
+            default = type(self).__dataclass_fields__[name].default
+            values = getattr(self, name) if isinstance(default, tuple) else [getattr(self, name)]
+            for value in values:
+                check_number(name, value, least, most, whole=isinstance(default, int))
+
+
+RANGES: dict[str, tuple[float, float]] = {  # of settings of training: the least and the most that each may be
+    "unroll_steps": (1, 64),
+    "step_keep": (0, 1),
+    "loss_from": (0, 1),
+    "sampled_columns": (0, LARGEST_SIZE),
+    "step_decay": (0, 10),
+    "draft_vocab_size": (1, LARGEST_SIZE),
+    "tokens_per_batch": (1, 1 << 18),  # each has logits of the draft vocabulary at every step
+    "learning_rate": (1e-12, 1),
+    "final_learning_rate": (0, 1),
+    "warmup_steps": (0, 1 << 30),
+    "betas": (0, 0.999999),
+    "weight_decay": (0, 10),
+    "clip": (1e-6, 1e12),
+    "max_length": (8, 1 << 18),
+    "held_out": (0, 0.9),
+    "measure_steps": (1, 1 << 30),
+    "tree_every": (0, 1 << 30),
+    "patience": (0, 1 << 30),
+    "checkpoint_minutes": (0, 1e6),
+    "draft_layers": (1, 64),
+}
 
 DISK_SHARE = 0.5  # share of the free disk that self-written data may take where no --disk is given
 SELF_PLAY_TOKENS = 400_000  # answer tokens the target writes where no number is given

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir
+from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir, short
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import MAX_TREE, Planner
@@ -166,9 +166,11 @@ class Engine:
         if method == "plain":
             return PLAIN
         if isinstance(tree, TreeShape):
-            return tree
+            return tree.checked()
         if tree == "auto":
             return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MAX_TREE
+        if not isinstance(tree, str):  # pyright: ignore[reportUnnecessaryIsInstance]  (a program may say anything)
+            raise EyasError(f"a tree is a shape or its text, as '60x7x10', not {short(tree)}")
         return TreeShape.parse(tree)
 
     def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:

@@ -42,7 +42,7 @@ from eyas.train.writers import Limit, affordable, writing_precision
 from eyas.view.pictures import can_draw, draw_curve
 
 WRITING, TRAINING = 0.42, 0.53  # shares of the time; the rest measures
-LEAST_HOURS = 0.05
+LEAST_HOURS, MOST_HOURS = 0.05, 10_000
 RUN = "run.json"  # what the command was asked for and how long it has been writing
 MEASURED = 12  # held-out questions
 RAW_PROMPT = 12  # tokens of a text to go on with, where there are no questions
@@ -120,6 +120,8 @@ class Job:
 def run(options: argparse.Namespace) -> int:
     if not options.hours >= LEAST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is too short to train anything; give at least {LEAST_HOURS:g}")
+    if options.hours > MOST_HOURS:
+        raise EyasError(f"--hours {options.hours:g} is longer than anything runs; give at most {MOST_HOURS:g}")
     out = Path(options.out).expanduser().resolve()
     recover_directory(out)
     studied = Studied.at(target_directory(options.model))

@@ -30,6 +30,8 @@ from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
 
 EAGLE_3 = ("top_layer_only", "random_head", "fc_norm", "norm_output", "draft_layers")
+MOST = {"tokens": 10**12, "steps": 10**12, "minutes": 10**6, "self_play": 10**12, "workers": 1024}
+MOST_HEADS = {"medusa": 16, "mtp": 16}  # that their drafts may have, so that they can be read
 ONLY_OF = dict.fromkeys(EAGLE_3, "eagle3") | {"token_left_out": "eagle1"}
 
 
@@ -146,7 +148,10 @@ def settings_of(method: str, asked: dict[str, Any]) -> TrainSettings:
     for name, value in asked.items():
         if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(), name):
             raise EyasError(f"--set {name} is for method {ONLY_OF[name]}, not for {method}")
-    return TrainSettings(**METHODS[method].training().SETTINGS | asked)
+    settings = TrainSettings(**METHODS[method].training().SETTINGS | asked)
+    if settings.unroll_steps > MOST_HEADS.get(method, settings.unroll_steps):
+        raise EyasError(f"a {method} draft has at most {MOST_HEADS[method]} heads or modules, not {settings.unroll_steps}; lower --unroll")
+    return settings
 
 
 def method_of(options: argparse.Namespace) -> str:
@@ -187,8 +192,9 @@ def device_of(device: str, ranks: Ranks) -> str:
 def budget_from(options: argparse.Namespace, usual: float = TRAIN_MINUTES) -> training.Budget:
     for name in ("tokens", "steps", "minutes", "self_play", "workers"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise EyasError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if value is not None and not 0 < value <= MOST[name]:
+            least = "above 0" if not value > 0 else f"at most {MOST[name]:,}"
+            raise EyasError(f"--{name.replace('_', '-')} must be {least}, not {value}")
     unbounded = options.tokens is None and options.steps is None and options.minutes is None
     return training.Budget(options.steps, options.tokens, usual if unbounded else options.minutes)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eyas.config import VERIFIERS, EyasError, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
+from eyas.decode.memory import check_memory
 from eyas.decode.plan.planner import FixedPlan, Plan
 from eyas.decode.sampling import Noise, draw
 from eyas.decode.sequence import RoundRecord, Sequence
@@ -108,7 +109,9 @@ class Decoder:
     def reserve(self, slots: int, longest: int, shapes: Iterable[TreeShape]) -> None:
         """Make room for `slots` sequences at a time, of up to `longest` tokens each, with trees of these shapes. Forget earlier ones."""
         shapes = list(shapes)
-        room = longest + max(shape.nodes for shape in shapes)
+        nodes = max(shape.nodes for shape in shapes)
+        room = longest + nodes
+        self.check_memory(slots, room, nodes)
         if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
         self.cache = self.target.new_cache(slots, room)
@@ -117,6 +120,15 @@ class Decoder:
         self.waiting: deque[Sequence] = deque()  # sequences without a slot
         self.reading: deque[Sequence] = deque()  # sequences whose prompt is not read to its end
         self.decoding: list[Sequence] = []
+
+    def check_memory(self, slots: int, room: int, nodes: int) -> None:
+        """Raise `EyasError` where keys and values of so many rows a slot, or the logits of so many nodes, are more than the memory has."""
+        config = self.target.config
+        if self.target.device.type == "cpu":  # a GPU says by itself when it is full, and pools what it has
+            width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.target.dtype.itemsize
+            keys, logits = 2 * slots * room * width, 4 * slots * nodes * config.vocab_size
+            parts = {f"keys and values of {slots:,} x {room:,} tokens": keys, f"logits of {slots * nodes:,} nodes": logits}
+            check_memory(parts, "lower --max-new-tokens, --tree, or how many texts are decoded at a time (batch)")
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence in. It waits until a slot is free; its clock starts now."""

@@ -218,7 +218,7 @@ class Trainer:
     def learning_rate(self, spent: float) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` over the budget."""
         s = self.settings
-        warm = min(1.0, (self.progress.steps + 1) / s.warmup_steps)
+        warm = min(1.0, (self.progress.steps + 1) / max(s.warmup_steps, 1))
         return warm * (s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
 
     # ---- the run ----

@@ -23,6 +23,7 @@ import torch
 
 from eyas import plugins
 from eyas.config import EyasError
+from eyas.decode.memory import free_bytes
 from eyas.files.target import target_config
 from eyas.kernels import native
 from eyas.kernels.linear import cpu_multiplies_bfloat16
@@ -125,15 +126,13 @@ def slots_for(limit: Limit) -> int:
 
 def affordable(workers: int, directory: Path, settings: SelfPlay) -> int:
     """How many of the workers half of the free memory can hold, at least one; all of them where the system does not tell free memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+    free = free_bytes()
+    if free is None:
         return workers
     config = target_config(directory)
     weights = 3 * sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # as stored, in float32 while loading
     keys = 8 * SLOTS * settings.longest * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # at most 4 bytes each
-    return max(1, min(workers, free // 2 // (weights + keys)))
+    return max(1, min(workers, int(free // 2 // (weights + keys))))
 
 
 def work(
