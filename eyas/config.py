@@ -128,7 +128,8 @@ LEAST_TEMPERATURE = 1e-10  # logits divided by less leave the range of floating 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the target's logits: temperature, then the filters top-k, top-p and min-p, in transformers' order.
+    """How a token is drawn from the target's logits: bias and penalties, then temperature, then the filters top-k, top-p and min-p, in
+    transformers' order.
 
     Raises `EyasError` for a value out of its range.
     """
@@ -137,6 +138,10 @@ class Sampling:
     top_k: int = 0  # 0 or more: keep the top_k likeliest tokens; 0: off
     top_p: float = 1.0  # above 0, at most 1: keep the likeliest tokens that together have this probability; 1: off
     min_p: float = 0.0  # 0 to 1: keep tokens at least this share as likely as the likeliest; 0: off
+    repetition_penalty: float = 1.0  # above 0: a logit of a token in prompt or answer is divided by it, a negative one multiplied; 1: off
+    presence_penalty: float = 0.0  # -2 to 2: taken off the logit of a token that is in the answer; 0: off
+    frequency_penalty: float = 0.0  # -2 to 2: taken off it once for each time that the token is in the answer; 0: off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100 to 100 to add to its logit); a mapping is taken too
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
@@ -154,14 +159,38 @@ class Sampling:
             raise EyasError(f"top-p must be above 0 and at most 1 (1 is off), not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise EyasError(f"min-p must be between 0 (off) and 1, not {self.min_p}")
+        if self.adjusted:
+            self.check_adjustments()
+
+    def check_adjustments(self) -> None:
+        check_number("repetition-penalty", self.repetition_penalty, 1e-6, 1e6)
+        check_number("presence-penalty", self.presence_penalty, -2, 2)
+        check_number("frequency-penalty", self.frequency_penalty, -2, 2)
+        object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def adjusted(self) -> bool:
+        """Whether logits are changed, by a bias or a penalty, before a token is drawn from them."""
+        return bool(self.logit_bias) or (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def checked_bias(given: Mapping[Any, Any] | Sequence[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
+    """A logit bias, which may be a mapping and have its ids as text, as JSON has them."""
+    pairs: list[tuple[Any, Any]] = list(given.items() if isinstance(given, Mapping) else given)
+    pairs = [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in pairs]
+    for token, value in pairs:
+        check_number("a token of logit-bias", token, 0, LARGEST_SIZE, whole=True)
+        check_number(f"the logit-bias of token {token}", value, -100, 100)
+    return tuple(sorted(dict(pairs).items()))
+
 
 GREEDY = Sampling()
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
+MOST_LOGPROBS = 1000  # likeliest tokens told for each token at most
 LOSSY = ("typical-lossy",)  # the verifiers that change the text's distribution
 PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 
@@ -175,10 +204,22 @@ class Request:
     sampling: Sampling = GREEDY
     seed: int | None = None  # what the text is drawn with; None: a fresh seed, which the result tells
     max_new_tokens: int = 256  # tokens of the answer at most, at least 1; the target's context may end it before
+    min_new_tokens: int = 0  # tokens before which neither an end-of-turn id, a stop token nor a stop string ends the answer
     stop: tuple[str, ...] = ()  # strings that end the text; it is cut where the first of them begins and does not hold it
+    stop_token_ids: tuple[int, ...] = ()  # ids that end the answer, beside the target's own
+    ignore_eos: bool = False  # the target's own end-of-turn ids do not end the answer
+    logprobs: int | None = None  # the log probability of each token, and of so many likeliest, go into the result; None: none
     raw: bool = False  # the prompt is text to go on with, not a user's turn
     verifier: str = VERIFIERS[0]  # a name in VERIFIERS; "walk" is the default, those in LOSSY change the text's distribution
-    batch: int | None = None  # prompts of a list decoded at a time at most; None: all
+    batch: int | None = None  # texts decoded at a time at most; None: all
+    defaulted: tuple[tuple[str, Any], ...] = ()  # of these settings, those that the target's generation_config.json gave
+
+    def __post_init__(self) -> None:
+        check_number("min-new-tokens", self.min_new_tokens, 0, LARGEST_SIZE, whole=True)
+        for token in self.stop_token_ids:
+            check_number("a stop token id", token, 0, LARGEST_SIZE, whole=True)
+        if self.logprobs is not None:
+            check_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, whole=True)
 
 
 class Message(TypedDict):
@@ -196,7 +237,12 @@ class Settings(TypedDict, total=False):
     sampling: Sampling
     seed: int | None
     max_new_tokens: int
+    min_new_tokens: int
     stop: str | Sequence[str]
+    stop_token_ids: int | Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    generation_config: str  # "auto": what is not said here is as generation_config.json says; "none": as `Request` says
     raw: bool
     verifier: str
     batch: int | None
@@ -204,6 +250,10 @@ class Settings(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

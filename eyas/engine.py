@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir, short
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
+from eyas.decode.logprobs import Piece
 from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
-from eyas.decode.prompt import Prompt, Prompts, is_many, render
-from eyas.decode.sampling import Noise, derived_seed, new_seed
-from eyas.decode.sequence import Result, RoundRecord, Sequence, result_of
-from eyas.decode.text import TextStream
+from eyas.decode.prompt import Prompt, Prompts, WrittenPrompt, checked_ids, is_many, is_token_ids, render
+from eyas.decode.sampling import derived_seed, new_seed
+from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
+from eyas.files.generation_config import GenerationConfig, generation_config
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.files.untrusted import Fields
@@ -126,8 +127,13 @@ class Engine:
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """The token ids of a prompt. A string is one user turn, or with `raw` plain text to go on with; messages go through the chat
-        template. Raises `EyasError` for an empty prompt, one too long for the target, or one the template refuses."""
-        ids, context = render(self.tokenizer, prompt, raw, self.directory), self.target.config.max_position_embeddings
+        template; token ids stay as they are. Raises `EyasError` for an empty prompt, one too long for the target, one the template
+        refuses, or ids that the target does not have."""
+        context = self.target.config.max_position_embeddings
+        if is_token_ids(prompt):
+            ids = checked_ids(prompt, self.target.config.vocab_size, "a prompt's numbers")
+        else:
+            ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory)
         if len(ids) >= context:
             raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
         return ids
@@ -194,46 +200,85 @@ class Engine:
         self, prompt: Prompts, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
     ) -> list[Result]: ...
 
+    @overload
     def generate(
-        self, prompt: Prompt | Prompts, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
-    ) -> Result | list[Result]:
-        """Write the answer to a prompt. A prompt is a string, or a conversation's messages; a list of prompts is decoded together and
-        gives a list of results in the same order.
+        self, prompt: Prompt | Prompts, request: Request | None = None, *, n: int, watch: Watch | None = None, **settings: Unpack[Settings]
+    ) -> list[Result]: ...
 
-        Settings go by keyword: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `stop`, `method`, `tree`, ..
-        (`Request`'s fields and `Sampling`'s); or all of them in a `request`, but not both. One prompt draws with the call's seed, prompt i
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        request: Request | None = None,
+        *,
+        n: int | None = None,
+        watch: Watch | None = None,
+        **settings: Unpack[Settings],
+    ) -> Result | list[Result]:
+        """Write the answer to a prompt. A prompt is a string, a conversation's messages or token ids; a list of prompts is decoded
+        together and gives a list of results in the same order. With `n` each prompt gets so many answers, and the result is a list, those
+        of one prompt beside each other.
+
+        Settings go by keyword: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop`, `method`, `tree`,
+        .. (`Request`'s fields and `Sampling`'s); what is left out is as the target's generation_config.json says, but with
+        `generation_config="none"`. Or all of them in a finished `request`, but not both. One answer draws with the call's seed, answer i
         of a list with a seed derived from it and i. `watch` is called with the `RoundRecord` of every round of every sequence.
 
         Raises `EyasError` with one line for an unknown or unusable setting, for a prompt that is empty or too long, and for a method
         whose draft was not loaded.
         """
         sequences: list[Sequence] = []
-        for sequences in self.rounds(prompt, make_request(request, **settings), watch):  # noqa: B007 (the last is wanted)
+        for sequences in self.rounds(prompt, self.request(request, **settings), watch, n):  # noqa: B007 (the last is wanted)
             pass
         results = [result_of(sequence) for sequence in sequences]
-        return results if is_many(prompt) else results[0]
+        return results if n is not None or is_many(prompt) else results[0]
 
     def stream(
         self, prompt: Prompt, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
     ) -> Iterator[str | Result]:
-        """Yield pieces of the answer's text as rounds commit them, then its `Result`. Together the pieces are the result's text.
+        """Yield pieces of the answer's text as rounds commit them, then its `Result`. Together the pieces are the result's text. With
+        `logprobs` each is a `Piece`, which has those of the tokens that came with it; such a piece may have no text.
 
-        Takes what `generate` takes, for one prompt. Raises `EyasError` as `generate` does, once the first piece is asked for.
+        Takes what `generate` takes but `n`, for one prompt. Raises `EyasError` as `generate` does, once the first piece is asked for.
         """
-        request = make_request(request, **settings)
+        request = self.request(request, **settings)
         if is_many(prompt):
             raise EyasError("stream takes one prompt; use generate for several")
         sequence: Sequence | None = None
+        told = 0
         for (sequence,) in self.rounds(prompt, request, watch):
-            if piece := sequence.stream.certain():
+            piece = sequence.stream.certain()
+            if request.logprobs is not None:
+                piece, told = Piece(piece, sequence.logprobs[told:]), len(sequence.logprobs)
+            if piece or (isinstance(piece, Piece) and piece.logprobs):
                 yield piece
         assert sequence is not None, "a prompt is one sequence"
         yield result_of(sequence)
 
-    def rounds(self, prompt: Prompt | Prompts, request: Request, watch: Watch | None = None) -> Iterator[list[Sequence]]:
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What the target's generation_config.json asks for."""
+        return generation_config(self.directory)
+
+    def request(self, request: Request | None = None, **settings: Unpack[Settings]) -> Request:
+        """The request itself, or one made of loose settings; of those that are not said, generation_config.json's are taken
+        (`Request.defaulted`). Raises `EyasError` as `make_request` does, and for such a file with values that cannot be."""
+        source = settings.pop("generation_config", "auto")
+        if source not in ("auto", "none"):
+            raise EyasError(f"generation-config must be auto or none, not {source!r}")
+        given = {"sampling": list(Sampling.__dataclass_fields__)}  # a finished sampling says all its fields
+        said = {name for setting in settings for name in (setting, *given.get(setting, ()))}
+        taken = {} if request is not None or source == "none" else self.generation_config.settings
+        taken = {name: value for name, value in taken.items() if name not in said}
+        if taken:
+            settings = cast("Settings", {**taken, **settings, "defaulted": tuple(taken.items())})
+        return make_request(request, **settings)
+
+    def rounds(
+        self, prompt: Prompt | Prompts, request: Request, watch: Watch | None = None, n: int | None = None
+    ) -> Iterator[list[Sequence]]:
         """Decode a call's prompts, and yield all its sequences once prompts are read and after each round; `generate` and `stream` are made
         of it."""
-        sequences, decoder = self.sequences(prompt, request), self.decoder(request, watch)
+        sequences, decoder = self.sequences(prompt, request, n), self.decoder(request, watch)
         try:
             yield from decoder.run_all(sequences, request.batch)
         finally:  # a stream may be closed early; what its rounds taught the planner is kept all the same
@@ -248,23 +293,27 @@ class Engine:
         decoder.watch = watch
         return decoder
 
-    def sequences(self, prompt: Prompt | Prompts, request: Request) -> list[Sequence]:
-        """One sequence for each prompt, with the request's settings, that a decoder can admit. Raises `EyasError` for prompts and limits
-        that cannot be used."""
+    def sequences(self, prompt: Prompt | Prompts, request: Request, n: int | None = None) -> list[Sequence]:
+        """One sequence for each prompt, or `n` beside each other, with the request's settings, that a decoder can admit. Raises
+        `EyasError` for prompts, ids and limits that cannot be used."""
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
-        if request.batch is not None and request.batch < 1:
-            raise EyasError(f"batch must be at least 1, not {request.batch}")
-        many, config = is_many(prompt), self.target.config
+        for name, count in (("batch", request.batch), ("n", n)):
+            if count is not None and count < 1:
+                raise EyasError(f"{name} must be at least 1, not {count}")
+        config = self.target.config
+        checked_ids([token for token, _ in request.sampling.logit_bias], config.vocab_size, "tokens of logit-bias")
+        checked_ids(request.stop_token_ids, config.vocab_size, "stop-token-ids")
         shape = self.shape(request.tree, self.method_of(request))
+        many = is_many(prompt)
+        texts = [self.encode(each, request.raw) for each in (cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)])]
         seed = new_seed() if request.seed is None else request.seed
-        found: list[Sequence] = []
-        for number, each in enumerate(cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)]):
-            tokens, noise = self.encode(each, request.raw), Noise(derived_seed(seed, number) if many else seed, config.vocab_size)
-            limit = min(len(tokens) + request.max_new_tokens, config.max_position_embeddings)
-            stream = TextStream(self.tokenizer, request.stop)
-            found.append(Sequence(tokens, limit, noise, request.sampling, shape, stream, number=number))
-        return found
+        return [
+            new_sequence(
+                tokens, request, shape, derived_seed(seed, number) if many or n is not None else seed, config, self.tokenizer, number
+            )
+            for number, tokens in enumerate(each for each in texts for _ in range(n or 1))
+        ]
 
 
 def make_request(request: Request | None = None, **settings: Any) -> Request:
@@ -276,8 +325,11 @@ def make_request(request: Request | None = None, **settings: Any) -> Request:
         return request
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)
-    if "stop" in settings:
-        settings["stop"] = tuple(settings["stop"])
+    if isinstance(settings.get("stop_token_ids"), int):
+        settings["stop_token_ids"] = (settings["stop_token_ids"],)
+    for name in ("stop", "stop_token_ids"):
+        if name in settings:
+            settings[name] = tuple(settings[name])
     known = [*Request.__dataclass_fields__, *Sampling.__dataclass_fields__]
     if unknown := [name for name in settings if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)

@@ -39,7 +39,7 @@ def eyas(job: dict[str, Any]) -> tuple[str, Answer]:
     engine.encode = lambda prompt, raw=False: prompt  # prompts come as token ids
 
     def answer(prompt: list[int], most: int) -> list[int]:
-        return engine.generate([prompt], max_new_tokens=most, **request)[0].tokens
+        return engine.generate([prompt], max_new_tokens=most, generation_config="none", **request)[0].tokens
 
     for question in job["practice"]:  # prices and calibration, as any use before would have left them
         answer(question, 100)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eyas.config import EyasError
-from eyas.decode.prompt import Prompt
+from eyas.decode.prompt import WrittenPrompt
 from eyas.engine import Engine
 from eyas.files.chat_data import CHAT_KEYS, SYSTEMS, TOOLS, VARIABLES, encodable, messages_of
 from eyas.files.records import read_objects
@@ -23,7 +23,7 @@ PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a f
 
 class PromptItem(NamedTuple):
     line: int  # counted from 1
-    prompt: Prompt
+    prompt: WrittenPrompt
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[PromptItem], list[str]]:
@@ -38,7 +38,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[Promp
     return [PromptItem(place.number, prompt) for place, prompt in found], complaints
 
 
-def prompt_of(row: dict[str, Any]) -> Prompt:
+def prompt_of(row: dict[str, Any]) -> WrittenPrompt:
     """A line's prompt, or EyasError that says what is wrong with it."""
     if row.get("turns") is not None:
         turns = row["turns"]

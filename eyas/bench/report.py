@@ -15,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 import eyas
-from eyas.config import PLAIN, Request, TreeShape
+from eyas.config import PLAIN, Request, Sampling, TreeShape
 from eyas.decode.sampling import NOISE_VERSION
 from eyas.engine import Engine
 from eyas.files.disk import directory_hash
 from eyas.kernels.linear import capability
 
+RARE = ("min_new_tokens", "stop_token_ids", "ignore_eos", "defaulted")
+RARE_SAMPLING = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 COLUMNS = ("method", "tree", "tau", "tau before loops", "tokens/s", "speedup", "same text")
 
 
@@ -35,6 +37,7 @@ def conditions_of(engine: Engine, plans: dict[str, Request], request: Request, p
         "top_k": request.sampling.top_k,
         "top_p": request.sampling.top_p,
         "min_p": request.sampling.min_p,
+        **unusual(request),
         "trees": {text: tree_name(plan.tree) for text, plan in plans.items()},
         "verifier": request.verifier,
         "max_new_tokens": request.max_new_tokens,
@@ -42,6 +45,15 @@ def conditions_of(engine: Engine, plans: dict[str, Request], request: Request, p
         "prompt_count": prompts,
         "seed": request.seed,
         **machine(engine),
+    }
+
+
+def unusual(request: Request) -> dict[str, Any]:
+    """Settings that few runs change, where this one did."""
+    usual, sampling = Request(), Sampling()
+    found = {name: getattr(request, name) for name in RARE if getattr(request, name) != getattr(usual, name)}
+    return found | {
+        name: getattr(request.sampling, name) for name in RARE_SAMPLING if getattr(request.sampling, name) != getattr(sampling, name)
     }
 
 
@@ -112,6 +124,7 @@ def conditions_line(result: dict[str, Any]) -> str:
         given["precision"],
         f"temperature {given['temperature']:g}",
         *(f"{name} {given[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if given[name] != off),
+        *(f"{name} {given[name]}" for name in (*RARE_SAMPLING, *RARE) if name in given),
         f"{given['prompt_count']} prompt{'s' * (given['prompt_count'] != 1)} of {given.get('prompt_file', 'the caller')}",
         f"up to {given['max_new_tokens']} tokens, seed {given['seed']}, verifier {given['verifier']}",
         f"{given['device']} {given['cpu_capability']}, {given['threads']} threads, torch {given['torch']}, eyas {given['eyas']}",

@@ -13,9 +13,9 @@ from rich.table import Table
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
 from eyas.bench.speed import Method, parse_methods, run_bench
-from eyas.commands.common import engine_from, request_from
+from eyas.commands.common import engine_from, request_from, settled
 from eyas.commands.output import progress, result_file, terminal, write_result
-from eyas.config import EyasError, Request
+from eyas.config import GREEDY, EyasError, Request
 from eyas.engine import Engine
 from eyas.view.pictures import can_draw
 
@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     for method in methods:
         engine.drafter(method.name)  # a missing draft is said before anything is timed
+    request = settled(engine, options)
     items, unfit = fitting(engine, items)
     complain(options.prompts, [*complaints, *unfit])
     result = with_progress(engine, items, methods, request)
@@ -47,8 +48,8 @@ def peers(options: argparse.Namespace, request: Request) -> int:
 
     from eyas.bench.peers import run_peers, save_picture, table_rows
 
-    if not request.sampling.greedy:
-        raise EyasError("--peers compares greedy answers; leave --temperature out")
+    if request.sampling != GREEDY:
+        raise EyasError("--peers compares greedy answers; leave --temperature and other options of sampling out")
     out = result_file(options.out)
     items, complaints = read_prompts(options.prompts, options.limit)
     complain(options.prompts, complaints)

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from eyas.commands.common import engine_from, request_from
+from eyas.commands.common import engine_from, settings_from, settled
 from eyas.commands.generate import tell
 from eyas.config import EyasError
 from eyas.decode.sequence import Result
 
 
 def run(options: argparse.Namespace) -> int:
-    request = request_from(options)
+    settings_from(options)
     engine = engine_from(options)
+    request = settled(engine, options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
     turn = 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eyas.config import EyasError, Request, Sampling, TreeShape
-from eyas.engine import BUNDLED, Engine, load, without_draft
+from eyas.config import EyasError, Request, TreeShape, short
+from eyas.engine import BUNDLED, Engine, load, make_request, without_draft
 from eyas.files.embedded import LAYERS, VOCABULARY
+from eyas.files.generation_config import FILE
 from eyas.files.target import from_hub, load_target, target_directory
 from eyas.methods import method_named
 
@@ -19,25 +22,69 @@ if TYPE_CHECKING:
     from eyas.measure.agreement import Evidence
 
 
-def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
-    """Check all settings before anything heavy is loaded."""
+GIVEN = (  # options that are settings of the same name, where they were given
+    "seed",
+    "max_new_tokens",
+    "min_new_tokens",
+    "ignore_eos",
+    "logprobs",
+    "raw",
+    "verifier",
+    "tree",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def settings_from(options: argparse.Namespace, method: str | None = None) -> dict[str, Any]:
+    """The settings that options give, checked before anything heavy is loaded."""
     chosen = method or ("plain" if getattr(options, "plain", False) else getattr(options, "method", None))
     if chosen is not None:
         method_named(chosen)
     if options.tree != "auto":
         TreeShape.parse(options.tree)
-    if options.max_new_tokens < 1:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise EyasError(f"max-new-tokens must be at least 1, not {options.max_new_tokens}")
-    return Request(
-        method=chosen,
-        tree=options.tree,
-        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        stop=tuple(options.stop),
-        raw=getattr(options, "raw", False),
-        verifier=options.verifier,
-    )
+    settings = {name: getattr(options, name, None) for name in GIVEN}
+    settings |= {
+        "method": chosen,
+        "stop": options.stop,
+        "stop_token_ids": options.stop_token_id,
+        "logit_bias": bias_from(options.logit_bias),
+    }
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False and value != []}
+    make_request(**settings)
+    return settings
+
+
+def bias_from(given: Sequence[str]) -> list[tuple[int, float]]:
+    try:
+        return [(int(token), float(value)) for token, value in (each.split("=") for each in given)]
+    except ValueError:
+        raise EyasError(f"--logit-bias takes ID=BIAS, a token id and a number, like 42=-100; not {' '.join(given)}") from None
+
+
+def request_from(options: argparse.Namespace, method: str | None = None) -> Request:
+    """The request that options give, without a model's own defaults."""
+    return make_request(**settings_from(options, method))
+
+
+def settled(engine: Engine, options: argparse.Namespace, method: str | None = None, quiet: bool = False) -> Request:
+    """The request that options give, with the defaults of the target's generation_config.json where that is wanted; unless `quiet`, these
+    are told in one line."""
+    request = engine.request(**settings_from(options, method), generation_config=options.generation_config)
+    if options.generation_config == "auto" and not quiet:
+        used = ", ".join(f"{name} {value:g}" for name, value in request.defaulted)
+        passed_over = ", ".join(f"{name} {short(value)}" for name, value in engine.generation_config.not_done.items())
+        told = [used] * bool(used) + [f"not done here: {passed_over}"] * bool(passed_over)
+        if told:
+            print(f"[{FILE}: {'; '.join(told)}; --generation-config none passes over it]", file=sys.stderr)
+    return request
 
 
 def engine_from(options: argparse.Namespace) -> Engine:

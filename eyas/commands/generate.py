@@ -6,28 +6,30 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from eyas.commands.common import engine_from, request_from
-from eyas.config import EyasError
+from eyas.commands.common import engine_from, settings_from, settled
+from eyas.config import EyasError, Request, short
+from eyas.decode.logprobs import TokenLogprobs
 from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result, Sequence, result_of
+from eyas.engine import Engine
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 
 
 def run(options: argparse.Namespace) -> int:
-    request, prompt = request_from(options), prompt_from(options)
+    settings_from(options)
+    prompt = prompt_from(options)
+    if options.logprobs is not None and not options.json:
+        raise EyasError("--logprobs are part of the JSON object; add --json")
+    if options.n is not None and options.n < 1:
+        raise EyasError(f"n must be at least 1, not {options.n}")
     engine = engine_from(options)
-    if options.json:
-        texts: list[Sequence] = []
-        try:
-            for texts in engine.rounds(prompt, request):  # noqa: B007 (the last is wanted)
-                pass
-        finally:  # what was written before Ctrl-C stays
-            if texts:
-                print(json.dumps({key: value for key, value in asdict(result_of(texts[0])).items() if key in JSON_KEYS}))
+    request = settled(engine, options, quiet=options.json)
+    if options.json or options.n is not None:
+        finished(engine, prompt, request, options)
         return 0
     try:
         tell(engine.stream(prompt, request))
@@ -35,6 +37,36 @@ def run(options: argparse.Namespace) -> int:
         print()  # what was written stays
         raise
     return 0
+
+
+def finished(engine: Engine, prompt: Prompt, request: Request, options: argparse.Namespace) -> None:
+    """Print all answers once they are done, as JSON objects or as texts."""
+    texts: list[Sequence] = []
+    try:
+        for texts in engine.rounds(prompt, request, n=options.n):  # noqa: B007 (the last is wanted)
+            pass
+    finally:  # what was written before Ctrl-C stays
+        for result in map(result_of, texts):
+            if options.json:
+                print(json.dumps(as_json(engine, request, result)))
+            else:
+                print(result.text)
+                print(f"[{summary(result)}]", file=sys.stderr)
+
+
+def as_json(engine: Engine, request: Request, result: Result) -> dict[str, Any]:
+    found = {key: getattr(result, key) for key in JSON_KEYS}
+    found["generation_config"] = {"used": dict(request.defaulted), "not_done": engine.generation_config.not_done}
+    if result.logprobs is not None:
+        found["logprobs"] = [logprobs_json(engine, told) for told in result.logprobs]
+    return found
+
+
+def logprobs_json(engine: Engine, told: TokenLogprobs) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token, "text": engine.tokenizer.decode([token]), "logprob": logprob}
+
+    return {**one(told.token, told.logprob), "top": [one(*each) for each in told.top]}
 
 
 def tell(pieces: Iterable[str | Result]) -> None:
@@ -55,9 +87,11 @@ def summary(result: Result) -> str:
 
 
 def prompt_from(options: argparse.Namespace) -> Prompt:
-    """The prompt as text or messages, checked before a model is loaded."""
-    if (options.prompt is None) == (options.messages is None):
-        raise EyasError("give a PROMPT or --messages F.json, one of the two")
+    """The prompt as text, messages or token ids, checked before a model is loaded."""
+    if sum(given is not None for given in (options.prompt, options.messages, options.prompt_ids)) != 1:
+        raise EyasError("give a PROMPT, --messages F.json or --prompt-ids, one of the three")
+    if options.prompt_ids is not None:
+        return ids_from(options)
     if options.messages:
         return read_messages(Path(options.messages), options.system)
     if not options.prompt.strip():
@@ -67,6 +101,15 @@ def prompt_from(options: argparse.Namespace) -> Prompt:
     if options.raw:
         raise EyasError("--system needs a chat template, --raw does without one; drop one of the two")
     return [{"role": "system", "content": options.system}, {"role": "user", "content": options.prompt}]
+
+
+def ids_from(options: argparse.Namespace) -> list[int]:
+    if options.system is not None or options.raw:
+        raise EyasError("--prompt-ids are read as they are; drop --system and --raw")
+    words = options.prompt_ids.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise EyasError(f"--prompt-ids takes token ids with blanks or commas between them, not {short(options.prompt_ids)}")
+    return [int(word) for word in words]
 
 
 def read_messages(path: Path, system: str | None) -> list[dict[str, str]]:

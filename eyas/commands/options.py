@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from eyas.config import PRECISIONS, VERIFIERS, Request, Sampling
+from eyas.config import PRECISIONS, VERIFIERS, Request
 from eyas.methods import METHODS
 
 
@@ -71,24 +71,60 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
         )
 
 
-def generation(command: argparse.ArgumentParser, method: bool = True, new_tokens: int = Request.max_new_tokens) -> None:
+def generation(
+    command: argparse.ArgumentParser, method: bool = True, new_tokens: int | None = None, generation_config: str = "none"
+) -> None:
+    """Options of the commands that write text. Those left out are None, so that a model's generation_config.json may have its say;
+    `new_tokens` and `generation_config`: a command's own defaults."""
     models(command)
     if method:
         command.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
-    command.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy (default)")
-    command.add_argument("--top-k", type=int, default=Sampling.top_k)
-    command.add_argument("--top-p", type=float, default=Sampling.top_p)
-    command.add_argument("--min-p", type=float, default=Sampling.min_p)
+    sampling(command)
     command.add_argument(
         "--seed", type=int, default=None, help="the same seed gives the same text with any method (default: drawn and reported)"
     )
-    command.add_argument("--max-new-tokens", type=int, default=new_tokens)
-    command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
+    tokens = f"of the answer at most (default {new_tokens or Request.max_new_tokens})"
+    command.add_argument("--max-new-tokens", type=int, default=new_tokens, help=tokens)
+    ends(command)
+    command.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default=generation_config,
+        help="auto: settings that are not given are as the model's generation_config.json says (default %(default)s)",
+    )
     command.add_argument(
         "--verifier",
         choices=VERIFIERS,
         default=Request.verifier,
         help="the others are for comparison (EAGLE's rule; rejection of drawn guesses); traversal, with a static tree, suits hot sampling",
     )
+
+
+def sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    command.add_argument("--top-k", type=int, help="draw from so many likeliest tokens (default 0: all)")
+    command.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability (default 1: all)")
+    command.add_argument("--min-p", type=float, help="draw from tokens this share as likely as the likeliest (default 0: all)")
+    command.add_argument(
+        "--repetition-penalty", type=float, help="divide logits of tokens in prompt and answer, multiply negative ones (default 1: off)"
+    )
+    command.add_argument("--presence-penalty", type=float, help="take this off the logit of a token in the answer (default 0)")
+    command.add_argument("--frequency-penalty", type=float, help="the same, once for each time it is in the answer (default 0)")
+    command.add_argument(
+        "--logit-bias",
+        metavar="ID=BIAS",
+        action="append",
+        default=[],
+        help="add this to a token's logit (may be given several times)",
+    )
+
+
+def ends(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--min-new-tokens", type=int, help="nothing ends the answer before so many tokens (default 0)")
+    command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
+    command.add_argument(
+        "--stop-token-id", metavar="ID", type=int, action="append", default=[], help="end at this token id (may be given several times)"
+    )
+    command.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end-of-turn tokens")

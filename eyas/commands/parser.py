@@ -55,14 +55,18 @@ def generate_options(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--messages", metavar="F.json", help="a conversation as a JSON list of {role, content} instead of PROMPT")
     generate.add_argument("--system", help="a system message to begin with")
     generate.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
-    generation(generate)
-    generate.add_argument("--json", action="store_true", help="print one object: text, tokens, tau, rounds, seconds, seed, finish_reason")
+    generate.add_argument("--prompt-ids", metavar="'ID ID ..'", help="the prompt as token ids instead of PROMPT")
+    generation(generate, generation_config="auto")
+    generate.add_argument("--n", type=int, metavar="N", help="write so many answers, each with a seed of its own")
+    generate.add_argument("--logprobs", type=int, metavar="K", help="with --json: the log probability of each token and of the K likeliest")
+    told = "text, tokens, tau, rounds, seconds, seed, finish_reason, generation_config"
+    generate.add_argument("--json", action="store_true", help=f"print one object (with --n one a line): {told}")
 
 
 def chat_options(commands: argparse._SubParsersAction) -> None:
     chat = add(commands, "chat", "a conversation in the terminal")
     chat.add_argument("--system", help="a system message to begin with")
-    generation(chat)
+    generation(chat, generation_config="auto")
 
 
 def new_draft_options(commands: argparse._SubParsersAction) -> None:

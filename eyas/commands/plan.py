@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     check(method)
     raw = not getattr(engine.tokenizer, "chat_template", None)
     for prompt in PRACTICE:  # so that prices and chances are of rounds that were served here
-        engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw)
+        engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw, generation_config="none")
     planner = engine.planner("auto", method, sampling)
     assert planner is not None  # `check` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import VERIFIERS, EyasError, Sampling, TreeShape
+from eyas.config import VERIFIERS, EyasError, Request, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory
 from eyas.decode.plan.planner import FixedPlan, Plan
-from eyas.decode.sampling import Noise, draw
-from eyas.decode.sequence import RoundRecord, Sequence
-from eyas.decode.text import TextStream
+from eyas.decode.sampling import draw
+from eyas.decode.sequence import RoundRecord, Sequence, new_sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verifiers import VERIFY
 from eyas.model.cache import Cache
@@ -94,6 +93,8 @@ class Decoder:
         self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
         tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
         committed = sequence.commit(tokens, self.target.config.eos_token_ids)
+        if sequence.top_logprobs is not None:
+            sequence.record_logprobs(logits_NV[accepted.path[: len(committed)]], committed)
         sequence.rounds += 1
         sequence.accepted_lengths[len(committed)] += 1
         self.plan.judge(tree, accepted.path)
@@ -168,6 +169,7 @@ class Decoder:
         if end == sequence.prompt_length:
             token = draw(sequence.processed(out.logits[-1]), sequence.sampling, sequence.noise_at(end))
             sequence.commit([token], self.target.config.eos_token_ids)
+            sequence.record_logprobs(out.logits[-1:], [token])
             sequence.prefill_seconds = sequence.seconds
             self.decoding.append(self.reading.popleft())
         if not sequence.finish_reason:
@@ -221,12 +223,11 @@ class Decoder:
     ) -> Iterator[list[Sequence]]:
         """Decode all prompts (token ids), at most `batch` of them at a time (None: all together); prompt i draws with the i-th of `seeds`.
         Yields all sequences once the prompts that have a slot are read, then after each round."""
-        context, vocab, stops = self.target.config.max_position_embeddings, self.target.config.vocab_size, tuple(stops)
-        everyone = []
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False)):
-            tokens, stream = list(prompt), TextStream(tokenizer, stops)
-            limit = min(len(tokens) + max_new_tokens, context)
-            everyone.append(Sequence(tokens, limit, Noise(seed, vocab), sampling, shape, stream, number=number))
+        request = Request(sampling=sampling, max_new_tokens=max_new_tokens, stop=tuple(stops))
+        everyone = [
+            new_sequence(prompt, request, shape, seed, self.target.config, tokenizer, number)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))
+        ]
         yield from self.run_all(everyone, batch)
 
     def run_all(self, everyone: list[Sequence], batch: int | None = None) -> Iterator[list[Sequence]]:

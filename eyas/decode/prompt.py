@@ -1,4 +1,4 @@
-"""A prompt as token ids: plain text, or a conversation rendered through the target's chat template.
+"""A prompt as token ids: plain text, a conversation rendered through the target's chat template, or ids as they are.
 
 Knows a tokenizer and its template; knows nothing of models or of how a sequence goes on.
 """
@@ -7,23 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from eyas.config import EyasError, Message
+from eyas.config import EyasError, Message, short
 from eyas.files.chat_data import encodable
 from eyas.files.chat_template import written
 
 Messages = Sequence[Message] | Sequence[dict[str, str]]  # one conversation
-Prompt = str | Messages
-Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[Prompt]
+TokenIds = Sequence[int]
+WrittenPrompt = str | Messages
+Prompt = WrittenPrompt | TokenIds
+Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[list[int]] | list[Prompt]
 
 
 def is_many(prompt: Prompt | Prompts) -> bool:
-    """Whether this is a list of prompts rather than one string or one conversation."""
-    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict)
+    """Whether this is a list of prompts rather than one string, one conversation or the token ids of one prompt. Raises `EyasError` for a
+    tensor or an array."""
+    if hasattr(prompt, "tolist"):
+        raise EyasError("a prompt of token ids is a list of whole numbers; give ids.tolist()")
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict | int)
 
 
-def render(tokenizer: Any, prompt: Prompt, raw: bool, directory: Path) -> list[int]:
+def is_token_ids(prompt: Prompt) -> TypeGuard[TokenIds]:
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def checked_ids(ids: Sequence[Any], vocab_size: int, what: str) -> list[int]:
+    """Token ids that the target has. Raises `EyasError` for any other."""
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise EyasError(f"{what} must be token ids from 0 to {vocab_size - 1}, not {short(token)}")
+    return list(ids)
+
+
+def render(tokenizer: Any, prompt: WrittenPrompt, raw: bool, directory: Path) -> list[int]:
     """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template.
 
     `tokenizer`: transformers' of the target in `directory`. Raises EyasError for what the template or the tokenizer cannot say.

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from eyas.config import GREEDY, PLAIN, Sampling, TreeShape
+from eyas.config import GREEDY, PLAIN, Request, Sampling, TargetConfig, TreeShape
+from eyas.decode.logprobs import TokenLogprobs, token_logprobs
+from eyas.decode.processors import LogitsProcessor, end_ids, processors_of
 from eyas.decode.sampling import GUESS, NOISE_VERSION, Noise, gumbel
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted
-
-# (all tokens before a position, the target's logits [V] for it) -> the logits [V] to draw from
-LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 
 @dataclass
@@ -33,12 +34,17 @@ class Sequence:
     shape: TreeShape = PLAIN  # the largest tree a round may grow for it
     stream: TextStream = field(default_factory=lambda: TextStream(None))
     processors: tuple[LogitsProcessor, ...] = ()
+    end_ids: frozenset[int] | None = None  # ids that end it; None: the target's own
+    top_logprobs: int | None = None  # for each of its tokens so many likeliest are told, and its own log probability; None: none
     number: int = 0  # its index among the sequences of its call
     slot: int = -1  # its slot in the caches; -1: none yet
     read: int = 0  # tokens of the prompt that the target has read
     prompt_length: int = field(init=False)
     finish_reason: str | None = None
     rounds: int = 0
+    logprobs: list[TokenLogprobs] = field(
+        default_factory=lambda: list[TokenLogprobs]()
+    )  # one for each token of the answer, where asked for
     accepted_lengths: Counter[int] = field(default_factory=lambda: Counter[int]())  # tokens committed by a round -> rounds
     admitted: float = 0.0  # when the decoder took it in, on the clock of time.perf_counter
     prefill_seconds: float = 0.0  # from `admitted` until its first token
@@ -73,17 +79,16 @@ class Sequence:
         """The draft's own noise [count] for the children of a node of this round's tree; it says nothing about the target's noise."""
         return gumbel(self.seed, self.position, count, GUESS, node)
 
-    def processed(self, logits_V: Tensor, path: Iterable[int] = ()) -> Tensor:
+    def processed(self, logits_V: Tensor, path: Items[int] = ()) -> Tensor:
         """The logits [V] to draw the next token from, after the text and then `path`, the tokens of a tree's nodes below its root."""
-        if self.processors:
-            before = [*self.tokens, *path]
-            for process in self.processors:
-                logits_V = process(before, logits_V)
+        for process in self.processors:
+            logits_V = process(self.tokens, path, logits_V)
         return logits_V
 
-    def commit(self, tokens: Iterable[int], end_ids: Collection[int]) -> list[int]:
+    def commit(self, tokens: Iterable[int], eos_ids: Collection[int]) -> list[int]:
         """Append tokens until one ends the text (end of turn, stop string, length) and drop the tokens after it. Returns the tokens that
-        were appended."""
+        were appended. `eos_ids`: the target's own."""
+        end_ids = eos_ids if self.end_ids is None else self.end_ids
         committed: list[int] = []
         for token in tokens:
             self.tokens.append(token)
@@ -97,9 +102,34 @@ class Sequence:
         self.seconds = time.perf_counter() - self.admitted
         return committed
 
+    def record_logprobs(self, logits_NV: Tensor, tokens: Items[int]) -> None:
+        """Keep what the target thought of N committed tokens, if that was asked for; `logits_NV`: what each was drawn from."""
+        if self.top_logprobs is not None:
+            self.logprobs += token_logprobs(logits_NV, tokens, self.top_logprobs)
+
     def finish(self, reason: str) -> None:
         self.finish_reason = reason
         self.stream.finish()
+
+
+def new_sequence(
+    tokens: Iterable[int], request: Request, shape: TreeShape, seed: int, config: TargetConfig, tokenizer: Any = None, number: int = 0
+) -> Sequence:
+    """A sequence that begins with a prompt's tokens, under a request's settings. `config`: the target's. `number`: its index among the
+    sequences of its call. Without a tokenizer it has no text, and no stop strings."""
+    prompt = list(tokens)
+    return Sequence(
+        prompt,
+        min(len(prompt) + request.max_new_tokens, config.max_position_embeddings),
+        Noise(seed, config.vocab_size),
+        request.sampling,
+        shape,
+        TextStream(tokenizer, request.stop, request.min_new_tokens),
+        processors_of(request, len(prompt), config.eos_token_ids),
+        end_ids(request, config.eos_token_ids),
+        request.logprobs,
+        number,
+    )
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,8 @@ class Result:
     noise_version: int  # a seed means the same text only under the same version of the noise
     finish_reason: str  # "stop" (end of turn or stop string), "length", "aborted", or "interrupted" where the call was ended early
     prompt_tokens: int  # tokens of the prompt, the chat template's included
+    sampling: Sampling = GREEDY  # what it was drawn by, a generation_config.json's part included
+    logprobs: list[TokenLogprobs] | None = None  # of each token; None: not asked for (`Request.logprobs`)
 
 
 def result_of(sequence: Sequence) -> Result:
@@ -134,6 +166,8 @@ def result_of(sequence: Sequence) -> Result:
         noise_version=NOISE_VERSION,
         finish_reason=sequence.finish_reason or "interrupted",
         prompt_tokens=sequence.prompt_length,
+        sampling=sequence.sampling,
+        logprobs=None if sequence.top_logprobs is None else sequence.logprobs,
     )
 
 

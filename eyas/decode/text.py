@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 class TextStream:
     """Decodes tokens one by one. `text` has what no later token can change; it is cut where a stop string begins.
 
-    A stop string that is a special token ends the text where that token comes: it has no text of its own.
+    A stop string that is a special token ends the text where that token comes: it has no text of its own. The first `unstopped` tokens
+    and their text are not searched for stop strings.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str] = (), unstopped: int = 0) -> None:
         self.stops = [stop for stop in stops if stop]
+        self._unstopped = unstopped  # tokens to come that end nothing
+        self._passed = 0  # characters of `text` that no stop string may reach back into
         self.text = ""
         self.stopped = False
         self._tokens = None if tokenizer is None else detokenizer(tokenizer)
@@ -33,7 +36,11 @@ class TextStream:
         """Add a token; True if it completes a stop string."""
         if self._tokens is None or self.stopped:
             return self.stopped
-        start = self._start()
+        start, self._unstopped = self._start(), self._unstopped - 1
+        if self._unstopped >= 0:
+            self.text += self._tokens.push(token)
+            self._passed = len(self.text)
+            return False
         if token in self._stop_ids:
             self._append(self._tokens.rest(), start)
             self.stopped = self._ended = True
@@ -46,7 +53,10 @@ class TextStream:
     def finish(self) -> str:
         """End the stream and return all its text, an unfinished last character included."""
         if self._tokens is not None and not (self.stopped or self._ended):
-            self._append(self._tokens.rest(), self._start())
+            if self._unstopped < 0:
+                self._append(self._tokens.rest(), self._start())
+            else:
+                self.text += self._tokens.rest()
         self._ended = True
         return self.text
 
@@ -61,7 +71,7 @@ class TextStream:
 
     def _start(self) -> int:
         """Where in the text a stop string may begin that ends in what comes."""
-        return max(0, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
+        return max(self._passed, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
 
     def _append(self, piece: str, start: int) -> None:
         self.text += piece

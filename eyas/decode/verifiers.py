@@ -58,7 +58,7 @@ def processed(tree: Tree, row: int, logits_NV: Tensor, sequence: Sequence) -> Te
     at every node."""
     if not sequence.processors:
         return logits_NV[row]
-    return sequence.processed(logits_NV[row], (tree.tokens[each] for each in path_to(tree, row)[1:]))
+    return sequence.processed(logits_NV[row], [tree.tokens[each] for each in path_to(tree, row)[1:]])
 
 
 VERIFY: dict[str, Verifier] = {  # by the names of config.VERIFIERS

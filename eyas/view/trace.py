@@ -14,6 +14,7 @@ from rich.tree import Tree as Drawing
 
 from eyas.config import VERIFIERS, Request
 from eyas.decode.prompt import Prompt
+from eyas.decode.rules import path_to
 from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
@@ -102,7 +103,11 @@ class Story:
             if request.verifier != WALK:  # accept or reject: nothing is drawn at a node
                 return f"{name}{chance}"
             noise = None if request.sampling.greedy else text.noise.at(position + record.tree.depths[row] + 1)
-            drawn = draw(record.logits[row], request.sampling, noise)
+            logits_V = record.logits[row]
+            path = [record.tree.tokens[each] for each in path_to(record.tree, row)[1:]]
+            for process in text.processors:
+                logits_V = process(text.tokens[: position + 1], path, logits_V)
+            drawn = draw(logits_V, request.sampling, noise)
             return f"{name}{chance} [dim]target draws {self.word(drawn)}[/dim]"
 
         drawings = [Drawing(label(0))]

@@ -71,6 +71,18 @@ def test_trace_refuses_in_one_line(models, refused, words, line):
     assert refused("trace", *words, "--target", models / "target", "--draft", models / "draft") == line
 
 
+def test_trace_shows_the_draws_that_penalties_leave(models, run):
+    """In every round the first draw that the tree shows is the round's first token."""
+    words = ["trace", "How can", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--rounds", "6"]
+    _, out, _ = run(*words, "--frequency-penalty", "2", "--repetition-penalty", "1.5")
+    rounds = out.split("\nRound ")[1:]
+    for told in rounds:
+        drawn = re.findall(r"target draws ('.*)", told)[0]
+        kept = re.search(r"keeps ('.*?')[ ,]|keeps no guess, and the draw that left the tree, (.*), is the bonus", told)
+        assert kept and drawn in (kept[1], kept[2])
+    assert len(rounds) == 6
+
+
 def test_trace_without_a_draft_says_how_to_get_one(models, refused):
     assert refused("trace", "hi", "--target", models / "target") == (
         "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"

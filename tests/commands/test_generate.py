@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from tests.commands.words import JSON_KEYS, generate, interrupt_round
     [
         ([""], "the prompt is empty; give some text"),
         (["  \n "], "the prompt is empty; give some text"),
-        ([], "give a PROMPT or --messages F.json, one of the two"),
-        (["hi", "--messages", "f.json"], "give a PROMPT or --messages F.json, one of the two"),
+        ([], "give a PROMPT, --messages F.json or --prompt-ids, one of the three"),
+        (["hi", "--messages", "f.json"], "give a PROMPT, --messages F.json or --prompt-ids, one of the three"),
         (["hi", "--temperature", "-0.5"], "temperature must be 0 (greedy) or a positive number, not -0.5"),
         (["hi", "--temperature", "nan"], "temperature must be 0 (greedy) or a positive number, not nan"),
         (["hi", "--temperature", "inf"], "temperature must be 0 (greedy) or a positive number, not inf"),
@@ -156,3 +157,81 @@ def test_ctrl_c_under_json_prints_what_was_written(models, run, monkeypatch):
     found = json.loads(said)
     assert status == 130 and list(found) == JSON_KEYS and found["finish_reason"] == "interrupted"
     assert 0 < len(found["tokens"]) < len(whole["tokens"]) and found["tokens"] == whole["tokens"][: len(found["tokens"])]
+
+
+# ---- what users of plain decoding ask for ----
+
+
+def test_token_ids_are_a_prompt(models, run):
+    ids = "257 5, 6 7"
+    found = json.loads(run(*generate(models, "--prompt-ids", ids, "--json"))[1])
+    assert found["tokens"] == json.loads(run(*generate(models, "--prompt-ids", "257,5,6,7", "--json", "--plain"))[1])["tokens"]
+
+
+def test_several_answers_are_a_line_each(models, run):
+    words = ["Tell me", "--n", "3", "--seed", "4", "--temperature", "1"]
+    status, out, err = run(*generate(models, *words, "--json"))
+    found = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and err == "" and len({each["seed"] for each in found}) == 3 and all(list(each) == JSON_KEYS for each in found)
+    alone = json.loads(run(*generate(models, "Tell me", "--temperature", "1", "--seed", found[1]["seed"], "--json", "--plain"))[1])
+    assert alone["tokens"] == found[1]["tokens"]
+    status, out, err = run(*generate(models, *words))
+    assert status == 0 and out == "".join(each["text"] + "\n" for each in found) and err.count("tokens/s") == 3
+
+
+def test_settings_reach_the_text(models, run):
+    def tokens(*words) -> list[int]:
+        return json.loads(run(*generate(models, "Tell me", "--json", *words))[1])["tokens"]
+
+    whole = tokens("--ignore-eos")
+    assert tokens("--ignore-eos", "--stop-token-id", whole[4]) == whole[: whole.index(whole[4]) + 1]
+    assert len(tokens("--ignore-eos", "--stop-token-id", whole[4], "--min-new-tokens", "12")) >= 12
+    assert tokens("--logit-bias", "42=100", "--ignore-eos") == [42] * 24
+    for words in (["--repetition-penalty", "1.5"], ["--presence-penalty", "2"], ["--frequency-penalty", "2"]):
+        assert tokens(*words, "--ignore-eos") == tokens(*words, "--ignore-eos", "--plain") != whole
+
+
+def test_log_probabilities_are_in_the_json_object(models, run):
+    found = json.loads(run(*generate(models, "Tell me", "--json", "--logprobs", "2"))[1])
+    assert [told["token"] for told in found["logprobs"]] == found["tokens"]
+    for told in found["logprobs"]:
+        assert told["logprob"] == told["top"][0]["logprob"] <= 0 and set(told["top"][0]) == {"token", "text", "logprob"}, "greedy"
+        assert len(told["top"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["hi", "--logprobs", "2"], "--logprobs are part of the JSON object; add --json"),
+        (["hi", "--n", "0"], "n must be at least 1, not 0"),
+        (["hi", "--logit-bias", "42"], "--logit-bias takes ID=BIAS, a token id and a number, like 42=-100; not 42"),
+        (["hi", "--logit-bias", "42=101"], "the logit-bias of token 42 must be a number from -100 to 100, not 101.0"),
+        (["hi", "--stop-token-id", "9999"], "stop-token-ids must be token ids from 0 to 262, not 9999"),
+        (["--prompt-ids", "5 six"], "--prompt-ids takes token ids with blanks or commas between them, not '5 six'"),
+        (["--prompt-ids", "5", "--raw"], "--prompt-ids are read as they are; drop --system and --raw"),
+        (["hi", "--prompt-ids", "5"], "give a PROMPT, --messages F.json or --prompt-ids, one of the three"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(models, refused, words, line):
+    assert refused(*generate(models, *words)) == line
+
+
+def test_a_models_own_defaults_are_used_and_told(models, run, tmp_path):
+    """In one line on stderr, or in the object; with `none` nothing of the file is."""
+    shutil.copytree(models / "target", tmp_path / "qwen")
+    fields = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    (tmp_path / "qwen" / "generation_config.json").write_text(json.dumps(fields))
+    words = ["generate", "hi", "--target", tmp_path / "qwen", "--plain", "--precision", "fp32", "--seed", "1", "--max-new-tokens", "12"]
+    found = json.loads(run(*words, "--json")[1])
+    used = {"temperature": 0.6, "repetition_penalty": 1.3}
+    assert found["generation_config"] == {"used": used, "not_done": {"no_repeat_ngram_size": 2}}
+    given = ["--temperature", "0.6", "--repetition-penalty", "1.3"]
+    own = json.loads(run(*words, *given, "--json")[1])
+    assert own["tokens"] == found["tokens"] and own["generation_config"]["used"] == {}
+    _, out, err = run(*words)
+    assert out.removesuffix("\n") == found["text"].removesuffix("\n")
+    told = "[generation_config.json: repetition_penalty 1.3, temperature 0.6; not done here: no_repeat_ngram_size 2; "
+    assert err.startswith(told + "--generation-config none passes over it]\n")
+    passed_over = run(*words, "--generation-config", "none")
+    assert "generation_config" not in passed_over[2]
+    assert passed_over[1] != out

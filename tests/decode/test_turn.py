@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from eyas.decode.plan.calibration import Calibration
 from eyas.decode.plan.planner import FixedPlan, Planner
 from eyas.decode.plan.prices import Prices
 from eyas.decode.plan.store import PlanStore
+from eyas.decode.processors import LogitsProcessor
 from eyas.decode.sampling import Noise
-from eyas.decode.sequence import LogitsProcessor, Sequence, result_of
+from eyas.decode.sequence import Sequence, result_of
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.drafters.draft_model import ModelDrafter
@@ -42,8 +44,8 @@ def merged(target) -> MergedDrafter:
 def repeated_less(strength: float) -> LogitsProcessor:
     """A penalty on all tokens so far: it depends on the path, so every node of a tree has its own."""
 
-    def process(tokens: list[int], logits_V: Tensor) -> Tensor:
-        counts = torch.bincount(torch.tensor(tokens), minlength=len(logits_V)).to(logits_V)
+    def process(text: list[int], path: Items[int], logits_V: Tensor) -> Tensor:
+        counts = torch.bincount(torch.tensor([*text, *path]), minlength=len(logits_V)).to(logits_V)
         return logits_V - strength * counts
 
     return process

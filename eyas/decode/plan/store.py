@@ -50,7 +50,7 @@ class PlanStore:
         Times passes where no price is known yet."""
         if self.passes is None:
             self.passes = prices(self.known.get("passes")) or self.time()
-        name = f"{method} {'greedy' if sampling.greedy else 'sampled'}"
+        name = f"{method} {'greedy' if sampling.greedy else 'sampled'}{' adjusted' * sampling.adjusted}"
         if name not in self.planned:
             found = self.known.get(name)
             known: dict[str, Any] = found if isinstance(found, dict) else {}
