@@ -23,6 +23,7 @@ from typing import Any
 from eyas.bench import environments
 from eyas.bench.prompts import PRACTICE, PromptItem
 from eyas.config import EyasError
+from eyas.files.chat_template import written
 from eyas.files.target import target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.formats import openvino_target
@@ -148,8 +149,8 @@ def contestants(target: str | None, draft: str | None, prompts: list[list[int]],
 
 
 def token_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = written(tokenizer, messages, prompt=True).text
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

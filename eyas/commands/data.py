@@ -160,6 +160,7 @@ def from_conversations(
     """A file's conversations in the target's template, without those that ask what the files `apart` ask."""
     say = saying(console)
     conversations, complaints = read_conversations(path, say)
+    read = len(conversations) + len(complaints)
     tokenizer = load_tokenizer(directory)
     if not getattr(tokenizer, "chat_template", None) and any(conversation.text is None for _, conversation in conversations):
         way = 'use the target\'s instruction-tuned form, or give plain text as {"text": ..}'
@@ -181,7 +182,7 @@ def from_conversations(
     for cause in causes(complaints)[:MOST_CAUSES]:
         say(f"skipped: {cause}")
     if complaints:
-        say(f"skipped {len(complaints)} of {len(complaints) + len(conversations)} conversations")
+        say(f"skipped {len(complaints)} of {read} conversations")
     if cut.long:
         say(cut.told())
     if not found:

@@ -86,7 +86,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train = add(commands, "train", "train a draft for a target, on text the target writes itself or on your conversations")
     train.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded target)")
     train.add_argument("--out", required=True, help="directory of the draft; checkpoints go there too")
-    train.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
+    train.add_argument("--data", metavar="F", help="train on these conversations (JSON Lines, JSON, gzip or parquet; docs/data.md)")
     train.add_argument(
         "--self-play",
         type=int,
@@ -185,7 +185,7 @@ def ablate_options(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--steps", type=int, help="so many steps for each draft")
     ablate.add_argument("--tokens", type=int, help="so many answer tokens for each draft")
     ablate.add_argument("--seeds", type=int, default=1, help="drafts of each variant, with other seeds (default %(default)s)")
-    ablate.add_argument("--data", metavar="F.jsonl", help="train on these conversations (ShareGPT or OpenAI form)")
+    ablate.add_argument("--data", metavar="F", help="train on these conversations (JSON Lines, JSON, gzip or parquet; docs/data.md)")
     ablate.add_argument(
         "--shards", metavar="DIR", nargs="+", action="extend", default=[], help="train on these folders of self-written shards"
     )

@@ -31,8 +31,8 @@ MESSAGE_FIELDS = {
     ", ".join(REASONING): "what was thought before the answer; so is a part of type reasoning or thinking",
     "tool_calls, function_call": "the calls, with arguments as JSON text or as an object",
     "tool_call_id": "handed to the template",
-    "name": "handed to the template, which shows it or, as in a server, does not",
-    ", ".join(MARKS): "0 or false: the turn is read and not learned; 1 or true: it is learned",
+    "name": "who speaks, for the template; a tool's need not be shown, since its call has it",
+    ", ".join(MARKS): "0 or false: the turn is read and not learned; 1 or true: it is, if it is an answer",
 }
 MESSAGE_KEYS = {key for keys in MESSAGE_FIELDS for key in keys.split(", ")}
 IGNORED_MESSAGE_KEYS = ("id", "index", "timestamp", "model", "finish_reason", "annotations")  # known to change nothing

@@ -20,7 +20,7 @@ from eyas.files.chat_data import Conversation, Message
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
 THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 THOUGHT_FIELDS = re.compile(r"reasoning_content|[.'\"](reasoning|thinking)\b")  # by which templates read thoughts
-PROBE = "\ue000{}\ue000"  # private-use characters: stands in for a message's text
+PROBE, NAME_PROBE = "\ue000{}\ue000", "\ue003{}\ue003"  # private-use characters: stand in for a message's text, a speaker's name
 
 
 class Written(NamedTuple):
@@ -168,18 +168,26 @@ def calls_are_shown(tokenizer: Any, conversation: Conversation, text: str, promp
 
 
 def check_shown(tokenizer: Any, conversation: Conversation, text: str, prompt: bool) -> None:
-    """Raise EyasError where the tools or a turn that is no answer do not stand in the text. (Thoughts of earlier answers are left out by
-    design; who renders answers looks for each.)"""
+    """Raise EyasError where the tools, a turn that is no answer, or a speaker's name does not stand in the text.
+
+    Thoughts of earlier answers are left out by design; who renders answers looks for each. A tool's name stands in its call too.
+    """
     if conversation.tools and try_apply(tokenizer, conversation.with_tools(None), prompt) == text:
         raise EyasError("the chat template does not show tools")
-    probed = changed(conversation, probe)
-    shown = try_apply(tokenizer, probed, prompt)
-    if shown is None:
+    shown = try_apply(tokenizer, changed(conversation, probed), prompt)
+    if shown is None:  # a template that looks into what it is given
         return
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" and PROBE.format(index) not in shown:
             raise EyasError(f"the chat template does not show a message of role {message['role']}")
+        if named(message) and NAME_PROBE.format(index) not in shown:
+            raise EyasError("the chat template does not show who speaks by name; take the names out, or write them into the content")
 
 
-def probe(index: int, message: Message) -> Message:
-    return message if message["role"] == "assistant" else {**message, "content": PROBE.format(index)}
+def probed(index: int, message: Message) -> Message:
+    content = {} if message["role"] == "assistant" else {"content": PROBE.format(index)}
+    return {**message, **content, **({"name": NAME_PROBE.format(index)} if named(message) else {})}
+
+
+def named(message: Message) -> bool:
+    return bool(message.get("name")) and message["role"] != "tool"

@@ -126,6 +126,16 @@ def test_a_role_that_a_template_passes_over_is_refused():
         documents(byte_tokenizer(silent), [{"role": "system", "content": "Be brief."}, user("q"), told("a")])
 
 
+def test_a_speakers_name_is_shown_or_the_conversation_is_refused():
+    naming = byte_tokenizer(CHATML.replace("m.role +", "(m.name or m.role) +"))
+    for talk in ([{**user("Hi"), "name": "alice"}, told("Good day.")], [user("Hi"), {**told("Good day."), "name": "alice"}]):
+        assert "alice" in naming.decode(render(naming, talk).tokens)
+        with pytest.raises(EyasError, match="does not show who speaks by name"):
+            render(byte_tokenizer(CHATML), talk)
+    tool = [user("Weather?"), calling(TEXT), {"role": "tool", "content": "12 C", "name": "weather"}, told("It is 12.")]
+    assert render(byte_tokenizer(QWEN), tool).tokens  # its call names it
+
+
 def test_a_developer_is_the_system_unless_the_template_knows_better():
     talk = [{"role": "developer", "content": "Be brief."}, user("q"), told("a")]
     plain, knowing = byte_tokenizer(CHATML), byte_tokenizer(CHATML + "{# developer #}")
