@@ -13,18 +13,27 @@ from eyas.files.disk import read_json
 from eyas.files.hf_config import context_length, end_of_turn_ids, nested, stored_config
 
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
-WRAPPERS = ("text_config", "vision_config", "audio_config")
 CHOOSE = "choose a model with plain attention in every layer"
 STATE = f"keeps one running state, so a tree of guesses cannot be checked in one pass; {CHOOSE}"
 
 
+def model_class(config: Any) -> Any:
+    """transformers' class of a config with a head that writes text: a causal language model, or one around it that reads images too; None
+    where there is neither."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    tables: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    return next((table[type(config)] for table in tables if type(config) in table), None)
+
+
 def check_adaptable(directory: Path) -> Any:
-    """transformers' config of a model that can be a target. Raises `EyasError`, with one line that says why, for a model that cannot.
+    """transformers' config of a model that can be a target; of one that reads images or sound too, that of its text. Raises `EyasError`,
+    with one line that says why, for a model that cannot.
 
     Reads config.json and no weights.
     """
     kind = read_json(directory / "config.json").get("model_type")
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+    from transformers import CONFIG_MAPPING, __version__
 
     def refused(why: str) -> EyasError:
         return EyasError(f"{directory} is a {kind!r} model: {why}")
@@ -34,11 +43,12 @@ def check_adaptable(directory: Path) -> Any:
     config = stored_config(directory)
     if config.is_encoder_decoder:
         raise refused(f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder")
-    if any(getattr(config, part, None) is not None for part in WRAPPERS):
-        raise refused("it wraps a text model with images or sound; give a directory with the text model alone")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model, whole = model_class(config), config
+    config = whole.get_text_config()
+    if model is None and config is not whole:
+        raise refused("it wraps a text model with images or sound in a way of its own; give a directory with the text model alone")
+    if model is None:
         raise refused(f"transformers has no causal language model of this type; {CHOOSE}")
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)
     running = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
     if getattr(model, "_is_stateful", False) or running & set(odd):

@@ -19,6 +19,7 @@ READ = words(
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
     rms_norm_eps max_position_embeddings original_max_position_embeddings rope_theta rope_scaling rope_parameters sliding_window
     use_sliding_window max_window_layers layer_types attention_bias tie_word_embeddings eos_token_id
+    quantization_config compression_config num_nextn_predict_layers
     """
 )
 
@@ -38,7 +39,6 @@ HARMLESS_AT: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "embedding_multiplier": (1.0,),
     "residual_multiplier": (1.0,),
-    "num_nextn_predict_layers": (0,),
     "pruned_heads": ({},),
     "hidden_activation": ("silu",),
 }

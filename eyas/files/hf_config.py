@@ -14,6 +14,7 @@ from eyas.config import EyasError, TargetConfig, short
 from eyas.files.config_fields import ROPE_KINDS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
 from eyas.files.disk import read_json
 from eyas.files.notes import note
+from eyas.files.quantised import check_quantised
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types that our own blocks compute
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -89,10 +90,11 @@ def own_config(directory: Path) -> TargetConfig:
 
 
 def stored_config(directory: Path) -> Any:
-    """transformers' config of a directory. Raises `EyasError` with one line where transformers refuses it."""
+    """transformers' config of a directory. Raises `EyasError` with one line where transformers refuses it; as `check_quantised` does."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    check_quantised(read_json(directory / "config.json"), directory / "config.json")
     shown = logging.get_verbosity()
     logging.set_verbosity_error()  # what matters of its advice is said in one line, here and in `context_length`
     try:
@@ -102,6 +104,12 @@ def stored_config(directory: Path) -> Any:
     finally:
         logging.set_verbosity(shown)
     say_what_scaling_hides(directory, rope_of(config))
+    rotated = getattr(config, "qk_rope_head_dim", None)
+    if config.model_type in ("deepseek_v2", "deepseek_v3") and config.head_dim != rotated:  # transformers' own forward fails on it
+        note(
+            f"{directory / 'config.json'}: head_dim {config.head_dim} is taken for {rotated}, the width that is rotated (qk_rope_head_dim)"
+        )
+        config.head_dim = rotated
     return config
 
 

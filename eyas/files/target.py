@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir
 from eyas.files.adaptable import adapted_config
@@ -18,9 +17,10 @@ from eyas.files.disk import file_hash, read_json
 from eyas.files.embedded import embedded_target
 from eyas.files.gguf import convert_gguf
 from eyas.files.hf_config import SUPPORTED, foreign_part, has_own_blocks, own_config
+from eyas.files.lora import is_adapter, merged_adapter
 from eyas.files.notes import note
+from eyas.files.target_weights import target_tensors
 from eyas.files.tensors import load_strictly
-from eyas.files.untrusted import tensors_of
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 
@@ -30,13 +30,13 @@ BITS = {"int8": 8, "q4": 4}  # bits of products' weights, where these have fewer
 
 
 def target_directory(source: str | Path | None) -> Path:
-    """The Hugging Face directory of a target. `source`: None (the embedded target), a directory, a GGUF file, or a hub name. Raises
-    `EyasError` for anything else, and where it cannot be fetched or converted."""
+    """The Hugging Face directory of a target. `source`: None (the embedded target), a directory (of a LoRA adapter too), a GGUF file, or a
+    hub name. Raises `EyasError` for anything else, and where it cannot be fetched, converted or merged."""
     if source is None or str(source) == "embedded":
         return embedded_target()
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return merged_adapter(path, target_directory) if is_adapter(path) else path
     if path.suffix == ".gguf":
         if not path.exists():
             raise EyasError(f"{path} does not exist")
@@ -48,8 +48,8 @@ def target_directory(source: str | Path | None) -> Path:
         raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
     directory = from_hub(str(source), HUB_FILES)
     if not any(directory.glob("*.safetensors")):
-        return from_hub(str(source), [*HUB_FILES, "pytorch_model*.bin"])
-    return directory
+        directory = from_hub(str(source), [*HUB_FILES, "pytorch_model*.bin"])
+    return merged_adapter(directory, target_directory) if is_adapter(directory) else directory
 
 
 def target_config(directory: Path) -> TargetConfig:
@@ -90,17 +90,8 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
     target = target.to(DTYPES[precision]).to_empty(device=device)
     if config.tie_word_embeddings:
         target.lm_head.weight = target.model.embed_tokens.weight
-    load_strictly(target, target_tensors(directory), f"target {directory}")
+    load_strictly(target, target_tensors(directory, DTYPES[precision]), f"target {directory}")
     return target
-
-
-def target_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a target that our own blocks compute, from safetensors or pytorch_model.bin, under the names that they have with a
-    head on top."""
-    tensors = tensors_of(directory)
-    if "embed_tokens.weight" not in tensors:
-        return tensors
-    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}  # saved without its head
 
 
 def prepared(model: TargetModel, precision: str) -> TargetModel:

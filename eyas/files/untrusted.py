@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -93,18 +93,18 @@ class Fields:
         return value
 
 
-def tensors_of(directory: Path, *others: str) -> dict[str, Tensor]:
+def tensors_of(directory: Path, *others: str, formats: Sequence[torch.dtype] = FORMATS) -> dict[str, Tensor]:
     """All tensors of a directory: safetensors where there are any, else pytorch_model.bin or its shards, else the first of other files that
     is there."""
     if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
-        return checked_tensors(read_tensors(directory), directory)
+        return checked_tensors(read_tensors(directory), directory, formats)
     if (directory / PICKLED).exists():
-        return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED)
+        return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED, formats)
     if (directory / PICKLED_INDEX).exists():
-        return pickled_shards(directory)
+        return pickled_shards(directory, formats)
     for path in (directory / name for name in others):
         if path.exists():
-            return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path)
+            return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path, formats)
     raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
 
 
@@ -115,13 +115,13 @@ def pickled(directory: Path) -> bool:
     return (directory / PICKLED).exists() or (directory / PICKLED_INDEX).exists()
 
 
-def pickled_shards(directory: Path) -> dict[str, Tensor]:
+def pickled_shards(directory: Path, formats: Sequence[torch.dtype]) -> dict[str, Tensor]:
     """All tensors of the shards that pytorch_model.bin.index.json lists."""
     tensors: dict[str, Tensor] = {}
     for path in shards(directory / PICKLED_INDEX):
         if not path.exists():
             raise EyasError(f"{directory} holds no {path.name}, which its index lists; copy or download it again")
-        tensors |= checked_tensors(unpickled(path), path)
+        tensors |= checked_tensors(unpickled(path), path, formats)
     return tensors
 
 
@@ -147,14 +147,14 @@ def unpickled(path: Path) -> dict[str, Any]:
         raise EyasError(f"{damaged} ({short(str(error).splitlines()[0] if str(error) else type(error).__name__)})") from None
 
 
-def checked_tensors(tensors: Any, where: Path) -> dict[str, Tensor]:
+def checked_tensors(tensors: Any, where: Path, formats: Sequence[torch.dtype] = FORMATS) -> dict[str, Tensor]:
     """The tensors, once all are dense, of plain number formats, and no larger than the bytes behind them."""
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise EyasError(f"{where} holds no table of tensors by name")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise EyasError(f"{where}: {short(name)} is a {type(tensor).__name__}, not a tensor; it is another kind of checkpoint")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in formats or tensor.device.type != "cpu":
             raise EyasError(f"{where}: {short(name)} is in a number format ({tensor.dtype}) that eyas does not read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise EyasError(f"{where}: {short(name)} claims {tensor.numel()} numbers, more than the file holds")

@@ -18,7 +18,8 @@ from eyas.config import DraftConfig, TargetConfig, check_taps, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.files.eagle3_files import FACTS, checked_network, config_from_file, network_of, save_draft, vocab_of
 from eyas.files.hf_config import has_own_blocks
-from eyas.files.target import target_config, target_directory, target_tensors
+from eyas.files.target import target_config, target_directory
+from eyas.files.target_weights import target_tensors
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.model.draft import DraftNetwork
 from eyas.model.rows import Segment

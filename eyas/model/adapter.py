@@ -211,7 +211,9 @@ class AdaptedTarget(nn.Module):
         """`network` was loaded with attention implementation `NAME`; `config` is its `adapted_config`."""
         super().__init__()
         self.config, self.network = config, network
-        trunk = next((part for part in network.children() if decoder_layers(part, config.num_hidden_layers)), None)
+        theirs = network.config.get_text_config()
+        parts = network.children() if theirs is network.config else [network.get_decoder()]  # beside an image's layers are the text's
+        trunk = next((part for part in parts if decoder_layers(part, config.num_hidden_layers)), None)
         layers = None if trunk is None else decoder_layers(trunk, config.num_hidden_layers)
         lm_head = network.get_output_embeddings()
         table, width = self.embedding, config.hidden_size
@@ -223,9 +225,18 @@ class AdaptedTarget(nn.Module):
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(tap(index), with_kwargs=True)
         self.trunk, self.lm_head, self.product = trunk, lm_head, Dense(lm_head)
-        theirs = network.config
         self.logit_scale = float(getattr(theirs, "logit_scale", None) or 1.0) / float(getattr(theirs, "logits_scaling", None) or 1.0)
         self.logit_softcap: float | None = getattr(theirs, "final_logit_softcapping", None)
+
+    def drop_what_reads_no_text(self) -> None:
+        """Forget the parts that read images or sound, which a text never runs."""
+        if self.network.config.get_text_config() is self.network.config:
+            return
+        kept = {id(part) for part in (self.trunk, self.lm_head, self.network.get_input_embeddings())}
+        for parent in (self.network, self.network.base_model):
+            for name, child in list(parent.named_children()):
+                if not kept & {id(part) for part in child.modules()}:
+                    setattr(parent, name, None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -427,7 +427,7 @@ def one_line(directory: Path, config: hf.PreTrainedConfig | dict) -> str:
         (lambda: hf.MiniMaxConfig(), "'minimax' model: a state-space"),
         (lambda: hf.Lfm2Config(full_attn_idxs=[2, 5]), "'lfm2' model: a state-space"),
         (lambda: hf.T5Config(), "'t5' model: an encoder reads its prompt"),
-        (lambda: hf.Gemma3Config(), "'gemma3' model: it wraps a text model with images or sound; give a directory with the text model"),
+        (lambda: hf.VoxtralConfig(), "'voxtral' model: it wraps a text model with images or sound in a way of its own; give a directory"),
         (lambda: hf.BloomConfig(), "'bloom' model: transformers computes its attention inside the model"),
         (lambda: hf.ViTConfig(), "'vit' model: transformers has no causal language model of this type"),
         (lambda: hf.Gemma3TextConfig(use_bidirectional_attention=True), "'gemma3_text' model: its rows see later ones"),
