@@ -22,7 +22,7 @@ from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
 from eyas.files.generation_config import GenerationConfig, generation_config
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
-from eyas.files.tokenizer import load_tokenizer
+from eyas.files.tokenizer import check_known, load_tokenizer
 from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
 from eyas.model.protocols import TargetModel
@@ -134,6 +134,7 @@ class Engine:
             ids = checked_ids(prompt, self.target.config.vocab_size, "a prompt's numbers")
         else:
             ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory)
+            check_known(self.tokenizer, ids, self.target.config.vocab_size, "the prompt")
         if len(ids) >= context:
             raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
         return ids

@@ -10,7 +10,8 @@ from typing import Any
 
 from eyas.config import EyasError, TargetConfig
 from eyas.files.disk import read_json
-from eyas.files.hf_config import context_length, end_of_turn_ids, nested, stored_config
+from eyas.files.ends import end_of_turn_ids
+from eyas.files.hf_config import context_length, nested, stored_config
 
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
 CHOOSE = "choose a model with plain attention in every layer"
@@ -93,7 +94,7 @@ def adapted_config(directory: Path) -> TargetConfig:
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rope_scaling={key: value for key, value in rope.items() if key != "partial_rotary_factor"} if known else None,
         tie_word_embeddings=bool(of("tie_word_embeddings", default=False)),
-        eos_token_ids=end_of_turn_ids(directory, {"eos_token_id": of("eos_token_id")}),  # the class knows one where the file has none
+        eos_token_ids=end_of_turn_ids(directory, of("eos_token_id"), sizes["vocab_size"]),  # the class knows one where the file has none
     )
 
 

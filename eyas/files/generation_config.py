@@ -1,6 +1,6 @@
 """What a model's generation_config.json asks of a text: the settings that are followed here, and those that are not done.
 
-Knows the file's fields; knows nothing of models or tokens. End-of-turn ids are read elsewhere (hf_config.py).
+Knows the file's fields; knows nothing of models or tokens. End-of-turn ids are read elsewhere (ends.py).
 """
 
 from __future__ import annotations

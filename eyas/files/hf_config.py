@@ -1,7 +1,7 @@
-"""A target's shape from its Hugging Face config.json, where our own blocks compute it; and which ids end an answer.
+"""A target's shape from its Hugging Face config.json, where our own blocks compute it.
 
-transformers reads the file, so defaults and precedence (rope_scaling before rope_parameters) are its own. Knows config.json and
-generation_config.json; reads no weights.
+transformers reads the file, so defaults and precedence (rope_scaling before rope_parameters) are its own. Knows config.json;
+reads no weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from eyas.config import EyasError, TargetConfig, short
 from eyas.files.config_fields import ROPE_KINDS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
 from eyas.files.disk import read_json
+from eyas.files.ends import end_of_turn_ids
 from eyas.files.notes import note
 from eyas.files.quantised import check_quantised
 
@@ -81,7 +82,7 @@ def own_config(directory: Path) -> TargetConfig:
         attention_out_bias=bias,
         qk_norm=kind == "qwen3",
         tie_word_embeddings=config.tie_word_embeddings,
-        eos_token_ids=end_of_turn_ids(directory, {"eos_token_id": config.eos_token_id}),  # the class knows one where the file has none
+        eos_token_ids=end_of_turn_ids(directory, config.eos_token_id, config.vocab_size),  # the class knows one where the file has none
         sliding_window=window_of(config) if layer_kinds(config) == {"sliding_attention"} else None,
     )
 
@@ -192,16 +193,3 @@ def odd_windows(config: Any, raw: Mapping[str, Any]) -> list[str]:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-# ---- ends ----
-
-
-def end_of_turn_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end an answer: those of config.json and generation_config.json."""
-    ids: set[int] = set()
-    generation = directory / "generation_config.json"
-    for source in (raw, read_json(generation) if generation.exists() else {}):
-        found = source.get("eos_token_id")
-        ids |= set(found if isinstance(found, list) else [] if found is None else [found])
-    return tuple(sorted(ids))
