@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ from eyas.model.rows import Rows, Segment, chain_rows
 
 PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activations and how long others wait
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def on_its_cores(method: Method) -> Method:
+    """A method of the decoder in inference mode, with the cores for the target's threads."""
+
+    @wraps(method)
+    def led(self: Decoder, *arguments: Any) -> Any:
+        with torch.inference_mode(), self.target.threads():
+            return method(self, *arguments)
+
+    return cast("Method", led)
+
 
 class Decoder:
     """A target and a drafter, the round that joins them, and the sequences under way."""
@@ -45,7 +59,7 @@ class Decoder:
 
     # ---- the round ----
 
-    @torch.inference_mode()
+    @on_its_cores
     def round(self, sequences: list[Sequence]) -> None:
         """Run one round: each of these sequences gets at least one token."""
         plan, first, brought = self.plan, 0, 0
@@ -156,7 +170,7 @@ class Decoder:
             sequence.slot = self.free.pop(0)
             self.reading.append(sequence)
 
-    @torch.inference_mode()
+    @on_its_cores
     def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:
         """Read up to `most` rows of the oldest unread prompt and hand them to the drafter. After the prompt's last row, draw the first
         token."""

@@ -29,22 +29,21 @@ class NativeLayer:
     def __init__(self, attention: Attention, mlp: MLP, norm: RMSNorm | None, mlp_norm: RMSNorm, beside_norm: RMSNorm | None = None) -> None:
         qkv, o, gate_up, down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
-        norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm)]
+        heads = (attention.q_norm, attention.k_norm) if attention.qk_norm else (None, None)
+        norms = [None if each is None else each.weight.detach().float() for each in (norm, mlp_norm, beside_norm, *heads)]
         packed = [packed_of(dense) for dense in (qkv, o, gate_up, down)]
         self.kept = (norms, packed, qkv.bias, o.bias)  # what the structure points to
         width, inner, matrices = mlp_norm.weight.shape[0], packed[-1].inputs, [weights.matrix for weights in packed]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*norms, qkv.bias, o.bias)]
         self.layer = native.Layer(width, inner, mlp_norm.eps, *pointers, *matrices)
-        outs = sum(matrix.outputs for matrix in matrices[:3])
-        self.scratch_width = 2 * width + outs + self.heads * attention.head_dim + inner + max(weights.scratch for weights in packed)
+        outs = matrices[0].outputs + matrices[2].outputs + max(matrices[1].outputs, matrices[3].outputs)
+        self.scratch_width = outs + self.heads * attention.head_dim + max(weights.scratch for weights in packed)
 
     @staticmethod
     def fits(attention: Attention, mlp: MLP) -> bool:
-        """Whether the kernel can run a layer: all its products are packed for the kernel, queries and keys have no norms, the MLP has no
-        biases, and sizes are multiples of 8."""
-        dense, down = (attention.qkv, attention.out, mlp.gate_up, mlp.down), mlp.down.weight
-        whole = isinstance(down, native.Packed) and down.inputs % 8 == 0 and down.outputs % 8 == 0
-        return all(each.kind == "native" for each in dense) and whole and not attention.qk_norm and attention.head_dim % 8 == 0
+        """Whether the kernel can run a layer: all its products are packed for the kernel, and the MLP has no biases."""
+        dense = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        return all(each.kind == "native" for each in dense) and mlp.gate_up.bias is None and mlp.down.bias is None
 
 
 def packed_of(dense: Dense) -> native.Packed:
@@ -78,11 +77,14 @@ class NativeLayers:
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
         features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))
         given = None if beside_NH is None else beside_NH.data_ptr()
-        pointers = [part.data_ptr() for part in (*rotation, keys, values)]
-        getattr(native.library(), f"eyas_layers_{native.format_of(keys)}")(
-            plan, self.array, len(self.layers), x_NH.data_ptr(), given, *pointers, keys.stride(0),
-            (ctypes.c_long * len(taps))(*sorted(taps)), len(taps), features.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        (cos, sin), wanted = rotation, (ctypes.c_long * len(taps))(*sorted(taps))
+        cached = (keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, keys.stride(0) * keys.element_size())
+        turning = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
+        lagging = native.library().eyas_layers(
+            plan, self.array, len(self.layers), x_NH.data_ptr(), given, *turning, *cached,
+            wanted, len(taps), features.data_ptr(), scratch.data_ptr(), native.threads(),
         )  # fmt: skip
+        native.settled(lagging, self, attention, x_NH, beside_NH, rotation, keys, values, wanted, features, scratch)
         return features
 
     def normed(self, x_NH: Tensor) -> Tensor:

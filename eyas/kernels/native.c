@@ -16,7 +16,8 @@
 
 #define LANES 16
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
-#define TASK 1          /* blocks of 16 outputs a thread takes at a time */
+#define TASK_NUMBERS 32768 /* outputs that a task of a product computes at most, where it has more than two blocks */
+#define ROWS_IN_TASK 16    /* rows that a task takes at most, of what lies between products */
 #define AHEAD 2048      /* bytes between the weights in use and those asked for */
 #define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
 
@@ -42,6 +43,8 @@ typedef void inner(const void *x, const float *scale, const float *sums, const v
 #else
 #include "native_avx2.h"
 #endif
+
+#include "team.h"
 
 /* One row of in numbers to int16 (nearest, ties to even) with the sum of each group; returns its scale. in is a multiple of 32. */
 static float quantise_row(const float *x, int16_t *q, float *sums, long in) {
@@ -83,52 +86,155 @@ static inner *const *choices(const matrix *m) {
     return m->bits == 8 ? grouped_8 : m->bits == 4 ? grouped_4 : exact;
 }
 
-/* Bring row r of x into the form that its product reads. scratch: in / 2 numbers a row, and with 8 or 4 bits in / 32 and 1 more. */
-static void take_row(const matrix *m, const float *x, long r, long rows, float *scratch) {
-    long in = m->in;
-    float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
-    int16_t *q = (int16_t *)scratch + r * in;
-    if (m->bits < 16) scale[r] = quantise_row(x, q, sums + r * (in / GROUP), in);
-    else if (choices(m) != exact) round_row(x, (uint16_t *)q, in);
+static int reads_floats(const matrix *m) { return choices(m) == exact; }
+
+/* The rows of a product's input as the product reads them: float32, bfloat16, or int16 with scales and with sums of groups. */
+typedef struct {
+    char *rows;
+    float *sums, *scale; /* [rows, in / 32], [rows]; of products with 8 or 4 bits */
+} inputs;
+
+/* Numbers of memory that the form of a row takes, at most: eyas_product's callers and eyas_layers' give so many for each row. */
+static long form_of(const matrix *m) { return m->in + m->in / GROUP + 1; }
+
+static inputs inputs_at(const matrix *m, float *memory, long rows) {
+    float *sums = memory + rows * m->in;
+    return (inputs){(char *)memory, sums, sums + rows * (m->in / GROUP)};
 }
 
-/* y = x . w^T of rows that were taken, by the threads of the region it is called in, which do not wait for each other at its end. */
-static void multiply(const matrix *m, const float *x, float *y, long rows, const float *scratch) {
-    long in = m->in, out = m->out, count = out / LANES, tasks = (count + TASK - 1) / TASK;
-    long block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits);
-    const float *sums = scratch + rows * (in / 2), *scale = sums + rows * (in / GROUP);
+static long bytes_of_row(const matrix *m) { return m->in * (long)(reads_floats(m) ? sizeof(float) : sizeof(int16_t)); }
+
+/* A row brought into that form, in memory of its own: `form_of` numbers, as inputs_at lays out one row. */
+static void form_row(const matrix *m, const float *x, float *memory) {
+    inputs to = inputs_at(m, memory, 1);
+    if (m->bits < 16) *to.scale = quantise_row(x, (int16_t *)to.rows, to.sums, m->in);
+    else if (reads_floats(m)) memcpy(to.rows, x, m->in * sizeof(float));
+    else round_row(x, (uint16_t *)to.rows, m->in);
+}
+
+static void keep_row(const matrix *m, inputs to, long r, const float *memory) {
+    inputs from = inputs_at(m, (float *)memory, 1);
+    memcpy(to.rows + r * bytes_of_row(m), from.rows, bytes_of_row(m));
+    if (m->bits < 16) {
+        memcpy(to.sums + r * (m->in / GROUP), from.sums, m->in / GROUP * sizeof(float));
+        to.scale[r] = *from.scale;
+    }
+}
+
+/* Blocks of outputs that a task of a product takes: few enough that the rows' outputs stay near the core. */
+static long most_blocks(long rows) {
+    long most = TASK_NUMBERS / LANES / rows;
+    return most < 2 ? 2 : most;
+}
+
+static long blocks(const matrix *m, long rows, long *least, long *most) {
+    *least = m->in > 1024 ? 1 : 2, *most = most_blocks(rows);
+    return m->out / LANES;
+}
+
+/* Outputs [first, last) (blocks) of x . w^T, into y [rows][(last - first) * 16] */
+static void multiply(const matrix *m, inputs x, float *y, long rows, long first, long last) {
+    long in = m->in, out = (last - first) * LANES, block = m->bits == 16 ? in * LANES * 2 : in / GROUP * RECORD(m->bits);
     inner *const *some = choices(m);
-    const char *inputs = some == exact ? (const char *)x : (const char *)scratch;
-    long row = in * (some == exact ? sizeof(float) : sizeof(int16_t));
-    for (long first = 0; first < rows; first += ROWS_AT_ONCE) {
-        long last = rows - first < ROWS_AT_ONCE ? rows : first + ROWS_AT_ONCE;
-#pragma omp for schedule(guided, 2) nowait
-        for (long t = 0; t < tasks; t++)
-            for (long b = t * TASK; b < count && b < (t + 1) * TASK; b++)
-                for (long r = first, groups = (last - first + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
-                    n = (last - r + groups - 1) / groups; /* as equal as can be */
-                    some[n - 1](inputs + r * row, scale + r, sums + r * (in / GROUP), (const char *)m->w + b * block,
-                                y + r * out + b * LANES, in, out);
-                }
+    for (long top = 0; top < rows; top += ROWS_AT_ONCE) {
+        long bottom = rows - top < ROWS_AT_ONCE ? rows : top + ROWS_AT_ONCE;
+        for (long b = first; b < last; b++)
+            for (long r = top, groups = (bottom - top + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
+                n = (bottom - r + groups - 1) / groups; /* as equal as can be */
+                some[n - 1](x.rows + r * bytes_of_row(m), x.scale + r, x.sums + r * (in / GROUP), (const char *)m->w + b * block,
+                            y + r * out + (b - first) * LANES, in, out);
+            }
     }
 }
 
-#define EACH_ROW _Pragma("omp for schedule(static)") for (long r = 0; r < rows; r++)
-/* without waiting: where what comes next is the same rows' in the same threads */
-#define EACH_ROW_ON _Pragma("omp for schedule(static) nowait") for (long r = 0; r < rows; r++)
+static void keep_product(const matrix *m, float *y, const float *own, long rows, long first, long last) {
+    long n = (last - first) * LANES;
+    for (long r = 0; r < rows; r++) memcpy(y + r * m->out + first * LANES, own + r * n, n * sizeof(float));
+}
 
-void eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        EACH_ROW take_row(m, x + r * m->in, r, rows, scratch);
-        multiply(m, x, y, rows, scratch);
-    }
+static long rows_in_tasks(long rows, long *least, long *most) {
+    *least = 1 + rows / (MOST_TASKS / 2), *most = *least > ROWS_IN_TASK ? *least : ROWS_IN_TASK;
+    return rows;
+}
+
+static long largest(long a, long b) { return a > b ? a : b; }
+
+/* ---- a product ---- */
+
+typedef struct {
+    matrix m;
+    const float *x;
+    float *y;
+    inputs in;
+    long rows;
+} product;
+
+static long product_items(const job *j, long phase, long *least, long *most) {
+    const product *p = (const product *)j->copied;
+    if (phase == 1) return blocks(&p->m, p->rows, least, most);
+    return reads_floats(&p->m) ? 0 : rows_in_tasks(p->rows, least, most);
+}
+
+static void product_work(const job *j, long phase, long first, long last, float *own) {
+    const product *p = (const product *)j->copied;
+    if (phase == 1) multiply(&p->m, p->in, own, p->rows, first, last);
+    else
+        for (long r = first; r < last; r++) form_row(&p->m, p->x + r * p->m.in, own + (r - first) * form_of(&p->m));
+}
+
+static void product_keep(const job *j, long phase, long first, long last, const float *own) {
+    const product *p = (const product *)j->copied;
+    if (phase == 1) keep_product(&p->m, p->y, own, p->rows, first, last);
+    else
+        for (long r = first; r < last; r++) keep_row(&p->m, p->in, r, own + (r - first) * form_of(&p->m));
+}
+
+static long product_memory(const matrix *m, long rows) {
+    long least, most;
+    rows_in_tasks(rows, &least, &most);
+    return largest(most_blocks(rows) * LANES * rows, most * form_of(m));
+}
+
+/* y = x . w^T. scratch: `form_of` numbers for each row. Returns as `run` does. */
+int eyas_product(const float *x, const matrix *m, float *y, long rows, float *scratch, int threads) {
+    product p = {*m, x, y, inputs_at(m, scratch, rows), rows};
+    if (reads_floats(m)) p.in.rows = (char *)x;
+    job j = {2, threads, product_memory(m, rows), product_items, product_work, product_keep};
+    memcpy(j.copied, &p, sizeof p);
+    return run(&j);
 }
 
 /* ---- attention ---- */
 
-static inline __m256 widened(const uint16_t *p) {
+/* Numbers of a row are taken by eights; of the last ones, where the row is no multiple of 8, some are there and the others count as 0. */
+static inline __m256i lanes(long n) {
+    static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(mask + 8 - n));
+}
+
+static inline __m256 load_float32(const float *p) { return _mm256_loadu_ps(p); }
+static inline __m256 load_bfloat16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline __m256 some_float32(const float *p, long n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lanes(n)); }
+static inline __m256 some_bfloat16(const uint16_t *p, long n) {
+    if (n >= 8) return load_bfloat16(p);
+    uint16_t part[8] = {0};
+    memcpy(part, p, n * sizeof *p);
+    return load_bfloat16(part);
+}
+
+static inline void store_float32(float *p, __m256 v, long n) {
+    if (n >= 8) _mm256_storeu_ps(p, v);
+    else _mm256_maskstore_ps(p, lanes(n), v);
+}
+static inline void store_bfloat16(uint16_t *p, __m256 v, long n) { /* to the nearest, ties to even */
+    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    uint16_t part[8];
+    _mm_storeu_si128((__m128i *)(n >= 8 ? p : part), _mm256_castsi256_si128(bits));
+    if (n < 8) memcpy(p, part, n * sizeof *p);
 }
 
 static inline float total(__m256 v) {
@@ -138,24 +244,13 @@ static inline float total(__m256 v) {
 }
 
 typedef struct {
-    long rows, heads, kv_heads, width; /* width of a head, a multiple of 8 */
+    long rows, heads, kv_heads, width; /* width of a head */
     long stride;                       /* numbers from one row of q, k and v to the next; a row is q heads, then k heads, then v heads */
     long capacity;                     /* rows of a slot in the cache, which is [slots, kv_heads, capacity, width] */
     const int64_t *slot, *place;       /* [rows] where a row lives */
     const int64_t *prefix;             /* [rows] how many of its slot's first rows it sees */
     const int64_t *start, *other;      /* [rows + 1] and the places behind the prefix that it sees, ascending */
 } plan;
-
-static inline __m256 load_float32(const float *p) { return _mm256_loadu_ps(p); }
-static inline __m256 load_bfloat16(const uint16_t *p) { return widened(p); }
-
-static inline void store_float32(float *p, __m256 v) { _mm256_storeu_ps(p, v); }
-static inline void store_bfloat16(uint16_t *p, __m256 v) { /* to the nearest, ties to even */
-    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
-    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bits));
-}
 
 /* e^x for x <= 0 to about two units in the last place: 2^n times a polynomial of what is left within half an octave. */
 static inline __m256 exponential(__m256 x) {
@@ -199,17 +294,20 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
 
 #define QUERIES 3 /* of those that share a key head, taken at once: its keys and values are widened once for them */
 
-/* n query heads of one row from head g on. scratch: their queries [n][width], then their scores [n][room]. */
+/* n query heads of one row from head g on, into out [n][width]. scratch: their queries [n][padded width], then their scores [n][room]. */
 #define HEADS(TYPE, NAME)                                                                                                            \
     static inline __attribute__((always_inline)) void heads_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values,  \
                                                                    float *out, float *lse, long r, long g, int n, float *scratch) {  \
-        long d = p->width, prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;         \
+        long d = p->width, whole = d / 8 * 8, wide = (d + 7) / 8 * 8;                                                                \
+        long prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;                       \
         const int64_t *other = p->other + p->start[r];                                                                               \
         long base = (p->slot[r] * p->kv_heads + g / (p->heads / p->kv_heads)) * p->capacity;                                           \
-        float *query = scratch, *score = scratch + n * d;                                                                            \
+        float *query = scratch, *score = scratch + n * wide;                                                                         \
         const __m256 scale = _mm256_set1_ps(1.0f / sqrtf((float)d));                                                                 \
-        for (long c = 0; c < n * d; c += 8)                                                                                          \
-            _mm256_storeu_ps(query + c, _mm256_mul_ps(_mm256_loadu_ps(q + r * p->stride + g * d + c), scale));                         \
+        for (int m = 0; m < n; m++)                                                                                                  \
+            for (long c = 0; c < d; c += 8)                                                                                          \
+                _mm256_storeu_ps(query + m * wide + c,                                                                               \
+                                 _mm256_mul_ps(some_float32(q + r * p->stride + (g + m) * d + c, d - c), scale));                      \
         for (long t = 0; t < count; t += 4) {                                                                                        \
             const TYPE *key[4];                                                                                                      \
             __m256 sum[QUERIES][4];                                                                                                  \
@@ -218,23 +316,26 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
                 key[i] = keys + (base + (at < prefix ? at : other[at - prefix])) * d;                                                  \
             }                                                                                                                        \
             ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
-            for (long c = 0; c < d; c += 8)                                                                                          \
+            for (long c = 0; c < whole; c += 8)                                                                                      \
                 ALL for (int i = 0; i < 4; i++) {                                                                                    \
                     __m256 k = load_##NAME(key[i] + c);                                                                              \
-                    ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * d + c), k, sum[m][i]);     \
+                    ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + c), k, sum[m][i]);  \
+                }                                                                                                                    \
+            if (whole < d)                                                                                                           \
+                ALL for (int i = 0; i < 4; i++) {                                                                                    \
+                    __m256 k = some_##NAME(key[i] + whole, d - whole);                                                               \
+                    ALL for (int m = 0; m < n; m++)                                                                                  \
+                        sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + whole), k, sum[m][i]);                          \
                 }                                                                                                                    \
             ALL for (int m = 0; m < n; m++)                                                                                          \
                 _mm_storeu_ps(score + m * room + t, totals(sum[m][0], sum[m][1], sum[m][2], sum[m][3]));                               \
         }                                                                                                                            \
-        for (int m = 0; m < n; m++) {                                                                                                \
-            float norm = soften(score + m * room, count);                                                                            \
-            if (lse) lse[r * p->heads + g + m] = norm;                                                                               \
-        }                                                                                                                            \
+        for (int m = 0; m < n; m++) lse[m] = soften(score + m * room, count);                                                        \
         for (long c = 0; c < d; c += 32) {                                                                                           \
             __m256 sum[QUERIES][4];                                                                                                  \
-            long parts = (d - c < 32 ? d - c : 32) / 8;                                                                              \
+            long parts = (d - c < 32 ? d - c + 7 : 32) / 8;                                                                          \
             ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
-            if (parts == 4)                                                                                                          \
+            if (d - c >= 32)                                                                                                         \
                 for (long t = 0; t < count; t++) {                                                                                   \
                     const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
                     ALL for (int i = 0; i < 4; i++) {                                                                                \
@@ -246,69 +347,133 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
                 for (long t = 0; t < count; t++) {                                                                                   \
                     const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
                     for (long i = 0; i < parts; i++) {                                                                               \
-                        __m256 v = load_##NAME(value + 8 * i);                                                                       \
+                        __m256 v = some_##NAME(value + 8 * i, d - c - 8 * i);                                                        \
                         ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
                     }                                                                                                                \
                 }                                                                                                                    \
             for (int m = 0; m < n; m++)                                                                                              \
-                for (long i = 0; i < parts; i++) _mm256_storeu_ps(out + (r * p->heads + g + m) * d + c + 8 * i, sum[m][i]);            \
+                for (long i = 0; i < parts; i++) store_float32(out + m * d + c + 8 * i, sum[m][i], d - c - 8 * i);                     \
         }                                                                                                                            \
     }
 
-/* q, k and v lie side by side in a row. Writes keys and values to their places, then attends, by the threads of the region it is called in;
- * lse [rows, heads] may be NULL. scratch, one for each thread: attention_scratch numbers. */
+/* Keys and values of one row to its places in the cache, and items of attention: an item is a row and one of its key heads, out [items]
+ * [query heads of a key head][width] and their lse [items][query heads]; scratch as above. q, k and v lie side by side in a row. */
 #define ATTEND(TYPE, NAME)                                                                                                           \
     HEADS(TYPE, NAME)                                                                                                                \
-    static void attend_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, float *scratch) {       \
-        long rows = p->rows, d = p->width, group = p->heads / p->kv_heads;                                                           \
-        EACH_ROW {                                                                                                                   \
-            const float *k = q + r * p->stride + p->heads * d, *v = k + p->kv_heads * d;                                               \
-            for (long h = 0; h < p->kv_heads; h++) {                                                                                 \
-                long at = ((p->slot[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                            \
-                for (long c = 0; c < d; c += 8) {                                                                                    \
-                    store_##NAME(keys + at + c, _mm256_loadu_ps(k + h * d + c));                                                     \
-                    store_##NAME(values + at + c, _mm256_loadu_ps(v + h * d + c));                                                   \
-                }                                                                                                                    \
+    static void remember_##NAME(const plan *p, const float *row, TYPE *keys, TYPE *values, long r) {                                 \
+        long d = p->width;                                                                                                           \
+        const float *k = row + p->heads * d, *v = k + p->kv_heads * d;                                                               \
+        for (long h = 0; h < p->kv_heads; h++) {                                                                                     \
+            long at = ((p->slot[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                                \
+            for (long c = 0; c < d; c += 8) {                                                                                        \
+                store_##NAME(keys + at + c, some_float32(k + h * d + c, d - c), d - c);                                                \
+                store_##NAME(values + at + c, some_float32(v + h * d + c, d - c), d - c);                                              \
             }                                                                                                                        \
         }                                                                                                                            \
-        _Pragma("omp for schedule(dynamic, 1)") for (long t = 0; t < rows * p->kv_heads; t++) {                                        \
-            long r = t / p->kv_heads, g = t % p->kv_heads * group, end = g + group;                                                    \
-            for (; g + 3 <= end; g += 3) heads_##NAME(p, q, keys, values, out, lse, r, g, 3, scratch);                                 \
-            if (g + 2 == end) heads_##NAME(p, q, keys, values, out, lse, r, g, 2, scratch);                                            \
-            if (g + 1 == end) heads_##NAME(p, q, keys, values, out, lse, r, g, 1, scratch);                                            \
-        }                                                                                                                            \
     }                                                                                                                                \
-    void eyas_attention_##NAME(const plan *p, const float *q, TYPE *keys, TYPE *values, float *out, float *lse, int threads) {         \
-        _Pragma("omp parallel num_threads(threads)") {                                                                               \
-            float *scratch = malloc(attention_scratch(p) * sizeof(float));                                                           \
-            attend_##NAME(p, q, keys, values, out, lse, scratch);                                                                    \
-            free(scratch);                                                                                                           \
+    static void attend_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, float *lse, long first,   \
+                              long last, float *scratch) {                                                                           \
+        long group = p->heads / p->kv_heads;                                                                                         \
+        for (long item = first; item < last; item++) {                                                                               \
+            long r = item / p->kv_heads, g = item % p->kv_heads * group, end = g + group;                                              \
+            for (long n; g < end; g += n, out += n * p->width, lse += n) {                                                           \
+                n = end - g < 3 ? end - g : 3;                                                                                       \
+                if (n == 3) heads_##NAME(p, q, keys, values, out, lse, r, g, 3, scratch);                                            \
+                else if (n == 2) heads_##NAME(p, q, keys, values, out, lse, r, g, 2, scratch);                                       \
+                else heads_##NAME(p, q, keys, values, out, lse, r, g, 1, scratch);                                                   \
+            }                                                                                                                        \
         }                                                                                                                            \
     }
-
-static long attention_scratch(const plan *p) {
-    long most = 0;
-    for (long r = 0; r < p->rows; r++) {
-        long count = p->prefix[r] + p->start[r + 1] - p->start[r];
-        most = count > most ? count : most;
-    }
-    return QUERIES * (p->width + most + 16);
-}
 
 ATTEND(float, float32)
 ATTEND(uint16_t, bfloat16)
 
-/* ---- a whole layer ---- */
+/* The cache's number format, and the few functions that know it. */
+typedef struct {
+    void *keys, *values;
+    int wide; /* float32; else bfloat16 */
+} slab;
+
+static void remember(const plan *p, const float *row, slab at, long r) {
+    if (at.wide) remember_float32(p, row, at.keys, at.values, r);
+    else remember_bfloat16(p, row, at.keys, at.values, r);
+}
+
+static void attend(const plan *p, const float *q, slab at, float *out, float *lse, long first, long last, float *scratch) {
+    if (at.wide) attend_float32(p, q, at.keys, at.values, out, lse, first, last, scratch);
+    else attend_bfloat16(p, q, at.keys, at.values, out, lse, first, last, scratch);
+}
+
+static long attention_items(const plan *p, long *least, long *most) {
+    long items = p->rows * p->kv_heads;
+    *least = 1 + items / (MOST_TASKS / 2), *most = largest(*least, 16);
+    return items;
+}
+
+/* Numbers that a task of attention needs: what it puts out, its lse, and queries and scores of the row that sees most. */
+static long attention_memory(const plan *p) {
+    long most = 0, least, items, group = p->heads / p->kv_heads;
+    for (long r = 0; r < p->rows; r++) most = largest(most, p->prefix[r] + p->start[r + 1] - p->start[r]);
+    attention_items(p, &least, &items);
+    return items * group * (p->width + 1) + QUERIES * (p->width + most + 24);
+}
+
+static void attention_work(const plan *p, const float *q, slab at, long first, long last, float *own) {
+    long heads = (last - first) * (p->heads / p->kv_heads);
+    attend(p, q, at, own, own + heads * p->width, first, last, own + heads * (p->width + 1));
+}
+
+/* out [rows, heads, width]; lse [rows, heads] may be NULL */
+static void keep_attention(const plan *p, float *out, float *lse, long first, long last, const float *own) {
+    long group = p->heads / p->kv_heads, heads = (last - first) * group;
+    memcpy(out + first * group * p->width, own, heads * p->width * sizeof(float));
+    if (lse) memcpy(lse + first * group, own + heads * p->width, heads * sizeof(float));
+}
+
+typedef struct {
+    plan p;
+    const float *q;
+    slab at;
+    float *out, *lse;
+} attention;
+
+static long attention_of(const job *j, long phase, long *least, long *most) {
+    const attention *a = (const attention *)j->copied;
+    return phase ? attention_items(&a->p, least, most) : rows_in_tasks(a->p.rows, least, most);
+}
+
+static void attention_part(const job *j, long phase, long first, long last, float *own) {
+    const attention *a = (const attention *)j->copied;
+    if (phase) attention_work(&a->p, a->q, a->at, first, last, own);
+}
+
+static void attention_keep(const job *j, long phase, long first, long last, const float *own) {
+    const attention *a = (const attention *)j->copied;
+    if (phase) keep_attention(&a->p, a->out, a->lse, first, last, own);
+    else
+        for (long r = first; r < last; r++) remember(&a->p, a->q + r * a->p.stride, a->at, r);
+}
+
+/* Writes keys and values of the rows to their places, then attends; lse may be NULL. Returns as `run` does. */
+int eyas_attention(const plan *p, const float *q, void *keys, void *values, int wide, float *out, float *lse, int threads) {
+    attention a = {*p, q, {keys, values, wide}, out, lse};
+    job j = {2, threads, attention_memory(p), attention_of, attention_part, attention_keep};
+    memcpy(j.copied, &a, sizeof a);
+    return run(&j);
+}
+
+/* ---- whole layers ---- */
 
 typedef struct {
     long width, inner; /* of the residual stream, of the MLP */
     float epsilon;
     const float *norm, *mlp_norm, *beside_norm; /* [width] each; norm NULL: q, k, v read x itself; beside_norm NULL: nothing comes beside x */
+    const float *q_norm, *k_norm;               /* [head width], of each head of queries and keys; NULL: none */
     const float *qkv_bias, *o_bias;             /* NULL: none */
     matrix qkv, o, gate_up, down;
 } layer;
 
-/* y = x / sqrt(mean x^2 + epsilon) * weight, one row; x itself where weight is NULL */
+/* y = x / sqrt(mean x^2 + epsilon) * weight, one row, which may be y itself; x itself where weight is NULL */
 static void norm_row(const float *x, const float *weight, float *y, long width, float epsilon) {
     if (!weight) {
         memcpy(y, x, width * sizeof(float));
@@ -316,25 +481,27 @@ static void norm_row(const float *x, const float *weight, float *y, long width, 
     }
     __m256 squares = _mm256_setzero_ps();
     for (long c = 0; c < width; c += 8) {
-        __m256 v = _mm256_loadu_ps(x + c);
+        __m256 v = some_float32(x + c, width - c);
         squares = _mm256_fmadd_ps(v, v, squares);
     }
     __m256 scale = _mm256_set1_ps(1.0f / sqrtf(total(squares) / (float)width + epsilon));
-    for (long c = 0; c < width; c += 8)
-        _mm256_storeu_ps(y + c, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + c), scale), _mm256_loadu_ps(weight + c)));
+    for (long c = 0; c < width; c += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_mul_ps(some_float32(x + c, width - c), scale), some_float32(weight + c, width - c));
+        store_float32(y + c, v, width - c);
+    }
 }
 
 void eyas_norm(const float *x, const float *weight, float *y, long rows, long width, float epsilon) {
     for (long r = 0; r < rows; r++) norm_row(x + r * width, weight, y + r * width, width, epsilon);
 }
 
-/* Heads of one row turned by their position: halves, as Hugging Face's Llama. cos and sin [d]. */
-static void rotate_row(float *x, long heads, long d, const float *cos, const float *sin) {
+/* Heads of one row turned by their position: the first `turned` numbers of each, in halves, as Hugging Face's Llama. cos and sin [turned]. */
+static void rotate_row(float *x, long heads, long d, long turned, const float *cos, const float *sin) {
     for (long h = 0; h < heads; h++, x += d)
-        for (long c = 0; c < d / 2; c++) {
-            float low = x[c], high = x[c + d / 2];
+        for (long c = 0; c < turned / 2; c++) {
+            float low = x[c], high = x[c + turned / 2];
             x[c] = low * cos[c] - high * sin[c];
-            x[c + d / 2] = high * cos[c + d / 2] + low * sin[c + d / 2];
+            x[c + turned / 2] = high * cos[c + turned / 2] + low * sin[c + turned / 2];
         }
 }
 
@@ -342,65 +509,158 @@ static void rotate_row(float *x, long heads, long d, const float *cos, const flo
 static void gate_row(const float *gate, const float *up, float *y, long inner) {
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
     for (long c = 0; c < inner; c += 8) {
-        __m256 x = _mm256_loadu_ps(gate + c), small = exponential(_mm256_or_ps(x, sign));
+        __m256 x = some_float32(gate + c, inner - c), small = exponential(_mm256_or_ps(x, sign));
         __m256 above = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ);
         __m256 share = _mm256_div_ps(_mm256_blendv_ps(small, one, above), _mm256_add_ps(one, small));
-        _mm256_storeu_ps(y + c, _mm256_mul_ps(_mm256_mul_ps(x, share), _mm256_loadu_ps(up + c)));
+        store_float32(y + c, _mm256_mul_ps(_mm256_mul_ps(x, share), some_float32(up + c, inner - c)), inner - c);
     }
 }
 
-static void add_row(float *x, const float *y, const float *bias, long width) {
-    for (long c = 0; c < width; c++) x[c] += bias ? y[c] + bias[c] : y[c];
+/* y = x + (change + bias), one row; bias may be NULL, and so may change: x itself */
+static void add_row(float *y, const float *x, const float *change, const float *bias, long width) {
+    if (!change) memcpy(y, x, width * sizeof(float));
+    else if (!bias)
+        for (long c = 0; c < width; c++) y[c] = x[c] + change[c];
+    else
+        for (long c = 0; c < width; c++) y[c] = x[c] + (change[c] + bias[c]);
 }
 
-/* x [rows, width] += attention, then += MLP: `count` decoder layers over rows, as one region of threads. q, k and v read norm(x), or
- * [norm(beside); norm(x)] where something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). keys and values: of the first
- * layer; the next one's lie `apart` further. features [rows, tapped, width]: x as it enters the layers `taps` names, counted from the first.
- * scratch: for each row 2 width + qkv's outputs + heads * d + gate_up's outputs + inner + o's outputs numbers, and what the products take. */
-#define LAYERS(TYPE, NAME)                                                                                                               \
-    void eyas_layers_##NAME(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos,             \
-                            const float *sin, TYPE *keys, TYPE *values, long apart, const long *taps, long tapped, float *features,      \
-                            float *scratch, int threads) {                                                                               \
-        long d = p->width, width = layers->width, rows = p->rows, inputs = layers->beside_norm ? 2 * width : width;                      \
-        long qkv_out = layers->qkv.out, o_out = layers->o.out, both = layers->gate_up.out, turned = p->heads + p->kv_heads;              \
-        float *normed = scratch, *qkv = normed + rows * inputs, *mixed = qkv + rows * qkv_out, *gate_up = mixed + rows * p->heads * d;   \
-        float *inner = gate_up + rows * both, *back = inner + rows * layers->inner, *taken = back + rows * o_out;                        \
-        _Pragma("omp parallel num_threads(threads)") {                                                                                   \
-            float *own = malloc(attention_scratch(p) * sizeof(float));                                                                   \
-            for (const layer *l = layers; l < layers + count; l++) {                                                                     \
-                long at = (l - layers) * apart;                                                                                          \
-                EACH_ROW {                                                                                                               \
-                    for (long t = 0; t < tapped; t++)                                                                                    \
-                        if (taps[t] == l - layers) memcpy(features + (r * tapped + t) * width, x + r * width, width * sizeof(float));    \
-                    norm_row(x + r * width, l->norm, normed + (r + 1) * inputs - width, width, l->epsilon);                              \
-                    if (l->beside_norm) norm_row(beside + r * width, l->beside_norm, normed + r * inputs, width, l->epsilon);            \
-                    take_row(&l->qkv, normed + r * inputs, r, rows, taken);                                                              \
-                }                                                                                                                        \
-                multiply(&l->qkv, normed, qkv, rows, taken);                                                                             \
-                _Pragma("omp barrier") EACH_ROW {                                                                                        \
-                    float *row = qkv + r * qkv_out;                                                                                      \
-                    if (l->qkv_bias) add_row(row, l->qkv_bias, NULL, (turned + p->kv_heads) * d);                                        \
-                    rotate_row(row, turned, d, cos + r * d, sin + r * d);                                                                \
-                }                                                                                                                        \
-                attend_##NAME(p, qkv, keys + at, values + at, mixed, NULL, own);                                                         \
-                EACH_ROW take_row(&l->o, mixed + r * p->heads * d, r, rows, taken);                                                      \
-                multiply(&l->o, mixed, back, rows, taken);                                                                               \
-                _Pragma("omp barrier") EACH_ROW {                                                                                        \
-                    add_row(x + r * width, back + r * o_out, l->o_bias, width);                                                          \
-                    norm_row(x + r * width, l->mlp_norm, normed + r * width, width, l->epsilon);                                         \
-                    take_row(&l->gate_up, normed + r * width, r, rows, taken);                                                           \
-                }                                                                                                                        \
-                multiply(&l->gate_up, normed, gate_up, rows, taken);                                                                     \
-                _Pragma("omp barrier") EACH_ROW {                                                                                        \
-                    gate_row(gate_up + r * both, gate_up + r * both + l->inner, inner + r * l->inner, l->inner);                         \
-                    take_row(&l->down, inner + r * l->inner, r, rows, taken);                                                            \
-                }                                                                                                                        \
-                multiply(&l->down, inner, back, rows, taken);                                                                            \
-                _Pragma("omp barrier") EACH_ROW_ON add_row(x + r * width, back + r * o_out, NULL, width);                                \
-            }                                                                                                                            \
-            free(own);                                                                                                                   \
-        }                                                                                                                                \
-    }
+/* The phases of a layer. Each reads what the ones before it kept. */
+enum { ENTER, QKV, TURN, ATTEND_, MIXED, OUT, MIDDLE, GATE_UP, GATED, DOWN, PHASES };
 
-LAYERS(float, float32)
-LAYERS(uint16_t, bfloat16)
+typedef struct {
+    plan p;
+    const layer *layers;
+    long count, wide, apart, tapped, turned; /* wide: the cache is float32; apart: bytes from a layer's keys to the next one's */
+    float *x;
+    const float *beside, *cos, *sin;
+    char *keys, *values;
+    const long *taps;
+    float *features, *qkv, *mixed, *gate_up, *back, *form;
+} pass;
+
+static long inputs_of(const layer *l) { return l->beside_norm ? 2 * l->width : l->width; }
+
+static slab slab_of(const pass *s, long number) {
+    return (slab){s->keys + number * s->apart, s->values + number * s->apart, (int)s->wide};
+}
+
+static const matrix *matrix_of(const layer *l, long step) {
+    return step <= QKV ? &l->qkv : step <= OUT ? &l->o : step <= GATE_UP ? &l->gate_up : &l->down;
+}
+
+static inputs inputs_in(const pass *s, const matrix *m, long step) {
+    inputs in = inputs_at(m, s->form, s->p.rows);
+    if (step == OUT && reads_floats(m)) in.rows = (char *)s->mixed; /* as attention left them */
+    return in;
+}
+
+static float *outputs_of(const pass *s, long step) { return step == QKV ? s->qkv : step == GATE_UP ? s->gate_up : s->back; }
+
+static long pass_items(const job *j, long phase, long *least, long *most) {
+    const pass *s = (const pass *)j->copied;
+    long step = phase % PHASES, rows = s->p.rows;
+    const layer *l = s->layers + phase / PHASES;
+    if (phase == PHASES * s->count || step == ENTER || step == TURN || step == MIDDLE || step == GATED) return rows_in_tasks(rows, least, most);
+    if (step == ATTEND_) return attention_items(&s->p, least, most);
+    if (step == MIXED) return reads_floats(&l->o) ? 0 : rows_in_tasks(rows, least, most);
+    return blocks(matrix_of(l, step), rows, least, most);
+}
+
+/* One row of the phases between products, into memory of its own: x first where the phase changes it, then the form of the next product's
+ * input, then what it is made from. */
+static void pass_row(const pass *s, const layer *l, long step, long r, float *own) {
+    long width = l->width, d = s->p.width, heads = s->p.heads, kv_heads = s->p.kv_heads;
+    float *x = s->x + r * width, *back = s->back + r * l->o.out, *form = own + width, *made = form + form_of(matrix_of(l, step));
+    if (step == ENTER || step == MIDDLE) {
+        int first = step == ENTER && l == s->layers;
+        add_row(own, x, first ? NULL : back, step == MIDDLE ? l->o_bias : NULL, width);
+        norm_row(own, step == ENTER ? l->norm : l->mlp_norm, made + (step == ENTER ? inputs_of(l) - width : 0), width, l->epsilon);
+        if (step == ENTER && l->beside_norm) norm_row(s->beside + r * width, l->beside_norm, made, width, l->epsilon);
+    } else if (step == MIXED) made = s->mixed + r * heads * d;
+    else if (step == GATED) gate_row(s->gate_up + r * l->gate_up.out, s->gate_up + r * l->gate_up.out + l->inner, made, l->inner);
+    else { /* TURN */
+        const float *row = s->qkv + r * l->qkv.out;
+        add_row(own, row, l->qkv_bias, NULL, (heads + 2 * kv_heads) * d);
+        for (long h = 0; l->q_norm && h < heads + kv_heads; h++)
+            norm_row(own + h * d, h < heads ? l->q_norm : l->k_norm, own + h * d, d, l->epsilon);
+        rotate_row(own, heads + kv_heads, d, s->turned, s->cos + r * s->turned, s->sin + r * s->turned);
+        return;
+    }
+    form_row(matrix_of(l, step), made, form);
+}
+
+static long row_memory(const pass *s, const layer *l) {
+    long most = largest(form_of(&l->qkv) + inputs_of(l), form_of(&l->gate_up) + l->width);
+    most = largest(most, largest(form_of(&l->down) + l->inner, form_of(&l->o)));
+    return largest(l->width + most, l->qkv.out);
+}
+
+static void pass_work(const job *j, long phase, long first, long last, float *own) {
+    const pass *s = (const pass *)j->copied;
+    long step = phase % PHASES, number = phase / PHASES, rows = s->p.rows;
+    if (phase == PHASES * s->count) { /* what the last layer adds */
+        const layer *l = s->layers + number - 1;
+        for (long r = first; r < last; r++)
+            add_row(own + (r - first) * l->width, s->x + r * l->width, s->back + r * l->down.out, NULL, l->width);
+        return;
+    }
+    const layer *l = s->layers + number;
+    if (step == ATTEND_) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
+    else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) {
+        const matrix *m = matrix_of(l, step);
+        multiply(m, inputs_in(s, m, step), own, rows, first, last);
+    } else
+        for (long r = first; r < last; r++) pass_row(s, l, step, r, own + (r - first) * row_memory(s, l));
+}
+
+static void pass_keep(const job *j, long phase, long first, long last, const float *own) {
+    const pass *s = (const pass *)j->copied;
+    long step = phase % PHASES, number = phase / PHASES, width = s->layers->width, rows = s->p.rows;
+    if (phase == PHASES * s->count) {
+        memcpy(s->x + first * width, own, (last - first) * width * sizeof(float));
+        return;
+    }
+    const layer *l = s->layers + number;
+    const matrix *m = matrix_of(l, step);
+    if (step == ATTEND_) keep_attention(&s->p, s->mixed, NULL, first, last, own);
+    else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) keep_product(m, outputs_of(s, step), own, rows, first, last);
+    else
+        for (long r = first; r < last; r++, own += row_memory(s, l)) {
+            if (step == TURN) {
+                memcpy(s->qkv + r * l->qkv.out, own, l->qkv.out * sizeof(float));
+                remember(&s->p, own, slab_of(s, number), r);
+                continue;
+            }
+            if (step == ENTER || step == MIDDLE) memcpy(s->x + r * width, own, width * sizeof(float));
+            for (long t = 0; step == ENTER && t < s->tapped; t++)
+                if (s->taps[t] == number) memcpy(s->features + (r * s->tapped + t) * width, own, width * sizeof(float));
+            keep_row(m, inputs_in(s, m, step), r, own + width);
+        }
+}
+
+static long pass_memory(const pass *s) {
+    const layer *l = s->layers;
+    long least, most, outputs = largest(largest(l->qkv.out, l->o.out), largest(l->gate_up.out, l->down.out));
+    rows_in_tasks(s->p.rows, &least, &most);
+    long product = most_blocks(s->p.rows) * LANES;
+    return largest(largest(attention_memory(&s->p), most * row_memory(s, l)), (product < outputs ? product : outputs) * s->p.rows);
+}
+
+/* x [rows, width] += attention, then += MLP: `count` decoder layers of one shape over rows. q, k and v read norm(x), or [norm(beside);
+ * norm(x)] where something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). keys and values: of the first layer; the next
+ * one's lie `apart` bytes further. features [rows, tapped, width]: x as it enters the layers `taps` names, counted from the first. cos and
+ * sin [rows, turned]. scratch: for each row the outputs of qkv, of gate_up, of o or down and of attention, and the largest product's
+ * `form_of`. Returns as `run` does. */
+int eyas_layers(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos, const float *sin, long turned,
+                void *keys, void *values, int wide, long apart, const long *taps, long tapped, float *features, float *scratch, int threads) {
+    long rows = p->rows, both = layers->gate_up.out, out = largest(layers->o.out, layers->down.out);
+    float *mixed = scratch + rows * layers->qkv.out, *gate_up = mixed + rows * p->heads * p->width, *back = gate_up + rows * both;
+    pass s = {*p, layers, count, wide, apart, tapped, turned, x, beside, cos, sin, keys, values, taps, features, scratch, mixed, gate_up, back,
+              back + rows * out};
+    job j = {PHASES * count + 1, threads, pass_memory(&s), pass_items, pass_work, pass_keep};
+    memcpy(j.copied, &s, sizeof s);
+    return run(&j);
+}
+
+_Static_assert(sizeof(pass) <= sizeof(((job *)0)->copied), "a job's facts fit");

@@ -16,9 +16,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +31,8 @@ from eyas.config import cache_dir
 from eyas.kernels.grouped import GROUP, Grouped, grouped
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = (SOURCE, SOURCE.with_name("native_avx2.h"), SOURCE.with_name("native_avx512.h"))
-FLAGS = ["-O3", "-fopenmp", "-fPIC"]
+PARTS = tuple(SOURCE.with_name(name) for name in ("native.c", "team.h", "native_avx2.h", "native_avx512.h"))
+FLAGS = ["-O3", "-fPIC", "-pthread"]
 
 
 class Plan(ctypes.Structure):
@@ -53,7 +56,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_long) for name in ("width", "inner")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("norm", "mlp_norm", "beside_norm", "qkv_bias", "o_bias")),
+        *((name, ctypes.c_void_p) for name in ("norm", "mlp_norm", "beside_norm", "q_norm", "k_norm", "qkv_bias", "o_bias")),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
     ]
 
@@ -63,25 +66,65 @@ def kernel() -> ctypes.CDLL | None:
     """The loaded kernel, or None where it cannot be built or run."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     fit = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")) + sorted(
-        Path(torch.__file__).parents[1].glob("torch.libs/libgomp*")
-    )
-    if os.environ.get("EYAS_NATIVE") == "0" or not (compiler and fit and openmp):
+    if os.environ.get("EYAS_NATIVE") == "0" or not (compiler and fit and platform.system() == "Linux"):
         return None
     try:
-        ctypes.CDLL(str(openmp[0]), mode=ctypes.RTLD_GLOBAL)  # PyTorch's threads: two pools would spin against each other
         library = ctypes.CDLL(str(built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
-    pointer, plan = ctypes.c_void_p, ctypes.POINTER(Plan)
-    library.eyas_product.argtypes = [pointer, ctypes.POINTER(Matrix), pointer, ctypes.c_long, pointer, ctypes.c_int]
-    library.eyas_norm.argtypes = [pointer, pointer, pointer, ctypes.c_long, ctypes.c_long, ctypes.c_float]
-    for name in ("float32", "bfloat16"):
-        getattr(library, f"eyas_attention_{name}").argtypes = [plan, *[pointer] * 5, ctypes.c_int]
-        long, end = ctypes.c_long, [pointer, pointer, ctypes.c_int]
-        layers = [plan, ctypes.POINTER(Layer), long, *[pointer] * 6, long, ctypes.POINTER(long), long, *end]
-        getattr(library, f"eyas_layers_{name}").argtypes = layers
+    pointer, plan, long, whole = ctypes.c_void_p, ctypes.POINTER(Plan), ctypes.c_long, ctypes.c_int
+    library.eyas_product.argtypes = [pointer, ctypes.POINTER(Matrix), pointer, long, pointer, whole]
+    library.eyas_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
+    library.eyas_attention.argtypes = [plan, *[pointer] * 3, whole, pointer, pointer, whole]
+    cache = [pointer, pointer, whole, long]
+    library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, pointer, whole]
+    library.eyas_computed_again.restype = long
     return library
+
+
+def computed_again() -> int:
+    """How many tasks of passes were computed a second time so far, because the thread that had them was without a core for a while."""
+    loaded = kernel()
+    return 0 if loaded is None else int(loaded.eyas_computed_again())
+
+
+class Threads:
+    """How many threads a call of the kernel has: PyTorch's number. While the kernel's own work, PyTorch's rest: one that has done its part
+    of an operation waits for the next one without leaving its core, which the kernel's then lack (measured: an eighth of a round)."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.count = threading.Lock(), 0, 0
+
+    def __call__(self) -> int:
+        return self.count or torch.get_num_threads()
+
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """Leave the cores to the kernel's threads; what PyTorch computes meanwhile, it computes with one."""
+        with self.lock:
+            self.count, self.depth = self.count or torch.get_num_threads(), self.depth + 1
+            count = self.count
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.depth -= 1
+                self.count *= self.depth > 0
+            torch.set_num_threads(count)
+
+
+threads = Threads()
+LAGGING: list[Any] = []  # what a thread that lags behind may still read; it must not be freed
+
+
+def settled(lagging: int, *read: Any) -> None:
+    """Hold what a call `read` where one of the kernel's threads has not left that call yet: it has no core, and will find out later that
+    its work was done by others. Everything held is let go once no thread lags."""
+    if lagging:
+        LAGGING.append(read)
+    elif LAGGING:
+        LAGGING.clear()
 
 
 def library() -> ctypes.CDLL:
@@ -101,10 +144,7 @@ def built(compiler: str) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as folder:
             made = Path(folder) / "kernel.so"
-            # OpenMP's names stay undefined here and are found in the library loaded before
-            objects = [compiler, *flags, "-c", str(SOURCE), "-o", f"{folder}/kernel.o"]
-            subprocess.run(objects, check=True, capture_output=True)
-            subprocess.run([compiler, "-shared", f"{folder}/kernel.o", "-o", str(made)], check=True, capture_output=True)
+            subprocess.run([compiler, *flags, "-shared", str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True)
             os.replace(made, final)
     return final
 
@@ -139,7 +179,7 @@ class Packed(NamedTuple):
     @property
     def scratch(self) -> int:
         """How many float32 numbers of scratch memory a product needs for each row."""
-        return self.inputs // 2 + self.inputs // GROUP + 1
+        return self.inputs + self.inputs // GROUP + 1
 
 
 def packed(weight_OI: Tensor, bits: int = 16, rounded: bool = False) -> Packed:
@@ -172,7 +212,8 @@ def product(x_NI: Tensor, weights: Packed) -> Tensor:
     N, matrix = len(x_NI), weights.matrix
     y = torch.empty(N, matrix.outputs, dtype=torch.float32, device="cpu")
     scratch = torch.empty(N * weights.scratch, dtype=torch.float32, device="cpu")
-    library().eyas_product(x_NI.data_ptr(), matrix, y.data_ptr(), N, scratch.data_ptr(), torch.get_num_threads())
+    lagging = library().eyas_product(x_NI.data_ptr(), matrix, y.data_ptr(), N, scratch.data_ptr(), threads())
+    settled(lagging, x_NI, weights, y, scratch)
     return y if matrix.outputs == weights.outputs else y[:, : weights.outputs].contiguous()
 
 
@@ -200,7 +241,7 @@ class RowPlan(NamedTuple):
 
 def attends(keys: Tensor) -> bool:
     """Whether the kernel can attend over a cache [.., capacity, d]."""
-    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and keys.shape[-1] % 8 == 0 and kernel() is not None
+    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and kernel() is not None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, lse: Tensor | None = None) -> Tensor:
@@ -212,12 +253,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pla
     rows = torch.cat([q, k, v], 1).float()
     out = torch.empty(N, heads * d, dtype=torch.float32, device="cpu")
     shape = plan.shape(heads, k.shape[1], rows.shape[1] * d, keys)
-    call = getattr(library(), f"eyas_attention_{format_of(keys)}")
-    pointers = (part.data_ptr() for part in (rows, keys, values, out))
-    call(shape, *pointers, None if lse is None else lse.data_ptr(), torch.get_num_threads())
+    pointers = (rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, out.data_ptr())
+    lagging = library().eyas_attention(shape, *pointers, None if lse is None else lse.data_ptr(), threads())
+    settled(lagging, plan, rows, keys, values, out, lse)
     return out.to(q.dtype)
-
-
-def format_of(keys: Tensor) -> str:
-    """The cache's number format as the kernel's functions are named."""
-    return "float32" if keys.dtype == torch.float32 else "bfloat16"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +277,9 @@ class AdaptedTarget(nn.Module):
         if self.lm_head.weight is not self.embedding:
             self.lm_head.register_parameter("weight", None)
         return self.eval().requires_grad_(False)
+
+    def threads(self) -> AbstractContextManager[None]:
+        return nullcontext()  # PyTorch's own compute it
 
     def new_cache(self, slots: int, capacity: int) -> LayeredCache:
         """Room for `slots` sequences of `capacity` rows each."""

@@ -8,6 +8,7 @@ Axes: N rows, H model width, V vocabulary, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,6 +52,10 @@ class TargetModel(Protocol):
 
     def prepare(self, bits: int = 16) -> TargetModel:
         """Pack weights for inference. Call once, after loading."""
+        ...
+
+    def threads(self) -> AbstractContextManager[None]:
+        """While a round or a prompt is computed: the cores belong to those threads that compute this target's passes."""
         ...
 
     def new_cache(self, slots: int, capacity: int) -> Cache:

@@ -7,6 +7,7 @@ knows nothing of drafts, trees or sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -19,6 +20,7 @@ from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.kernels.captured import fits, fixed_pass
 from eyas.kernels.layer import NativeLayer, NativeLayers
 from eyas.kernels.linear import Dense
+from eyas.kernels.native import threads
 from eyas.model.cache import KVCache, Pool, pool_on
 from eyas.model.rows import Rows
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
@@ -109,6 +111,9 @@ class Target(nn.Module):
             self.lm_head.register_parameter("weight", None)
         self.pool, self.cuts = pool_on(self.device), {}
         return self.eval().requires_grad_(False)
+
+    def threads(self) -> AbstractContextManager[None]:
+        return threads.lead() if self.native else nullcontext()
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Room for `slots` sequences of `capacity` rows each."""

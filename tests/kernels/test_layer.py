@@ -18,12 +18,18 @@ pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler: 
 TAPS = (1, 2, 4)
 PARENTS = [-1, 0, 0, 1, 1, 2, 3]
 FORMATS = [torch.float32, torch.bfloat16]
+SHAPES = [  # norms of queries and keys, as Qwen3 has; head widths and sizes that are no multiple of 8; seven query heads to a key head
+    {"qk_norm": True},
+    {"head_dim": 100},
+    {"head_dim": 12, "hidden_size": 42, "intermediate_size": 54},
+    {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 6},
+]
 
 
 def target(dtype: torch.dtype, plain: bool = False, bits: int = 16, **changes) -> Target:
     """A tiny target whose weights bfloat16 can hold, so that the kernel takes them at either precision."""
     sizes = {"head_dim": 8, "intermediate_size": 64 if bits < 16 else 48}
-    made = tiny_target(prepare=False, dtype=torch.float32, **sizes, **changes).to(torch.bfloat16).to(dtype).prepare(bits)
+    made = tiny_target(prepare=False, dtype=torch.float32, **sizes | changes).to(torch.bfloat16).to(dtype).prepare(bits)
     if plain:
         made.native = None
     return made
@@ -35,7 +41,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention_bias": True}, {"attention_bias": True, "attention_out_bias": True}, {"tie_word_embeddings": True}]
+    "changes",
+    [{}, {"attention_bias": True}, {"attention_bias": True, "attention_out_bias": True}, {"tie_word_embeddings": True}, *SHAPES],
 )
 def test_native_layers_are_the_plain_layers(dtype, changes):
     fast, slow = target(dtype, **changes), target(dtype, plain=True, **changes)
@@ -71,13 +78,16 @@ def products(model: Target) -> list[Dense]:
     ]
 
 
+FEW_BITS = [(torch.bfloat16, 8, {}), (torch.bfloat16, 4, {})]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("dtype", "bits"), [*((dtype, 16) for dtype in FORMATS), (torch.bfloat16, 8), (torch.bfloat16, 4)])
-def test_a_tree_beside_another_text_gives_the_bits_of_plain_decoding(dtype, bits, threads):
+@pytest.mark.parametrize(("dtype", "bits", "changes"), [*((each, 16, shape) for each in FORMATS for shape in ({}, *SHAPES)), *FEW_BITS])
+def test_a_tree_beside_another_text_gives_the_bits_of_plain_decoding(dtype, bits, changes, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model, guesses = target(dtype, bits=bits), prompt(len(PARENTS), 5)
+        model, guesses = target(dtype, bits=bits, **changes), prompt(len(PARENTS), 5)
 
         def read() -> object:
             cache = model.new_cache(2, 64)
@@ -101,7 +111,6 @@ def test_a_tree_beside_another_text_gives_the_bits_of_plain_decoding(dtype, bits
 
 
 def test_what_the_kernel_cannot_run_is_left_to_the_plain_layers():
-    assert not target(torch.float32, qk_norm=True).native
     assert not tiny_target(dtype=torch.float32).native  # weights that bfloat16 cannot hold
 
 
