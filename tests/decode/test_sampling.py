@@ -78,6 +78,18 @@ def test_streams_of_other_seeds_positions_purposes_and_nodes_never_meet():
     assert len(set(words)) == len(keys) * 50
 
 
+def test_noise_is_forgotten_before_a_position_and_not_at_it(monkeypatch):
+    noise, made = Noise(5, 7), []
+    real = S.gumbel
+    monkeypatch.setattr(S, "gumbel", lambda *key: made.append(key[1]) or real(*key))
+    for position in (3, 4, 5):
+        noise.at(position)
+    noise.forget_before(4)
+    for position in (3, 4, 5):
+        noise.at(position)
+    assert made == [3, 4, 5, 3]
+
+
 def test_noise_of_a_position_is_the_same_in_any_order_and_after_forgetting():
     one, other = Noise(3, 20), Noise(3, 20)
     later, earlier = one.at(9).clone(), one.at(4).clone()

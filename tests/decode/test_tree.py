@@ -81,6 +81,11 @@ def grown(rng: random.Random, shape: TreeShape, vocab: int = 40) -> Growth:
     return growth
 
 
+def test_a_root_alone_is_drawn_and_a_tree_is_where_it_says_from_what():
+    assert Tree.root(7).drawn and not Tree([7, 5], [-1, 0], [0, 1], [0.0, -1.0]).drawn
+    assert Tree([7, 5], [-1, 0], [0, 1], [0.0, -1.0], distributions=[torch.ones(9) / 9, None]).drawn
+
+
 def test_60x7x10_expands_ten_nodes_a_level_and_drafts_59_on_at_most_8_levels():
     shape = TreeShape.parse("60x7x10")
     for seed in range(5):
@@ -211,3 +216,8 @@ def test_ancestor_mask_is_being_an_ancestor_and_the_references_mask():
         assert torch.equal(seen, reference.ancestor_mask(parents))
         assert [set(row.nonzero()[:, 0].tolist()) for row in seen] == [ancestors(parents, row) for row in range(len(parents))]
     assert torch.equal(mask.ancestor_mask(list(range(-1, 9))), mask.causal_mask(10))
+
+
+def test_rows_in_front_are_seen_by_all():
+    own = torch.tensor([[True, False], [True, True]])
+    assert mask.behind_prefix(own, 3).tolist() == [[True, True, True, True, False], [True] * 5]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eyas.config import PLAIN, Sampling, TreeShape
 from eyas.decode.generate import PROMPT_PART, Decoder, rows_of
+from eyas.decode.plan import clock
 from eyas.decode.plan.calibration import Calibration
 from eyas.decode.plan.planner import FixedPlan, Planner
 from eyas.decode.plan.prices import Prices
@@ -335,7 +336,7 @@ def test_a_plan_that_plans_nothing_is_asked_and_says_nothing():
     assert plan.guesses and plan.planner is None and plan.cut(trees) is trees
 
 
-def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_guesses():
+def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_guesses(monkeypatch):
     class Told(FixedPlan):
         rounds: list[tuple[int, int]] = []  # noqa: RUF012 (made for one run)
         walks: list[tuple[int, int]] = []  # noqa: RUF012
@@ -346,11 +347,27 @@ def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_gu
         def judge(self, tree, path):
             self.walks.append((len(tree), len(path)))
 
+    monkeypatch.setattr(clock, "cores_taken", lambda: 0)
     told = Told()
     text, _ = heard_oracle(40, told)
     assert [rows for rows, _ in told.rounds] == [rows for rows, _ in told.walks] and len(told.rounds) == text.rounds
     assert told.rounds[0] == told.walks[0] == (5, 3)
     assert sum(tokens for _, tokens in told.rounds) == len(text.tokens) - text.prompt_length - 1, "the first is drawn behind the prompt"
+
+
+def test_a_round_in_which_a_core_was_taken_away_teaches_nothing(monkeypatch):
+    class Told(FixedPlan):
+        taught: list[tuple] = []  # noqa: RUF012 (made for one test)
+
+        def record(self, *what):
+            self.taught.append(what)
+
+    told, taken = Told(), iter([3, 3, 3, 4, 4, 4])
+    monkeypatch.setattr(clock, "cores_taken", lambda: next(taken))
+    for _ in range(3):
+        told.begin(1)
+        told.ends(4, 2)
+    assert len(told.taught) == 2, "not the second, while which a core was taken"
 
 
 def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
@@ -360,6 +377,7 @@ def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
         def record(self, *what):
             self.taught.append(what)
 
+    monkeypatch.setattr(clock, "cores_taken", lambda: 0)
     told = Told()
     for made in (3, 4, 4):
         told.begin(1)
