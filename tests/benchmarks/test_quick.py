@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
+import eyas
 from eyas import cli
 from eyas.kernels import native
 
@@ -155,3 +157,21 @@ def test_options_of_the_shell_are_taken_where_none_are_given(monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["family_tables.py", "--quick"])
     script("family_tables").main()
     assert capsys.readouterr().out.startswith("### Equal training tokens")
+
+
+def test_busy_machine(found, monkeypatch):
+    """A process for each number of threads; importing PyTorch again takes long, so here this one answers."""
+    made = []
+
+    class Here:
+        def __init__(self, threads, models):
+            self.engine, self.threads, self.process = eyas.load(**models), threads, SimpleNamespace(kill=lambda: made.append(threads))
+
+        def rate(self, tokens):
+            return len(self.engine.generate("hi", method="plain", max_new_tokens=tokens).tokens) / self.threads
+
+    monkeypatch.setattr(script("busy_machine"), "Asked", Here)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows = found("busy_machine")
+    assert [(row["busy"], row["threads"], row["of_alone"], row["of_one_thread"]) for row in rows] == [(0, 2, 1.0, 0.5), (1, 2, 1.0, 0.5)]
+    assert sorted(made) == [1, 2]

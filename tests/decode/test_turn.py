@@ -336,7 +336,7 @@ def test_a_plan_that_plans_nothing_is_asked_and_says_nothing():
     assert plan.guesses and plan.planner is None and plan.cut(trees) is trees
 
 
-def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_guesses(monkeypatch):
+def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_guesses():
     class Told(FixedPlan):
         rounds: list[tuple[int, int]] = []  # noqa: RUF012 (made for one run)
         walks: list[tuple[int, int]] = []  # noqa: RUF012
@@ -347,7 +347,6 @@ def test_a_plan_is_told_what_each_round_read_and_brought_and_what_came_of_its_gu
         def judge(self, tree, path):
             self.walks.append((len(tree), len(path)))
 
-    monkeypatch.setattr(clock, "cores_taken", lambda: 0)
     told = Told()
     text, _ = heard_oracle(40, told)
     assert [rows for rows, _ in told.rounds] == [rows for rows, _ in told.walks] and len(told.rounds) == text.rounds
@@ -377,7 +376,6 @@ def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
         def record(self, *what):
             self.taught.append(what)
 
-    monkeypatch.setattr(clock, "cores_taken", lambda: 0)
     told = Told()
     for made in (3, 4, 4):
         told.begin(1)
