@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 from eyas.checks import LARGEST_SIZE, EyasError, check_number, is_number
 from eyas.checks import short as short
@@ -82,9 +82,14 @@ class DraftConfig:
     norm_before_fc: bool = False  # one RMSNorm over all features, before fc (heads made by others)
     norm_before_residual: bool = False  # the residual is the normed feature (heads made by others; speculators' own default)
     draft_layers: int = 1  # decoder layers; those behind the first are ordinary ones
-    attention_bias: ClassVar[bool] = False  # its layers have no biases and no norms of queries and keys
-    attention_out_bias: ClassVar[bool] = False
-    qk_norm: ClassVar[bool] = False
+    own_embedding: bool = False  # it brings an embedding [vocab_size, hidden_size] of its own, and does not read the target's
+    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3's layer)
+    attention_bias: bool = False  # biases of q, k, v and o
+    mlp_bias: bool = False  # biases of gate, up and down
+
+    @property
+    def attention_out_bias(self) -> bool:
+        return self.attention_bias
 
     def __post_init__(self) -> None:
         """Check every size before anything is built from it: sizes come from files that anybody may have written."""
@@ -103,7 +108,16 @@ class DraftConfig:
         check_number("draft_layers", self.draft_layers, 1, 64, whole=True)
         check_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
         check_number("rope_theta", self.rope_theta, 1, 1e12)
-        for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
+        for name in (
+            "fc_norm",
+            "norm_output",
+            "norm_before_fc",
+            "norm_before_residual",
+            "own_embedding",
+            "qk_norm",
+            "attention_bias",
+            "mlp_bias",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise EyasError(f"{name} must be true or false, not {short(getattr(self, name))}")
         if not self.taps or not all(isinstance(tap, int) and 0 <= tap < 10000 for tap in self.taps):

@@ -25,7 +25,7 @@ from eyas.config import DraftConfig, TreeShape
 
 # Axes: N rows (M of them hold the target's features), n tokens of a document, S = n - 1 anchors, I steps of the unroll,
 #       H draft width, 3H three features side by side, V target vocabulary, D draft vocabulary, A heads, K key-value heads, C head width
-Weights = Mapping[str, Tensor]  # float64, under the published names, with the target's `embed_tokens.weight` [V, H]
+Weights = Mapping[str, Tensor]  # float64, under the published names, with `embed_tokens.weight` [V, H], the target's or the draft's own
 
 
 # ---- Fuse: l, m, h -> g -----------------------------------------------------------------------------------------------
@@ -61,10 +61,12 @@ def rope(x: Tensor, positions: Tensor, config: DraftConfig) -> Tensor:
 
 
 def attention(weights: Weights, config: DraftConfig, layer: str, x: Tensor, positions_N: Tensor, mask_NN: Tensor) -> Tensor:
-    """Grouped-query attention; row i attends to row j where mask[i, j]. Reads 2H (a layer behind the first: H), returns H."""
+    """Grouped-query attention; row i attends to row j where mask[i, j]. Reads 2H (a layer behind the first: H), returns H. Some published
+    heads norm each query and key head (`qk_norm`)."""
 
     def heads(name: str, count: int) -> Tensor:
-        return (x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).view(-1, count, config.head_dim)
+        y = dense(weights, f"{layer}.self_attn.{name}_proj", x).view(-1, count, config.head_dim)
+        return rms_norm(y, weights[f"{layer}.self_attn.{name}_norm.weight"], config.rms_norm_eps) if config.qk_norm and name != "v" else y
 
     A, K = config.num_attention_heads, config.num_key_value_heads
     q_NAC = rope(heads("q", A), positions_N, config)
@@ -72,7 +74,12 @@ def attention(weights: Weights, config: DraftConfig, layer: str, x: Tensor, posi
     v_NAC = heads("v", K).repeat_interleave(A // K, dim=1)
     scores_ANN = torch.einsum("iac,jac->aij", q_NAC, k_NAC) / config.head_dim**0.5
     shares_ANN = scores_ANN.masked_fill(~mask_NN, -torch.inf).softmax(-1)
-    return torch.einsum("aij,jac->iac", shares_ANN, v_NAC).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
+    return dense(weights, f"{layer}.self_attn.o_proj", torch.einsum("aij,jac->iac", shares_ANN, v_NAC).flatten(1))
+
+
+def dense(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """One linear map; some published heads have biases."""
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
 
 
 def decoder_layer(
@@ -81,8 +88,8 @@ def decoder_layer(
     """Llama's: attention that reads x is added to the residual stream, then the gated MLP of its norm."""
     x_NH = residual_NH + attention(weights, config, layer, x, positions_N, mask_NN)
     y = rms_norm(x_NH, weights[f"{layer}.post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate, up = y @ weights[f"{layer}.mlp.gate_proj.weight"].T, y @ weights[f"{layer}.mlp.up_proj.weight"].T
-    return x_NH + (torch.nn.functional.silu(gate) * up) @ weights[f"{layer}.mlp.down_proj.weight"].T
+    gate, up = dense(weights, f"{layer}.mlp.gate_proj", y), dense(weights, f"{layer}.mlp.up_proj", y)
+    return x_NH + dense(weights, f"{layer}.mlp.down_proj", torch.nn.functional.silu(gate) * up)
 
 
 def draft_block(

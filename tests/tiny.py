@@ -6,6 +6,7 @@ Knows shapes and seeds; knows nothing of drafts or of decoding.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, taps=(
     """A random float64 draft for a tiny target, not packed; its vocabulary is a seeded choice of the target's."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randperm(target.config.vocab_size, generator=draw)[:draft_vocab_size].sort().values
-    config = draft_config(target.config, draft_vocab_size, taps, **settings)
+    width = {name: settings.pop(name) for name in ("hidden_size",) if name in settings}
+    config = replace(draft_config(target.config, draft_vocab_size, taps, **settings), **width)
     network = DraftNetwork(config, target.model.embed_tokens.weight.detach()).double()
     randomize(network, seed)
     return network, DraftVocab(ids, target.config.vocab_size)
@@ -92,7 +94,7 @@ def tiny_draft(target: Target, seed: int = 1, draft_vocab_size: int = 29, taps=(
 
 def reference_weights(network: DraftNetwork) -> dict[str, torch.Tensor]:
     """A network's weights as the slow reference takes them."""
-    return {**dict(network.named_parameters()), "embed_tokens.weight": network.embedding[0]}
+    return {"embed_tokens.weight": network.embedding[0], **dict(network.named_parameters())}
 
 
 def save_tiny_target(directory: Path, seed: int = 0, **changes) -> Path:

@@ -9,15 +9,15 @@ import torch
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.commands.output import terminal
-from eyas.config import EyasError, default_taps
+from eyas.config import EyasError
 from eyas.files.disk import atomic_directory, directory_hash
-from eyas.files.eagle3_files import check_fits
 from eyas.files.tokenizer import chat_template_hash
 from eyas.formats.export import make_way
-from eyas.formats.importing import resolve
+from eyas.formats.importing import completed, resolve
 from eyas.formats.layouts import find
 from eyas.formats.portable import FILES, Draft, Found, TargetFiles, write_own
 
+SETTINGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual", "qk_norm", "attention_bias", "mlp_bias")
 MEASURED_TOKENS = 64  # of each of the questions a decision is measured on
 
 
@@ -32,18 +32,18 @@ def run(options: argparse.Namespace) -> int:
     found = find(source)
     console.print(f"{source}: {found.layout}, {described(found)}", markup=False)
     target = TargetFiles.of(options.target) if options.target else None
-    layers = target.config.num_hidden_layers if target else options.target_layers
-    if layers is None:
+    layers = target.config.num_hidden_layers if target else options.target_layers or found.target_layers
+    if wanting := what_is_wanting(found, layers, target):
         for line in [*found.wrong, *found.told]:
             console.print(f"  {line}", markup=False)
         if options.dry_run:
             return 0
-        raise EyasError(
-            "which layers it reads depends on its target: give --target T (best: open questions are measured) or --target-layers N"
-        )
+        raise EyasError(wanting)
     evidence = embedding = None
     if target:
-        check_fits(found.resolved(layers, taps=default_taps(layers)).config, target.config)
+        found = completed(found, target)
+    elif found.shape.get("own_embedding"):
+        console.print("  it brings an embedding and keeps it; --target T tells whether it is the target's own")
     if target and not options.unmeasured:
         evidence, embedding = evidence_of(target, MEASURED_TOKENS)
     draft, decided = resolve(found, layers, evidence, embedding)
@@ -58,10 +58,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def what_is_wanting(found: Found, layers: int, target: TargetFiles | None) -> str | None:
+    """What the files leave to the target that is not known; None where all is."""
+    if not layers:
+        return "which layers it reads depends on its target: give --target T (best: open questions are measured) or --target-layers N"
+    if found.head != "own" and target is None:
+        return "it has no head of its own, so its target's counts: give --target T"
+    return None
+
+
 def described(found: Found) -> str:
     shape = found.shape
-    settings = [name for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual") if shape.get(name)]
-    parts = [f"width {shape['hidden_size']}", f"{shape['draft_vocab_size']} draft tokens of {shape['vocab_size']}", *settings]
+    settings = [name for name in SETTINGS if shape.get(name)]
+    width = f"width {shape['hidden_size']}"
+    width += f" for a target of {shape['target_hidden_size']}" if shape["target_hidden_size"] != shape["hidden_size"] else ""
+    settings += [f"{shape['draft_layers']} layers"] if shape.get("draft_layers", 1) > 1 else []
+    parts = [width, f"{shape['draft_vocab_size']} draft tokens of {shape['vocab_size']}", *settings]
     ids = f"layer ids {list(found.layer_ids)} (named by {found.counts})" if found.layer_ids else "no layer ids: the default triple"
     return ", ".join([*parts, f"rope theta {shape['rope_theta']:g}", ids])
 

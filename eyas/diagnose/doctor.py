@@ -8,6 +8,7 @@ and a second or so for each reading. Knows layouts through formats/layouts.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from eyas.config import EyasError, default_taps, short
 from eyas.files.disk import directory_hash, read_json
-from eyas.files.eagle3_files import check_fits, tensors_hash
+from eyas.files.eagle3_files import LLAMA, QWEN3, tensors_hash
 from eyas.files.tokenizer import chat_template_hash
 from eyas.files.untrusted import Fields, tensors_of
+from eyas.formats.importing import completed
 from eyas.formats.layouts import find
 from eyas.formats.portable import Draft, Found, TargetFiles, changed
 from eyas.measure.agreement import Agreement, Evidence, agreement
@@ -69,9 +71,8 @@ def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Ten
     findings: list[Finding] = []
     try:
         findings += file_findings(path, target)
-        found = find(path)
+        found = completed(find(path), target)
         draft = found.resolved(target.config.num_hidden_layers)
-        check_fits(draft.config, target.config)
         network = draft.network(embedding)
     except EyasError as error:
         return Diagnosis([*findings, unreadable(str(error))])
@@ -118,13 +119,13 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
         return
     fields = Fields.of(path)
     layer = fields.object("transformer_layer_config") if "transformer_layer_config" in fields.raw else fields
-    names, plain = fields.raw.get("architectures"), layer is fields
-    if plain and names != ["LlamaForCausalLMEagle3"]:
-        yield Finding(
-            "architecture", f"architectures is {short(names)}: SGLang would load a plain Llama", 'write ["LlamaForCausalLMEagle3"]'
-        )
-    held = layer.size("draft_layers", 1)
-    if layer.size("num_hidden_layers", held) != held:
+    names, plain, parts = fields.raw.get("architectures"), layer is fields, names_in(path)
+    right = QWEN3 if any(name.endswith("self_attn.k_norm.weight") for name in parts) else LLAMA
+    if plain and names != [right]:
+        told = f"architectures is {short(names)}: engines would load another layer than the draft's"
+        yield Finding("architecture", told, f'write ["{right}"]')
+    held = max(len({found[1] or found[2] for name in parts if (found := re.search(r"layers\.(\d+)\.|(midlayer)\.", name))}), 1)
+    if parts and layer.size("num_hidden_layers", held) != held:
         said = layer.raw["num_hidden_layers"]
         told = f"num_hidden_layers is {said}: engines build so many, the files hold {'one' if held == 1 else held}"
         yield Finding("layer count", told, f"write {held}")
@@ -139,14 +140,22 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
     if not plain and "norm_before_residual" not in fields.raw:
         told = "norm_before_residual is not written: vLLM then takes true, speculators false"
         yield Finding("norm_before_residual", told, "write which it was trained with (false for EAGLE-3)")
-    if layer.flag("attention_bias") or layer.flag("mlp_bias"):
-        yield Finding("bias", "it claims biases; an EAGLE-3 draft has none", "write attention_bias and mlp_bias false")
+    if (layer.flag("attention_bias") or layer.flag("mlp_bias")) and parts and not any(name.endswith(".bias") for name in parts):
+        yield Finding("bias", "it claims biases, and its files hold none", "write attention_bias and mlp_bias false")
     positions = layer.size("max_position_embeddings", 0)
     if positions < target.config.max_position_embeddings:
         most = target.config.max_position_embeddings
         told = f"max_position_embeddings is {positions}, the target reads {most}: engines read past their rotary table there"
         yield Finding("position limit", told, f"write {most}")
     yield from own_findings(path, fields, target)
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of its tensors; none where they cannot be read, which is told elsewhere."""
+    try:
+        return list(tensors_of(path))
+    except EyasError:
+        return []
 
 
 def own_findings(path: Path, fields: Fields, target: TargetFiles) -> Iterator[Finding]:
@@ -184,7 +193,7 @@ def draft_findings(draft: Draft, found: Found, target: TargetFiles) -> Iterator[
         if not bool(torch.isfinite(tensor).all()):
             told = f"{name} holds numbers that are not finite (a float16 overflow, say)"
             yield Finding("not finite", told, "convert it again in bf16 or fp32")
-        elif not bool(tensor.any()):
+        elif not bool(tensor.any()) and not name.endswith(".bias"):
             yield Finding("zero weights", f"{name} is all zeros: it was never filled", "take the files from where they were made")
     size = len(draft.vocab)
     if size < draft.config.vocab_size and torch.equal(draft.vocab.ids, torch.arange(size)):

@@ -21,6 +21,8 @@ from eyas.files.tensors import check_tensors, load_strictly, read_tensors, save_
 from eyas.model.draft import DraftNetwork
 from eyas.model.vocab import DraftVocab
 
+LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # engines' names of the draft's layer, without and with q/k norms
+OWN_KEYS = {"draft_layers": 1, "own_embedding": False}  # what engines see from other fields and tensors -> the value that is not written
 FACTS = ("target", "target_sha256", "chat_template_sha256")  # what a draft's config.json says of the target it was trained for
 
 
@@ -43,7 +45,8 @@ def save_draft(
 
 def config_to_file(config: DraftConfig, target_layers: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json: engines' keys, and eyas's own facts in words under `eyas`."""
-    keys = engine_keys(config) | {
+    keys = engine_keys(config) | {name: getattr(config, name) for name, usual in OWN_KEYS.items() if getattr(config, name) != usual}
+    keys |= {
         "eyas": {
             "taps_are_inputs_of_layers": list(config.taps),
             "target_layers": target_layers,
@@ -74,20 +77,17 @@ def engine_keys(config: DraftConfig) -> dict[str, Any]:
 
     target_hidden_size only where it is another width: SafeAILab takes its presence for "the embedding is in this file".
     """
-    left_out = {"taps", "rope_scaling"}
+    left_out = {"taps", "rope_scaling", *OWN_KEYS} | {name for name in ("qk_norm",) if not config.qk_norm}
     left_out |= {"target_hidden_size"} if config.target_hidden_size == config.hidden_size else set()
-    left_out |= {"draft_layers"} if config.draft_layers == 1 else set()  # engines know only drafts of one layer
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
+        "architectures": [QWEN3 if config.qk_norm else LLAMA],
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "num_hidden_layers": config.draft_layers,
         "hidden_act": "silu",
         **{key: value for key, value in asdict(config).items() if key not in left_out},
         "rope_scaling": config.rope_scaling,
         "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
         "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
@@ -160,7 +160,7 @@ def check_fits(config: DraftConfig, target: TargetConfig) -> None:
         "vocabulary": (config.vocab_size, target.vocab_size),
     }
     wrong = [f"{name} {draft} against the target's {own}" for name, (draft, own) in pairs.items() if draft != own]
-    if config.hidden_size != config.target_hidden_size == target.hidden_size:  # it reads the target's embeddings
+    if not config.own_embedding and config.hidden_size != config.target_hidden_size == target.hidden_size:  # it reads the target's
         wrong.append(f"its own width {config.hidden_size} against the target's {target.hidden_size}")
     try:
         check_taps(config.taps, target.num_hidden_layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,10 +26,13 @@ FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 
 
 class Fields:
-    """A JSON object's fields, each checked when it is read. A wrong one raises `EyasError`, which names the field and its file."""
+    """A JSON object's fields, each checked when it is read. A wrong one raises `EyasError`, which names the field and its file. Which were
+    read is remembered, so that a reader can ask for those it passed over."""
 
     def __init__(self, raw: Mapping[str, Any], where: Path | str) -> None:
         self.raw, self.where = raw, where
+        self.asked: set[str] = set()  # names of the fields that were read
+        self.objects: dict[str, Fields] = {}  # the objects among them
 
     @classmethod
     def of(cls, directory: Path) -> Fields:
@@ -43,13 +46,24 @@ class Fields:
 
     def object(self, key: str) -> Fields:
         """The object under this key; an empty one where there is none."""
-        value = self.raw.get(key)
+        value = self.given(key)
         if value is not None and not isinstance(value, dict):
             raise EyasError(f"{self.where}: {key} must be an object, not {short(value)}")
-        return Fields(value or {}, self.where)
+        return self.objects.setdefault(key, Fields(value or {}, self.where))
+
+    def given(self, key: str) -> Any:
+        """What stands under this key, unchecked; None where nothing does."""
+        self.asked.add(key)
+        return self.raw.get(key)
+
+    def passed_over(self, known: Collection[str] = ()) -> list[str]:
+        """The fields that hold something and were not read, but for those `known` by name; in objects that were read, as `object.field`."""
+        own = [key for key, value in self.raw.items() if value is not None and key not in self.asked and key not in known]
+        objects = [(key, each) for key, each in self.objects.items() if key not in known]
+        return own + [f"{key}.{name}" for key, each in objects for name in each.passed_over(known)]
 
     def size(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
+        value = self.given(key)
         value = default if value is None else value
         if value is None:
             raise EyasError(f"{self.where} lacks {key}")
@@ -60,28 +74,28 @@ class Fields:
     @overload
     def number(self, key: str, default: None = None) -> float | None: ...
     def number(self, key: str, default: float | None = None) -> float | None:
-        value = self.raw.get(key)
+        value = self.given(key)
         return default if value is None else self.checked(key, value, 0, 1e12)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.raw.get(key)
+        value = self.given(key)
         if value is not None and not isinstance(value, bool):
             raise EyasError(f"{self.where}: {key} must be true or false, not {short(value)}")
         return default if value is None else value
 
     def text(self, key: str) -> str | None:
-        value = self.raw.get(key)
+        value = self.given(key)
         if value is not None and not isinstance(value, str):
             raise EyasError(f"{self.where}: {key} must be text, not {short(value)}")
         return value
 
     def layers(self, key: str) -> tuple[int, ...] | None:
-        """Ascending layer numbers, or None where the key is absent or null."""
-        value = self.raw.get(key)
-        if value is None:
+        """Ascending layer numbers, or None where the key is absent, null or an empty list."""
+        value = self.given(key)
+        if value is None or value == []:
             return None
         whole = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 10000 for one in value)
-        if not whole or not value or sorted(set(value)) != value:
+        if not whole or sorted(set(value)) != value:
             raise EyasError(f"{self.where}: {key} must be different layer numbers in ascending order, not {short(value)}")
         return tuple(value)
 

@@ -1,22 +1,49 @@
 """Settles what a draft's files leave open: by the layout's convention, or by measuring where a target is at hand.
 
-Layer ids may name layers by input or by output, the rotary base may not be the one of training, and two flags have had two meanings. Each
-reading is measured on the target's own text, and the one that agrees better is kept. Knows the questions; knows no layout.
+A draft may leave its head to the target, and may bring an embedding that is the target's or its own. Layer ids may name layers by input or
+by output, the rotary base may not be the one of training, and two flags have had two meanings. Each reading is measured on the target's own
+text, and the one that agrees better is kept. Knows the questions; knows no layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from eyas.config import EyasError
-from eyas.formats.portable import Draft, Found
+from eyas.files.eagle3_files import check_fits
+from eyas.formats.portable import EMBEDDING, HEAD, Draft, Found, TargetFiles
 from eyas.measure.agreement import CLEAR_ERRORS, Agreement, Evidence, agreement
 
 READS = {"inputs": 0, "outputs": 1}
+
+
+def completed(found: Found, target: TargetFiles) -> Found:
+    """The draft with the target's head, where its files bring none, and without an embedding that is the target's."""
+    shape, weights, told = dict(found.shape), dict(found.weights), list(found.told)
+    check_fits(found.untapped(), target.config)
+    if EMBEDDING in weights:
+        alike = shape["hidden_size"] == shape["target_hidden_size"] and same(weights[EMBEDDING], target.embedding())
+        if alike:
+            del weights[EMBEDDING]
+            shape["own_embedding"] = False
+        told.append("the embedding that it brings is the target's" if alike else "it brings an embedding of its own, and keeps it")
+    if found.head != "own":
+        if found.head == "the target's, tied" and not target.config.tie_word_embeddings:
+            two = "its config ties the head, which is not in the file, to the embedding; vLLM takes the target's head, SGLang its embedding"
+            raise EyasError(f"{two}, and these differ in {target.name}: write tie_word_embeddings false for the head")
+        weights[HEAD] = target.head()
+        told.append("it has no head of its own: the target's is taken over")
+    return replace(found, shape=shape, weights=weights, told=told, head="own")
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables hold the same numbers, once rounded as the first is or as drafts are kept."""
+    return one.shape == other.shape and any(torch.equal(one.to(dtype), other.to(dtype)) for dtype in (one.dtype, torch.bfloat16))
 
 
 class Resolved(NamedTuple):

@@ -101,4 +101,4 @@ def find(path: Path) -> Found:
 def own(path: Path) -> Found:
     draft = own_draft(path)
     shape = {name: value for name, value in vars(draft.config).items() if name != "taps"}
-    return Found("eyas", shape, draft.weights, draft.vocab, draft.config.taps, "inputs", facts=draft.facts)
+    return Found("eyas", shape, draft.weights, draft.vocab, draft.config.taps, target_layers=draft.target_layers, facts=draft.facts)

@@ -1,8 +1,9 @@
 """llama.cpp: one GGUF file of architecture `eagle3`, as its own converter writes it.
 
 Layer ids (`eagle3.target_layers`) name the layers whose *input* is read, d2t holds absolute ids, and rows of q and k lie in pairs order.
-Read in the copy that llama-cpp-python 0.3.36 carries: it computes neither fc_norm nor norm_output. What a GGUF cannot say (rotary scaling
-in words, hashes) is kept under `eyas.config`.
+Read in the copy that llama-cpp-python 0.3.36 carries: it computes neither fc_norm nor norm_output, and one layer without biases and without
+norms of queries and keys. A draft without a head takes its target's. What a GGUF cannot say (rotary scaling in words, hashes) is kept under
+`eyas.config`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, EyasError, TreeShape, short
+from eyas.config import LARGEST_SIZE, DraftConfig, EyasError, TreeShape, rope_kind, short
 from eyas.files.gguf import halves_from_pairs
 from eyas.files.gguf_check import check_gguf
 from eyas.formats.gguf_tokenizer import copy_tokenizer, write_tokenizer
-from eyas.formats.portable import Draft, Found, TargetFiles, unusual
+from eyas.formats.portable import EMBEDDING, HEAD, OTHER_WIDTH, OWN_EMBEDDING, Draft, Found, TargetFiles, unusual
 from eyas.model.transformer import rotary_frequencies
 from eyas.model.vocab import DraftVocab
 
@@ -30,6 +31,7 @@ TITLE = "llama.cpp (llama-cpp-python 0.3.36)"
 WEIGHTS = ("bf16", "fp32", "fp16", "q8_0", "q4_1")
 FILE = "draft.gguf"
 NAMES = {  # published name -> llama.cpp's
+    EMBEDDING: "token_embd.weight",
     "fc.weight": "fc.weight",
     "input_norm.weight": "enc.output_norm.weight",
     "lm_head.weight": "output.weight",
@@ -48,10 +50,17 @@ NAMES = {  # published name -> llama.cpp's
 OURS = {theirs: ours for ours, theirs in NAMES.items()}
 OWN = "eyas.config"
 ARCHITECTURE = "eagle3"
+OPTIONAL = (EMBEDDING, HEAD, "input_norm.weight")
+KNOWN = (  # fields after `eagle3.` that are read here, or that say nothing of what is computed
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "vocab_size", "target_layers", "target_hidden_size",
+    "norm_before_residual", "norm_before_fc",
+)  # fmt: skip
 
 
 def refusal(draft: Draft) -> str | None:
-    if why := unusual(draft, "llama.cpp"):
+    if why := unusual(draft, "llama.cpp", (OTHER_WIDTH, OWN_EMBEDDING)):
         return why
     config = draft.config
     if config.fc_norm or config.norm_output:
@@ -130,7 +139,7 @@ def write_tensors(writer: GGUFWriter, draft: Draft, number_format: GGMLQuantizat
         if value.shape[-1] % GGML_QUANT_SIZES[wanted][0]:  # a row is cut into whole blocks
             wanted = GGMLQuantizationType.F16
         writer.add_tensor(NAMES[name], quantize(value.contiguous().numpy(), wanted), raw_dtype=wanted)
-    if config.rope_scaling:
+    if rope_kind(config.rope_scaling or {}) is not None:
         plain, scaled = (rotary(config, scaling)[0] for scaling in (None, config.rope_scaling))
         writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
     writer.add_tensor("d2t", draft.vocab.ids.numpy())
@@ -171,17 +180,23 @@ def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> 
     scaled = tensors.pop("rope_freqs.weight", None) is not None and not own.get("rope_scaling")
     if scaled or (not own and fields.get(f"{arch}.rope.scaling.type", "none") != "none"):
         raise EyasError(f"{path} scales its rotary embedding, which the file describes only in part; import the directory it was made from")
-    ids, embedding = tensors.pop("d2t", None), tensors.pop("token_embd.weight", None)
+    ids = tensors.pop("d2t", None)
     if unknown := [name for name in tensors if name not in OURS]:
         raise EyasError(f"{path} holds {short(unknown[0])}, which no draft with one layer has")
     weights = {OURS[name]: tensor for name, tensor in tensors.items()}
-    if missing := [theirs for ours, theirs in NAMES.items() if ours not in weights and ours != "input_norm.weight"]:
+    if missing := [theirs for ours, theirs in NAMES.items() if ours not in weights and ours not in OPTIONAL]:
         raise EyasError(f"{path} lacks {', '.join(missing[:4])}")
+    if flat := [name for name in (HEAD, EMBEDDING) if name in weights and weights[name].dim() != 2]:
+        raise EyasError(f"{path}: {NAMES[flat[0]]} has shape {tuple(weights[flat[0]].shape)}")
+    if unread := [name for name in fields if name.startswith(f"{arch}.") and name.removeprefix(f"{arch}.") not in KNOWN]:
+        raise EyasError(f"{path}: eyas does not know the field {short(unread[0])}, which may change what the draft computes")
     told = []
     if ids is None:
-        ids = torch.arange(weights["lm_head.weight"].shape[0])
+        ids = torch.arange(weights[HEAD].shape[0] if HEAD in weights else size_of(path, fields, weights))
         told.append("it has no d2t: its vocabulary is the target's whole one")
-    config = config_of(path, fields, weights, len(ids), embedding, own.get("rope_scaling"))
+    config = config_of(path, fields, weights, len(ids), own.get("rope_scaling"))
+    if HEAD not in weights and (len(ids) != config.vocab_size or config.hidden_size != config.target_hidden_size):
+        raise EyasError(f"{path} holds no output.weight, and its target's head is none for it: other tokens, or another width")
     for name, count in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         key = f"midlayer.self_attn.{name}.weight"
         if weights[key].dim() != 2 or weights[key].shape[0] != count * config.head_dim:
@@ -193,16 +208,24 @@ def found_in(path: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> 
         weights,
         DraftVocab(ids, config.vocab_size),
         config.taps,
-        embedding=embedding,
+        head="own" if HEAD in weights else "the target's",
+        target_layers=layers if isinstance(layers := own.get("target_layers"), int) and not isinstance(layers, bool) else 0,
         facts=own.get("facts") or {},
         told=told,
         doubts={"layer ids": ["inputs", "outputs"]} if not own else {},
     )
 
 
-def config_of(
-    path: Path, fields: dict[str, Any], weights: dict[str, Tensor], draft_vocab: int, embedding: Tensor | None, scaling: Any
-) -> DraftConfig:
+def size_of(path: Path, fields: dict[str, Any], weights: dict[str, Tensor]) -> int:
+    """The target's vocabulary, as the file tells it."""
+    size = fields.get(f"{ARCHITECTURE}.vocab_size", len(fields.get("tokenizer.ggml.tokens") or ()))
+    size = weights[EMBEDDING].shape[0] if EMBEDDING in weights else size
+    if not isinstance(size, int) or not 0 < size <= LARGEST_SIZE:
+        raise EyasError(f"{path}: eagle3.vocab_size must be a whole number from 1 to {LARGEST_SIZE}, not {short(size)}")
+    return size
+
+
+def config_of(path: Path, fields: dict[str, Any], weights: dict[str, Tensor], draft_vocab: int, scaling: Any) -> DraftConfig:
     """The shape that the fields tell, every size checked; taps as the file has them, by input."""
 
     def of(key: str, default: Any = None) -> Any:
@@ -215,7 +238,7 @@ def config_of(
     if not isinstance(heads, int) or not isinstance(layers, list):
         raise EyasError(f"{path}: eagle3.attention.head_count or target_layers is no number or list of numbers")
     return DraftConfig(
-        vocab_size=embedding.shape[0] if embedding is not None else of("vocab_size", len(fields.get("tokenizer.ggml.tokens") or ())),
+        vocab_size=size_of(path, fields, weights),
         draft_vocab_size=draft_vocab,
         hidden_size=of("embedding_length"),
         intermediate_size=of("feed_forward_length"),
@@ -230,6 +253,7 @@ def config_of(
         rope_scaling=scaling,
         norm_before_fc=of("norm_before_fc", False),
         norm_before_residual=of("norm_before_residual", False),
+        own_embedding=EMBEDDING in weights,
     )
 
 

@@ -16,7 +16,7 @@ from eyas.formats.portable import Draft, TargetFiles
 from eyas.train.card import CARD, best_point, shown
 
 ENGINES = ("sglang", "vllm", "llama_cpp")
-AS_IT_IS = ("sglang", "vllm")  # read eyas's own folder
+AS_IT_IS = ("sglang", "vllm")  # read eyas's own folder; SGLang one of one layer, since it names the norms of others differently
 
 
 def bench_results(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def serving(draft: Draft, name: str) -> str:
         if entry.refusal(draft):
             continue
         first, place = "", Path("DRAFT")
-        if engine not in AS_IT_IS:
+        if engine not in AS_IT_IS or (engine == "sglang" and draft.config.draft_layers > 1):
             first, place = f"eyas export DRAFT OUT --to {engine} --target {name}\n", Path("OUT")
         blocks.append(f"{entry.title}:\n\n```bash\n{first}{entry.serve(place, name, TreeShape.chain(3))}\n```")
     return "\n\n".join(blocks)

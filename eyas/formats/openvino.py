@@ -61,7 +61,7 @@ def write(work: Path, draft: Draft, target: TargetFiles, weights: str, python: P
     with tempfile.TemporaryDirectory(prefix="eyas-") as folder:
         plain, result = Path(folder) / "plain", Path(folder) / "outputs.npz"
         plain.mkdir()
-        write_plain(plain, draft, plain_config(draft.config, target.config, torch.float32), torch.float32)
+        write_plain(plain, draft, plain_config(draft, target.config, torch.float32), torch.float32)
         for file in target.directory.iterdir():
             if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")):
                 shutil.copy(file, plain)

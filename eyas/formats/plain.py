@@ -1,12 +1,14 @@
 """The layout that SafeAILab's code began and SGLang, vLLM and llama.cpp's converter read: config.json beside tensors named `midlayer.*`.
 
-It is read with all that writers made of it (other prefixes, wrong layer counts, missing keys): the tensors count, and the user is told what
-had to be inferred. How engines differ in writing it is in their own files. Knows no engine.
+It is read with all that writers made of it (other prefixes, wrong layer counts, missing keys, tables never filled): the tensors count, and
+the user is told what had to be inferred. What a config says is read in config_fields.py; how engines differ in writing the layout is in
+their own files. Knows no engine.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps, rope_kind, short
-from eyas.files.eagle3_files import checked_network, engine_keys
+from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
+from eyas.files.eagle3_files import FACTS, checked_network, engine_keys, tensors_hash
 from eyas.files.tensors import save_tensors
 from eyas.files.untrusted import Fields, tensors_of
-from eyas.formats.portable import Draft, Found
+from eyas.formats.config_fields import Said, check_attention, check_known, layer_names, rotary_of, settings_of, sizes_of
+from eyas.formats.portable import EMBEDDING, HEAD, Draft, Found
 from eyas.model.vocab import DraftVocab
 
 NAMES = {  # prefixes of others -> the published ones
@@ -29,24 +32,31 @@ NAMES = {  # prefixes of others -> the published ones
     "aux_norm_mid.": "fc_norm.1.",
     "aux_norm_high.": "fc_norm.2.",
 }
-UNUSED = ("verifier_norm.", "verifier_lm_head.", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")  # not the draft's own
-NEEDED = ("fc.weight", "norm.weight", "lm_head.weight", "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight",
+UNUSED = ("verifier_norm.", "verifier_lm_head.")  # not the draft's own
+NEEDED = ("fc.weight", "norm.weight", "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight",
           "midlayer.mlp.gate_proj.weight")  # fmt: skip
+MARK = "eyas_export"  # where a config that eyas wrote for an engine keeps what only eyas asks for
 EAGLE_1 = "an EAGLE-1 or EAGLE-2 head: its fc reads one feature and one embedding; eyas imports EAGLE-3 heads"
-THETA = 10000.0  # where a config names none; SafeAILab's trainer used it whatever the config said
 
 
 # ---- writing ----
 
 
-def plain_config(config: DraftConfig, target: TargetConfig, dtype: torch.dtype) -> dict[str, Any]:
+def plain_config(draft: Draft, target: TargetConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The keys of config.json that all engines read alike. Each engine's file adds layer ids, which engines count differently.
 
     Positions cover the target's: engines size their rotary tables by this number and read past them.
     """
     name = str(dtype).removeprefix("torch.")
-    positions = max(config.max_position_embeddings, target.max_position_embeddings)
-    return engine_keys(config) | {"max_position_embeddings": positions, "dtype": name, "torch_dtype": name}
+    positions = max(draft.config.max_position_embeddings, target.max_position_embeddings)
+    return engine_keys(draft.config) | {"max_position_embeddings": positions, "dtype": name, "torch_dtype": name, MARK: marks_of(draft)}
+
+
+def marks_of(draft: Draft, embedding: Tensor | None = None) -> dict[str, Any]:
+    """What `eyas import` needs of an export, so that it does not ask for the target again. `embedding`: the target's, where the layout
+    wants it written."""
+    marks = {"target_layers": draft.target_layers, **draft.facts}
+    return marks if embedding is None else marks | {"embedding_sha256": tensors_hash({EMBEDDING: embedding})}
 
 
 def write_plain(work: Path, draft: Draft, config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -86,44 +96,30 @@ def found_in(
     tensors: dict[str, Tensor], shape: Fields, flags: Fields, where: str, facts: Mapping[str, Any] | None = None, taps: int = 3
 ) -> Found:
     """A draft from its tensors, the fields of its decoder layer (`shape`), its EAGLE settings (`flags`) and how many layers it reads."""
+    said = Said()
     weights = renamed(tensors, where)
-    embedding = weights.pop("embed_tokens.weight", None)
-    told: list[str] = []
-    wrong: list[str] = []
-    vocab = vocabulary(weights, shape, embedding, where, told, wrong)
-    sizes = sizes_of(weights, shape, where, wrong, taps)
-    settings = settings_of(weights, shape, flags, told, wrong)
-    scaling = next((held for held in (shape.object(key).raw for key in ("rope_parameters", "rope_scaling")) if scales(held)), {})
-    said = [value for value in (shape.object("rope_parameters").number("rope_theta"), shape.number("rope_theta")) if value is not None]
-    theta = said[0] if said else THETA
-    if not said:
-        told.append(f"its config names no rope theta; {THETA:g}, which engines then take")
-    if len(set(said)) > 1:
-        wrong.append(f"its config names two rope thetas, {said[0]:g} in rope_parameters and {said[1]:g} at the top")
-    candidates = list(dict.fromkeys([*said, THETA]))
-    doubts: dict[str, list[Any]] = {"rope_theta": candidates} if len(candidates) > 1 else {}
-    if settings["norm_output"]:
+    vocab = vocabulary(weights, shape, where, said)
+    fields: dict[str, Any] = {**sizes_of(weights, shape, flags, said, taps), **settings_of(weights, shape, flags, said)}
+    rotary, thetas = rotary_of(shape, said)
+    check_attention(shape, fields["draft_layers"])
+    doubts: dict[str, list[Any]] = {"rope_theta": thetas} if len(thetas) > 1 else {}
+    if fields["norm_output"]:
         doubts["norm_output"] = [True, False]  # SpecForge before its change 879 wrote true for plain EAGLE-3
     if "norm_before_residual" not in flags.raw and flags is not shape:
         doubts["norm_before_residual"] = [False, True]  # speculators' default is one, vLLM's the other
-    shape_fields = {
-        **sizes,
-        **settings,
-        "vocab_size": vocab.vocab_size,
-        "draft_vocab_size": len(vocab),
-        "rope_theta": theta,
-        "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_theta"} or None,
-    }
-    config = DraftConfig(**shape_fields, taps=tuple(range(taps)))  # checks every size before anything is built
-    checked_network(config, weights, torch.zeros(1, config.hidden_size), where)
+    marks = flags.object(MARK)
+    marks.asked.update(marks.raw)
+    tied = shape.flag("tie_word_embeddings") | flags.flag("tie_word_embeddings")
+    head = settle_shared(weights, fields, tied, marks.text("embedding_sha256"), where, said)
+    fields |= {**rotary, "vocab_size": vocab.vocab_size, "draft_vocab_size": len(vocab)}
+    check_known(flags)
+    config = DraftConfig(**fields, taps=tuple(range(taps)))  # checks every size before anything is built
+    weights |= missing_biases(weights, config)
+    checked_network(config, with_head(weights, config), torch.zeros(1, config.hidden_size), where)
     kept = {name: tensor if tensor.is_floating_point() else tensor.float() for name, tensor in weights.items()}
-    more = {"told": told, "wrong": wrong, "doubts": doubts, "says_head_dim": shape.raw.get("head_dim") is not None}
-    return Found("", shape_fields, kept, vocab, embedding=embedding, facts=dict(facts or {}), **more)
-
-
-def scales(rope: Mapping[str, Any]) -> bool:
-    """Whether this describes a scaled rotary embedding; transformers 5 writes an object for plain ones too."""
-    return rope_kind(rope) is not None
+    more = {"told": said.told, "wrong": said.wrong, "doubts": doubts, "says_head_dim": shape.raw.get("head_dim") is not None}
+    notes = {name: value for name in FACTS if (value := marks.text(name)) is not None}
+    return Found("", fields, kept, vocab, facts={**(facts or {}), **notes}, head=head, target_layers=marks.size("target_layers", 0), **more)
 
 
 def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -133,101 +129,128 @@ def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         for theirs, ours in NAMES.items():
             if name.startswith(theirs):
                 name = ours + name.removeprefix(theirs)
-        if name.startswith(UNUSED):
+        if found := re.fullmatch(r"additional_layers\.(\d{1,3})\.(.*)", name):  # SGLang's earlier name for the layers behind the first
+            name = f"layers.{int(found[1]) + 1}.{found[2]}"
+        if name.startswith(UNUSED) or name.endswith("rotary_emb.inv_freq"):
             continue
         if name in weights:
             raise EyasError(f"{where} holds {name} twice, under two spellings")
         weights[name] = tensor
-    more = sorted({name.split(".")[1] for name in weights if name.startswith(("layers.", "additional_layers."))})
-    if more:
-        raise EyasError(f"{where} has {len(more) + 1} decoder layers; engines disagree on such heads, and eyas imports those with one")
     if "fc.weight" in weights and not any(name.startswith(("midlayer.self_attn.q_proj", "norm.")) for name in weights):
         raise EyasError(f"{where} is {EAGLE_1}")
     if missing := [name for name in NEEDED if name not in weights]:
         raise EyasError(f"{where} is no EAGLE-3 draft: it lacks {', '.join(missing[:4])}")
     if flat := [name for name in NEEDED if weights[name].dim() != (1 if name == "norm.weight" else 2)]:
         raise EyasError(f"{where}: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")
+    if any(weights[name].dim() != 2 for name in (HEAD, EMBEDDING) if name in weights):
+        raise EyasError(f"{where}: lm_head and embed_tokens must be tables")
     width = weights["norm.weight"].shape[0]
     if weights["midlayer.self_attn.q_proj.weight"].shape[1] == width:
         raise EyasError(f"{where} is {EAGLE_1}")
+    return one_norm_a_layer(weights, where)
+
+
+def one_norm_a_layer(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The layers behind the first have one norm before their attention: vLLM reads it as input_layernorm, SGLang as hidden_norm."""
+    for layer in layer_names(weights, where)[1:]:
+        theirs, ours = weights.pop(f"{layer}.hidden_norm.weight", None), weights.get(f"{layer}.input_layernorm.weight")
+        if theirs is None:
+            continue
+        if ours is not None and not torch.equal(ours, theirs):
+            both = f"{layer} has an input_layernorm, which vLLM reads, and another hidden_norm, which SGLang reads"
+            raise EyasError(f"{where}: {both}; take out of a copy which it was not trained with")
+        weights[f"{layer}.input_layernorm.weight"] = theirs
     return weights
 
 
-def vocabulary(
-    weights: dict[str, Tensor], shape: Fields, embedding: Tensor | None, where: str, told: list[str], wrong: list[str]
-) -> DraftVocab:
-    """The draft vocabulary, from `d2t` (offsets, as published) and `t2d`, either of which may be missing."""
-    rows = weights["lm_head.weight"].shape[0]
+def missing_biases(weights: Mapping[str, Tensor], config: DraftConfig) -> dict[str, Tensor]:
+    """Zeros for the biases that a layer leaves out where others are there: Qwen's has those of q, k and v alone."""
+    names = [f"self_attn.{part}_proj" for part in "qkvo"] * config.attention_bias
+    names += [f"mlp.{part}_proj" for part in ("gate", "up", "down")] * config.mlp_bias
+    every = [f"{layer}.{name}" for layer in layer_names(weights) for name in names]
+    absent = [name for name in every if f"{name}.bias" not in weights and f"{name}.weight" in weights]
+    return {f"{name}.bias": torch.zeros(weights[f"{name}.weight"].shape[0]) for name in absent}
+
+
+def settle_shared(weights: dict[str, Tensor], fields: dict[str, Any], tied: bool, targets: str | None, where: str, said: Said) -> str:
+    """Settle whether embedding and head are the draft's own or the target's; returns whose the head is, as `Found.head` has it. The
+    embedding is the target's where an export of eyas's wrote its hash down (`targets`)."""
+    if EMBEDDING in weights and targets == tensors_hash({EMBEDDING: weights[EMBEDDING]}):
+        del weights[EMBEDDING]
+    fields["own_embedding"] = EMBEDDING in weights
+    width, wide = fields["hidden_size"], fields["target_hidden_size"]
+    if not fields["own_embedding"] and width != wide:
+        raise EyasError(f"{where} is {width} wide and its target {wide}, so it needs an embedding of its own, which the file does not hold")
+    if HEAD in weights:
+        if tied:
+            said.wrong.append(
+                "its config ties the head to the embedding, which would say other tokens; it has its own head, and that counts"
+            )
+        return "own"
+    if tied and fields["own_embedding"]:
+        weights[HEAD] = weights[EMBEDDING].clone()
+        said.told.append("its head is tied to the embedding that it brings")
+        return "own"
+    if width != wide:
+        raise EyasError(f"{where} has no head, and the target's, which then counts, is {wide} wide, not {width}")
+    return "the target's, tied" if tied else "the target's"
+
+
+def with_head(weights: Mapping[str, Tensor], config: DraftConfig) -> dict[str, Tensor]:
+    """The weights as they will be once the target's head stands in for one that the file does not hold."""
+    return {HEAD: torch.empty(config.draft_vocab_size, config.hidden_size, device="meta"), **weights}
+
+
+# ---- the vocabulary ----
+
+
+def vocabulary(weights: dict[str, Tensor], shape: Fields, where: str, said: Said) -> DraftVocab:
+    """The draft vocabulary, from `d2t` (offsets, as published) and `t2d`, either of which may be missing or never filled. Where the head
+    has a row for every token of the target, engines read neither."""
     mask, offsets = weights.pop("t2d", None), weights.pop("d2t", None)
     if any(table is not None and table.dim() != 1 for table in (mask, offsets)):
         raise EyasError(f"{where}: d2t and t2d must be lists of numbers")
-    claimed = shape.size("vocab_size", 0)
-    size = len(mask) if mask is not None else embedding.shape[0] if embedding is not None else claimed or rows
-    if claimed and claimed != size:
-        wrong.append(f"its config says vocab_size {claimed}, its tensors {size}: {size} is right")
-    if mask is None and offsets is None:
-        if rows != size:
-            raise EyasError(f"{where} has {rows} draft tokens of {size} and no d2t to say which; ask for the whole checkpoint")
-        told.append("it has no d2t: its vocabulary is the target's whole one")
+    head, table, claimed = weights.get(HEAD), weights.get(EMBEDDING), shape.size("vocab_size", 0)
+    size = len(mask) if mask is not None else table.shape[0] if table is not None else claimed or (0 if head is None else head.shape[0])
+    rows = size if head is None else head.shape[0]
+    for name, value in (("vocab_size", claimed), ("target_vocab_size", shape.size("target_vocab_size", 0))):
+        if value and value != size:
+            said.wrong.append(f"its config says {name} {value}, its tensors {size}: {size} is right")
+    if rows == size and not (offsets is not None and offsets.any()) and (mask is None or not mask.any() or bool(mask.all())):
+        if mask is None or not mask.any():
+            why = "it has no d2t" if offsets is None and mask is None else "its tables were never filled"
+            said.told.append(f"{why}: its vocabulary is the target's whole one")
         return DraftVocab(torch.arange(rows), size)
-    if offsets is None:
-        assert mask is not None  # neither of the two: said above
-        told.append("it has no d2t; the vocabulary is what t2d marks")
-        return DraftVocab(mask.bool().nonzero()[:, 0], size)
+    return partial_vocabulary(rows, size, offsets, mask, where, said)
+
+
+def partial_vocabulary(rows: int, size: int, offsets: Tensor | None, mask: Tensor | None, where: str, said: Said) -> DraftVocab:
+    """A vocabulary of some of the target's tokens."""
+    if mask is not None and not mask.any():
+        if offsets is None or not offsets.any():
+            raise EyasError(f"{where}: d2t and t2d were never filled, so nothing says which {rows} of {size} tokens it has")
+        said.told.append("its t2d was never filled: d2t counts")
+        mask = None
+    if offsets is None and mask is None:
+        raise EyasError(f"{where} has {rows} draft tokens of {size} and no d2t to say which; ask for the whole checkpoint")
+    marked = None if mask is None else mask.bool().nonzero()[:, 0]
+    if offsets is None or (marked is not None and not offsets.any()):
+        assert marked is not None  # neither of the two: said above
+        if len(marked) != rows:
+            raise EyasError(f"{where}: t2d marks {len(marked)} tokens, lm_head has {rows} rows")
+        if offsets is None:
+            said.told.append("it has no d2t; the vocabulary is what t2d marks")
+        elif int(marked[-1]) != rows - 1:
+            said.wrong.append("its d2t was never filled, so engines take the first tokens; the vocabulary is what t2d marks")
+        return DraftVocab(marked, size)
     if len(offsets) != rows:
         raise EyasError(f"{where}: d2t names {len(offsets)} tokens, lm_head has {rows} rows")
-    if rows > 1 and mask is not None and torch.equal(mask.bool().nonzero()[:, 0], offsets.long()):
-        wrong.append("its d2t holds ids, not offsets as published: t2d says so")
+    if marked is None and not offsets.any():
+        said.told.append(f"its d2t is all zeros: its vocabulary is the target's first {rows} tokens")
+    if rows > 1 and marked is not None and torch.equal(marked, offsets.long()):
+        said.wrong.append("its d2t holds ids, not offsets as published: t2d says so")
         return DraftVocab(offsets.long(), size)
     return DraftVocab.from_tensors({"d2t": offsets, **({} if mask is None else {"t2d": mask})}, size)
-
-
-def sizes_of(weights: Mapping[str, Tensor], shape: Fields, where: str, wrong: list[str], taps: int) -> dict[str, int]:
-    """Widths and heads as the tensors have them; the user is told where the config says otherwise."""
-    width, fused = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1]
-    if fused % taps:
-        raise EyasError(f"{where}: fc reads {fused} numbers, which is not {taps} features of the target")
-    heads = shape.size("num_attention_heads")
-    kv_heads = shape.size("num_key_value_heads", heads)
-    rows, kv_rows = (weights[f"midlayer.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
-    if not heads or not kv_heads or rows % heads or kv_rows * heads != rows * kv_heads:
-        raise EyasError(f"{where}: {rows} query rows and {kv_rows} key rows do not make {heads} heads and {kv_heads} key-value heads")
-    found = {
-        "hidden_size": width,
-        "intermediate_size": weights["midlayer.mlp.gate_proj.weight"].shape[0],
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": rows // heads,
-        "target_hidden_size": fused // taps,
-    }
-    said = found | {"num_hidden_layers": 1, "draft_vocab_size": weights["lm_head.weight"].shape[0]}
-    for name, value in said.items():
-        if shape.raw.get(name) is not None and shape.size(name) != value:
-            wrong.append(f"its config says {name} {shape.raw[name]}, its tensors {value}: {value} is right")
-    found["max_position_embeddings"] = shape.size("max_position_embeddings", 2048)
-    return found
-
-
-def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, told: list[str], wrong: list[str]) -> dict[str, Any]:
-    """The settings that the arithmetic depends on, which tensors show only in part."""
-    normed, fused = "fc_norm.0.weight" in weights, "input_norm.weight" in weights
-    eagle = shape.object("eagle_config")  # where SGLang looks for norm_before_fc
-    for name, there in (("fc_norm", normed), ("norm_before_fc", fused)):
-        if there != (said := flags.flag(name, eagle.flag(name, there))):
-            wrong.append(f"its config says {name} {said}, its tensors {there}: {there} is right")
-    if shape.flag("tie_word_embeddings"):
-        wrong.append("its config ties the head to the embedding, which would say other tokens; it has a head of its own, and that counts")
-    if (activation := shape.text("hidden_act") or "silu") != "silu":
-        raise EyasError(f"{shape.where}: hidden_act {short(activation)}; eyas's draft layer computes silu")
-    if shape.raw.get("rms_norm_eps") is None:
-        told.append("its config names no rms_norm_eps; 1e-06, which engines then take")
-    return {
-        "rms_norm_eps": shape.number("rms_norm_eps", 1e-6),
-        "fc_norm": normed,
-        "norm_before_fc": fused,
-        "norm_output": flags.flag("norm_output"),
-        "norm_before_residual": flags.flag("norm_before_residual"),
-    }
 
 
 def default_ids(draft: Draft) -> bool:

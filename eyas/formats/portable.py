@@ -6,7 +6,7 @@ was trained with, may still be open. Knows what eyas's own directory holds; know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import DraftConfig, TargetConfig, check_taps, default_taps
+from eyas.config import DraftConfig, EyasError, TargetConfig, check_taps, default_taps
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.files.eagle3_files import FACTS, checked_network, config_from_file, network_of, save_draft, vocab_of
 from eyas.files.hf_config import has_own_blocks
@@ -26,6 +26,7 @@ from eyas.model.rows import Segment
 from eyas.model.vocab import DraftVocab
 
 FILES = ("config.json", "model.safetensors")  # a draft in eyas's own layout, and in most engines'
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # published names
 PROBE_ROWS, PROBE_STEPS, PROBE_TOKENS = 12, 4, 64
 
 
@@ -34,11 +35,10 @@ class Draft:
     """An EAGLE-3 draft as import and export hand it over: weights in memory, with every fact known that is needed to run it."""
 
     config: DraftConfig  # its shape, the layers it taps, and the settings it was trained with
-    weights: dict[str, Tensor]  # by published name: fc, midlayer.*, norm, lm_head, and fc_norm.* or input_norm where the config says so
+    weights: dict[str, Tensor]  # by published name: fc, midlayer.*, norm, lm_head, and what else the config says (fc_norm.*, embed_tokens)
     vocab: DraftVocab  # the D target ids it can guess
     target_layers: int  # how many layers its target has
     facts: dict[str, Any] = field(default_factory=dict)  # about its target: the keys in FACTS of files/eagle3_files.py that are known
-    embedding: Tensor | None = None  # [V, H] the target's, where the files brought one
 
     def network(self, embedding: Tensor, dtype: torch.dtype = torch.float32) -> DraftNetwork:
         """The network with these weights, as `dtype`, over the target's embedding [V, H]. Raises `EyasError` where weights do not fit the
@@ -56,7 +56,8 @@ class Found:
     vocab: DraftVocab
     layer_ids: tuple[int, ...] | None = None  # the layers it reads; None: the default triple
     counts: str = "inputs"  # what `layer_ids` count: "inputs" or "outputs" of layers
-    embedding: Tensor | None = None
+    head: str = "own"  # or "the target's", where the files hold none; or "the target's, tied", where they tie it to the embedding too
+    target_layers: int = 0  # how many layers its target has, where the files say so; else 0
     facts: dict[str, Any] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)  # what had to be inferred, one line for each
     wrong: list[str] = field(default_factory=list)  # those of these lines where a config contradicts the tensors
@@ -69,11 +70,18 @@ class Found:
             return check_taps(default_taps(target_layers), target_layers)
         return check_taps(tuple(number + (self.counts == "outputs") for number in self.layer_ids), target_layers)
 
+    def untapped(self) -> DraftConfig:
+        """Its config with all but the taps right, which may still be open."""
+        return DraftConfig(**self.shape, taps=(0,))
+
     def resolved(self, target_layers: int, **changes: Any) -> Draft:
-        """The draft, with `changes` for fields of its config (taps too) that the files leave open or get wrong."""
+        """The draft, with `changes` for fields of its config (taps too) that the files leave open or get wrong. Raises `EyasError` for one
+        whose head is the target's (formats/importing.py: `completed`)."""
+        if self.head != "own":
+            raise EyasError("it has no head of its own, so the target's counts; name the target with --target")
         taps = changes.pop("taps", None) or self.taps(target_layers)
         config = DraftConfig(**{**self.shape, **changes, "taps": taps})
-        return Draft(config, self.weights, self.vocab, target_layers, self.facts, self.embedding)
+        return Draft(config, self.weights, self.vocab, target_layers, self.facts)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,17 @@ class TargetFiles:
 
         return load_target(self.directory).embedding.detach()
 
+    def head(self) -> Tensor:
+        """The target's head [V, H], as it makes logits. Raises `EyasError` for one with biases, which a draft's head has not."""
+        if has_own_blocks(self.directory):
+            return self.embedding() if self.config.tie_word_embeddings else target_tensors(self.directory)["lm_head.weight"]
+        from eyas.files.target import load_target
+
+        target = load_target(self.directory)
+        if target.head_bias is not None:
+            raise EyasError(f"the head of {self.name} has biases, which a draft's head has not: a draft without a head cannot take it over")
+        return target.head_weight.detach() * target.logit_scale
+
 
 def own_draft(directory: Path) -> Draft:
     """The EAGLE-3 draft in a directory that eyas wrote."""
@@ -114,14 +133,28 @@ def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
     save_draft(directory, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
 
 
-def unusual(draft: Draft, engine: str) -> str | None:
-    """Why `engine`, which runs the published shape alone, cannot run this draft: it has other than three taps, or more than one layer.
+MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES = range(5)  # what only some engines run
+
+
+def unusual(draft: Draft, engine: str, runs: Collection[int] = ()) -> str | None:
+    """Why `engine` cannot run this draft: it has other than three taps, or something beside the published shape that is not in `runs`.
     None: it can."""
-    if len(draft.config.taps) != 3:
-        return f"{engine} runs three taps, this draft has {len(draft.config.taps)}"
-    if draft.config.draft_layers != 1:
-        return f"{engine} runs drafts of one layer, this one has {draft.config.draft_layers}"
-    return None
+    config = draft.config
+    if len(config.taps) != 3:
+        return f"{engine} runs three taps, this draft has {len(config.taps)}"
+    width, wide = config.hidden_size, config.target_hidden_size
+    reasons = (
+        (MORE_LAYERS, config.draft_layers != 1, f"runs drafts of one layer, this one has {config.draft_layers}"),
+        (OTHER_WIDTH, width != wide, f"runs drafts as wide as their target, this one is {width} wide and its target {wide}"),
+        (
+            OWN_EMBEDDING,
+            config.own_embedding and width == wide,
+            "gives a draft as wide as its target the target's embedding, and this one brings another",
+        ),
+        (QK_NORM, config.qk_norm, "knows no norms of queries and keys, this draft has them"),
+        (BIASES, config.attention_bias or config.mlp_bias, "knows no biases in a draft, this one has some"),
+    )
+    return next((f"{engine} {reason}" for name, there, reason in reasons if there and name not in runs), None)
 
 
 @torch.no_grad()

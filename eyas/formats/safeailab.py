@@ -10,15 +10,16 @@ import torch
 
 from eyas.config import TreeShape, rope_kind
 from eyas.files.untrusted import PICKLED
-from eyas.formats.plain import THETA, default_ids, own_width, plain_config, write_plain
-from eyas.formats.portable import Draft, TargetFiles, unusual
+from eyas.formats.config_fields import THETA
+from eyas.formats.plain import default_ids, own_width, plain_config, write_plain
+from eyas.formats.portable import OTHER_WIDTH, OWN_EMBEDDING, Draft, TargetFiles, unusual
 
 TITLE = "SafeAILab/EAGLE"
 WEIGHTS = ("bf16", "fp16", "fp32")
 
 
 def refusal(draft: Draft) -> str | None:
-    if why := unusual(draft, "SafeAILab's code"):
+    if why := unusual(draft, "SafeAILab's code", (OTHER_WIDTH, OWN_EMBEDDING)):
         return why
     config = draft.config
     if not default_ids(draft):
@@ -26,7 +27,8 @@ def refusal(draft: Draft) -> str | None:
         return f"its code reads the inputs of layers 2, {n // 2}, {n - 3} and no others; this draft reads {list(config.taps)}"
     if config.fc_norm or config.norm_output or config.norm_before_fc or config.norm_before_residual:
         return "its code knows neither fc_norm, norm_output nor the other norms; SGLang and vLLM do"
-    if config.rope_scaling and (rope_kind(config.rope_scaling) not in ("linear", "dynamic") or config.rope_theta != THETA):
+    kind = rope_kind(config.rope_scaling or {})
+    if kind is not None and (kind not in ("linear", "dynamic") or config.rope_theta != THETA):
         return f"its code scales rotary embeddings only linearly or dynamically, and then of base {THETA:g}"
     if not own_width(config):
         return f"its code ignores head_dim and takes {config.hidden_size} / {config.num_attention_heads}; this draft's is {config.head_dim}"
@@ -34,11 +36,10 @@ def refusal(draft: Draft) -> str | None:
 
 
 def config_for(draft: Draft, target: TargetFiles, dtype: torch.dtype) -> dict[str, Any]:
-    """No layer ids; rotary scaling names its kind `type`."""
-    config = plain_config(draft.config, target.config, dtype)
-    if scaling := draft.config.rope_scaling:
-        config["rope_scaling"] = {**scaling, "type": rope_kind(scaling)}
-    return config
+    """No layer ids; rotary scaling names its kind `type`. target_hidden_size stands where the embedding is in the file, and only there."""
+    config, scaling = plain_config(draft, target.config, dtype), draft.config.rope_scaling or {}
+    config["rope_scaling"] = {**scaling, "type": kind} if (kind := rope_kind(scaling)) is not None else None
+    return config | ({"target_hidden_size": draft.config.target_hidden_size} if draft.config.own_embedding else {})
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:

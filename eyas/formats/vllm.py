@@ -17,21 +17,25 @@ from eyas.files.disk import read_json
 from eyas.files.eagle3_files import layer_ids
 from eyas.files.tensors import save_tensors
 from eyas.files.untrusted import Fields, tensors_of
-from eyas.formats.plain import found_in, plain_config, write_plain
-from eyas.formats.portable import Draft, Found, TargetFiles, unusual
+from eyas.formats.plain import MARK, found_in, marks_of, plain_config, write_plain
+from eyas.formats.portable import BIASES, MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, Draft, Found, TargetFiles, unusual
 
 TITLE = "vLLM 0.32"
 WEIGHTS = ("bf16", "fp16", "fp32")
 SPECULATIVE_TOKENS = 3
-OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",
+         "own_embedding", "qk_norm", "draft_layers", MARK)  # fmt: skip
 
 
 def refusal(draft: Draft) -> str | None:
-    return unusual(draft, "vLLM")  # else it knows all of eyas's settings
+    config = draft.config
+    if config.qk_norm and (config.attention_bias or config.mlp_bias):
+        return "vLLM's draft layer with norms of queries and keys (Qwen3's) has no biases, this draft's has both"
+    return unusual(draft, "vLLM", (MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES))
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    write_plain(work, draft, plain_config(draft.config, target.config, dtype) | layer_ids(draft.config), dtype)
+    write_plain(work, draft, plain_config(draft, target.config, dtype) | layer_ids(draft.config), dtype)
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
@@ -43,11 +47,13 @@ def serve(draft: Path, target: str, shape: TreeShape) -> str:
 
 
 def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:
-    """Write speculators' layout. It holds the target's embedding, since speculators' own model class needs it; vLLM sees that it is the
-    target's and shares it."""
+    """Write speculators' layout. Where the draft has no embedding of its own it holds the target's, since speculators' own model class
+    needs it; vLLM sees that it is the target's and shares it."""
     config, name = draft.config, str(dtype).removeprefix("torch.")
-    layer = {key: value for key, value in plain_config(config, target.config, dtype).items() if key not in OUTER}
+    layer = {key: value for key, value in plain_config(draft, target.config, dtype).items() if key not in OUTER}
     verifier = read_json(target.directory / "config.json")
+    weights = {key.replace("midlayer.", "layers.0."): tensor.to(dtype) for key, tensor in draft.weights.items()}
+    shared = None if config.own_embedding else target.embedding().to(dtype)
     told = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -58,7 +64,7 @@ def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torc
         "norm_before_fc": config.norm_before_fc,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
-        "embed_requires_grad": False,
+        "embed_requires_grad": config.own_embedding,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),
         "tie_word_embeddings": False,
         "transformer_layer_config": layer,
@@ -72,10 +78,9 @@ def write_speculators(work: Path, draft: Draft, target: TargetFiles, dtype: torc
         },
         "dtype": name,
         "torch_dtype": name,
+        MARK: marks_of(draft, shared),
     }
-    weights = {key.replace("midlayer.", "layers.0."): tensor.to(dtype) for key, tensor in draft.weights.items()}
-    embedding = target.embedding().to(dtype) if draft.embedding is None else draft.embedding.to(dtype)
-    save_tensors(work, weights | {"embed_tokens.weight": embedding} | draft.vocab.as_tensors())
+    save_tensors(work, weights | ({} if shared is None else {"embed_tokens.weight": shared}) | draft.vocab.as_tensors())
     (work / "config.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
@@ -94,8 +99,6 @@ def read_speculators(path: Path) -> Found:
     if kind != "eagle3":
         raise EyasError(f"{path} is a {kind} head of speculators; eyas imports eagle3")
     layer = flags.object("transformer_layer_config")
-    if (model := layer.text("model_type")) not in (None, "llama", "qwen3"):
-        raise EyasError(f"{path}: its decoder layer is {model}'s; eyas computes Llama's")
     verifier = flags.object("speculators_config").object("verifier").text("name_or_path")
     ids = flags.layers("eagle_aux_hidden_state_layer_ids")
     found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {}, len(ids or (0, 0, 0)))

@@ -1,9 +1,10 @@
 """The EAGLE-3 network: a product that fuses the features, one decoder layer that reads [embedding ; g], a norm, and a head over the draft
 vocabulary (arXiv 2503.01840, inference pipeline).
 
-A draft may have more layers: ordinary ones, behind the first. Parameter names are the published ones (`fc`, `midlayer.*`, `norm`,
-`lm_head`), and `layers.1.*` and on for further layers. The embedding is the target's, handed in and never saved. Knows tensors only:
-drafters/eagle3.py grows trees with the network, train/unroll.py trains it.
+A draft may have more layers (ordinary ones, behind the first), another width than its target, biases, and norms of queries and keys.
+Parameter names are the published ones (`fc`, `midlayer.*`, `norm`, `lm_head`), and `layers.1.*` and on for further layers. The embedding is
+the target's, handed in and never saved; a draft with one of its own (`embed_tokens`) reads and saves that, and does not train it. Knows
+tensors only: drafters/eagle3.py grows trees with the network, train/unroll.py trains it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class DraftBlock(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(2 * config.hidden_size, config)
+        self.self_attn = Attention(2 * config.hidden_size, config, config.attention_bias, config.attention_out_bias, config.qk_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.norm_before_residual = config.norm_before_residual
 
     def join(self, e_NH: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,8 @@ class DraftBlock(nn.Module):
 
 
 class DraftNetwork(nn.Module):
-    """The weights and arithmetic of one draft step. `embedding` [V, H] is the target's table."""
+    """The weights and arithmetic of one draft step. `embedding` [V, H] is the target's table, which a draft with an embedding of its own
+    does not read."""
 
     levels: int | None = None  # how deep it can guess: as deep as is asked for
 
@@ -67,6 +69,8 @@ class DraftNetwork(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         if config.draft_layers > 1:
             self.layers = nn.ModuleDict({str(number): Block(config) for number in range(1, config.draft_layers)})
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
         self.native: list[NativeLayers] = []  # once prepared, where the kernel can run the layers: its calls, in order
         self.pool: Pool | None = None  # once prepared on CUDA, where steps are captured
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
@@ -107,7 +111,8 @@ class DraftNetwork(nn.Module):
         return self.fuse_product(features_NF)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
-        return F.embedding(tokens_N, self.embedding[0]).to(self.dtype)
+        table_VH = self.embed_tokens.weight if self.config.own_embedding else self.embedding[0]
+        return F.embedding(tokens_N, table_VH).to(self.dtype)
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
         """a [N, H], the layers' output for g (or for what stands in for it) and the tokens that followed; float32 where the kernel runs the
@@ -144,7 +149,8 @@ class DraftNetwork(nn.Module):
         first, others = self.midlayer, self.others
         for block in self.blocks:
             pack(block, bits)
-        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks) and not self.config.norm_before_residual:
+        unknown = self.config.norm_before_residual or self.config.mlp_bias  # to the kernel
+        if not unknown and all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = (first.hidden_norm, first.post_attention_layernorm, first.input_layernorm)
             self.native = [NativeLayers([NativeLayer(first.self_attn, first.mlp, *norms)], self.norm)]
             if others:  # one call runs layers of one shape only

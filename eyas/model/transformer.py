@@ -109,11 +109,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
         self.gate_up, self.down = Dense(self.gate_proj, self.up_proj), Dense(self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.hidden_size, config, config.attention_bias, config.attention_out_bias, config.qk_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False))  # a draft's may have some
 
     def forward(self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), rotation, attend)

@@ -104,8 +104,19 @@ def test_what_cannot_be_written_or_read_is_refused_in_one_line(refused, run, pla
 
 def test_which_layers_are_read_needs_the_target(run, place, tmp_path):
     run("export", place / "draft", tmp_path / "there", "--to", "safeailab", "--target", place / "target")
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    del config["eyas_export"]
+    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
     status, _, err = run("import", tmp_path / "there", tmp_path / "back")
     assert status == 2 and "give --target T" in err and err.count("\n") == 1 and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("layout", ["safeailab", "speculators", "llama_cpp"])
+def test_what_eyas_exported_comes_back_without_a_word_about_its_target(run, place, tmp_path, layout):
+    run("export", place / "draft", tmp_path / "there", "--to", layout, "--target", place / "target", "--weights", "bf16")
+    assert run("import", tmp_path / "there", tmp_path / "back")[0] == 0
+    assert contents(tmp_path / "back")["model.safetensors"] == contents(place / "draft")["model.safetensors"]
+    assert config_from_file(tmp_path / "back") == config_from_file(place / "draft")
 
 
 # ---- serving ----

@@ -135,7 +135,8 @@ def test_a_vocabulary_can_be_had_from_either_table(foreign, draft):
     [
         (drop("fc.weight"), "no EAGLE-3 draft: it lacks fc.weight"),
         (drop("midlayer.mlp.gate_proj.weight"), "lacks midlayer.mlp.gate_proj.weight"),
-        (lambda config, tensors: tensors.update({"layers.1.mlp.up_proj.weight": torch.zeros(2, 2)}), "2 decoder layers"),
+        (lambda config, tensors: tensors.update({"layers.1.mlp.up_proj.weight": torch.zeros(2, 2)}), "missing layers.1.input_layernorm"),
+        (lambda config, tensors: tensors.update({"layers.2.mlp.up_proj.weight": torch.zeros(2, 2)}), r"decoder layers \[0, 2\]"),
         (lambda config, tensors: tensors.update({"midlayer.self_attn.q_proj.weight": torch.zeros(32, 32)}), "EAGLE-1 or EAGLE-2"),
         (lambda config, tensors: tensors.update({"fc.weight": torch.zeros(32, 64)}), "fc reads 64 numbers"),
         (lambda config, tensors: config.update(num_attention_heads=5), "do not make 5 heads"),

@@ -104,12 +104,43 @@ def test_other_than_three_taps_are_refused_by_name(name, make, target, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
+LAYERS_OF_OTHERS = {  # what heads of others have -> the engines that run it
+    "layers": ({"draft_layers": 2}, {"sglang", "vllm", "speculators"}, "runs drafts of one layer, this one has 2"),
+    "norms": ({"qk_norm": True}, {"vllm", "speculators"}, "knows no norms of queries and keys"),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, {"vllm", "speculators"}, "knows no biases in a draft"),
+    "both": ({"qk_norm": True, "attention_bias": True}, set(), "knows no|has no biases, this draft's has both"),
+    "embedding": ({"own_embedding": True}, {"vllm", "speculators", "safeailab", "llama_cpp"}, "embedding, and this one brings another"),
+    "width": ({"own_embedding": True, "hidden_size": 16}, {"sglang", "vllm", "speculators", "llama_cpp"}, "as wide as|takes 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYERS_OF_OTHERS)
 @pytest.mark.parametrize("name", CANNOT)
-def test_more_than_one_layer_is_refused_by_name(name, make, target, tmp_path):
-    draft = own_draft(make(draft_layers=2))
-    assert draft.config.draft_layers == 2 and "layers.1.mlp.up_proj.weight" in draft.weights
-    with pytest.raises(EyasError, match=r"cannot run this draft: .* runs drafts of one layer, this one has 2$"):
-        written(draft, name, target, tmp_path)
+def test_what_heads_of_others_have_goes_where_engines_run_it(name, kind, make, place, target, tmp_path):
+    settings, runs, words = LAYERS_OF_OTHERS[kind]
+    draft = own_draft(make(**settings))
+    if name not in runs:
+        with pytest.raises(EyasError, match=f"cannot run this draft: .*({words})"):
+            written(draft, name, target, tmp_path)
+        return
+    assert written(draft, name, target, tmp_path).difference <= EXACT
+    again = find(tmp_path / "x").resolved(draft.target_layers)
+    assert again.config == replace(draft.config, max_position_embeddings=again.config.max_position_embeddings)
+
+
+def test_engines_find_what_they_ask_for_in_heads_of_others(make, target, tmp_path):
+    """As vLLM 0.32, SGLang 0.5.23 and SafeAILab's code read them."""
+    two, norms, own = (own_draft(make(**settings)) for settings in ({"draft_layers": 2}, {"qk_norm": True}, {"own_embedding": True}))
+    for number, (draft, name) in enumerate(((two, "sglang"), (norms, "vllm"), (norms, "speculators"), (own, "safeailab"))):
+        written(draft, name, target, tmp_path / str(number))
+    tensors, config = read_tensors(tmp_path / "0" / "x"), Fields.of(tmp_path / "0" / "x").raw
+    assert config["num_hidden_layers"] == 2
+    assert torch.equal(tensors["layers.1.hidden_norm.weight"], tensors["layers.1.input_layernorm.weight"]), "the first is SGLang's name"
+    config = Fields.of(tmp_path / "1" / "x").raw
+    assert (config["architectures"], config["model_type"]) == (["Eagle3Qwen3ForCausalLM"], "qwen3")
+    assert Fields.of(tmp_path / "2" / "x").raw["transformer_layer_config"]["model_type"] == "qwen3", "by which vLLM chooses the layer"
+    assert Fields.of(tmp_path / "3" / "x").raw["target_hidden_size"] == 32, "which tells SafeAILab that the embedding is in the file"
+    assert "embed_tokens.weight" in read_tensors(tmp_path / "3" / "x")
 
 
 def test_layer_ids_are_written_as_each_engine_counts_them(make, target, tmp_path):

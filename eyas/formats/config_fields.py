@@ -1,0 +1,223 @@
+"""What a stranger's config.json says of a draft's layers: sizes, settings, rotary embedding.
+
+Where tensors show a fact, they are believed and not the config. A field that changes what the layers compute and that eyas's network does
+not compute is refused by name, and so is a field that nobody here has read: readings that all leave it out cannot be told apart by
+measuring. Knows fields and the names of tensors; knows no layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from eyas.config import EyasError, rope_kind, short
+from eyas.files.untrusted import Fields
+
+THETA = 10000.0  # where a config names none; SafeAILab's trainer used it whatever the config said
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # whose decoder layers are the ones that the network computes
+HARMLESS = frozenset({  # fields that say nothing of what the draft computes
+    # how files were made and are loaded, or what training alone used
+    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "speculators_model_type",
+    "speculators_version", "speculators_config", "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop",
+    "embd_pdrop", "use_cache", "pretraining_tp", "gradient_checkpointing", "embed_requires_grad", "ttt_steps", "ttt_length",
+    "target_model_type", "target_layer_count", "modal_type", "has_no_defaults_at_init", "_attn_implementation",
+    "_attn_implementation_autoset", "attn_implementation", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan",
+    # tokens and texts, which are the target's
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id",
+    "tokenizer_class", "prefix", "finetuning_task", "problem_type", "task_specific_params", "id2label", "label2id",
+    "num_labels",
+    # what a call returns and how text is sampled
+    "return_dict", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "chunk_size_feed_forward",
+    # what other fields, read here, make idle
+    "is_decoder", "max_window_layers", "parallel_draft_heads_num_layers", "has_lm_head",
+})  # fmt: skip
+IDLE = {  # fields that change nothing while they have one of these values
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "logit_scale": (1, 1.0),
+    "bias": (False,),
+    "qkv_bias": (False,),
+    "position_embedding_type": ("rope",),
+    "rope_interleaved": (False,),
+    "rope_is_neox_style": (True,),
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+    "next_layer_regular": (True,),
+    "parallel_draft_step": (0, 1),
+    "use_moe": (False,),
+}
+ROTARY = (  # what transformers' rotary embeddings take
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
+    "mrope_section", "mrope_interleaved",
+)  # fmt: skip
+
+
+@dataclass
+class Said:
+    """What is told the user of a draft's files."""
+
+    told: list[str] = field(default_factory=list)  # what had to be inferred, one line for each
+    wrong: list[str] = field(default_factory=list)  # those of these lines where the config contradicts the tensors, or itself
+
+
+def layer_names(weights: Mapping[str, Tensor], where: str = "the draft") -> list[str]:
+    """The prefixes of the decoder layers' tensors: `midlayer`, and `layers.1` and on. Raises `EyasError` where numbers are missing."""
+    numbers = sorted({int(name.split(".")[1]) for name in weights if name.startswith("layers.") and name.split(".")[1].isdigit()})
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise EyasError(f"{where} holds decoder layers {[0, *numbers]}: some are missing; ask for the whole checkpoint")
+    return ["midlayer", *(f"layers.{number}" for number in numbers)]
+
+
+def sizes_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, said: Said, taps: int) -> dict[str, int]:
+    """Widths, heads and layers as the tensors have them; the user is told where the config says otherwise."""
+    width, fused, where = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1], shape.where
+    if fused % taps:
+        raise EyasError(f"{where}: fc reads {fused} numbers, which is not {taps} features of the target")
+    heads = shape.size("num_attention_heads")
+    kv_heads = shape.size("num_key_value_heads", heads)
+    rows, kv_rows = (weights[f"midlayer.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+    if not heads or not kv_heads or rows % heads or kv_rows * heads != rows * kv_heads:
+        raise EyasError(f"{where}: {rows} query rows and {kv_rows} key rows do not make {heads} heads and {kv_heads} key-value heads")
+    found = {
+        "hidden_size": width,
+        "intermediate_size": weights["midlayer.mlp.gate_proj.weight"].shape[0],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": rows // heads,
+        "target_hidden_size": fused // taps,
+    }
+    layers = len(layer_names(weights))
+    head = weights.get("lm_head.weight")
+    for name, value in (found | {"num_hidden_layers": layers, "draft_vocab_size": None if head is None else head.shape[0]}).items():
+        for fields in dict.fromkeys((shape, flags)):
+            if fields.given(name) is not None and value is not None and fields.size(name) != value:
+                said.wrong.append(f"its config says {name} {fields.raw[name]}, its tensors {value}: {value} is right")
+    return found | {"draft_layers": layers, "max_position_embeddings": shape.size("max_position_embeddings", 2048)}
+
+
+def settings_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, said: Said) -> dict[str, Any]:
+    """The settings that the arithmetic depends on, which tensors show only in part."""
+    there = {
+        "fc_norm": "fc_norm.0.weight" in weights,
+        "norm_before_fc": "input_norm.weight" in weights,
+        "qk_norm": all(f"midlayer.self_attn.{name}_norm.weight" in weights for name in "qk"),
+        "attention_bias": any(name.startswith("midlayer.self_attn.") and name.endswith(".bias") for name in weights),
+        "mlp_bias": any(name.startswith("midlayer.mlp.") and name.endswith(".bias") for name in weights),
+    }
+    eagle = shape.object("eagle_config")  # where SGLang looks for norm_before_fc
+    spelt = {
+        "fc_norm": [(flags, "fc_norm"), (flags, "use_aux_norm")],
+        "norm_before_fc": [(flags, "norm_before_fc"), (eagle, "norm_before_fc")],
+        "qk_norm": [(shape, "qk_norm"), (shape, "use_qk_norm")],
+        "attention_bias": [(shape, "attention_bias")],
+        "mlp_bias": [(shape, "mlp_bias")],
+    }
+    for name, places in spelt.items():
+        for fields, key in places:
+            if (claimed := fields.flag(key, there[name])) != there[name]:
+                said.wrong.append(f"its config says {key} {claimed}, its tensors {there[name]}: {there[name]} is right")
+    if (activation := shape.text("hidden_act") or "silu") not in ("silu", "swish"):
+        raise EyasError(f"{shape.where}: hidden_act {short(activation)}; eyas's draft layer computes silu")
+    if (model := shape.text("model_type") or "llama") not in MODEL_TYPES:
+        raise EyasError(f"{shape.where}: model_type {short(model)}; eyas computes the decoder layers of {', '.join(MODEL_TYPES)}")
+    if shape.given("rms_norm_eps") is None:
+        said.told.append("its config names no rms_norm_eps; 1e-06, which engines then take")
+    return there | {
+        "rms_norm_eps": shape.number("rms_norm_eps", 1e-6),
+        "norm_output": flags.flag("norm_output"),
+        "norm_before_residual": flags.flag("norm_before_residual"),
+    }
+
+
+# ---- positions and attention ----
+
+
+def rotary_of(shape: Fields, said: Said) -> tuple[dict[str, Any], list[float]]:
+    """The fields of the rotary embedding, and the bases it may have been trained with, the config's own first.
+
+    Of `rope_scaling` and `rope_parameters` the first counts where it says something, as in transformers, which engines read configs with.
+    An embedding for images (mrope) counts every position three times, alike on text: there it is the plain one. Its sections are kept for
+    engines that serve images.
+    """
+    objects = {key: shape.object(key) for key in ("rope_scaling", "rope_parameters")}
+    for fields in objects.values():
+        fields.asked.update(ROTARY)
+        partial = fields.number("partial_rotary_factor", shape.number("partial_rotary_factor", 1.0))
+        if partial != 1:
+            raise EyasError(f"{shape.where}: partial_rotary_factor {partial:g}; eyas's draft layer rotates whole heads")
+    kinds = {key: scaling_in(fields.raw) for key, fields in objects.items()}
+    scaling = kinds["rope_scaling"] if objects["rope_scaling"].raw else kinds["rope_parameters"]
+    others = [key for key, fields in objects.items() if fields.raw and kinds[key] != scaling]
+    if others:
+        said.wrong.append(f"its config describes two rotary embeddings, {short(scaling)} and {short(kinds[others[0]])}")
+    if scaling and "mrope_section" in scaling:
+        said.told.append("its rotary embedding counts images in three directions (mrope), which on text is the plain one")
+    named = [*(fields.number("rope_theta") for fields in objects.values()), shape.number("rope_theta")]
+    thetas = list(dict.fromkeys(theta for theta in named if theta is not None))
+    if not thetas:
+        said.told.append(f"its config names no rope theta; {THETA:g}, which engines then take")
+    if len(thetas) > 1:
+        said.wrong.append(f"its config names several rope thetas, {' and '.join(f'{theta:g}' for theta in thetas)}")
+    candidates = list(dict.fromkeys([*thetas, THETA]))
+    return {"rope_theta": candidates[0], "rope_scaling": scaling}, candidates
+
+
+def scaling_in(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an object says of scaling; None for a plain embedding, for which transformers 5 writes an object too."""
+    held = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if "mrope_section" in held or rope_kind(held) == "mrope":
+        kind = rope_kind(held)
+        held = {key: value for key, value in held.items() if key != "type"} | {"rope_type": "default" if kind in (None, "mrope") else kind}
+        return held if "mrope_section" in held else None
+    return held if rope_kind(held) is not None else None
+
+
+def check_attention(shape: Fields, layers: int) -> None:
+    """Raise `EyasError` where a layer sees less than all of the text before it."""
+    kinds, window = shape.given("layer_types"), shape.given("sliding_window")
+    used = shape.flag("use_sliding_window", shape.text("model_type") == "mistral")
+    own = kinds[:layers] if isinstance(kinds, list) else []
+    if others := sorted({short(kind) for kind in own} - {short("full_attention"), short("sliding_attention")}):
+        raise EyasError(f"{shape.where}: layer_types names {others[0]}; eyas's draft layers attend to all of the text")
+    if window is not None and ("sliding_attention" in own or (used and not own)):
+        raise EyasError(f"{shape.where}: sliding_window {short(window)}; eyas's draft layers attend to all of the text")
+
+
+# ---- what nobody read ----
+
+
+def check_known(fields: Fields) -> None:
+    """Raise `EyasError` for a field that may change what a draft computes and that was not read."""
+    check_idle(fields)
+    if unknown := fields.passed_over(HARMLESS):
+        many = len(unknown) > 1
+        names = ", ".join(map(short, unknown[:4])) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+        raise EyasError(
+            f"{fields.where}: eyas does not know the field{'s' * many} {names}, which may change what the draft computes; "
+            f"where {'they change' if many else 'it changes'} nothing, take {'them' if many else 'it'} out of a copy of the file"
+        )
+
+
+def check_idle(fields: Fields) -> None:
+    for key, values in IDLE.items():
+        value = fields.given(key)
+        if value is not None and value not in values:
+            raise EyasError(f"{fields.where}: {key} is {short(value)}, which changes what a draft computes and which eyas does not compute")
+    for name, each in fields.objects.items():
+        if name not in HARMLESS:
+            check_idle(each)
