@@ -2,8 +2,8 @@
 
     python benchmarks/busy_machine.py [--busy 0,1,2] [--repeats 5] [--tokens 48] [--out F.json]
 
-Each number of threads has a process of its own, and they take turns. The others are processes that count; they share the cores as the system
-has it. "of alone" is the median rate over the median rate with nothing beside; "of one thread" is over one thread's under the same load.
+Each number of threads has a process of its own, and they take turns. The others are processes that count; the system shares out the cores.
+"of alone" is the median rate over the median rate with nothing beside; "of one thread" is over one thread's under the same load.
 """
 
 from __future__ import annotations
