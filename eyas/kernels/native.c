@@ -1,10 +1,10 @@
 /* What a pass over a model's rows is made of, for CPUs with AVX2 and FMA, better where they have AVX-512.
  *
  * eyas_product is y[rows, out] = x[rows, in] . w[out, in]^T with float32 x and y and w of 16 (bfloat16), 8 or 4 bits, which is widened on
- * the fly: a pass of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layer a whole decoder layer: what
+ * the fly: a pass of few rows is bound by reading weights. eyas_attention is attention over a cache, eyas_layers whole decoder layers: what
  * lies between the products costs little as arithmetic and much as two dozen calls. In all of them every sum of a row is taken in one order,
  * whatever the other rows of the pass are and whatever lies between the keys that the row sees: a tree's rows give exactly what plain
- * decoding's single rows give. `out` must be a multiple of 16, the heads' width one of 8.
+ * decoding's single rows give. `out` must be a multiple of 16, `in` an even number. Each is a job of phases that team.h's threads share.
  *
  * Weights lie packed in blocks of 16 outputs, so that one broadcast input meets 16 outputs and no sum crosses lanes; within a block pairs of
  * inputs lie side by side, [in / 2][16][2]. The innermost loops, some rows by some blocks, are in native_avx2.h and native_avx512.h. */
@@ -16,7 +16,7 @@
 
 #define LANES 16
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
-#define TASK_NUMBERS 32768 /* outputs that a task of a product computes at most, where it has more than two blocks */
+#define TASK_NUMBERS 32768 /* outputs that a task of a product computes at most, but for the least that a task takes */
 #define ROWS_IN_TASK 16    /* rows that a task takes at most, of what lies between products */
 #define AHEAD 2048      /* bytes between the weights in use and those asked for */
 #define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
@@ -27,6 +27,8 @@
  * j has the low half of the bytes whose high half is output 8 + j's. */
 #define GROUP 32
 #define RECORD(bits) ((bits) == 8 ? 2 * LANES + GROUP * LANES : 4 * LANES + GROUP * LANES / 2) /* bytes */
+
+static long largest(long a, long b) { return a > b ? a : b; }
 
 typedef struct {
     const void *w;
@@ -121,15 +123,17 @@ static void keep_row(const matrix *m, inputs to, long r, const float *memory) {
     }
 }
 
-/* Blocks of outputs that a task of a product takes: few enough that the rows' outputs stay near the core. */
-static long most_blocks(long rows) {
-    long most = TASK_NUMBERS / LANES / rows;
-    return most < 2 ? 2 : most;
+/* Blocks of outputs of a product. A task takes few enough that the rows' outputs stay near the core. */
+static long blocks(const matrix *m, long rows, long *least, long *most) {
+    long all = m->out / LANES, near = TASK_NUMBERS / LANES / rows;
+    *least = largest(m->in > 1024 ? 1 : 2, 1 + all / (MOST_TASKS / 2)), *most = largest(near, *least);
+    return all;
 }
 
-static long blocks(const matrix *m, long rows, long *least, long *most) {
-    *least = m->in > 1024 ? 1 : 2, *most = most_blocks(rows);
-    return m->out / LANES;
+/* Numbers that a task of a product puts out at most. */
+static long outputs_in_task(const matrix *m, long rows) {
+    long least, most, all = blocks(m, rows, &least, &most);
+    return (most < all ? most : all) * LANES * rows;
 }
 
 /* Outputs [first, last) (blocks) of x . w^T, into y [rows][(last - first) * 16] */
@@ -156,8 +160,6 @@ static long rows_in_tasks(long rows, long *least, long *most) {
     *least = 1 + rows / (MOST_TASKS / 2), *most = *least > ROWS_IN_TASK ? *least : ROWS_IN_TASK;
     return rows;
 }
-
-static long largest(long a, long b) { return a > b ? a : b; }
 
 /* ---- a product ---- */
 
@@ -192,7 +194,7 @@ static void product_keep(const job *j, long phase, long first, long last, const 
 static long product_memory(const matrix *m, long rows) {
     long least, most;
     rows_in_tasks(rows, &least, &most);
-    return largest(most_blocks(rows) * LANES * rows, most * form_of(m));
+    return largest(outputs_in_task(m, rows), most * form_of(m));
 }
 
 /* y = x . w^T. scratch: `form_of` numbers for each row. Returns as `run` does. */
@@ -641,10 +643,11 @@ static void pass_keep(const job *j, long phase, long first, long last, const flo
 
 static long pass_memory(const pass *s) {
     const layer *l = s->layers;
-    long least, most, outputs = largest(largest(l->qkv.out, l->o.out), largest(l->gate_up.out, l->down.out));
-    rows_in_tasks(s->p.rows, &least, &most);
-    long product = most_blocks(s->p.rows) * LANES;
-    return largest(largest(attention_memory(&s->p), most * row_memory(s, l)), (product < outputs ? product : outputs) * s->p.rows);
+    long least, most, rows = s->p.rows, attention = attention_memory(&s->p);
+    rows_in_tasks(rows, &least, &most);
+    long outputs = largest(largest(outputs_in_task(&l->qkv, rows), outputs_in_task(&l->o, rows)),
+                           largest(outputs_in_task(&l->gate_up, rows), outputs_in_task(&l->down, rows)));
+    return largest(largest(attention, most * row_memory(s, l)), outputs);
 }
 
 /* x [rows, width] += attention, then += MLP: `count` decoder layers of one shape over rows. q, k and v read norm(x), or [norm(beside);

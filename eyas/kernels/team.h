@@ -8,6 +8,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -163,12 +164,16 @@ static void alone_again(void) { /* a forked child has none of its parent's threa
 static void enlist(long wanted) {
     static int prepared;
     if (!prepared) pthread_atfork(NULL, NULL, alone_again), prepared = 1;
+    sigset_t all, before; /* signals are for the threads that call */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     for (pthread_t thread; workers < wanted && workers < MOST_THREADS; workers++)
         if (pthread_create(&thread, &attributes, serve, (void *)workers)) break;
     pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 static int lagging(uint64_t slot) { /* whether a thread is still in a job that had this place */
