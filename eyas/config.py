@@ -299,7 +299,7 @@ class TrainSettings:
     tree_every: int = 4  # every so many measurements tau is measured in real rounds with trees too; 0: never
     patience: int = 5  # measurements in a row clearly under the best (over-fitting, not noise) that end the training; 0: none
     checkpoint_minutes: float = 5.0
-    autocast: bool = False  # products in bfloat16 over float32 weights: on CUDA, and on CPUs that multiply it fast
+    autocast: bool = False  # products in bfloat16 over float32 weights; on CUDA alone
     top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and in use
     random_head: bool = False  # for a control: the draft's head begins at random instead of with the target's
     token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn

@@ -79,9 +79,12 @@ METHODS: dict[str, Method] = {
 
 def register(name: str, method: Method) -> None:
     """Add a method; from here on every command knows it. Both of its modules may be the file that calls this:
-    `register("mine", Method(__name__, __name__, draft="mine"))`. Raises `EyasError` for a name that is taken."""
+    `register("mine", Method(__name__, __name__, draft="mine"))`. Raises `EyasError` for a name that is taken, and for a
+    method that would not find the draft that it trains."""
     if name in METHODS:
         raise EyasError(f"method {name!r} exists already; choose another name")
+    if method.teaching and method.draft != name:
+        raise EyasError(f"method {name!r} trains a draft but decodes with those of {method.draft!r}; write draft={name!r}")
     METHODS[name] = method
 
 

@@ -62,6 +62,12 @@ def test_a_plugin_is_read_once_however_often_it_is_named(tmp_path):
         register("mine", Method("other"))
 
 
+def test_a_method_that_would_not_find_the_draft_it_trains_is_refused():
+    with pytest.raises(EyasError, match="method 'mine' trains a draft but decodes with those of 'hydra'; write draft='mine'"):
+        register("mine", Method("a", "a", draft="hydra"))
+    assert "mine" not in METHODS
+
+
 def test_a_growth_of_ones_own_grows_the_trees_and_leaves_the_text(tmp_path):
     target = save_tiny_target(tmp_path / "target", num_hidden_layers=7)
     draft = save_tiny_draft(tmp_path / "draft", target, taps=None)

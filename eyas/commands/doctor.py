@@ -12,12 +12,15 @@ from eyas.commands.common import draft_path, evidence_of
 from eyas.commands.output import terminal
 from eyas.config import EyasError
 from eyas.diagnose.doctor import Diagnosis, diagnose
+from eyas.diagnose.served import checked_url, compare
 from eyas.formats.portable import TargetFiles
 
 
 def run(options: argparse.Namespace) -> int:
     if options.tokens < 8:
         raise EyasError(f"tokens must be at least 8, not {options.tokens}")
+    if options.engine_url:
+        checked_url(options.engine_url)
     path = draft_path(options.draft)
     target = TargetFiles.of(options.target)
     evidence, embedding = evidence_of(target, options.tokens)
@@ -26,8 +29,6 @@ def run(options: argparse.Namespace) -> int:
         tell(terminal(), found, evidence.answer_tokens)
     served = None
     if options.engine_url and found.draft:
-        from eyas.diagnose.served import compare
-
         served = compare(options.engine_url, found.draft, target)
         for line in () if options.json else served["lines"]:
             print(line)

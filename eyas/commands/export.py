@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         extra["python"] = Path(options.python).expanduser()
     check = export(draft, source, options.to, out, target, options.weights, options.force, **extra)
     console.print(f"{out}: written for {layout.title}; {words(check)}", markup=False)
-    console.print("serve it with:", layout.serve(out, target.name, TreeShape.chain(options.chain)), sep="\n", markup=False)
+    console.print("serve it with:", layout.serve(out.resolve(), target.name, TreeShape.chain(options.chain)), sep="\n", markup=False)
     return 0
 
 

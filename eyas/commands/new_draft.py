@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
 from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, shard_facts
 from eyas.commands.follow import follow
+from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import progress, terminal
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.decode.prompt import Prompt
@@ -142,11 +142,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         finish(options, job, trained(options, job, state, console), console)
     except KeyboardInterrupt:
-        print(f"\nstopped; all of it is kept. Go on with: {command(options)}", file=sys.stderr)
+        print(f"\nstopped; all of it is kept. Go on with: {again(options)}", file=sys.stderr)
         raise
     state.finished = True
     state.save(out)
-    print(f"draft written to {out}; its card is {out / CARD}; try: {use(options, out, job.words.template.chat)}")
+    print(f"draft written to {out}; its card is {out / CARD}; try: {generate_with(options, options.model, out, job.words.template.chat)}")
     return 0
 
 
@@ -157,7 +157,7 @@ def trained(options: argparse.Namespace, job: Job, state: Run, console: Console)
         write(job, state, disk_limit(options.disk, job.words.folder), console)
     shards = sorted(job.words.folder.glob(PATTERN))
     examples, data = shard_facts(shards, [job.words.folder], job.settings, before, job.words.template, options.apart)
-    facts = {**data, **job.studied.facts(), "command": command(options)}
+    facts = {**data, **job.studied.facts(), "command": again(options)}
     trainer = build(job.setup(examples, ShardStates(), facts, lambda line: console.print(line, soft_wrap=True)))
     with_trees(trainer, job.studied.directory)
     if before is not None:
@@ -247,7 +247,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     if can_draw():
         draw_curve(told["curve"], out / PICTURE)
-    (out / CARD).write_text(card(told, result, command(options), use(options, out, chat)))
+    (out / CARD).write_text(card(told, result, again(options), generate_with(options, options.model, out, chat)))
 
 
 def fits(engine: Engine, question: Prompt, request: Request) -> bool:
@@ -256,13 +256,3 @@ def fits(engine: Engine, question: Prompt, request: Request) -> bool:
         return len(engine.encode(question, request.raw)) + request.max_new_tokens <= engine.target.config.max_position_embeddings
     except EyasError:
         return False
-
-
-def command(options: argparse.Namespace) -> str:
-    return shlex.join(["eyas", *options.arguments])
-
-
-def use(options: argparse.Namespace, out: Path, chat: bool) -> str:
-    """A command that writes with the draft."""
-    target = ["--target", options.model] if options.model else []
-    return shlex.join(["eyas", "generate", "Tell me about hawks.", *target, "--draft", str(out), *([] if chat else ["--raw"])])

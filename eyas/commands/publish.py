@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from eyas.commands.common import target_for
+from eyas.commands.next_steps import place, shell
 from eyas.commands.output import terminal
 from eyas.config import EyasError
 from eyas.engine import draft_directory
@@ -48,7 +49,9 @@ def run(options: argparse.Namespace) -> int:
             return 0
         with atomic_directory(out) as work:
             shutil.copytree(made, work, dirs_exist_ok=True)
+    upload = shell("hf", "upload", "OWNER/NAME", place(out))
     console.print(
-        f"{out}: ready for the hub; look it over, then `hf upload OWNER/NAME {out}` (huggingface_hub's own command)", markup=False
+        f"{out}: ready for the hub; look it over, then `{upload}` (huggingface_hub's own command)",
+        markup=False,
     )
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from eyas.commands.common import draft_path, evidence_of
+from eyas.commands.next_steps import shell
 from eyas.commands.output import terminal
 from eyas.config import EyasError, TreeShape
 from eyas.files.eagle3_files import check_fits
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     layout = layout_of(options.engine)
     if options.cost is not None and not 0 < options.cost < 10:
         raise EyasError(f"cost must be above 0 and below 10 (a draft step's time over a target pass's), not {options.cost}")
-    path = draft_path(options.draft)
+    path = draft_path(options.draft).resolve()
     target, found = TargetFiles.of(options.target), find(path)
     draft = found.resolved(target.config.num_hidden_layers)
     check_fits(draft.config, target.config)
@@ -37,12 +38,15 @@ def run(options: argparse.Namespace) -> int:
     console = terminal()
     told = ", ".join(f"{length}: {value:.2f}" for length, value in enumerate(gains, 1))
     console.print(f"# {layout.title}; expected gain over plain by draft tokens, a draft step costing {cost:g} of a target pass: {told}")
-    if max(gains) <= 1:
-        console.print("# none pays at this cost: serve the target alone")
     first = preparation(path, options.engine, found.layout, target.name)
-    if first:
-        console.print(f"# first: {first}", markup=False)
-    console.print(layout.serve(Path("OUT") if first else path, target.name, TreeShape.chain(best)), markup=False)
+    serve = layout.serve(Path("OUT") if first else path, target.name, TreeShape.chain(best))
+    if max(gains) > 1:
+        lines = [*([f"# first: {first}"] if first else []), serve]
+    else:  # a line that is pasted shall not make it slower
+        told = "# none pays at this cost: serve the target alone"
+        alone = [f"{told}, as this does", layout.serve_alone(target.name)] if layout.serve_alone else [told]
+        lines = [*alone, f"# with the draft all the same: {f'{first} && ' if first else ''}{serve}"]
+    console.print(*lines, sep="\n", markup=False)
     return 0
 
 
@@ -61,5 +65,5 @@ def preparation(path: Path, name: str, there: str, target: str) -> str | None:
     fits = {"sglang": own, "vllm": own or plain, "safeailab": plain, "llama_cpp": there.startswith("llama.cpp")}
     if fits.get(name, there == name):
         return None
-    export = f"eyas export {path if own else 'OWN'} OUT --to {name} --target {target}"
-    return export if own else f"eyas import {path} OWN --target {target} && {export}"
+    export = shell("eyas", "export", path if own else "OWN", "OUT", "--to", name, "--target", target)
+    return export if own else f"{shell('eyas', 'import', path, 'OWN', '--target', target)} && {export}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +16,16 @@ from rich.console import Console
 
 from eyas.commands.data import from_conversations, from_self_play, own_words
 from eyas.commands.follow import follow
+from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
 from eyas.files.target import check_device, load_target, target_directory
+from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
 from eyas.train import trainer as training
-from eyas.train.build import Setup, Studied, build, earlier_facts, with_trees
+from eyas.train.build import Setup, Studied, build, check_autocast, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
@@ -79,11 +80,11 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     try:
         follow(trainer, budget, console)
     except KeyboardInterrupt:
-        print(f"\nstopped; the checkpoint is saved. Go on with: eyas train {resume_words(options)}", file=sys.stderr)
+        print(f"\nstopped; the checkpoint is saved. Go on with: {again(options, '--resume')}", file=sys.stderr)
         raise
     if ranks.first:
-        where = f" --target {shlex.quote(options.target)}" if options.target else ""
-        print(f"draft written to {out}; try: eyas generate 'Tell me about hawks.'{where} --draft {shlex.quote(str(out))}")
+        chat = bool(getattr(load_tokenizer(studied.directory), "chat_template", None))
+        print(f"draft written to {out}; try: {generate_with(options, options.target, out, chat)}")
     return 0
 
 
@@ -140,7 +141,9 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
         "seed": options.seed,
         "autocast": options.device.startswith("cuda"),
     }
-    return settings_of(method, named | dict(map(setting, options.set)))
+    settings = settings_of(method, named | dict(map(setting, options.set)))
+    check_autocast(settings, options.device)
+    return settings
 
 
 def settings_of(method: str, asked: dict[str, Any]) -> TrainSettings:
@@ -222,7 +225,3 @@ def check_out(out: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise EyasError(f"cannot write {out} ({error.strerror}); choose another --out") from None
-
-
-def resume_words(options: argparse.Namespace) -> str:
-    return shlex.join([*(part for part in options.arguments[1:] if part != "--resume"), "--resume"])

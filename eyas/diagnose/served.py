@@ -10,8 +10,11 @@ import re
 import urllib.error
 import urllib.request
 from collections import Counter
+from http.client import HTTPException
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from eyas.checks import is_number
 from eyas.config import GREEDY, PRECISIONS, EyasError, TreeShape, short
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
@@ -22,6 +25,7 @@ from eyas.measure.agreement import QUESTIONS
 NEW_TOKENS = 100
 FAR = 0.1  # relative difference of tau that is more than other kernels and another rounding explain
 TIMEOUT = 300
+EXAMPLE = "http://127.0.0.1:8000"
 VLLM = re.compile(r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)(?:_total)?(?:\{[^}]*\})? ([0-9.e+]+)$", re.M)
 
 
@@ -50,18 +54,40 @@ class Served(NamedTuple):
 def call(url: str, body: dict[str, Any] | None = None) -> Any:
     """JSON, or text where it is none."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         raise EyasError(f"{url} answered {error.code} ({short(error.read()[:200].decode(errors='replace'))})") from None
-    except (OSError, ValueError) as error:
-        raise EyasError(f"{url} cannot be reached ({error}); give the address of a running engine, as http://127.0.0.1:8000") from None
+    except (OSError, ValueError, HTTPException) as error:
+        why = short(str(error) or type(error).__name__)
+        raise EyasError(f"{url} cannot be reached ({why}); give the address of a running engine, as {EXAMPLE}") from None
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def checked_url(url: str) -> str:
+    """The address of an engine, without what its API's paths begin with. Raises `EyasError` for what is no such address."""
+    try:
+        parts = urlsplit(url)
+        well = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        well = False
+    if not well or not url.isprintable() or " " in url:
+        raise EyasError(f"--engine-url {short(url)} is no address of an engine; give one like {EXAMPLE}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def held(value: Any) -> dict[str, Any]:
+    """The value, where it is an object; else an empty one: a server may answer anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def count(value: Any) -> int:
+    return int(value) if is_number(value) and value > 0 else 0
 
 
 def optional(url: str) -> Any:
@@ -85,33 +111,33 @@ def sglang_told(url: str) -> tuple[float, TreeShape] | None:
     told = optional(f"{url}/server_info") or optional(f"{url}/get_server_info")
     if not isinstance(told, dict) or not told.get("speculative_algorithm"):
         return None
-    states = told.get("internal_states") or [{}]
-    length = states[0].get("avg_spec_accept_length")
-    steps = int(told.get("speculative_num_steps") or 3)
-    top_k, nodes = int(told.get("speculative_eagle_topk") or 1), int(told.get("speculative_num_draft_tokens") or steps + 1)
-    return (float(length), TreeShape(nodes, steps - 1, top_k)) if length else None
+    states = told.get("internal_states")
+    length = held(states[0]).get("avg_spec_accept_length") if isinstance(states, list) and states else None
+    steps = count(told.get("speculative_num_steps")) or 3
+    top_k, nodes = count(told.get("speculative_eagle_topk")) or 1, count(told.get("speculative_num_draft_tokens")) or steps + 1
+    return (float(length), TreeShape(nodes, steps - 1, top_k).checked()) if is_number(length) and length else None
 
 
 def ask(url: str) -> Served:
     """Ask the server the questions, greedily, one after the other."""
-    url = url.rstrip("/").removesuffix("/v1")
-    models = call(f"{url}/v1/models")
-    entries = models.get("data") if isinstance(models, dict) else None
-    if not entries:
+    url = checked_url(url)
+    entries = held(call(f"{url}/v1/models")).get("data")
+    name = held(entries[0]).get("id") if isinstance(entries, list) and entries else None
+    if not isinstance(name, str):
         raise EyasError(f"{url}/v1/models lists no model; is this an OpenAI-compatible engine?")
     before = vllm_counts(url)
     drafted = accepted = written = 0
     prompts = []
     for question in QUESTIONS:
-        body = {"model": entries[0]["id"], "temperature": 0, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": question}]}
+        body = {"model": name, "temperature": 0, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": question}]}
         answer = call(f"{url}/v1/chat/completions", body)
         if not isinstance(answer, dict):
             raise EyasError(f"{url}/v1/chat/completions answered with something else than JSON; is this an OpenAI-compatible engine?")
-        usage, timings = answer.get("usage") or {}, answer.get("timings") or {}
-        prompts.append(int(usage.get("prompt_tokens") or 0))
-        written += int(usage.get("completion_tokens") or 0)
-        drafted += int(timings.get("draft_n") or 0)
-        accepted += int(timings.get("draft_n_accepted") or 0)
+        usage, timings = held(answer.get("usage")), held(answer.get("timings"))
+        prompts.append(count(usage.get("prompt_tokens")))
+        written += count(usage.get("completion_tokens"))
+        drafted += count(timings.get("draft_n"))
+        accepted += count(timings.get("draft_n_accepted"))
     if before is not None and (after := vllm_counts(url)) is not None:
         counts = Counts(*(now - then for now, then in zip(after, before, strict=True)))
         return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)

@@ -29,7 +29,8 @@ ConfigOf = Callable[[Any, int], dict[str, Any]]  # network, the target's layers 
 
 def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = lambda name, layers: name) -> Callable[..., None]:
     """Make a method's `save`. It writes weights (the network's own, or `weights`) in bfloat16 under the names that `named` gives them, the
-    draft vocabulary, and config.json, into an existing directory. Of the facts it keeps those that FACTS names, and accuracies."""
+    draft vocabulary, and config.json, into an existing directory. Of the facts it keeps those that FACTS names, accuracies,
+    and the method that the draft was trained as, which may be a copy of this one under another name."""
 
     def save(
         directory: Path,
@@ -43,7 +44,8 @@ def saver(method: str, config_of: ConfigOf, named: Callable[[str, int], str] = l
         half = {named(name, target_layers): (weights or own)[name].detach().to(torch.bfloat16) for name in own} | vocab.as_tensors()
         save_tensors(directory, half)
         known = {name: facts[name] for name in (*FACTS, "accuracies") if name in facts} | {"weights_sha256": tensors_hash(half)}
-        config = {**config_of(network, target_layers), "vocab_size": vocab.vocab_size, "eyas": {"method": method, **known}}
+        config = {**config_of(network, target_layers), "vocab_size": vocab.vocab_size}
+        config["eyas"] = {"method": facts.get("method", method), **known}
         (directory / "config.json").write_text(json.dumps(config, indent=1))
 
     return save

@@ -30,7 +30,8 @@ class Layout:
     refusal: Callable[[Draft], str | None]  # why the engine cannot run this draft
     write: Write  # into an existing directory; the last argument is a name of `weights`
     read: Callable[[Path], Found] | None
-    serve: Callable[[Path, str, TreeShape], str]  # the command line, for a draft's path, a target and a tree
+    serve: Callable[[Path, str, TreeShape], str]  # the command line, quoted for a shell, for a draft's path, a target and a tree
+    serve_alone: Callable[[str], str] | None  # the same for a target without a draft; None: the engine has none
 
 
 def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> Write:
@@ -38,8 +39,10 @@ def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> 
 
 
 LAYOUTS = {
-    "sglang": Layout(sglang.TITLE, FILES, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve),
-    "vllm": Layout(vllm.TITLE, FILES, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve),
+    "sglang": Layout(
+        sglang.TITLE, FILES, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve, sglang.serve_alone
+    ),
+    "vllm": Layout(vllm.TITLE, FILES, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve, vllm.serve_alone),
     "speculators": Layout(
         f"{vllm.TITLE}, speculators 0.9.0",
         FILES,
@@ -48,6 +51,7 @@ LAYOUTS = {
         in_torch(vllm.write_speculators),
         vllm.read_speculators,
         vllm.serve_speculators,
+        vllm.serve_alone,
     ),
     "safeailab": Layout(
         safeailab.TITLE,
@@ -57,6 +61,7 @@ LAYOUTS = {
         in_torch(safeailab.write),
         read_plain,
         safeailab.serve,
+        None,
     ),
     "safeailab-bin": Layout(
         f"{safeailab.TITLE}, as pytorch_model.bin",
@@ -66,11 +71,21 @@ LAYOUTS = {
         in_torch(safeailab.write_pickled),
         read_plain,
         safeailab.serve,
+        None,
     ),
     "llama_cpp": Layout(
-        llama_cpp.TITLE, (llama_cpp.FILE,), llama_cpp.WEIGHTS, llama_cpp.refusal, llama_cpp.write, llama_cpp.read, llama_cpp.serve
+        llama_cpp.TITLE,
+        (llama_cpp.FILE,),
+        llama_cpp.WEIGHTS,
+        llama_cpp.refusal,
+        llama_cpp.write,
+        llama_cpp.read,
+        llama_cpp.serve,
+        llama_cpp.serve_alone,
     ),
-    "openvino": Layout(openvino.TITLE, openvino.FILES, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve),
+    "openvino": Layout(
+        openvino.TITLE, openvino.FILES, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve, openvino.serve_alone
+    ),
 }
 
 

@@ -9,6 +9,7 @@ norms of queries and keys. A draft without a head takes its target's. What a GGU
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +276,11 @@ def own_facts(text: Any, path: Path) -> dict[str, Any]:
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
-    model = target if target.endswith(".gguf") else "TARGET.gguf"  # the target as a GGUF, by llama.cpp's convert_hf_to_gguf.py
     file = draft if draft.suffix == ".gguf" else draft / FILE
-    return f"llama-server -m {model} -md {file} --spec-type draft-eagle3 --spec-draft-n-max {shape.levels} -np 1"
+    drafted = ["-md", str(file), "--spec-type", "draft-eagle3", "--spec-draft-n-max", str(shape.levels)]
+    return f"{serve_alone(target)} {shlex.join(drafted)}"
+
+
+def serve_alone(target: str) -> str:
+    model = target if target.endswith(".gguf") else "TARGET.gguf"  # the target as a GGUF, by llama.cpp's convert_hf_to_gguf.py
+    return shlex.join(["llama-server", "-m", model, "-np", "1"])

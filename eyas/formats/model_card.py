@@ -5,6 +5,7 @@ Knows training.json, results of `eyas bench` and layouts; measures nothing and u
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def serving(draft: Draft, name: str) -> str:
             continue
         first, place = "", Path("DRAFT")
         if engine not in AS_IT_IS or (engine == "sglang" and draft.config.draft_layers > 1):
-            first, place = f"eyas export DRAFT OUT --to {engine} --target {name}\n", Path("OUT")
+            first, place = f"{shlex.join(['eyas', 'export', 'DRAFT', 'OUT', '--to', engine, '--target', name])}\n", Path("OUT")
         blocks.append(f"{entry.title}:\n\n```bash\n{first}{entry.serve(place, name, TreeShape.chain(3))}\n```")
     return "\n\n".join(blocks)
 

@@ -8,6 +8,7 @@ the layers whose *output* is read.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -108,7 +109,12 @@ def serve(draft: Path, target: str, shape: TreeShape) -> str:
     settings = f"num_assistant_tokens={shape.nodes - 1}"
     if shape.top_k > 1:
         settings += f", tree_depth={shape.levels}, branching_factor={shape.top_k}"
-    return (
-        f"python -c \"import openvino_genai as ov; pipe = ov.LLMPipeline('TARGET_AS_OPENVINO', 'CPU', "
-        f"draft_model=ov.draft_model('{draft}', 'CPU')); print(pipe.generate('Why is the sky blue?', max_new_tokens=200, {settings}))\""
-    )
+    made = "pipe = ov.LLMPipeline(sys.argv[1], 'CPU', draft_model=ov.draft_model(sys.argv[2], 'CPU'))"
+    asked = f"print(pipe.generate('Why is the sky blue?', max_new_tokens=200, {settings}))"
+    return f'python -c "import sys, openvino_genai as ov; {made}; {asked}" TARGET_AS_OPENVINO {shlex.quote(str(draft))}'
+
+
+def serve_alone(target: str) -> str:
+    made = "pipe = ov.LLMPipeline(sys.argv[1], 'CPU')"
+    asked = "print(pipe.generate('Why is the sky blue?', max_new_tokens=200))"
+    return f'python -c "import sys, openvino_genai as ov; {made}; {asked}" TARGET_AS_OPENVINO'

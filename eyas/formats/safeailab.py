@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ def serve(draft: Path, target: str, shape: TreeShape) -> str:
     """The command that loads SafeAILab's class, in a checkout of its code. The target's weights must lie in shards with an index, by which
     the class finds the embedding."""
     settings = f"total_token={shape.nodes}, depth={max(shape.depth, 0)}, top_k={shape.top_k}"
-    return (
-        f"python -c \"from eagle.model.ea_model import EaModel; model = EaModel.from_pretrained(base_model_path='{target}', "
-        f"ea_model_path='{draft}', use_eagle3=True, {settings})\""
-    )
+    paths = "base_model_path=sys.argv[1], ea_model_path=sys.argv[2]"  # as words of their own: they may hold quotes
+    code = f"import sys; from eagle.model.ea_model import EaModel; model = EaModel.from_pretrained({paths}, use_eagle3=True, {settings})"
+    return f'python -c "{code}" {shlex.join([target, str(draft)])}'

@@ -7,6 +7,7 @@ input_layernorm; both are written.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> 
 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
-    return (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft} "
-        f"--speculative-num-steps {shape.levels} --speculative-eagle-topk {shape.top_k} --speculative-num-draft-tokens {shape.nodes}"
-    )
+    drafted = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(draft)]
+    counts = {"num-steps": shape.levels, "eagle-topk": shape.top_k, "num-draft-tokens": shape.nodes}
+    sizes = [word for name, count in counts.items() for word in (f"--speculative-{name}", str(count))]
+    return f"{serve_alone(target)} {shlex.join([*drafted, *sizes])}"
+
+
+def serve_alone(target: str) -> str:
+    return shlex.join(["python", "-m", "sglang.launch_server", "--model-path", target])

@@ -7,6 +7,7 @@ so all are written.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> 
 
 def serve(draft: Path, target: str, shape: TreeShape) -> str:
     settings = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": shape.levels}
-    return f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
+    return f"{serve_alone(target)} {shlex.join(['--speculative-config', json.dumps(settings, ensure_ascii=False)])}"
+
+
+def serve_alone(target: str) -> str:
+    return shlex.join(["vllm", "serve", target])
 
 
 # ---- speculators' layout ----
@@ -107,4 +112,4 @@ def read_speculators(path: Path) -> Found:
 
 
 def serve_speculators(draft: Path, target: str, shape: TreeShape) -> str:
-    return f"vllm serve {draft}"
+    return serve_alone(str(draft))

@@ -92,6 +92,7 @@ class Setup:
 def build(setup: Setup) -> Trainer:
     """The trainer of a run, ready to `run` or `resume`."""
     target, settings = setup.target, setup.settings
+    check_autocast(settings, target.device.type)
     kept, held_out = hold_out(setup.examples, settings) if setup.held_out is None else (setup.examples, setup.held_out)
     if setup.start is None:
         network, vocab = new_draft(target, setup.taps, kept, settings, setup.method)
@@ -115,6 +116,11 @@ def build(setup: Setup) -> Trainer:
         method=setup.method,
     )
     return Trainer(run)
+
+
+def check_autocast(settings: TrainSettings, device: str) -> None:
+    if settings.autocast and not device.startswith("cuda"):
+        raise EyasError(f"autocast trains in bfloat16 on CUDA alone; on {device} leave it out")
 
 
 def tell(setup: Setup, kept: list[Example], held_out: list[Example], vocab: DraftVocab) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from eyas.commands.parser import LAYOUT_NAMES
 from eyas.commands.serve_command import gain
+from eyas.config import TreeShape
 from eyas.files.eagle3_files import config_from_file
 from eyas.formats.layouts import LAYOUTS
 from tests.commands.words import contents
@@ -134,13 +137,47 @@ def test_a_command_is_printed_with_what_to_do_first(run, place, tmp_path):
     words = ["--target", place / "target"]
     status, out, _ = run("serve-command", place / "draft", "--engine", "vllm", *words)
     assert status == 0 and "vllm serve" in out and "# first" not in out and "expected gain over plain by draft tokens" in out
-    status, out, _ = run("serve-command", place / "draft", "--engine", "llama_cpp", *words)
+    status, out, _ = run("serve-command", place / "draft", "--engine", "llama_cpp", *words, "--cost", "1e-9")
     assert status == 0 and "# first: eyas export" in out and "-md OUT/draft.gguf" in out
     status, out, err = run("serve-command", place / "draft", "--engine", "vllm", "--target", place / "other")
     assert status == 2 and "trained for another target" in err and err.count("\n") == 1
     run("export", place / "draft", tmp_path / "there", "--to", "llama_cpp", *words)
     status, out, _ = run("serve-command", tmp_path / "there", "--engine", "llama_cpp", *words)
     assert status == 0 and "llama-server" in out and "# first" not in out
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "openvino"])
+def test_where_no_draft_token_pays_what_is_pasted_serves_the_target_alone(run, place, layout, monkeypatch):
+    monkeypatch.setattr("eyas.commands.serve_command.gain", lambda shares, cost: 0.9)
+    _, out, _ = run("serve-command", place / "draft", "--engine", layout, "--target", place / "target")
+    pasted = [line for line in out.splitlines() if not line.startswith("#")]
+    assert "# none pays at this cost: serve the target alone" in out and len(pasted) == (0 if "safeailab" in layout else 1)
+    assert not any("draft" in line or "speculative" in line for line in pasted) and "# with the draft all the same: " in out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_printed_command_survives_a_shell(place, layout):
+    """Paths with blanks, quotes and letters of any alphabet come out as they went in."""
+    draft, target = Path('/my models/it\'s a "dräft"'), "/targets/o'r $HOME `x`"
+    words = shlex.split(LAYOUTS[layout].serve(draft, target, TreeShape.chain(3)))
+    held = [word for word in words if str(draft) in word or json.dumps(str(draft), ensure_ascii=False) in word]
+    assert len(held) == 1 and (layout in ("llama_cpp", "openvino", "speculators") or target in words)
+    if alone := LAYOUTS[layout].serve_alone:
+        assert layout in ("llama_cpp", "openvino") or target in shlex.split(alone(target))
+
+
+def test_every_path_that_is_printed_is_quoted_and_absolute(run, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it's here").symlink_to(place)
+    _, out, _ = run("export", "it's here/draft", "my export", "--to", "vllm", "--target", "it's here/target")
+    words = shlex.split(out.splitlines()[-1])
+    assert words[:2] == ["vllm", "serve"] and Path(words[2]).is_absolute() and Path(words[2]).samefile(place / "target")
+    assert json.loads(words[4])["model"] == str(tmp_path / "my export")
+    _, out, _ = run("serve-command", "my export", "--engine", "llama_cpp", "--target", "it's here/target", "--cost", "1e-9")
+    first = next(line for line in out.splitlines() if line.startswith("# first: ")).removeprefix("# first: ")
+    imported, exported = (shlex.split(part) for part in first.split(" && "))
+    assert imported[:3] == ["eyas", "import", str(tmp_path / "my export")] and exported[:4] == ["eyas", "export", "OWN", "OUT"]
+    assert Path(imported[5]).samefile(place / "target") and Path(exported[7]).samefile(place / "target")
 
 
 # ---- the doctor ----

@@ -235,6 +235,11 @@ def test_a_setting_that_does_not_exist_is_one_line(models, run, data, tmp_path, 
     assert status == 2 and err.startswith(f"eyas: --set {text}: {said}") and err.count("\n") == 1
 
 
+def test_autocast_on_a_cpu_is_one_line(models, refused, data, tmp_path):
+    line = refused(*train(models, tmp_path / "draft", data, "--set", "autocast=true"))
+    assert line == "autocast trains in bfloat16 on CUDA alone; on cpu leave it out"
+
+
 def test_only_the_top_layer_means_that_the_others_never_weigh(models, run, data, tmp_path):
     out = tmp_path / "draft"
     assert run(*train(models, out, data, "--steps", "3", "--set", "top_layer_only=true"))[0] == 0

@@ -76,6 +76,30 @@ def serve():
         server.shutdown()
 
 
+@pytest.mark.parametrize(
+    "url", ["nonsense", "127.0.0.1:8000", "localhost:8000/v1", "ftp://x", "http://", "http://a:b", "http://a b", "http://[x"]
+)
+def test_what_is_no_address_is_one_line_before_anything_is_loaded(url):
+    with pytest.raises(EyasError, match=r"is no address of an engine; give one like http://127\.0\.0\.1:8000"):
+        ask(url)
+
+
+@pytest.mark.parametrize("models", [[], {"data": {}}, {"data": ["tiny"]}, {"data": [{"id": 3}]}, "hello"])
+def test_a_server_that_is_no_engine_is_one_line(serve, models):
+    engine = Engine("none")
+    engine.page = lambda path: models
+    with pytest.raises(EyasError, match="lists no model; is this an OpenAI-compatible engine"):
+        ask(serve(engine))
+
+
+@pytest.mark.parametrize("answer", [{"usage": [], "timings": 3}, {"usage": {"prompt_tokens": "many"}}, {"usage": None}])
+def test_an_engine_that_counts_in_another_way_is_said_to_tell_nothing(serve, answer):
+    engine = Engine("none")
+    engine.answer = lambda: answer
+    served = ask(serve(engine))
+    assert served.tau is None and served.new_tokens == 0
+
+
 @pytest.mark.parametrize(("kind", "tau"), [("vllm", 1 + 4 / 6), ("llama.cpp", 1 + 4 / 6), ("sglang", 1.5)])
 def test_each_engine_is_understood(serve, kind, tau):
     served = ask(serve(Engine(kind)) + "/v1")

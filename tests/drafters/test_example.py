@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.train.training import SETTINGS, make_trainer, silent
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hydra.py"
 IDEAS = EXAMPLE.with_name("ideas.py")
+COPIED = 'register("mine", Method(__name__, __name__, draft="mine"))'
 TUTORIAL = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
 
@@ -68,6 +70,23 @@ def test_the_whole_command_line_knows_it(tmp_path):
     told = json.loads(run("generate", "hi", *own, "--draft", tmp_path / "draft", "--seed", "1", "--max-new-tokens", "8", "--json"))
     plain = json.loads(run("generate", "hi", "--target", target, "--plain", "--seed", "1", "--max-new-tokens", "8", "--json"))
     assert told["tokens"] == plain["tokens"]
+
+
+def test_a_copy_under_another_name_trains_a_draft_that_its_next_step_finds(tmp_path, monkeypatch):
+    """Only the line that registers is changed; the draft says the name that it was trained as."""
+    target = save_tiny_target(tmp_path / "it's a target", num_hidden_layers=7)
+    copy, data = tmp_path / "my own.v2.py", tmp_path / "data.jsonl"
+    copy.write_text(EXAMPLE.read_text().replace('register("hydra", Method(__name__, __name__, draft="hydra"))', COPIED))
+    turns = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "The nest is high up in the old tree."}]
+    rows = [{"messages": [*turns[:1], {**turns[1], "content": f"{number}: {turns[1]['content']}"}]} for number in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--method", "mine", "--target", target, "--data", data, "--out", tmp_path / "draft", "--steps", "1", "--draft-vocab", "200"]
+    trained = eyas("train", "--plugin", copy, *words, "--unroll", "2", "--workers", "1")
+    assert trained.returncode == 0, trained.stderr
+    following = shlex.split(trained.stdout.split("; try: ")[1])
+    assert following[0] == "eyas" and following[-2:] == ["--plugin", str(copy)]
+    written = eyas(*following[1:], "--max-new-tokens", "4", "--method", "mine")
+    assert written.returncode == 0, written.stderr
 
 
 def test_its_other_ideas_are_compared_and_used(tmp_path):
