@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     if name is None:
         raise EyasError("name the target as users will type it: --target-name owner/model")
     licence = licence_of(target, options.licence)
+    if out.resolve() == source.resolve():
+        raise EyasError(f"{out} is the draft itself; choose another place")
     if not options.dry_run:
         make_way(out, options.force, (*FILES, CARD, *KEPT), own=True)
     with tempfile.TemporaryDirectory(prefix="eyas-") as folder:

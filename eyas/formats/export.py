@@ -18,6 +18,7 @@ from eyas.config import EyasError
 from eyas.files.disk import atomic_directory, read_json
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import DTYPES, Layout, find, layout_of
+from eyas.formats.plain import MARK
 from eyas.formats.portable import Draft, TargetFiles, probe
 
 EXACT = 1e-6  # largest difference of logits allowed where nothing is rounded
@@ -48,7 +49,7 @@ def export(draft: Draft, source: Path, name: str, out: Path, target: TargetFiles
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
     if out.resolve() == source.resolve():
         raise EyasError(f"{out} is the draft itself; choose another place")
-    make_way(out, force, layout.files)
+    make_way(out, force, (*layout.files, *KEPT))
     with atomic_directory(out) as work:
         layout.write(work, draft, target, weights, **extra)
         for kept in KEPT:
@@ -83,7 +84,7 @@ def make_way(out: Path, force: bool, files: Sequence[str], own: bool = False) ->
         raise EyasError(f"{out} exists; choose another place, or --force to replace it")
     if not out.is_dir():
         raise EyasError(f"{out} is a file; name a directory")
-    if found := foreign(out, (*files, *KEPT), own):
+    if found := foreign(out, files, own):
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         told = ", ".join(found[:NAMED]) + more
         raise EyasError(f"{out} holds something else than a draft of this layout: {told}; nothing is replaced, choose another place")
@@ -110,4 +111,6 @@ def not_ours(config: Path, own: bool) -> str | None:
         return "it cannot be read"
     if "draft_vocab_size" not in told:
         return "no draft's"
-    return None if ("eyas" in told) == own else "a draft of eyas's own" if "eyas" in told else "a draft in an engine's layout"
+    if "eyas" in told:
+        return None if own else "a draft of eyas's own"
+    return None if MARK in told and not own else "a draft of others" if MARK not in told else "an export of eyas's"

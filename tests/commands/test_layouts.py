@@ -203,6 +203,24 @@ def test_the_doctor_refuses_what_is_not_there(refused, place, tmp_path):
 # ---- publishing ----
 
 
+def test_force_replaces_no_draft_that_was_trained(run, place, tmp_path):
+    """Nor does `import` over what `train` wrote, which has a record of its training, nor `publish` over the draft itself."""
+    target = ["--target", place / "target"]
+    assert run("import", place / "draft", tmp_path / "own", *target, "--unmeasured")[0] == 0
+    assert run("import", place / "draft", tmp_path / "own", *target, "--unmeasured", "--force")[0] == 0
+    (tmp_path / "own" / "training.json").write_text("{}")
+    before = contents(tmp_path / "own")
+    status, _, err = run("import", place / "draft", tmp_path / "own", *target, "--force")
+    assert status == 2 and "training.json; nothing is replaced" in err
+    hub = ["--target-name", "us/tiny", "--licence", "mit", *target, "--force"]
+    assert "is the draft itself" in run("publish", tmp_path / "own", tmp_path / "own", *hub)[2]
+    assert contents(tmp_path / "own") == before
+    for _ in range(2):
+        assert run("publish", tmp_path / "own", tmp_path / "hub", *hub)[0] == 0
+    (tmp_path / "hub" / "checkpoint").write_text("hours of work")
+    assert "checkpoint; nothing is replaced" in run("publish", tmp_path / "own", tmp_path / "hub", *hub)[2]
+
+
 def test_a_folder_for_the_hub_has_a_card_and_reads_back(run, place, tmp_path):
     result = tmp_path / "r.json"
     conditions = {"prompt_file": "mt_bench.jsonl", "prompt_count": 20, "max_new_tokens": 200, "precision": "bf16", "temperature": 0.0}

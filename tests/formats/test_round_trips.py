@@ -274,6 +274,7 @@ FOREIGN = {
     "settings of something else": ({"config.json": "{}"}, "config.json (no draft's)"),
     "settings that are no JSON": ({"config.json": "port = 80"}, "config.json (it cannot be read)"),
     "a target": ({"config.json": '{"model_type": "llama"}', "model.safetensors": "x"}, "config.json (no draft's)"),
+    "a draft that was fetched": ({"config.json": '{"draft_vocab_size": 9}', "model.safetensors": "x"}, "config.json (a draft of others)"),
     "a trained draft": ({"config.json": '{"draft_vocab_size": 9, "eyas": {}}'}, "config.json (a draft of eyas's own)"),
     "a run's checkpoint": ({"config.json": '{"draft_vocab_size": 9}', "checkpoint": "x"}, "checkpoint"),
     "another model's GGUF": ({"draft.gguf": "GGUF llama"}, "draft.gguf"),
