@@ -19,6 +19,7 @@ from eyas.config import EyasError, Request, TreeShape
 from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result
 from eyas.engine import Engine
+from eyas.model.exactness import why_texts_may_part
 from eyas.model.rows import chain_rows
 from eyas.view.colour import write_coloured
 
@@ -90,7 +91,8 @@ def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result,
     one, other = plain.tokens[place], fast.tokens[place]
     words = [repr(engine.tokenizer.decode([token])) for token in (one, other)]
     gap = abs(float(logits[one] - logits[other]))
-    return (
-        f"They part at token {place + 1}: {words[0]} against {words[1]}, {gap:.3f} apart in the logits. Under {precision} a pass of "
-        f"another shape rounds differently here and a near tie may fall either way."
-    )
+    parted = f"They part at token {place + 1}: {words[0]} against {words[1]}, {gap:.3f} apart in the logits."
+    why = why_texts_may_part(engine.target)
+    if why is None:
+        return f"{parted} They should not: here every row of a pass is computed alone. Please report it."
+    return f"{parted} Under {precision} a pass of another shape rounds differently ({why}) and a near tie may fall either way."

@@ -15,7 +15,21 @@ from eyas.files.hf_config import context_length, nested, stored_config
 
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
 CHOOSE = "choose a model with plain attention in every layer"
-STATE = f"keeps one running state, so a tree of guesses cannot be checked in one pass; {CHOOSE}"
+RUNNING = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}  # layer types with a running state
+REFUSED = {  # what cannot be a target -> why, as it is said
+    "an encoder and a decoder": f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder",
+    "a wrapper without a class": (
+        "it wraps a text model with images or sound in a way of its own; give a directory with the text model alone"
+    ),
+    "no causal class": f"transformers has no causal language model of this type; {CHOOSE}",
+    "a running state": (
+        "a state-space, recurrent, convolution or linear-attention layer keeps one running state, so a tree of guesses cannot be checked "
+        f"in one pass; {CHOOSE}"
+    ),
+    "layers that choose": f"its layers choose for themselves what they see, so no tree mask can be handed in; {CHOOSE}",
+    "attention of its own": f"transformers computes its attention inside the model, where no tree mask can be handed in; {CHOOSE}",
+    "rows that see later ones": "its rows see later ones, as an encoder's do; choose a causal model",
+}
 
 
 def model_class(config: Any) -> Any:
@@ -36,31 +50,30 @@ def check_adaptable(directory: Path) -> Any:
     kind = read_json(directory / "config.json").get("model_type")
     from transformers import CONFIG_MAPPING, __version__
 
-    def refused(why: str) -> EyasError:
-        return EyasError(f"{directory} is a {kind!r} model: {why}")
+    def refused(what: str, which: str = "") -> EyasError:
+        return EyasError(f"{directory} is a {kind!r} model: {REFUSED[what]}{which}")
 
     if kind not in CONFIG_MAPPING:
         raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
     config = stored_config(directory)
     if config.is_encoder_decoder:
-        raise refused(f"an encoder reads its prompt and a decoder writes; {CHOOSE} and no encoder")
+        raise refused("an encoder and a decoder")
     model, whole = model_class(config), config
     config = whole.get_text_config()
     if model is None and config is not whole:
-        raise refused("it wraps a text model with images or sound in a way of its own; give a directory with the text model alone")
+        raise refused("a wrapper without a class")
     if model is None:
-        raise refused(f"transformers has no causal language model of this type; {CHOOSE}")
+        raise refused("no causal class")
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)
-    running = {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
-    if getattr(model, "_is_stateful", False) or running & set(odd):
-        raise refused(f"a state-space, recurrent, convolution or linear-attention layer {STATE}")
+    if getattr(model, "_is_stateful", False) or RUNNING & set(odd):
+        raise refused("a running state")
     if odd:
-        raise refused(f"its {', '.join(odd)} layers choose for themselves what they see, so no tree mask can be handed in; {CHOOSE}")
+        raise refused("layers that choose", f" ({', '.join(odd)})")
     if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
-        raise refused(f"transformers computes its attention inside the model, where no tree mask can be handed in; {CHOOSE}")
+        raise refused("attention of its own")
     both_ways = getattr(config, "use_bidirectional_attention", None)  # "vision" (Gemma 4): between parts of an image, never in text
     if getattr(config, "is_causal", True) is False or both_ways not in (None, False, "vision"):
-        raise refused("its rows see later ones, as an encoder's do; choose a causal model")
+        raise refused("rows that see later ones")
     return config
 
 

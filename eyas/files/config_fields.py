@@ -70,7 +70,14 @@ ROPE_READ = words(
     """
 )
 ROPE_HARMLESS = words("finetuned attn_factor")  # transformers reads neither; attn_factor is vLLM's
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")  # those that our own blocks compute
+ROPE_KINDS = {  # rotary embeddings that our own blocks compute, and the context of each (hf_config.context_length)
+    "default": "max_position_embeddings",
+    "llama3": "max_position_embeddings",
+    "linear": "factor x max_position_embeddings",
+    "yarn": "factor x original_max_position_embeddings",
+    "dynamic": "max_position_embeddings: behind it the frequencies of all rows would change",
+    "longrope": "original_max_position_embeddings: behind it the frequencies of all rows would change",
+}
 
 
 def unknown_fields(raw: Mapping[str, Any], declared: Collection[str]) -> list[str]:

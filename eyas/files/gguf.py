@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eyas.config import EyasError
+from eyas.config import EyasError, short
 from eyas.files.disk import atomic_directory
 from eyas.files.hf_config import SUPPORTED
 from eyas.files.tensors import save_tensors
@@ -33,6 +33,17 @@ GGUF_NAMES = {  # llama.cpp's name of a block's tensor -> Hugging Face's
 }
 
 
+FIELDS = (  # those under the architecture's name that are read
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
+    "rope.dimension_count", "rope.scaling.type",
+)  # fmt: skip
+HARMLESS_FIELDS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout")
+HARMLESS_FIELDS_AT: dict[str, tuple[Any, ...]] = {  # others, at values at which they change nothing
+    "expert_count": (0,), "expert_used_count": (0,), "nextn_predict_layers": (0,), "attention.causal": (True,), "pooling_type": (0,),
+    "rope.scaling.factor": (0.0, 1.0), "rope.scaling.attn_factor": (1.0,), "rope.scale_linear": (1.0,), "logit_scale": (1.0,),
+    "embedding_scale": (1.0,), "residual_scale": (1.0,), "use_parallel_residual": (False,),
+}  # fmt: skip
 GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -104,6 +115,7 @@ def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     head_dim = of("attention.key_length", hidden // heads)
     ends = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in fields]
     theta = float(of("rope.freq_base", 10000.0))
+    check_fields(fields, kind, head_dim)
     if of("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
         raise EyasError("this GGUF scales its rotary embedding, which the file describes only in part; use the Hugging Face directory")
     return {
@@ -128,3 +140,16 @@ def gguf_config(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
         "eos_token_id": sorted(set(ends)) if len(set(ends)) > 1 else (ends or [None])[0],
         "dtype": "bfloat16",
     }
+
+
+def check_fields(fields: Mapping[str, Any], kind: str, head_dim: int) -> None:
+    """Raise `EyasError` where a GGUF sets a field of its architecture that changes what the model computes and that is not read here."""
+    own = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
+    known = {*FIELDS, *HARMLESS_FIELDS}
+    wrong = {name for name, value in own.items() if name not in known and value not in HARMLESS_FIELDS_AT.get(name, ())}
+    wrong |= {name for name in ("rope.dimension_count", "attention.value_length") if own.get(name, head_dim) != head_dim}
+    context = own.get("context_length", 0)
+    wrong |= {name for name in ("attention.sliding_window",) if 0 < own.get(name, 0) < context}
+    if wrong:
+        values = ", ".join(f"{kind}.{name} ({short(own[name])})" for name in sorted(wrong))
+        raise EyasError(f"this GGUF sets {values}, which eyas does not compute from a GGUF; use the Hugging Face directory")

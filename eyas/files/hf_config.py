@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eyas.config import EyasError, TargetConfig, short
 from eyas.files.config_fields import ROPE_KINDS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
@@ -17,7 +17,22 @@ from eyas.files.ends import end_of_turn_ids
 from eyas.files.notes import note
 from eyas.files.quantised import check_quantised
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types that our own blocks compute
+
+class Family(NamedTuple):
+    """What a family's layers have beside the sizes that its config names."""
+
+    qkv_bias: bool | None = None  # biases of queries, keys and values; None: where attention_bias says so
+    out_bias: bool = False  # where attention_bias says so, one behind the attention too
+    qk_norm: bool = False  # norms of each query and key head
+
+
+FAMILIES = {  # those that our own blocks compute, by model type
+    "llama": Family(out_bias=True),
+    "mistral": Family(qkv_bias=False),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(out_bias=True, qk_norm=True),
+}
+SUPPORTED = tuple(FAMILIES)
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -61,11 +76,11 @@ def foreign_part(directory: Path) -> str | None:
 def own_config(directory: Path) -> TargetConfig:
     """The shape of a target that our own blocks compute."""
     config, raw = stored_config(directory), read_json(directory / "config.json")
-    kind, rope, positions = raw["model_type"], rope_of(config), context_length(config)
+    family, rope, positions = FAMILIES[raw["model_type"]], rope_of(config), context_length(config)
     rope = {name: value for name, value in rope.items() if name in ROPE_READ}
     if rope["rope_type"] == "longrope" and not rope.get("factor"):  # derived from the whole context, of which the half is cut off here
         rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
-    bias = bool(getattr(config, "attention_bias", False)) and kind in ("llama", "qwen3")
+    asked = bool(getattr(config, "attention_bias", False))
     return TargetConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -78,9 +93,9 @@ def own_config(directory: Path) -> TargetConfig:
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] in ("default", "dynamic") else rope,  # inside its context, dynamic is unscaled
-        attention_bias=bias or kind == "qwen2",
-        attention_out_bias=bias,
-        qk_norm=kind == "qwen3",
+        attention_bias=asked if family.qkv_bias is None else family.qkv_bias,
+        attention_out_bias=asked and family.out_bias,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=config.tie_word_embeddings,
         eos_token_ids=end_of_turn_ids(directory, config.eos_token_id, config.vocab_size),  # the class knows one where the file has none
         sliding_window=window_of(config) if layer_kinds(config) == {"sliding_attention"} else None,

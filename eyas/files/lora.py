@@ -6,6 +6,7 @@ Knows how peft stores an adapter; what an adapter computes is peft's to know.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -59,9 +60,9 @@ def merged_adapter(directory: Path, find: Callable[[str], Path]) -> Path:
 
 def merge(adapter: Path, base: Path, out: Path) -> None:
     """Write the merged model and its tokenizer into `out`; the adapter's own tokenizer goes before its base's."""
-    import peft
     from transformers import AutoModelForCausalLM
 
+    peft: Any = importlib.import_module("peft")  # an extra, which a type checker need not have
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
         merged: Any = peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()

@@ -22,6 +22,7 @@ from eyas.files.tensors import INDEX, read_file, read_tensors, shards
 LARGEST_CONFIG = 1 << 20  # bytes
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+WEIGHTS = ("model.safetensors", INDEX, PICKLED, PICKLED_INDEX)  # the first that is there is read, as in transformers
 FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
 
 
@@ -107,26 +108,27 @@ class Fields:
         return value
 
 
-def tensors_of(directory: Path, *others: str, formats: Sequence[torch.dtype] = FORMATS) -> dict[str, Tensor]:
-    """All tensors of a directory: safetensors where there are any, else pytorch_model.bin or its shards, else the first of other files that
-    is there."""
-    if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
-        return checked_tensors(read_tensors(directory), directory, formats)
-    if (directory / PICKLED).exists():
-        return checked_tensors(unpickled(directory / PICKLED), directory / PICKLED, formats)
-    if (directory / PICKLED_INDEX).exists():
-        return pickled_shards(directory, formats)
-    for path in (directory / name for name in others):
-        if path.exists():
-            return checked_tensors(unpickled(path) if path.suffix == ".pt" else read_file(path), path, formats)
-    raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
+def weights_of(directory: Path) -> str | None:
+    """The file in `WEIGHTS` from which a directory's weights are read; None: there is none."""
+    return next((name for name in WEIGHTS if (directory / name).exists()), None)
 
 
 def pickled(directory: Path) -> bool:
     """Whether a directory's weights are what torch.save wrote, with no safetensors beside them."""
-    if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
-        return False
-    return (directory / PICKLED).exists() or (directory / PICKLED_INDEX).exists()
+    return weights_of(directory) in (PICKLED, PICKLED_INDEX)
+
+
+def tensors_of(directory: Path, *others: str, formats: Sequence[torch.dtype] = FORMATS) -> dict[str, Tensor]:
+    """All tensors of a directory, from the first file in `WEIGHTS` that is there, else from the first of other files that is there."""
+    name = weights_of(directory) or next((other for other in others if (directory / other).exists()), None)
+    if name is None:
+        raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
+    path = directory / name
+    if name in (WEIGHTS[0], INDEX):
+        return checked_tensors(read_tensors(directory), directory, formats)
+    if name == PICKLED_INDEX:
+        return pickled_shards(directory, formats)
+    return checked_tensors(read_file(path) if path.suffix == ".safetensors" else unpickled(path), path, formats)
 
 
 def pickled_shards(directory: Path, formats: Sequence[torch.dtype]) -> dict[str, Tensor]:

@@ -269,6 +269,11 @@ class AdaptedTarget(nn.Module):
         """None: its layers are transformers', not ours."""
         return None
 
+    @property
+    def rows_stand_alone(self) -> bool:
+        """False: transformers' products and norms sum in an order that depends on the number of rows."""
+        return False
+
     def prepare(self, bits: int = 16) -> AdaptedTarget:
         """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading. `bits` must be 16, since the
         layers stay as transformers made them."""

@@ -48,6 +48,8 @@ class TargetModel(Protocol):
     @property
     def blocks(self) -> list[Block] | None: ...  # None: its layers are not our blocks
     @property
+    def rows_stand_alone(self) -> bool: ...  # once prepared: whether a row's bits do not depend on the other rows of its pass
+    @property
     def head(self) -> Callable[[Tensor], Tensor]: ...  # last hidden states [N, H] -> logits [N, V]
 
     def prepare(self, bits: int = 16) -> TargetModel:

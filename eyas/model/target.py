@@ -98,6 +98,11 @@ class Target(nn.Module):
         """The layers; their loose weights are gone once prepared."""
         return cast("list[Block]", list(self.model.layers))
 
+    @property
+    def rows_stand_alone(self) -> bool:
+        """Once prepared: whether the native kernel computes every product and all attention, row by row."""
+        return self.native is not None and self.head.kind == "native"
+
     def prepare(self, bits: int = 16) -> Target:
         """Pack weights for inference; logits are float32 from here on. `bits`: 16, or 8 or 4 for weights of so few bits (the head has at
         least 8). Call once."""

@@ -299,7 +299,7 @@ def hugging_face(kind, tied):
     return model
 
 
-def write_gguf(path, model, quantized=True, extra=(), **changes):
+def write_gguf(path, model, quantized=True, extra=(), more={}, **changes):  # noqa: B006 (read alone)
     """As llama.cpp's converter writes it: matrices Q8_0 or F32, vectors F32."""
     kind, config = model.config.model_type, model.config
     writer = gguf.GGUFWriter(path, changes.pop("architecture", kind))
@@ -336,6 +336,8 @@ def write_gguf(path, model, quantized=True, extra=(), **changes):
             writer.add_tensor(theirs, np.ascontiguousarray(value))
     for name in extra:
         writer.add_tensor(name, np.zeros(4, np.float32))
+    for name, value in more.items():
+        {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[type(value)](f"{kind}.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -393,6 +395,26 @@ def test_a_gguf_that_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path
         convert_gguf(path, tmp_path / "converted")
     one_line(caught)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"rope.dimension_count": 4}, r"llama\.rope\.dimension_count \(4\)"),
+        ({"attention.sliding_window": 16}, r"llama\.attention\.sliding_window \(16\)"),
+        ({"expert_count": 8, "expert_used_count": 2}, r"llama\.expert_count \(8\), llama\.expert_used_count \(2\)"),
+        ({"logit_scale": 0.5}, r"llama\.logit_scale \(0\.5\)"),
+        ({"attention.clamp_kqv": 8.0}, r"llama\.attention\.clamp_kqv"),
+        ({"attention.causal": False}, r"llama\.attention\.causal \(False\)"),
+    ],
+)
+def test_a_field_of_a_gguf_that_changes_the_model_is_refused_by_name(tmp_path, more, named):
+    path = write_gguf(tmp_path / "tiny.gguf", hugging_face("llama", True), more=more)
+    with pytest.raises(EyasError, match=f"this GGUF sets {named}.*use the Hugging Face directory") as caught:
+        convert_gguf(path, tmp_path / "converted")
+    one_line(caught)
+    harmless = {"rope.dimension_count": 8, "attention.sliding_window": 4096, "expert_count": 0, "vocab_size": 9, "attention.causal": True}
+    convert_gguf(write_gguf(tmp_path / "tiny.gguf", hugging_face("llama", True), more=harmless), tmp_path / "converted")
 
 
 @pytest.mark.parametrize(
