@@ -30,26 +30,30 @@ class Written(NamedTuple):
     text: str
 
 
+class NotShown(EyasError):
+    """A template that leaves something out."""
+
+
 def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> Written:
     """What the template makes of messages (a `Conversation` brings tools and variables); `prompt`: up to where the answer begins.
 
-    Raises EyasError, in one line, where the template refuses them or does not show something that they hold: tools, calls, a turn's text.
+    Raises EyasError, in one line, where the template refuses them, and `NotShown` where it leaves out something that they hold: tools,
+    calls, a turn's text.
     """
     conversation = as_conversation(messages)
-    problem: EyasError | None = None
+    problems: list[EyasError] = []
     for form in spellings(conversation, template_text(tokenizer, conversation)):
         try:
             text = apply(tokenizer, form, prompt)
+            check_shown(tokenizer, form, text, prompt)
+        except NotShown as error:
+            problems.insert(0, error)  # says more than that another spelling fails
         except TEMPLATE_ERRORS as error:
             refused = f"the chat template cannot render this conversation ({one_line(error)}); change it or leave it out"
-            problem = problem or EyasError(refused)
-            continue
-        if calls_are_shown(tokenizer, form, text, prompt):
-            check_shown(tokenizer, form, text, prompt)
+            problems.append(EyasError(refused))
+        else:
             return Written(form, text)
-        problem = EyasError("the chat template does not show tool calls")
-    assert problem is not None  # there is always a spelling
-    raise problem
+    raise problems[0]
 
 
 def apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -96,16 +100,14 @@ def one_line(error: Exception) -> str:
 
 def spellings(conversation: Conversation, template: str) -> Iterator[Conversation]:
     """The conversation in every spelling that this template may want, the likeliest first; mostly there is but one."""
-    plain = changed(conversation, lambda _, message: thoughts_where_read(with_role(message, template), template))
+    plain = changed(conversation, lambda _, message: thoughts_where_read(message, template))
     calls = any(message.get("tool_calls") for message in plain)
-    for arguments in (given, as_objects, as_texts) if calls else (given,):
-        for empty in ("", None) if any(message.get("content") is None for message in plain) else ("",):
-            yield changed(plain, lambda _, message: spelled(message, arguments, empty))  # noqa: B023 (used at once)
-
-
-def with_role(message: Message, template: str) -> Message:
-    """A developer's message is the system's, under its earlier name, for every template that does not know the newer one."""
-    return {**message, "role": "system"} if message["role"] == "developer" and "developer" not in template else message
+    # A developer's message is the system's, under its earlier name, for every template that does not know the newer one.
+    names = ("developer", "system") if "developer" in template else ("system",)
+    for developer in names if any(message["role"] == "developer" for message in plain) else ("developer",):
+        for arguments in (given, as_objects, as_texts) if calls else (given,):
+            for empty in ("", None) if any(message.get("content") is None for message in plain) else ("",):
+                yield changed(plain, lambda _, message: spelled(message, developer, arguments, empty))  # noqa: B023 (used at once)
 
 
 def thoughts_where_read(message: Message, template: str) -> Message:
@@ -123,7 +125,8 @@ def thoughts_where_read(message: Message, template: str) -> Message:
     return message
 
 
-def spelled(message: Message, arguments: Callable[[Any], Any], empty: str | None) -> Message:
+def spelled(message: Message, developer: str, arguments: Callable[[Any], Any], empty: str | None) -> Message:
+    message = {**message, "role": developer} if message["role"] == "developer" else message
     content = empty if message.get("content") is None else message.get("content")
     if not message.get("tool_calls"):
         return {**message, "content": content}
@@ -168,20 +171,22 @@ def calls_are_shown(tokenizer: Any, conversation: Conversation, text: str, promp
 
 
 def check_shown(tokenizer: Any, conversation: Conversation, text: str, prompt: bool) -> None:
-    """Raise EyasError where the tools, a turn that is no answer, or a speaker's name does not stand in the text.
+    """Raise NotShown where the calls, the tools, a turn that is no answer, or a speaker's name does not stand in the text.
 
     Thoughts of earlier answers are left out by design; who renders answers looks for each. A tool's name stands in its call too.
     """
+    if not calls_are_shown(tokenizer, conversation, text, prompt):
+        raise NotShown("the chat template does not show tool calls")
     if conversation.tools and try_apply(tokenizer, conversation.with_tools(None), prompt) == text:
-        raise EyasError("the chat template does not show tools")
+        raise NotShown("the chat template does not show tools")
     shown = try_apply(tokenizer, changed(conversation, probed), prompt)
     if shown is None:  # a template that looks into what it is given
         return
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" and PROBE.format(index) not in shown:
-            raise EyasError(f"the chat template does not show a message of role {message['role']}")
+            raise NotShown(f"the chat template does not show a message of role {message['role']}")
         if named(message) and NAME_PROBE.format(index) not in shown:
-            raise EyasError("the chat template does not show who speaks by name; take the names out, or write them into the content")
+            raise NotShown("the chat template does not show who speaks by name; take the names out, or write them into the content")
 
 
 def probed(index: int, message: Message) -> Message:

@@ -91,8 +91,8 @@ def answer_span(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn
     if span is None or text[slice(*span)].strip() != content:
         return None
     begin, end = span
-    if prompt_end is not None and not text[prompt_end:begin].strip():
-        begin = prompt_end
+    if prompt_end is not None and prompt_end <= end and not text[prompt_end:begin].strip():
+        begin = prompt_end  # also where the prompt has the content's beginning, <think>
     return begin, end
 
 
@@ -126,30 +126,56 @@ def _whole_turn(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn
     prompt = _prompt(tokenizer, messages, turn)
     if until is None or prompt is None:
         return None
-    unopened = prompt.rstrip().removesuffix(THOUGHT_BEGINS)  # a prompt may open the thoughts where the turn, rendered, has none
-    prompt = next((prompt for prompt in (prompt, unopened) if until.startswith(prompt)), None)
+    # A prompt may open the thoughts where the turn, rendered, has none.
+    prompt = next((start for start in (prompt, prompt.rstrip().removesuffix(THOUGHT_BEGINS)) if until.startswith(start)), None)
     if prompt is None:
         return None
-    begin = len(prompt) + len(_header(tokenizer, messages, turn, prompt, until))
-    end = len(until.rstrip())
-    closing = max((mark for mark in special_tokens(tokenizer).values() if until.endswith(mark, begin, end)), key=len, default="")
-    end -= len(closing)
     message = messages[turn]
+    begin = len(prompt) + len(_header(tokenizer, messages, turn, prompt, until))
+    end = _turn_end(tokenizer, messages, turn, prompt, until)
     parts = [message.get("reasoning_content"), message["content"], *(call["function"]["name"] for call in message.get("tool_calls", ()))]
     said = until[begin:end]
     return (begin, end) if text.startswith(until[:end]) and all(part.strip() in said for part in parts if part) else None
 
 
+def _plain_answer(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int) -> tuple[str, str] | None:
+    """What the template writes before and after the content where message `turn` is the last, and an answer of content alone."""
+    plain = try_apply(tokenizer, messages.with_messages([*messages[:turn], {"role": "assistant", "content": PROBE}]))
+    if plain is None or plain.count(PROBE) != 1:
+        return None
+    before, after = plain.split(PROBE)
+    return before, after
+
+
 def _header(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int, prompt: str, until: str) -> str:
-    """What stands before the answer where the template writes no generation prompt: all that any answer begins with there."""
-    if prompt != try_apply(tokenizer, messages.with_messages(messages[:turn])):
+    """What stands before the answer and is not the assistant's: an empty reasoning block before a turn without thoughts; and, where the
+    template writes no generation prompt, all that any answer begins with there."""
+    plain = _plain_answer(tokenizer, messages, turn)
+    if plain is None or not plain[0].startswith(prompt):
         return ""
-    other = try_apply(tokenizer, messages.with_messages([*messages[:turn], {"role": "assistant", "content": PROBE}]))
-    if other is None or not other.startswith(prompt) or PROBE not in other:
+    header = plain[0][len(prompt) :]
+    if prompt == try_apply(tokenizer, messages.with_messages(messages[:turn])):
+        header = shared_start(header, until[len(prompt) :])
+    elif messages[turn].get("reasoning_content") or not until.startswith(prompt + header):
         return ""
-    header = other[len(prompt) : other.index(PROBE)]
-    same = shared_start(header, until[len(prompt) :])
-    return same if same.strip() else ""
+    return header if header.strip() else ""
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int, prompt: str, until: str) -> int:
+    """Where in `until` what the assistant said ends, before the end-of-turn token."""
+    bare = try_apply(tokenizer, messages.with_messages(messages[:turn]))
+    generation = prompt[len(bare) :] if bare is not None and prompt.startswith(bare) else ""
+    until = until.removesuffix(generation)  # some templates ask for the next answer unasked
+    marks = special_tokens(tokenizer).values()
+    plain = _plain_answer(tokenizer, messages, turn)
+    if plain is not None and plain[1].strip() and until.endswith(plain[1]) and not any(mark in plain[1] for mark in marks):
+        return len(until) - len(plain[1])
+    while True:  # a second mark behind blanks ends the conversation, as the template closes it; one that follows at once is the turn's too
+        until = until.rstrip()
+        mark = max((mark for mark in marks if until.endswith(mark)), key=len, default="")
+        until = until.removesuffix(mark)
+        if not mark or not until.endswith((" ", "\n")) or not until.rstrip().endswith(tuple(marks)):
+            return len(until)
 
 
 def shared_start(one: str, other: str) -> str:
@@ -158,24 +184,30 @@ def shared_start(one: str, other: str) -> str:
     return one[: next(different, min(len(one), len(other)))]
 
 
-def served(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int) -> tuple[str, Span] | None:
-    """The text of an answer with thoughts that the template drops from every turn, as it was when the target wrote it, and its span.
+def unopened(text: str) -> str:
+    """A prompt, or what stands before an answer, without the mark that opens thoughts and without blanks."""
+    return text.rstrip().removesuffix(THOUGHT_BEGINS).rstrip()
 
-    None where the template does not speak of <think>, or where it does not say how an answer begins and ends.
-    """
+
+def served(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int) -> tuple[str, Span] | None:
+    """The prompt before message `turn` with the answer as the target wrote it, for a template that shows them together in no rendering; and
+    the answer's span. None where the template does not say how thoughts are written, or how an answer begins and ends."""
     message = messages[turn]
     content, thought = message["content"] or "", message.get("reasoning_content")
+    if message.get("tool_calls") or (thought and THOUGHT_ENDS not in template_text(tokenizer, messages)):
+        return None
     if thought:
         content = f"{THOUGHT_BEGINS}\n{thought}\n{THOUGHT_ENDS}\n\n{content}"
-    if message.get("tool_calls") or THOUGHT_ENDS not in content or THOUGHT_ENDS not in template_text(tokenizer, messages):
+    prompt, plain = _prompt(tokenizer, messages, turn), _plain_answer(tokenizer, messages, turn)
+    if prompt is None or plain is None:
         return None
-    prompt = _prompt(tokenizer, messages, turn)
-    plain = try_apply(tokenizer, messages.with_messages([*messages[:turn], {"role": "assistant", "content": PROBE}]))
-    if prompt is None or plain is None or plain.count(PROBE) != 1:
-        return None
-    before, after = plain.split(PROBE)
-    if before.startswith(prompt) and before[len(prompt) :].strip():
+    before, after = plain
+    asked = messages[turn - 1]["content"].strip() if turn else ""
+    opening, header = prompt.rpartition(asked)[2] if asked else prompt, before.rpartition(asked)[2] if asked else before
+    if unopened(opening) != unopened(header):
         return None  # a header that no generation prompt writes
-    if prompt.rstrip().endswith(THOUGHT_BEGINS):
+    if opening.rstrip().endswith(THOUGHT_BEGINS):
         content = content.lstrip().removeprefix(THOUGHT_BEGINS).lstrip("\n")
+    elif header.startswith(opening):
+        content = header[len(opening) :] + content  # blanks that the model writes
     return prompt + content + after, (len(prompt), len(prompt) + len(content))

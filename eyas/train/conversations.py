@@ -18,7 +18,7 @@ import numpy as np
 
 from eyas.config import EyasError
 from eyas.files.chat_data import CHAT_KEYS, FORMS, TEXT_KEY, Conversation, Message, messages_of
-from eyas.files.chat_template import as_conversation, try_apply, written
+from eyas.files.chat_template import THOUGHT_ENDS, NotShown, as_conversation, try_apply, written
 from eyas.files.records import read_objects
 from eyas.train.answers import Span, answer_numbers, answer_span, served, special_tokens, tokens_of
 from eyas.train.preformatted import preformatted
@@ -126,11 +126,13 @@ def documents(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -
 def _rows(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> list[tuple[str, list[Span]]]:
     """Texts and the answers in them, so that each answer to be learned stands in one of them as it was served: the whole conversation, and,
     where a turn is not what it was any more, the conversation up to there."""
-    messages, text = written(tokenizer, conversation)
+    turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant" and turn not in conversation.not_learned]
+    try:
+        messages, text = written(tokenizer, conversation)
+    except NotShown as error:  # some templates show a system message or tools only while they ask for an answer
+        return [_row_of_prompt(tokenizer, conversation, turn, error) for turn in turns]
     rows: list[tuple[str, list[Span]]] = [(text, [])]
-    for turn in reversed(range(len(messages))):
-        if messages[turn]["role"] != "assistant" or turn in conversation.not_learned:
-            continue
+    for turn in reversed(turns):
         span = answer_span(tokenizer, messages, turn, rows[-1][0])
         if span is None:
             text, span = _own_row(tokenizer, messages, turn)
@@ -144,10 +146,22 @@ def _own_row(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: i
     until = messages.with_messages(messages[: turn + 1])
     text = try_apply(tokenizer, until)
     span = None if text is None else answer_span(tokenizer, until, turn, text)
-    row = (text, span) if text is not None and span is not None else served(tokenizer, messages, turn)
+    if text is not None and span is not None:
+        return text, span
+    thoughts = messages[turn].get("reasoning_content") or THOUGHT_ENDS in (messages[turn]["content"] or "")
+    row = served(tokenizer, messages, turn) if thoughts else None
     if row is None:
         raise EyasError(f"the chat template rewrites the answer in message {turn + 1} (it may drop reasoning); leave this conversation out")
     return row
+
+
+def _row_of_prompt(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, turn: int, why: NotShown) -> tuple[str, list[Span]]:
+    """What the target reads before message `turn`, and the answer; raises `why`, of the whole conversation, where that does not do."""
+    asked = written(tokenizer, conversation.with_messages(conversation[:turn]), prompt=True).conversation
+    row = served(tokenizer, conversation.with_messages([*asked, conversation[turn]]), turn)
+    if row is None or conversation[turn].get("name"):
+        raise why
+    return row[0], [row[1]]
 
 
 def _check_marks(messages: Sequence[Message]) -> None:

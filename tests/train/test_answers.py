@@ -50,6 +50,12 @@ R1 = (  # the prompt opens the thoughts; no turn ever shows them
     "{{ '<|assistant|>' + m.content.split('</think>')[-1] + '</s>' }}"
     "{% else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+NEMO = (  # the system message stands in the last question, and there only while it asks for an answer
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}"
+    "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
+    "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}"
+    "{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 TEXT, OBJECT = '{"city": "Ulm", "days": 2}', {"city": "Ulm", "days": 2}
 
@@ -139,6 +145,10 @@ def test_a_speakers_name_is_shown_or_the_conversation_is_refused():
 def test_a_developer_is_the_system_unless_the_template_knows_better():
     talk = [{"role": "developer", "content": "Be brief."}, user("q"), told("a")]
     plain, knowing = byte_tokenizer(CHATML), byte_tokenizer(CHATML + "{# developer #}")
+    naming = byte_tokenizer(
+        "{% for m in messages %}{% if m.role != 'developer' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert "<|im_start|>system\nBe brief." in naming.decode(render(naming, talk).tokens)  # names it, and does not show it
     assert "<|im_start|>system\nBe brief." in plain.decode(render(plain, talk).tokens)
     assert "<|im_start|>developer\nBe brief." in knowing.decode(render(knowing, talk).tokens)
 
@@ -182,6 +192,46 @@ def test_a_rows_own_template_variables_are_used():
     talk = messages_of({"chat_template_kwargs": {"enable_thinking": False}, "messages": [user("q"), told("a")]})
     document = render(tokenizer, talk)
     assert taught(tokenizer, document) == ["a<|im_end|>"] and "<think>\n\n</think>" in tokenizer.decode(document.tokens)
+
+
+def test_an_empty_reasoning_block_is_the_templates_before_a_call_as_before_an_answer():
+    block = "<|im_start|>assistant\n{% if not m.reasoning_content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}"
+    said = QWEN[QWEN.index("{% for c in") : QWEN.index("{% endif %}{% endfor %}{% if add")]
+    other = "{% if m.role != 'assistant' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% else %}"
+    tokenizer = byte_tokenizer("{% for m in messages %}" + other + block + said + QWEN[QWEN.index("{% endif %}{% endfor %}{% if add") :])
+    document = render(tokenizer, [user("Weather?"), calling(TEXT), {"role": "tool", "content": "12 C"}, told("It is 12.")])
+    first, last = taught(tokenizer, document)
+    assert first.startswith("<tool_call>") and last == "It is 12.<|im_end|>"
+    assert tokenizer.decode(document.tokens).count("<think>\n\n</think>") == 2
+
+
+def test_what_the_prompt_opens_is_not_learned_again():
+    opening = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tokenizer = byte_tokenizer(opening)  # shows the content as it is, while its prompt has the first of it
+    assert taught(tokenizer, render(tokenizer, [user("q"), told("<think>\nhm\n</think>\n\na")])) == ["hm\n</think>\n\na<|im_end|>"]
+
+
+def test_the_end_of_a_turn_of_calls_is_its_own_and_not_the_conversations():
+    closing = byte_tokenizer(QWEN + "{% if not add_generation_prompt %}</s>{% endif %}")
+    (answer,) = taught(closing, render(closing, [user("Weather?"), calling(TEXT)]))
+    assert answer.endswith("</tool_call><|im_end|>")
+    two = byte_tokenizer(QWEN.replace("</tool_call>", "<|eot_id|>"))
+    (answer,) = taught(two, render(two, [user("Weather?"), calling(TEXT)]))
+    assert answer.endswith("\n<|eot_id|><|im_end|>")  # two marks that follow at once are both the turn's
+
+
+# ---- what only prompts show ----
+
+
+def test_a_system_message_that_only_prompts_show_stands_before_each_answer():
+    tokenizer = byte_tokenizer(NEMO)
+    talk = [{"role": "system", "content": "Be brief."}, user("one"), told("A."), user("two"), told("B.")]
+    texts = [tokenizer.decode(document.tokens) for document in documents(tokenizer, talk)]
+    assert texts == [
+        "<s>[INST] Be brief.\n\none[/INST] A.</s>",
+        "<s>[INST] one[/INST] A.</s>[INST] Be brief.\n\ntwo[/INST] B.</s>",
+    ]
+    assert [taught(tokenizer, document) for document in documents(tokenizer, talk)] == [[" A.</s>"], [" B.</s>"]]
 
 
 # ---- marks ----
