@@ -86,10 +86,17 @@ class DraftConfig:
     qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3's layer)
     attention_bias: bool = False  # biases of q, k, v and o
     mlp_bias: bool = False  # biases of gate, up and down
+    sliding_window: int | None = None  # how many positions a row sees in each layer, itself included; None: all
+    partial_rotary_factor: float = 1.0  # share of a head's width that is rotated, its first entries
 
     @property
     def attention_out_bias(self) -> bool:
         return self.attention_bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many entries of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def __post_init__(self) -> None:
         """Check every size before anything is built from it: sizes come from files that anybody may have written."""
@@ -106,6 +113,9 @@ class DraftConfig:
         ):
             check_number(name, getattr(self, name), 1, LARGEST_SIZE, whole=True)
         check_number("draft_layers", self.draft_layers, 1, 64, whole=True)
+        if self.sliding_window is not None:
+            check_number("sliding_window", self.sliding_window, 1, LARGEST_SIZE, whole=True)
+        check_number("partial_rotary_factor", self.partial_rotary_factor, 0, 1)
         check_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
         check_number("rope_theta", self.rope_theta, 1, 1e12)
         for name in (
@@ -125,6 +135,9 @@ class DraftConfig:
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             wrong = f"{self.num_attention_heads} heads over {self.num_key_value_heads} key-value heads of width {self.head_dim}"
             raise EyasError(f"{wrong} do not go together: heads come in equal groups, and a head's width is even")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            told = f"partial_rotary_factor {self.partial_rotary_factor:g} of heads {self.head_dim} wide"
+            raise EyasError(f"{told} rotates {self.rotary_dim} entries, which must be an even number")
         if self.draft_vocab_size > self.vocab_size:
             raise EyasError(f"draft_vocab_size {self.draft_vocab_size} is larger than vocab_size {self.vocab_size}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, dict):

@@ -51,13 +51,14 @@ def fuse(weights: Weights, config: DraftConfig, features_N3H: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, config: DraftConfig) -> Tensor:
-    """Rotate x [N, heads, C] by its positions [N]: entry c pairs with c + C/2, as Hugging Face's Llama has it."""
+    """Rotate x [N, heads, C] by its positions [N]: entry c pairs with c + C/2, as Hugging Face's Llama has it. Of some published heads only
+    the first entries of C rotate."""
     assert config.rope_scaling is None, "the reference knows plain rotary embeddings only"
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
     frequencies = config.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = positions[:, None, None] * frequencies  # [N, 1, C/2], the same for every head
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin(), rest], dim=-1)
 
 
 def attention(weights: Weights, config: DraftConfig, layer: str, x: Tensor, positions_N: Tensor, mask_NN: Tensor) -> Tensor:
@@ -73,6 +74,8 @@ def attention(weights: Weights, config: DraftConfig, layer: str, x: Tensor, posi
     k_NAC = rope(heads("k", K), positions_N, config).repeat_interleave(A // K, dim=1)
     v_NAC = heads("v", K).repeat_interleave(A // K, dim=1)
     scores_ANN = torch.einsum("iac,jac->aij", q_NAC, k_NAC) / config.head_dim**0.5
+    if config.sliding_window is not None:  # some published heads: a row sees the last positions alone
+        mask_NN = mask_NN & (positions_N > positions_N[:, None] - config.sliding_window)
     shares_ANN = scores_ANN.masked_fill(~mask_NN, -torch.inf).softmax(-1)
     return dense(weights, f"{layer}.self_attn.o_proj", torch.einsum("aij,jac->iac", shares_ANN, v_NAC).flatten(1))
 

@@ -52,6 +52,8 @@ class Eagle1Network(SharedWeights, nn.Module):
     """The network of EAGLE-1: `fc`, then one layer. `embedding` [V, H] and `head` are the target's; `token_left_out`: the ablation that
     never sees the drawn token."""
 
+    window: int | None = None  # its rows see all of the text
+
     def __init__(self, shape: TargetConfig, embedding: Tensor, head: nn.Linear, bias: bool = True, token_left_out: bool = False) -> None:
         super().__init__()
         self.shape, self.token_left_out = shape, token_left_out

@@ -28,6 +28,7 @@ from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import EagleModule, TargetModel
 from eyas.model.rows import Segment
 from eyas.model.vocab import DraftVocab
+from eyas.model.window import WindowedCache
 
 CATCH_UP = 256  # rows of committed text read at once
 HELD = 1024  # the most rows that wait to be read: while drafting does not pay, nobody needs them read
@@ -55,10 +56,13 @@ class Eagle3Drafter:
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
-        pool, layers = self.network.pool, len(self.network.blocks)
+        pool, layers, window = self.network.pool, len(self.network.blocks), self.network.window
         if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
-        self.cache = pool.cache(layers, *shape) if pool and sequences == 1 else KVCache(layers, sequences, *shape)
+        if window is not None and capacity > window:
+            self.cache = WindowedCache(window, layers, sequences, *shape)
+        else:
+            self.cache = pool.cache(layers, *shape) if pool and sequences == 1 else KVCache(layers, sequences, *shape)
         self.pending = {sequence: PendingRows() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:
@@ -122,8 +126,10 @@ class Eagle3Drafter:
             (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
             assert a is not None
         else:
+            cache, placed = self.cache, (segments, rows[1], self.group)
+            attention = cache.attention_at(*placed) if isinstance(cache, WindowedCache) else cache.attention(segments, self.group)
             tokens_N, positions_N = (part.to(g.device) for part in rows)
-            (a,) = step(self.network, tokens_N, positions_N, self.cache.attention(segments, self.group), g)
+            (a,) = step(self.network, tokens_N, positions_N, attention, g)
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         assert a is not None

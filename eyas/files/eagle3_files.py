@@ -77,16 +77,19 @@ def engine_keys(config: DraftConfig) -> dict[str, Any]:
 
     target_hidden_size only where it is another width: SafeAILab takes its presence for "the embedding is in this file".
     """
-    left_out = {"taps", "rope_scaling", *OWN_KEYS} | {name for name in ("qk_norm",) if not config.qk_norm}
-    left_out |= {"target_hidden_size"} if config.target_hidden_size == config.hidden_size else set()
+    usual = {"qk_norm": False, "partial_rotary_factor": 1, "sliding_window": None, "target_hidden_size": config.hidden_size}
+    left_out = {"taps", "rope_scaling", *OWN_KEYS} | {name for name, value in usual.items() if getattr(config, name) == value}
+    partial = {} if config.partial_rotary_factor == 1 else {"partial_rotary_factor": config.partial_rotary_factor}
+    windows = {"layer_types": ["sliding_attention"] * config.draft_layers, "use_sliding_window": True}
     return {
         "architectures": [QWEN3 if config.qk_norm else LLAMA],
         "model_type": "qwen3" if config.qk_norm else "llama",
         "num_hidden_layers": config.draft_layers,
         "hidden_act": "silu",
         **{key: value for key, value in asdict(config).items() if key not in left_out},
+        **({} if config.sliding_window is None else windows),
         "rope_scaling": config.rope_scaling,
-        "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta, **partial},
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",

@@ -1,7 +1,7 @@
 """The layout that SafeAILab's code began and SGLang, vLLM and llama.cpp's converter read: config.json beside tensors named `midlayer.*`.
 
 It is read with all that writers made of it (other prefixes, wrong layer counts, missing keys, tables never filled): the tensors count, and
-the user is told what had to be inferred. What a config says is read in config_fields.py; how engines differ in writing the layout is in
+the user is told what had to be inferred. What a config says is read in draft_fields.py; how engines differ in writing the layout is in
 their own files. Knows no engine.
 """
 
@@ -21,7 +21,7 @@ from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
 from eyas.files.eagle3_files import FACTS, checked_network, engine_keys, tensors_hash
 from eyas.files.tensors import save_tensors
 from eyas.files.untrusted import Fields, tensors_of
-from eyas.formats.config_fields import Said, check_attention, check_known, layer_names, rotary_of, settings_of, sizes_of
+from eyas.formats.draft_fields import Said, check_known, layer_names, rotary_of, settings_of, sizes_of, window_of
 from eyas.formats.portable import EMBEDDING, HEAD, Draft, Found
 from eyas.model.vocab import DraftVocab
 
@@ -101,7 +101,6 @@ def found_in(
     vocab = vocabulary(weights, shape, where, said)
     fields: dict[str, Any] = {**sizes_of(weights, shape, flags, said, taps), **settings_of(weights, shape, flags, said)}
     rotary, thetas = rotary_of(shape, said)
-    check_attention(shape, fields["draft_layers"])
     doubts: dict[str, list[Any]] = {"rope_theta": thetas} if len(thetas) > 1 else {}
     if fields["norm_output"]:
         doubts["norm_output"] = [True, False]  # SpecForge before its change 879 wrote true for plain EAGLE-3
@@ -111,7 +110,8 @@ def found_in(
     marks.asked.update(marks.raw)
     tied = shape.flag("tie_word_embeddings") | flags.flag("tie_word_embeddings")
     head = settle_shared(weights, fields, tied, marks.text("embedding_sha256"), where, said)
-    fields |= {**rotary, "vocab_size": vocab.vocab_size, "draft_vocab_size": len(vocab)}
+    fields |= {**rotary, "sliding_window": window_of(shape, fields["draft_layers"])}
+    fields |= {"vocab_size": vocab.vocab_size, "draft_vocab_size": len(vocab)}
     check_known(flags)
     config = DraftConfig(**fields, taps=tuple(range(taps)))  # checks every size before anything is built
     weights |= missing_biases(weights, config)

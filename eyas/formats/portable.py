@@ -133,7 +133,7 @@ def write_own(directory: Path, draft: Draft, facts: Mapping[str, Any]) -> None:
     save_draft(directory, draft.network(torch.zeros(1, draft.config.hidden_size)), draft.vocab, draft.target_layers, facts=facts)
 
 
-MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES = range(5)  # what only some engines run
+MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES, WINDOW, PARTIAL = range(7)  # what only some engines run
 
 
 def unusual(draft: Draft, engine: str, runs: Collection[int] = ()) -> str | None:
@@ -152,6 +152,8 @@ def unusual(draft: Draft, engine: str, runs: Collection[int] = ()) -> str | None
             "gives a draft as wide as its target the target's embedding, and this one brings another",
         ),
         (QK_NORM, config.qk_norm, "knows no norms of queries and keys, this draft has them"),
+        (WINDOW, config.sliding_window is not None, f"lets a draft see all of the text, this one sees {config.sliding_window} positions"),
+        (PARTIAL, config.partial_rotary_factor != 1, "rotates whole heads, this draft's rotate in part"),
         (BIASES, config.attention_bias or config.mlp_bias, "knows no biases in a draft, this one has some"),
     )
     return next((f"{engine} {reason}" for name, there, reason in reasons if there and name not in runs), None)

@@ -11,7 +11,7 @@ import torch
 
 from eyas.config import TreeShape, rope_kind
 from eyas.files.untrusted import PICKLED
-from eyas.formats.config_fields import THETA
+from eyas.formats.draft_fields import THETA
 from eyas.formats.plain import default_ids, own_width, plain_config, write_plain
 from eyas.formats.portable import OTHER_WIDTH, OWN_EMBEDDING, Draft, TargetFiles, unusual
 

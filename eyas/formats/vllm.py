@@ -19,7 +19,19 @@ from eyas.files.eagle3_files import layer_ids
 from eyas.files.tensors import save_tensors
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.plain import MARK, found_in, marks_of, plain_config, write_plain
-from eyas.formats.portable import BIASES, MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, Draft, Found, TargetFiles, unusual
+from eyas.formats.portable import (
+    BIASES,
+    MORE_LAYERS,
+    OTHER_WIDTH,
+    OWN_EMBEDDING,
+    PARTIAL,
+    QK_NORM,
+    WINDOW,
+    Draft,
+    Found,
+    TargetFiles,
+    unusual,
+)
 
 TITLE = "vLLM 0.32"
 WEIGHTS = ("bf16", "fp16", "fp32")
@@ -32,7 +44,7 @@ def refusal(draft: Draft) -> str | None:
     config = draft.config
     if config.qk_norm and (config.attention_bias or config.mlp_bias):
         return "vLLM's draft layer with norms of queries and keys (Qwen3's) has no biases, this draft's has both"
-    return unusual(draft, "vLLM", (MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES))
+    return unusual(draft, "vLLM", (MORE_LAYERS, OTHER_WIDTH, OWN_EMBEDDING, QK_NORM, BIASES, WINDOW, PARTIAL))
 
 
 def write(work: Path, draft: Draft, target: TargetFiles, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """The EAGLE-3 network: a product that fuses the features, one decoder layer that reads [embedding ; g], a norm, and a head over the draft
 vocabulary (arXiv 2503.01840, inference pipeline).
 
-A draft may have more layers (ordinary ones, behind the first), another width than its target, biases, and norms of queries and keys.
+A draft may have more layers (ordinary ones, behind the first), another width than its target, biases, norms of queries and keys, a window.
 Parameter names are the published ones (`fc`, `midlayer.*`, `norm`, `lm_head`), and `layers.1.*` and on for further layers. The embedding is
 the target's, handed in and never saved; a draft with one of its own (`embed_tokens`) reads and saves that, and does not train it. Knows
 tensors only: drafters/eagle3.py grows trees with the network, train/unroll.py trains it.
@@ -66,7 +66,7 @@ class DraftNetwork(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.fuse_product, self.head = Dense(self.fc), Dense(self.lm_head)
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.rotary = Rotary(config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         if config.draft_layers > 1:
             self.layers = nn.ModuleDict({str(number): Block(config) for number in range(1, config.draft_layers)})
         if config.own_embedding:
@@ -86,6 +86,11 @@ class DraftNetwork(nn.Module):
     @property
     def wants(self) -> tuple[int, ...]:
         return self.config.taps
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a row sees, itself included; None: all."""
+        return self.config.sliding_window
 
     def join(self, tokens_N: Tensor, g_NH: Tensor) -> tuple[Tensor, Tensor]:
         """The input of the first layer's attention [N, 2H], from tokens and g, and the residual [N, H] that its output is added to."""
@@ -149,7 +154,7 @@ class DraftNetwork(nn.Module):
         first, others = self.midlayer, self.others
         for block in self.blocks:
             pack(block, bits)
-        unknown = self.config.norm_before_residual or self.config.mlp_bias  # to the kernel
+        unknown = self.config.norm_before_residual or self.config.rotary_dim < self.config.head_dim  # to the kernel
         if not unknown and all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = (first.hidden_norm, first.post_attention_layernorm, first.input_layernorm)
             self.native = [NativeLayers([NativeLayer(first.self_attn, first.mlp, *norms)], self.norm)]

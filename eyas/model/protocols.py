@@ -137,6 +137,8 @@ class EagleModule(DraftModule, Protocol):
     def rotary(self) -> Rotary: ...
     @property
     def pool(self) -> Pool | None: ...  # once prepared on CUDA, where steps are captured
+    @property
+    def window(self) -> int | None: ...  # how many positions a row sees, itself included; None: all
 
     def fuse(self, features: Tensor, /) -> Tensor:
         """g [N, H] from the target's features [N, taps * H]."""

@@ -79,7 +79,10 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of heads x [N, heads, d], halves rotated as Hugging Face's Llama does."""
+    """Rotary embedding of heads x [N, heads, d], halves rotated as Hugging Face's Llama does. Where cos and sin are narrower than a head,
+    its first entries are rotated and the others are not."""
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-high, low], -1) * sin
 

@@ -84,7 +84,7 @@ def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None
     anchors, counted = batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     g = network.fuse(batch.wanted(network.wants))
-    a, layers = g, [Layer(block, batch.lengths) for block in network.blocks]
+    a, layers = g, [Layer(block, batch.lengths, network.window) for block in network.blocks]
     for step in range(steps):
         if step == 0:  # at every row, since anchors see the keys of all earlier rows
             read, residual = network.join(following[1 : len(g) + 1], g)
@@ -106,8 +106,9 @@ class Layer:
     """One decoder layer of the comb: its keys and values of step 0 at every row, and of each later step at the anchors that still
     count."""
 
-    def __init__(self, block: DraftLayer, lengths: list[int]) -> None:
-        self.block, self.lengths = block, lengths
+    def __init__(self, block: DraftLayer, lengths: list[int], window: int | None = None) -> None:
+        """`window`: how many positions a row sees, itself included; None: all."""
+        self.block, self.lengths, self.window = block, lengths, window
         self.spine: tuple[Tensor, Tensor] | None = None  # keys and values of step 0, [M, k, d] each
         self.own: list[tuple[Tensor, Tensor]] = []  # for each later step its keys and values, [N, k, d] each
 
@@ -120,7 +121,7 @@ class Layer:
             q, residual = q[anchors], residual[anchors]
         else:
             self.own.append((k, v))
-        x = residual + self.block.self_attn.out(comb_attention(q, *self.spine, self.own, anchors, self.lengths))
+        x = residual + self.block.self_attn.out(comb_attention(q, *self.spine, self.own, anchors, self.lengths, self.window))
         return x + self.block.mlp(self.block.post_attention_layernorm(x))
 
 
@@ -149,20 +150,32 @@ def heads(block: DraftLayer, read: Tensor, rotation: tuple[Tensor, Tensor]) -> t
     return caught[0], caught[1], caught[2]
 
 
-def comb_attention(q: Tensor, k0: Tensor, v0: Tensor, own: Sequence[tuple[Tensor, Tensor]], anchors: Tensor, lengths: list[int]) -> Tensor:
-    """Attention over the comb, [N, q*d]: anchor j sees step-0 keys 0..j of its document and its own later keys, in one softmax. Documents
-    are computed one by one."""
+def comb_attention(
+    q: Tensor,
+    k0: Tensor,
+    v0: Tensor,
+    own: Sequence[tuple[Tensor, Tensor]],
+    anchors: Tensor,
+    lengths: list[int],
+    window: int | None = None,
+) -> Tensor:
+    """Attention over the comb, [N, q*d]: anchor j sees step-0 keys 0..j of its document and its own later keys, in one softmax; of these
+    only keys within a `window` of its position, where there is one. Documents are computed one by one."""
     N, heads_q, d = q.shape
     groups = heads_q // k0.shape[1]
     q = q.view(N, -1, groups, d) * d**-0.5
     own_scores = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in own], -1) if own else q.new_zeros(*q.shape[:-1], 0)  # [N,k,g,own]
-    outputs, start, first = [], 0, 0
+    step, outputs, start, first = len(own), [], 0, 0  # anchor j lies at position j + step, its key of step i at j + i
+    if window is not None and step > window:
+        own_scores[..., : step - window] = float("-inf")
     ends = torch.searchsorted(anchors, torch.tensor(lengths).cumsum(0)).tolist()
     for length, end in zip(lengths, ends, strict=True):
         if end > first:
             rows = anchors[first:end] - start
             last = int(rows[-1]) + 1  # no anchor sees keys behind the last one
             hidden = torch.arange(last)[None] > rows[:, None]
+            if window is not None:
+                hidden |= torch.arange(last)[None] <= rows[:, None] + step - window
             outputs.append(one_document(q[first:end], k0[start : start + last], v0[start : start + last], own_scores[first:end], hidden))
         start, first = start + length, end
     mixed = torch.cat([out for out, _ in outputs])

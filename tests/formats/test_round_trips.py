@@ -109,6 +109,8 @@ LAYERS_OF_OTHERS = {  # what heads of others have -> the engines that run it
     "norms": ({"qk_norm": True}, {"vllm", "speculators"}, "knows no norms of queries and keys"),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {"vllm", "speculators"}, "knows no biases in a draft"),
     "both": ({"qk_norm": True, "attention_bias": True}, set(), "knows no|has no biases, this draft's has both"),
+    "window": ({"sliding_window": 5, "draft_layers": 2}, {"vllm", "speculators"}, "sees 5 positions|of one layer"),
+    "rotary": ({"partial_rotary_factor": 0.5}, {"vllm", "speculators"}, "rotates whole heads"),
     "embedding": ({"own_embedding": True}, {"vllm", "speculators", "safeailab", "llama_cpp"}, "embedding, and this one brings another"),
     "width": ({"own_embedding": True, "hidden_size": 16}, {"sglang", "vllm", "speculators", "llama_cpp"}, "as wide as|takes 16"),
 }  # fmt: skip

@@ -45,9 +45,10 @@ SETTINGS = [{}, {"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "nor
 FIVE, ONE = {"taps": (0, 1, 2, 3, 4)}, {"taps": (3,)}
 TWO, THREE = {"draft_layers": 2}, {"draft_layers": 3, "norm_output": True, **FIVE}
 OTHERS = {"qk_norm": True, "attention_bias": True, "mlp_bias": True, "own_embedding": True, "draft_layers": 2}  # heads made by others
+WINDOW, NARROW = {"sliding_window": 6, "draft_layers": 2, "partial_rotary_factor": 0.5}, {"sliding_window": 2}
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}, TWO, THREE, OTHERS])
+@pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}, TWO, THREE, OTHERS, WINDOW, NARROW])
 def test_unrolled_loss_and_gradients_equal_the_reference(settings):
     target = tiny_target()
     network, vocab = tiny_draft(target, **settings)

@@ -14,31 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from eyas.config import EyasError, rope_kind, short
+from eyas.files import config_fields
 from eyas.files.untrusted import Fields
 
 THETA = 10000.0  # where a config names none; SafeAILab's trainer used it whatever the config said
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # whose decoder layers are the ones that the network computes
-HARMLESS = frozenset({  # fields that say nothing of what the draft computes
-    # how files were made and are loaded, or what training alone used
-    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "speculators_model_type",
-    "speculators_version", "speculators_config", "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop",
-    "embd_pdrop", "use_cache", "pretraining_tp", "gradient_checkpointing", "embed_requires_grad", "ttt_steps", "ttt_length",
-    "target_model_type", "target_layer_count", "modal_type", "has_no_defaults_at_init", "_attn_implementation",
-    "_attn_implementation_autoset", "attn_implementation", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan",
-    # tokens and texts, which are the target's
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id",
-    "tokenizer_class", "prefix", "finetuning_task", "problem_type", "task_specific_params", "id2label", "label2id",
-    "num_labels",
-    # what a call returns and how text is sampled
-    "return_dict", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate", "max_length",
-    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
-    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "chunk_size_feed_forward",
-    # what other fields, read here, make idle
-    "is_decoder", "max_window_layers", "parallel_draft_heads_num_layers", "has_lm_head",
-})  # fmt: skip
+HARMLESS = config_fields.HARMLESS - {"mask_token_id"} | config_fields.words(  # a mask token belongs to heads that guess in parallel
+    """
+    speculators_model_type speculators_version speculators_config embed_requires_grad has_no_defaults_at_init
+    ttt_steps ttt_length target_model_type target_layer_count modal_type base_model_tp_plan base_model_pp_plan base_model_ep_plan
+    eos_token_id parallel_draft_heads_num_layers has_lm_head
+    """
+)
 IDLE = {  # fields that change nothing while they have one of these values
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
@@ -60,11 +47,7 @@ IDLE = {  # fields that change nothing while they have one of these values
     "parallel_draft_step": (0, 1),
     "use_moe": (False,),
 }
-ROTARY = (  # what transformers' rotary embeddings take
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
-    "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
-    "mrope_section", "mrope_interleaved",
-)  # fmt: skip
+ROTARY = config_fields.ROPE_READ | config_fields.ROPE_HARMLESS | {"mrope_section", "mrope_interleaved"}
 
 
 @dataclass
@@ -157,9 +140,9 @@ def rotary_of(shape: Fields, said: Said) -> tuple[dict[str, Any], list[float]]:
     objects = {key: shape.object(key) for key in ("rope_scaling", "rope_parameters")}
     for fields in objects.values():
         fields.asked.update(ROTARY)
-        partial = fields.number("partial_rotary_factor", shape.number("partial_rotary_factor", 1.0))
-        if partial != 1:
-            raise EyasError(f"{shape.where}: partial_rotary_factor {partial:g}; eyas's draft layer rotates whole heads")
+    partial = [value for fields in (*objects.values(), shape) if (value := fields.number("partial_rotary_factor")) is not None]
+    if len(set(partial)) > 1:
+        said.wrong.append(f"its config names several partial_rotary_factors, {' and '.join(f'{value:g}' for value in partial)}")
     kinds = {key: scaling_in(fields.raw) for key, fields in objects.items()}
     scaling = kinds["rope_scaling"] if objects["rope_scaling"].raw else kinds["rope_parameters"]
     others = [key for key, fields in objects.items() if fields.raw and kinds[key] != scaling]
@@ -174,7 +157,7 @@ def rotary_of(shape: Fields, said: Said) -> tuple[dict[str, Any], list[float]]:
     if len(thetas) > 1:
         said.wrong.append(f"its config names several rope thetas, {' and '.join(f'{theta:g}' for theta in thetas)}")
     candidates = list(dict.fromkeys([*thetas, THETA]))
-    return {"rope_theta": candidates[0], "rope_scaling": scaling}, candidates
+    return {"rope_theta": candidates[0], "rope_scaling": scaling, "partial_rotary_factor": [*partial, 1.0][0]}, candidates
 
 
 def scaling_in(rope: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -187,15 +170,22 @@ def scaling_in(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     return held if rope_kind(held) is not None else None
 
 
-def check_attention(shape: Fields, layers: int) -> None:
-    """Raise `EyasError` where a layer sees less than all of the text before it."""
-    kinds, window = shape.given("layer_types"), shape.given("sliding_window")
-    used = shape.flag("use_sliding_window", shape.text("model_type") == "mistral")
-    own = kinds[:layers] if isinstance(kinds, list) else []
-    if others := sorted({short(kind) for kind in own} - {short("full_attention"), short("sliding_attention")}):
-        raise EyasError(f"{shape.where}: layer_types names {others[0]}; eyas's draft layers attend to all of the text")
-    if window is not None and ("sliding_attention" in own or (used and not own)):
-        raise EyasError(f"{shape.where}: sliding_window {short(window)}; eyas's draft layers attend to all of the text")
+def window_of(shape: Fields, layers: int) -> int | None:
+    """How many positions a row sees in each of its layers; None: all. Raises `EyasError` where layers differ, or see something else.
+
+    Where layer_types is missing, the families' own rules say which layers have the window: all of Mistral's, of Qwen's those from
+    max_window_layers on, none of Llama's.
+    """
+    window, kinds, family = shape.given("sliding_window"), shape.given("layer_types"), shape.text("model_type") or "llama"
+    first, used = shape.size("max_window_layers", 28), shape.flag("use_sliding_window", family == "mistral")
+    if kinds is None:
+        begins = {"mistral": 0, "qwen2": first, "qwen3": first}.get(family, layers) if used and window is not None else layers
+        own = ["full_attention"] * min(begins, layers) + ["sliding_attention"] * (layers - min(begins, layers))
+    else:
+        own = list(kinds[:layers]) if isinstance(kinds, list) else [kinds]
+    if len(own) < layers or any(kind != own[0] for kind in own) or own[0] not in ("full_attention", "sliding_attention"):
+        raise EyasError(f"{shape.where}: layer_types {short(kinds)}; eyas's draft layers see all of the text, or all the same window of it")
+    return shape.size("sliding_window") if own[0] == "sliding_attention" else None
 
 
 # ---- what nobody read ----
