@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from eyas.checks import LARGEST_SIZE, EyasError, check_number, is_number
 from eyas.checks import short as short
@@ -237,6 +237,8 @@ class Request:
     ignore_eos: bool = False  # the target's own end-of-turn ids do not end the answer
     logprobs: int | None = None  # the log probability of each token, and of so many likeliest, go into the result; None: none
     raw: bool = False  # the prompt is text to go on with, not a user's turn
+    tools: Sequence[Mapping[str, Any]] | None = None  # functions on offer, as chat APIs take them; the chat template shows them
+    chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the chat template, such as {"enable_thinking": False}
     verifier: str = VERIFIERS[0]  # a name in VERIFIERS; "walk" is the default, those in LOSSY change the text's distribution
     batch: int | None = None  # texts decoded at a time at most; None: all
     defaulted: tuple[tuple[str, Any], ...] = ()  # of these settings, those that the target's generation_config.json gave
@@ -245,15 +247,42 @@ class Request:
         check_number("min-new-tokens", self.min_new_tokens, 0, LARGEST_SIZE, whole=True)
         for token in self.stop_token_ids:
             check_number("a stop token id", token, 0, LARGEST_SIZE, whole=True)
+        if self.chat_template_kwargs is not None:
+            check_variables(self.chat_template_kwargs)
         if self.logprobs is not None:
             check_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, whole=True)
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
+# What transformers' apply_chat_template takes for itself; `tools` are a setting of their own.
+NO_VARIABLES = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
 
-    role: str  # system, user or assistant, or any other role that the chat template knows
-    content: str
+
+def check_variables(variables: Any) -> None:
+    """Raise `EyasError` for anything but variables of a chat template by name."""
+    if not isinstance(variables, Mapping):
+        raise EyasError(f'chat-template-kwargs must be an object of variables like {{"enable_thinking": false}}, not {short(variables)}')
+    for name in cast("Mapping[Any, Any]", variables):
+        if not isinstance(name, str) or not name.isidentifier() or name in NO_VARIABLES:
+            raise EyasError(f"chat-template-kwargs: {short(name)} is no variable that a chat template can be given")
+
+
+class Turn(TypedDict):
+    """What every turn of a conversation has."""
+
+    role: str  # system, user, assistant or tool, or any other role that the chat template knows
+    content: str | Sequence[Mapping[str, Any]] | None  # text, or parts like {"type": "text", "text": ..}; None beside tool calls
+
+
+class Message(Turn, total=False):
+    """One turn of a conversation, as chat APIs take it: a `role`, its `content`, and what else there is."""
+
+    name: str
+    tool_calls: Sequence[Mapping[str, Any]]  # {"type": "function", "function": {"name": .., "arguments": ..}}, arguments as JSON or object
+    tool_call_id: str  # of a tool's turn: the call that it answers
+    reasoning_content: str  # what was thought before the answer
 
 
 class Settings(TypedDict, total=False):
@@ -271,6 +300,8 @@ class Settings(TypedDict, total=False):
     logprobs: int | None
     generation_config: str  # "auto": what is not said here is as generation_config.json says; "none": as `Request` says
     raw: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     verifier: str
     batch: int | None
     temperature: float

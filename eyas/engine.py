@@ -6,7 +6,8 @@ Knows where models lie and how a prompt becomes tokens; knows nothing of how a r
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as AnySequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -125,15 +126,23 @@ class Engine:
 
     # ---- prompts ----
 
-    def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        raw: bool = False,
+        tools: AnySequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a prompt. A string is one user turn, or with `raw` plain text to go on with; messages go through the chat
         template; token ids stay as they are. Raises `EyasError` for an empty prompt, one too long for the target, one the template
-        refuses, or ids that the target does not have."""
+        refuses, or ids that the target does not have. `tools` and `chat_template_kwargs` are what `Request` says of them."""
         context = self.target.config.max_position_embeddings
+        if (tools or chat_template_kwargs) and (raw or is_token_ids(prompt)):
+            raise EyasError("tools and chat-template-kwargs are for a chat template, and this prompt goes through none; leave them out")
         if is_token_ids(prompt):
             ids = checked_ids(prompt, self.target.config.vocab_size, "a prompt's numbers")
         else:
-            ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory)
+            ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory, tools, chat_template_kwargs)
             check_known(self.tokenizer, ids, self.target.config.vocab_size, "the prompt")
         if len(ids) >= context:
             raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
@@ -307,7 +316,8 @@ class Engine:
         checked_ids(request.stop_token_ids, config.vocab_size, "stop-token-ids")
         shape = self.shape(request.tree, self.method_of(request))
         many = is_many(prompt)
-        texts = [self.encode(each, request.raw) for each in (cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)])]
+        templated = (request.raw, request.tools, request.chat_template_kwargs)
+        texts = [self.encode(each, *templated) for each in (cast("list[Prompt]", prompt) if many else [cast("Prompt", prompt)])]
         seed = new_seed() if request.seed is None else request.seed
         return [
             new_sequence(

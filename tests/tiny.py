@@ -100,7 +100,8 @@ def reference_weights(network: DraftNetwork) -> dict[str, torch.Tensor]:
 def save_tiny_target(directory: Path, seed: int = 0, **changes) -> Path:
     """Write a tiny float32 Llama with the byte tokenizer as a Hugging Face directory; <|im_end|> ends a turn."""
     tokenizer = byte_tokenizer()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|im_end|>"
+    end = tokenizer.eos_token_id
     config = tiny_config(**{"vocab_size": len(tokenizer), "eos_token_ids": (end,), **changes})
     target = Target(config).double()
     randomize(target, seed)

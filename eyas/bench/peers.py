@@ -23,6 +23,7 @@ from typing import Any
 from eyas.bench import environments
 from eyas.bench.prompts import PRACTICE, PromptItem
 from eyas.config import EyasError
+from eyas.decode.prompt import conversation_of
 from eyas.files.chat_template import written
 from eyas.files.target import target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
@@ -148,9 +149,9 @@ def contestants(target: str | None, draft: str | None, prompts: list[list[int]],
     return found + openvino(shared, export) + llama_cpp(shared, export, directory, target is None)
 
 
-def token_ids(tokenizer: Any, prompt: Any) -> list[int]:
+def token_ids(tokenizer: Any, prompt: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = written(tokenizer, messages, prompt=True).text
+    text = written(tokenizer, conversation_of(tokenizer, messages, None, variables), prompt=True).text
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -235,11 +236,12 @@ def run_peers(
     tokens: int,
     threads: int,
     report: Callable[[str], None],
+    variables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The race's result with its conditions, figures and ratios."""
     directory = target_directory(target)
     tokenizer = load_tokenizer(directory)
-    prompts = [token_ids(tokenizer, item.prompt) for item in items]
+    prompts = [token_ids(tokenizer, item.prompt, variables) for item in items]
     report("making environments and converting")
     all_of = contestants(target, draft, prompts, tokens, threads)
     result = race(all_of, prompts, tokens, threads, report)
@@ -254,6 +256,7 @@ def run_peers(
         "prompts": len(prompts),
         "max_new_tokens": tokens,
         "temperature": 0,
+        **({"chat_template_kwargs": dict(variables)} if variables else {}),
     }
     conditions |= {"threads": threads, "machine": f"{platform.machine()} {capability()}", "cores": os.cpu_count()}
     conditions |= {"date": datetime.now().astimezone().isoformat(timespec="seconds")}

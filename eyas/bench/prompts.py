@@ -10,10 +10,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eyas.config import EyasError
-from eyas.decode.prompt import WrittenPrompt
+from eyas.config import EyasError, Request
 from eyas.engine import Engine
-from eyas.files.chat_data import CHAT_KEYS, SYSTEMS, TOOLS, VARIABLES, encodable, messages_of
+from eyas.files.chat_data import CHAT_KEYS, SYSTEMS, TOOLS, VARIABLES, Conversation, encodable, messages_of
 from eyas.files.records import read_objects
 
 TEXT_KEYS = ("prompt", "question")
@@ -23,7 +22,7 @@ PRACTICE = ("Explain how a bicycle stays upright.", "Write a short letter to a f
 
 class PromptItem(NamedTuple):
     line: int  # counted from 1
-    prompt: WrittenPrompt
+    prompt: str | Conversation
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[PromptItem], list[str]]:
@@ -38,7 +37,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[Promp
     return [PromptItem(place.number, prompt) for place, prompt in found], complaints
 
 
-def prompt_of(row: dict[str, Any]) -> WrittenPrompt:
+def prompt_of(row: dict[str, Any]) -> str | Conversation:
     """A line's prompt, or EyasError that says what is wrong with it."""
     if row.get("turns") is not None:
         turns = row["turns"]
@@ -64,13 +63,13 @@ def checked(text: Any, where: str) -> str:
     return encodable(text, f'"{where}"')
 
 
-def fitting(engine: Engine, items: Sequence[PromptItem]) -> tuple[list[PromptItem], list[str]]:
+def fitting(engine: Engine, items: Sequence[PromptItem], request: Request | None = None) -> tuple[list[PromptItem], list[str]]:
     """The prompts that this target can read, and complaints about the others (too long, say). Raises if none is left."""
     fit: list[PromptItem] = []
     complaints: list[str] = []
     for item in items:
         try:
-            engine.encode(item.prompt)
+            engine.encode(item.prompt, chat_template_kwargs=None if request is None else request.chat_template_kwargs)
             fit.append(item)
         except EyasError as error:
             complaints.append(f"line {item.line}: {error}")

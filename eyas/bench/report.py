@@ -21,7 +21,7 @@ from eyas.engine import Engine
 from eyas.files.disk import directory_hash
 from eyas.kernels.linear import capability
 
-RARE = ("min_new_tokens", "stop_token_ids", "ignore_eos", "defaulted")
+RARE = ("min_new_tokens", "stop_token_ids", "ignore_eos", "chat_template_kwargs", "defaulted")
 RARE_SAMPLING = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 COLUMNS = ("method", "tree", "tau", "tau before loops", "tokens/s", "speedup", "same text")
 

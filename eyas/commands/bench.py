@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     for method in methods:
         engine.drafter(method.name)  # a missing draft is said before anything is timed
     request = settled(engine, options)
-    items, unfit = fitting(engine, items)
+    items, unfit = fitting(engine, items, request)
     complain(options.prompts, [*complaints, *unfit])
     result = with_progress(engine, items, methods, request)
     result["conditions"] |= facts_of_options(options, methods, len(complaints) + len(unfit))
@@ -55,7 +55,14 @@ def peers(options: argparse.Namespace, request: Request) -> int:
     complain(options.prompts, complaints)
     said = terminal(stderr=True)
     result = run_peers(
-        options.target, options.draft, Path(options.prompts).name, items, request.max_new_tokens, torch.get_num_threads(), said.print
+        options.target,
+        options.draft,
+        Path(options.prompts).name,
+        items,
+        request.max_new_tokens,
+        torch.get_num_threads(),
+        said.print,
+        request.chat_template_kwargs,
     )
     table = Table("engine", "bits a weight", "tokens/s [quartiles]", "text as bf16's", "version")
     for cells in table_rows(result):

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from eyas.commands.common import engine_from, settings_from, settled
+from eyas.commands.common import conversation_from, engine_from, settings_from, settled
 from eyas.commands.generate import tell
 from eyas.config import EyasError
 from eyas.decode.sequence import Result
+from eyas.files.chat_data import Conversation
 
 
 def run(options: argparse.Namespace) -> int:
     settings_from(options)
+    messages = begun(options)
     engine = engine_from(options)
     request = settled(engine, options)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
     print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
     turn = 0
     while True:
@@ -41,6 +42,13 @@ def run(options: argparse.Namespace) -> int:
             print("\n[stopped]", file=sys.stderr)
         messages.append({"role": "assistant", "content": "".join(said)})
         turn += 1
+
+
+def begun(options: argparse.Namespace) -> Conversation:
+    """The conversation to go on with; its own tools and variables stay with it."""
+    if options.messages:
+        return conversation_from(options)
+    return Conversation([{"role": "system", "content": options.system}] if options.system else [])
 
 
 def noted(pieces: Iterable[str | Result], said: list[str]) -> Iterator[str | Result]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eyas.config import EyasError, Request, TreeShape, short
+from eyas.config import EyasError, Request, TreeShape, check_variables, short
+from eyas.decode.prompt import prompt_message
 from eyas.engine import BUNDLED, Engine, load, make_request, without_draft
+from eyas.files.chat_data import VARIABLES, Conversation, tools_of, unread_keys
 from eyas.files.embedded import LAYERS, VOCABULARY
 from eyas.files.generation_config import FILE
 from eyas.files.target import from_hub, load_target, target_directory
@@ -29,6 +32,7 @@ GIVEN = (  # options that are settings of the same name, where they were given
     "ignore_eos",
     "logprobs",
     "raw",
+    "chat_template_kwargs",
     "verifier",
     "tree",
     "temperature",
@@ -56,10 +60,51 @@ def settings_from(options: argparse.Namespace, method: str | None = None) -> dic
         "stop": options.stop,
         "stop_token_ids": options.stop_token_id,
         "logit_bias": bias_from(options.logit_bias),
+        "tools": tools_from(getattr(options, "tools", None)),
     }
     settings = {name: value for name, value in settings.items() if value is not None and value is not False and value != []}
     make_request(**settings)
     return settings
+
+
+def tools_from(path: str | None) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    found = json_of("--tools", Path(path))
+    try:
+        return tools_of(found)
+    except EyasError as error:
+        raise EyasError(f"--tools {path}: {error}") from None
+
+
+def json_of(option: str, path: Path) -> Any:
+    try:
+        return json.loads(path.expanduser().read_bytes())
+    except OSError as error:
+        raise EyasError(f"{option} {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise EyasError(f"{option} {path} is not valid JSON ({error})") from None
+
+
+def conversation_from(options: argparse.Namespace) -> Conversation:
+    """The conversation of --messages with what stands beside it there, after the message of --system."""
+    path = Path(options.messages)
+    found = json_of("--messages", path)
+    row = {"messages": found} if isinstance(found, list) else found
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
+        raise EyasError(f'{path} must hold a list of messages like [{{"role": "user", "content": "..."}}], or an object with "messages"')
+    begun = [{"role": "system", "content": options.system}] if options.system else []
+    try:
+        turns = [prompt_message(turn, number) for number, turn in enumerate(row["messages"], start=1)]
+        conversation = Conversation([*begun, *turns], tools_of(row.get("tools")))
+        if (variables := row.get(VARIABLES)) is not None:
+            check_variables(variables)
+            conversation.variables = dict(variables)
+    except EyasError as error:
+        raise EyasError(f"{path}: {error}") from None
+    if unread := unread_keys(row, {"messages", "tools", VARIABLES}):
+        print(f"eyas: {path}: not read, give options instead: {', '.join(sorted(unread))}", file=sys.stderr)
+    return conversation
 
 
 def bias_from(given: Sequence[str]) -> list[tuple[int, float]]:

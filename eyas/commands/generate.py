@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from eyas.commands.common import engine_from, settings_from, settled
+from eyas.commands.common import conversation_from, engine_from, settings_from, settled
 from eyas.config import EyasError, Request, short
 from eyas.decode.logprobs import TokenLogprobs
 from eyas.decode.prompt import Prompt
@@ -90,10 +89,12 @@ def prompt_from(options: argparse.Namespace) -> Prompt:
     """The prompt as text, messages or token ids, checked before a model is loaded."""
     if sum(given is not None for given in (options.prompt, options.messages, options.prompt_ids)) != 1:
         raise EyasError("give a PROMPT, --messages F.json or --prompt-ids, one of the three")
+    if options.raw and (options.tools or options.chat_template_kwargs):
+        raise EyasError("--tools and --chat-template-kwargs are for a chat template, --raw does without one; drop one of the two")
     if options.prompt_ids is not None:
         return ids_from(options)
     if options.messages:
-        return read_messages(Path(options.messages), options.system)
+        return conversation_from(options)
     if not options.prompt.strip():
         raise EyasError("the prompt is empty; give some text")
     if options.system is None:
@@ -104,26 +105,9 @@ def prompt_from(options: argparse.Namespace) -> Prompt:
 
 
 def ids_from(options: argparse.Namespace) -> list[int]:
-    if options.system is not None or options.raw:
-        raise EyasError("--prompt-ids are read as they are; drop --system and --raw")
+    if options.system is not None or options.raw or options.tools or options.chat_template_kwargs:
+        raise EyasError("--prompt-ids are read as they are; drop --system, --raw, --tools and --chat-template-kwargs")
     words = options.prompt_ids.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
         raise EyasError(f"--prompt-ids takes token ids with blanks or commas between them, not {short(options.prompt_ids)}")
     return [int(word) for word in words]
-
-
-def read_messages(path: Path, system: str | None) -> list[dict[str, str]]:
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise EyasError(f"--messages {path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise EyasError(f"--messages {path} is not valid JSON ({error})") from None
-    messages = found.get("messages") if isinstance(found, dict) else found
-    well = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not well or not messages:
-        raise EyasError(f'{path} must hold a list of messages like [{{"role": "user", "content": "..."}}]')
-    return ([{"role": "system", "content": system}] if system else []) + messages

@@ -6,9 +6,10 @@ Knows options and their defaults (from config.py); imports nothing heavy, so `ey
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import json
+from typing import Any, NoReturn
 
-from eyas.config import PRECISIONS, VERIFIERS, Request
+from eyas.config import PRECISIONS, VERIFIERS, EyasError, Request, check_variables, short
 from eyas.methods import METHODS
 
 
@@ -82,6 +83,7 @@ def generation(
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     sampling(command)
+    template_kwargs(command)
     command.add_argument(
         "--seed", type=int, default=None, help="the same seed gives the same text with any method (default: drawn and reported)"
     )
@@ -100,6 +102,35 @@ def generation(
         default=Request.verifier,
         help="the others are for comparison (EAGLE's rule; rejection of drawn guesses); traversal, with a static tree, suits hot sampling",
     )
+
+
+def template_kwargs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=variables,
+        help="variables of the chat template, say '{\"enable_thinking\": false}'",
+    )
+
+
+def variables(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{short(text)} is not JSON; write it like '{{\"enable_thinking\": false}}'") from None
+    try:
+        check_variables(found)
+    except EyasError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found
+
+
+def conversation(command: argparse.ArgumentParser, messages: str) -> None:
+    """Options of the commands that go on with a conversation; `messages`: what its file is for."""
+    told = "(a list, or a request to a chat API with messages, tools and chat_template_kwargs)"
+    command.add_argument("--messages", metavar="F.json", help=f"{messages} {told}")
+    command.add_argument("--system", help="a system message to begin with")
+    command.add_argument("--tools", metavar="F.json", help="functions on offer: a list, as chat APIs take it")
 
 
 def sampling(command: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from eyas.commands.options import Parser, add, apart, disk, generation, known_methods, models, plugin, seed_prompts
+from eyas.commands.options import Parser, add, apart, conversation, disk, generation, known_methods, models, plugin, seed_prompts
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, TrainSettings
 from eyas.methods import trained
 
@@ -52,8 +52,7 @@ def demo_options(commands: argparse._SubParsersAction) -> None:
 def generate_options(commands: argparse._SubParsersAction) -> None:
     generate = add(commands, "generate", "write one answer, streamed")
     generate.add_argument("prompt", nargs="?", help="a user's turn, or text to go on with under --raw")
-    generate.add_argument("--messages", metavar="F.json", help="a conversation as a JSON list of {role, content} instead of PROMPT")
-    generate.add_argument("--system", help="a system message to begin with")
+    conversation(generate, "a conversation instead of PROMPT")
     generate.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
     generate.add_argument("--prompt-ids", metavar="'ID ID ..'", help="the prompt as token ids instead of PROMPT")
     generation(generate, generation_config="auto")
@@ -65,7 +64,7 @@ def generate_options(commands: argparse._SubParsersAction) -> None:
 
 def chat_options(commands: argparse._SubParsersAction) -> None:
     chat = add(commands, "chat", "a conversation in the terminal")
-    chat.add_argument("--system", help="a system message to begin with")
+    conversation(chat, "a conversation to go on with")
     generation(chat, generation_config="auto")
 
 

@@ -5,30 +5,38 @@ Knows a tokenizer and its template; knows nothing of models or of how a sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
-from eyas.config import EyasError, Message, short
-from eyas.files.chat_data import encodable
-from eyas.files.chat_template import written
+from eyas.config import EyasError, Message, check_variables, short
+from eyas.files.chat_data import MESSAGE_KEYS, ROLES, Conversation, encodable, message, tools_of
+from eyas.files.chat_template import check_read, written
 
-Messages = Sequence[Message] | Sequence[dict[str, str]]  # one conversation
+Messages = Sequence[Message] | Sequence[dict[str, Any]]  # one conversation
 TokenIds = Sequence[int]
 WrittenPrompt = str | Messages
 Prompt = WrittenPrompt | TokenIds
-Prompts = list[str] | list[list[Message]] | list[list[dict[str, str]]] | list[list[int]] | list[Prompt]
+Prompts = list[str] | list[list[Message]] | list[list[dict[str, Any]]] | list[list[int]] | list[Prompt]
+FORMS = "text, a list of messages, or a list of token ids"
 
 
 def is_many(prompt: Prompt | Prompts) -> bool:
-    """Whether this is a list of prompts rather than one string, one conversation or the token ids of one prompt. Raises `EyasError` for a
-    tensor or an array."""
+    """Whether this is a list of prompts rather than one string, one conversation or the token ids of one prompt. Raises `EyasError` for
+    what is neither."""
     if hasattr(prompt, "tolist"):
         raise EyasError("a prompt of token ids is a list of whole numbers; give ids.tolist()")
-    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], dict | int)
+    check_form(prompt)
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping | int)
+
+
+def check_form(prompt: Any) -> None:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise EyasError(f"a prompt is {FORMS}, not {short(prompt)}")
 
 
 def is_token_ids(prompt: Prompt) -> TypeGuard[TokenIds]:
+    check_form(prompt)
     return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int)
 
 
@@ -40,11 +48,20 @@ def checked_ids(ids: Sequence[Any], vocab_size: int, what: str) -> list[int]:
     return list(ids)
 
 
-def render(tokenizer: Any, prompt: WrittenPrompt, raw: bool, directory: Path) -> list[int]:
-    """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template.
+def render(
+    tokenizer: Any,
+    prompt: WrittenPrompt,
+    raw: bool,
+    directory: Path,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template, with the tools
+    on offer and with variables of its own.
 
     `tokenizer`: transformers' of the target in `directory`. Raises EyasError for what the template or the tokenizer cannot say.
     """
+    check_form(prompt)
     if isinstance(prompt, str):
         if not prompt.strip():
             raise EyasError("the prompt is empty; give some text")
@@ -57,5 +74,39 @@ def render(tokenizer: Any, prompt: WrittenPrompt, raw: bool, directory: Path) ->
         raise EyasError("the prompt is empty; give at least one message")
     if not getattr(tokenizer, "chat_template", None):
         raise EyasError(f"{directory} has no chat template; use --raw to continue plain text")
-    text = encodable(written(tokenizer, prompt, prompt=True).text, "the prompt")
+    text = encodable(written(tokenizer, conversation_of(tokenizer, prompt, tools, variables), prompt=True).text, "the prompt")
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them; too long is the caller's to say
+
+
+def conversation_of(
+    tokenizer: Any, prompt: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any] | None
+) -> Conversation:
+    """Messages as chat APIs take them in one form, with the tools and variables of the call. What a `Conversation` brings of its own
+    stays."""
+    if isinstance(prompt, Conversation):
+        found = prompt.with_messages(prompt)
+    else:
+        found = Conversation(prompt_message(turn, number) for number, turn in enumerate(prompt, start=1))
+    if tools and found.tools is None:
+        try:
+            found.tools = tools_of(list(tools))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EyasError(f"the tools are not what JSON can hold ({error})") from None
+    if variables:
+        check_variables(variables)
+        found.variables = {**variables, **found.variables}
+        check_read(tokenizer, found, variables)
+    return found
+
+
+def prompt_message(turn: Any, number: int) -> dict[str, Any]:
+    """A message of a prompt. Roles and fields that nobody else knows are handed to the template: it may know them."""
+    if not isinstance(turn, Mapping):
+        return message(turn, number)  # says what is wrong
+    fields = {**cast("Mapping[str, Any]", turn)}
+    role = fields.get("role")
+    if isinstance(role, str) and role.lower() not in ROLES:
+        found = {**message({**fields, "role": "user"}, number), "role": role}
+    else:
+        found = message(fields, number)
+    return {**{key: value for key, value in fields.items() if key not in MESSAGE_KEYS}, **found}

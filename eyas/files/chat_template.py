@@ -74,6 +74,14 @@ def try_apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False)
         return None
 
 
+def check_read(tokenizer: Any, conversation: Conversation, variables: Mapping[str, Any]) -> None:
+    """Raise EyasError for variables that the template does not read: they would change nothing."""
+    template = template_text(tokenizer, conversation)
+    unread = [name for name in variables if template and name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unread:
+        raise EyasError(f"the chat template reads no variable {', '.join(unread)}; leave it out of chat-template-kwargs")
+
+
 def as_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     return messages if isinstance(messages, Conversation) else Conversation(map(dict, messages))
 
@@ -84,9 +92,10 @@ def changed(conversation: Conversation, change: Callable[[int, Message], Message
 
 
 def template_text(tokenizer: Any, conversation: Conversation) -> str:
-    """The template that will write this conversation; "" where there is none (which rendering says)."""
+    """The template that will write this conversation; "" where there is none (which rendering says). A variable `chat_template` names one
+    of several."""
     try:
-        return tokenizer.get_chat_template(tools=conversation.tools) or ""
+        return tokenizer.get_chat_template(conversation.variables.get("chat_template"), tools=conversation.tools) or ""
     except ValueError:
         return ""
 

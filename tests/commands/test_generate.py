@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from eyas.decode import prompt
 from eyas.methods import METHODS
 from tests.commands.words import JSON_KEYS, generate, interrupt_round
 
@@ -84,8 +88,11 @@ def test_a_text_ends_where_the_context_does(models, run):
         ("{", "is not valid JSON"),
         ("[]", "must hold a list of messages like"),
         ('{"messages": []}', "must hold a list of messages like"),
-        ('[{"role": "user"}]', "must hold a list of messages like"),
-        ('[{"role": 3, "content": "hi"}]', "must hold a list of messages like"),
+        ('[{"role": "user"}]', "message 1 has content that is not a string"),
+        ('[{"role": 3, "content": "hi"}]', "message 1 has the unknown role 3"),
+        ('[{"role": "user", "content": [{"type": "image_url"}]}]', "message 1 has a part of type 'image_url'; only text is read"),
+        ('{"messages": [{"role": "user", "content": "hi"}], "tools": [3]}', '"tools" is not a list of functions with names'),
+        ('{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": []}', "chat-template-kwargs must be an object"),
         ('"hi"', "must hold a list of messages like"),
     ],
 )
@@ -109,6 +116,64 @@ def test_messages_are_a_conversation(models, run, tmp_path):
         assert json.loads(run(*generate(models, "--messages", path, *plain))[1])["tokens"] == wanted
     asked = json.loads(run(*generate(models, turns[0]["content"], "--system", "Be brief.", *plain))[1])["tokens"]
     assert asked == json.loads(run(*generate(models, "--messages", paths[0], "--system", "Be brief.", *plain))[1])["tokens"] != wanted
+
+
+TEMPLATE = (
+    "{% if tools %}TOOLS {{ tools | tojson }}{{ '\n' }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{{ ' (calm)' if calm }}:{% endif %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+@pytest.fixture
+def with_tools(models, tmp_path) -> Path:
+    """A target whose template shows tools, calls and thinking."""
+    target = tmp_path / "with-tools"
+    shutil.copytree(models / "target", target)
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    return target
+
+
+def test_messages_are_taken_as_servers_take_them(models, run, with_tools, tmp_path, monkeypatch):
+    """Content in parts, an answer that only calls, a tool's turn, tools on offer and variables; what is no part of them is named."""
+    path, prompts = tmp_path / "request.json", []
+    render = prompt.written
+    monkeypatch.setattr(prompt, "written", lambda *given, **more: prompts.append(render(*given, **more)) or prompts[-1])
+    turns = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "content": "12", "tool_call_id": "1"}]
+    path.write_text(json.dumps({"messages": turns, "tools": TOOLS, "chat_template_kwargs": {"calm": True}, "max_tokens": 5, "model": "m"}))
+    words = ["generate", "--target", with_tools, "--plain", "--precision", "fp32", "--max-new-tokens", "2"]
+    status, _, err = run(*words, "--messages", path)
+    assert status == 0 and f'eyas: {path}: not read, give options instead: "max_tokens"' in err
+    assert prompts[-1].text == f"TOOLS {json.dumps(TOOLS)}\nuser: hi\nassistant: CALL weather {{}}\ntool: 12\nassistant (calm):"
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps(TOOLS))
+    given = ["--tools", tools, "--chat-template-kwargs", '{"calm": true}']
+    assert run(*words, "hi", *given)[0] == 0
+    asked = prompts[-1].text
+    assert asked == f"TOOLS {json.dumps(TOOLS)}\nuser: hi\nassistant (calm):"
+    path.write_text(json.dumps(turns[:1]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("and now\n\n"))
+    assert run("chat", *words[1:], "--messages", path, *given)[0] == 0
+    assert prompts[-1].text == asked.replace("\nassistant", "\nuser: and now\nassistant")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["hi", "--chat-template-kwargs", "{"], "argument --chat-template-kwargs: '{' is not JSON"),
+        (["hi", "--chat-template-kwargs", "[1]"], "must be an object of variables"),
+        (["hi", "--chat-template-kwargs", '{"tokenize": true}'], "'tokenize' is no variable that a chat template can be given"),
+        (["hi", "--chat-template-kwargs", '{"enable_thinkng": false}'], "the chat template reads no variable enable_thinkng"),
+        (["hi", "--raw", "--chat-template-kwargs", '{"a": 1}'], "--tools and --chat-template-kwargs are for a chat template"),
+        (["hi", "--tools", "none.json"], "--tools none.json cannot be read"),
+    ],
+)
+def test_tools_and_variables_that_cannot_be_used_are_one_line(models, refused, words, reason):
+    assert reason in refused(*generate(models, *words))
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
@@ -208,7 +273,7 @@ def test_log_probabilities_are_in_the_json_object(models, run):
         (["hi", "--logit-bias", "42=101"], "the logit-bias of token 42 must be a number from -100 to 100, not 101.0"),
         (["hi", "--stop-token-id", "9999"], "stop-token-ids must be token ids from 0 to 262, not 9999"),
         (["--prompt-ids", "5 six"], "--prompt-ids takes token ids with blanks or commas between them, not '5 six'"),
-        (["--prompt-ids", "5", "--raw"], "--prompt-ids are read as they are; drop --system and --raw"),
+        (["--prompt-ids", "5", "--raw"], "--prompt-ids are read as they are; drop --system, --raw, --tools and --chat-template-kwargs"),
         (["hi", "--prompt-ids", "5"], "give a PROMPT, --messages F.json or --prompt-ids, one of the three"),
     ],
 )
