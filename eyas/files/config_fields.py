@@ -41,6 +41,9 @@ HARMLESS_AT: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1.0,),
     "pruned_heads": ({},),
     "hidden_activation": ("silu",),
+    "activation": ("swiglu", "silu"),
+    "is_llama_config": (True,),
+    "use_mrope": (False,),
 }
 
 HARMLESS = words(  # at any value
@@ -50,18 +53,20 @@ HARMLESS = words(  # at any value
     use_flash_attn use_flash_attention use_flash_attention_2 use_cache return_dict output_attentions output_hidden_states torchscript
     tf_legacy_loss use_bfloat16 chunk_size_feed_forward cross_attention_hidden_size is_decoder tie_encoder_decoder gradient_checkpointing
     initializer_range initializer_factor attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob attn_pdrop
-    embd_pdrop resid_pdrop classifier_dropout summary_first_dropout
+    embd_pdrop resid_pdrop classifier_dropout neftune_noise_alpha loss_type ignore_index keys_to_ignore_at_inference use_liger_kernel
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj _pre_quantization_dtype
     pretraining_tp finetuning_task problem_type id2label label2id num_labels task_specific_params
     pad_token_id bos_token_id sep_token_id cls_token_id unk_token_id mask_token_id decoder_start_token_id forced_bos_token_id
     forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens
     do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_beam_groups diversity_penalty
     num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping output_scores
     return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
-    max_sequence_length model_max_length tokenizer_model_max_length tokenizer_padding_side seq_length
+    max_sequence_length max_seq_length max_seq_len model_max_length tokenizer_model_max_length tokenizer_padding_side seq_length
+    base_model_name_or_path
     transformers.js_config unsloth_fixed unsloth_version unsloth_tracked unsloth_optimized
-    attention_out_bias qk_norm use_qk_norm qkv_bias attention_output_bias
+    attention_out_bias qk_norm use_qk_norm qkv_bias attention_output_bias num_key_value_groups
     """
-)  # the last line's fields add weights, and a weight without a place is refused
+)  # the last line's fields change which weights there are, and a weight without a place is refused
 
 ROPE_READ = words(
     """
@@ -69,6 +74,7 @@ ROPE_READ = words(
     low_freq_factor high_freq_factor short_factor long_factor
     """
 )
+ROPE_NUMBERS = ROPE_READ - {"rope_type", "type", "truncate", "short_factor", "long_factor"}
 ROPE_HARMLESS = words("finetuned attn_factor")  # transformers reads neither; attn_factor is vLLM's
 ROPE_KINDS = {  # rotary embeddings that our own blocks compute, and the context of each (hf_config.context_length)
     "default": "max_position_embeddings",

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eyas.config import EyasError, TargetConfig, short
-from eyas.files.config_fields import ROPE_KINDS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
+from eyas.config import LARGEST_SIZE, EyasError, TargetConfig, check_number, short
+from eyas.files.config_fields import ROPE_KINDS, ROPE_NUMBERS, ROPE_READ, foreign_fields, unknown_fields, unknown_rope
 from eyas.files.disk import read_json
 from eyas.files.ends import end_of_turn_ids
 from eyas.files.notes import note
@@ -38,7 +38,13 @@ NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 def has_own_blocks(directory: Path) -> bool:
     """Whether our own blocks compute this model; others go through transformers (model/adapter.py). Raises as `foreign_part` does."""
-    return read_json(directory / "config.json").get("model_type") in SUPPORTED and foreign_part(directory) is None
+    return is_supported(directory) and foreign_part(directory) is None
+
+
+def is_supported(directory: Path) -> bool:
+    """Whether a model is of a family that our own blocks compute, whatever else its config says."""
+    kind = read_json(directory / "config.json").get("model_type")
+    return isinstance(kind, str) and kind in FAMILIES
 
 
 def foreign_part(directory: Path) -> str | None:
@@ -51,6 +57,7 @@ def foreign_part(directory: Path) -> str | None:
     if absent := [key for key in NEEDED if key not in raw]:
         raise EyasError(f"{path} lacks {', '.join(absent)}")
     config = stored_config(directory)
+    check_sizes(config, path)
     if config.model_type not in SUPPORTED:  # transformers takes a Mistral with layer_types for a Ministral
         return f"a model that transformers takes for {config.model_type}"
     declared, rope = declared_by(config), rope_of(config)
@@ -71,6 +78,21 @@ def foreign_part(directory: Path) -> str | None:
     if len(kinds := layer_kinds(config)) > 1 or not kinds <= {"full_attention", "sliding_attention"}:
         return f"layers of different kinds ({', '.join(sorted(kinds))})"
     return None
+
+
+def check_sizes(config: Any, path: Path) -> None:
+    """Raise `EyasError` where a config names a size that no model has, or heads that do not go together."""
+    sizes = {name: getattr(config, name) for name in (*NEEDED, "num_key_value_heads", "max_position_embeddings")}
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        sizes["sliding_window"] = window
+    try:
+        for name, size in sizes.items():
+            check_number(name, size, 1, LARGEST_SIZE, whole=True)
+    except EyasError as error:
+        raise EyasError(f"{path}: {error}") from None
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if heads % groups or heads < groups:
+        raise EyasError(f"{path}: {heads} heads over {groups} key-value heads do not go together; heads come in equal groups")
 
 
 def own_config(directory: Path) -> TargetConfig:
@@ -119,6 +141,7 @@ def stored_config(directory: Path) -> Any:
         raise EyasError(f"{directory / 'config.json'} cannot be used ({first_line(error)})") from None
     finally:
         logging.set_verbosity(shown)
+    check_rope(rope_of(config), directory / "config.json")
     say_what_scaling_hides(directory, rope_of(config))
     rotated = getattr(config, "qk_rope_head_dim", None)
     if config.model_type in ("deepseek_v2", "deepseek_v3") and config.head_dim != rotated:  # transformers' own forward fails on it
@@ -127,6 +150,20 @@ def stored_config(directory: Path) -> Any:
         )
         config.head_dim = rotated
     return config
+
+
+def check_rope(rope: Mapping[str, Any], path: Path) -> None:
+    """Raise `EyasError` where a rotary embedding's parameters (or those of a type of layer) are not what their names say."""
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            check_rope(value, path)
+        elif name in ("rope_type", "type") and not isinstance(value, str):
+            raise EyasError(f"{path}: {name} must be text, not {short(value)}")
+        elif name in ROPE_NUMBERS and (value is not None or name == "rope_theta"):
+            try:
+                check_number(name, value, 0, 1e12, whole=name == "original_max_position_embeddings")
+            except EyasError as error:
+                raise EyasError(f"{path}: {error}") from None
 
 
 def say_what_scaling_hides(directory: Path, taken: Mapping[str, Any]) -> None:
@@ -194,7 +231,8 @@ def layer_kinds(config: Any) -> set[str]:
 def odd_windows(config: Any, raw: Mapping[str, Any]) -> list[str]:
     """Fields about windows that a config.json sets and transformers' class of the family passes over."""
     declared, kinds, found = declared_by(config), layer_kinds(config), []
-    windowed = raw.get("sliding_window") is not None and raw["sliding_window"] < context_length(config)
+    window = raw.get("sliding_window")
+    windowed = window is not None and not (isinstance(window, int) and window >= context_length(config))
     used = raw.get("use_sliding_window")
     if windowed and "sliding_window" not in declared and used is not False:
         found.append("sliding_window")

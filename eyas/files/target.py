@@ -5,21 +5,23 @@ Knows directories, hub names, GGUF files and number formats; knows nothing of to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir
 from eyas.files.adaptable import adapted_config
 from eyas.files.adapted import load_adapted
-from eyas.files.disk import file_hash, read_json
+from eyas.files.disk import file_hash
 from eyas.files.embedded import embedded_target
 from eyas.files.gguf import convert_gguf
-from eyas.files.hf_config import SUPPORTED, foreign_part, has_own_blocks, own_config
+from eyas.files.hf_config import foreign_part, has_own_blocks, is_supported, own_config
 from eyas.files.lora import is_adapter, merged_adapter
 from eyas.files.notes import note
-from eyas.files.target_weights import target_tensors
+from eyas.files.target_weights import EMBEDDING, HEAD, target_tensors
 from eyas.files.tensors import load_strictly
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
@@ -78,20 +80,30 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
         raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
     config = target_config(directory)
     if not has_own_blocks(directory):
-        why = foreign_part(directory) if read_json(directory / "config.json").get("model_type") in SUPPORTED else None
+        why = foreign_part(directory) if is_supported(directory) else None
         if precision in BITS:
             has = f" ({why})" if why else ""
             raise EyasError(f"{precision} is for Llama-shaped targets; {directory.name}{has} runs through transformers: use bf16 or fp32")
         if why:
             note(f"{directory}: eyas's own blocks do not compute {why}; it runs through transformers, which is slower")
         return load_adapted(directory, DTYPES[precision], device)
+    tensors = target_tensors(directory, DTYPES[precision])
+    config = replace(config, tie_word_embeddings=config.tie_word_embeddings and are_tied(tensors, directory))
     with torch.device("meta"):
         target = Target(config)
     target = target.to(DTYPES[precision]).to_empty(device=device)
     if config.tie_word_embeddings:
         target.lm_head.weight = target.model.embed_tokens.weight
-    load_strictly(target, target_tensors(directory, DTYPES[precision]), f"target {directory}")
+    load_strictly(target, tensors, f"target {directory}")
     return target
+
+
+def are_tied(tensors: Mapping[str, Tensor], directory: Path) -> bool:
+    """Whether a model whose config ties head and embedding has one matrix for both. As in transformers, two that differ are two."""
+    if HEAD not in tensors or EMBEDDING not in tensors or torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        return True
+    note(f"{directory}: the config ties head and embedding, but two different ones are stored; both are taken, as in transformers")
+    return False
 
 
 def prepared(model: TargetModel, precision: str) -> TargetModel:

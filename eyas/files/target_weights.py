@@ -18,6 +18,7 @@ from eyas.files.notes import note
 from eyas.files.quantised import EIGHT_BITS, WIDENED, kind_of, quantisation, widened
 from eyas.files.untrusted import FORMATS, tensors_of
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 FURTHER = re.compile(r"(?:^|\.)mtp(?:_layers|_block|_head)?\.")
 
@@ -42,6 +43,8 @@ def target_tensors(directory: Path, dtype: torch.dtype = torch.float32) -> dict[
     raw, tensors = read_json(directory / "config.json"), stored_tensors(directory, dtype)
     if "embed_tokens.weight" in tensors:  # saved without its head
         tensors = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
+    if raw.get("tie_word_embeddings") and EMBEDDING not in tensors and HEAD in tensors:  # one matrix for both, stored as the head
+        tensors[EMBEDDING] = tensors.pop(HEAD)
     surplus = further_layers(tensors, raw, directory)
     return {name: tensor for name, tensor in tensors.items() if name not in surplus}
 

@@ -95,7 +95,8 @@ class TargetFiles:
     @classmethod
     def of(cls, source: str | Path | None) -> TargetFiles:
         directory = target_directory(source)
-        local = directory if source is None or str(source) == "embedded" else Path(source).expanduser()
+        given = None if source is None or str(source) == "embedded" else Path(source).expanduser()
+        local = directory if given is None or given.is_dir() else given  # an adapter's directory stands for the merged model
         return cls(directory, target_config(directory), str(local.resolve()) if local.exists() else str(source))
 
     def embedding(self) -> Tensor:

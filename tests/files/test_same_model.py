@@ -67,6 +67,8 @@ MATRIX = {
     "no ends named": ("llama", {}, {"eos_token_id": ..., "bos_token_id": ...}, 64),
     "several ends": ("llama", {"eos_token_id": [3, 5]}, {}, 64),
     "a field that is known to be harmless": ("llama", {}, {"torch_dtype": "float32", "unsloth_version": "2025.1", "pretraining_tp": 2}, 64),
+    "what SmolLM2 says": ("llama", {}, {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}, 64),
+    "what DeepSeek's Qwen says": ("qwen2", {}, {"use_mrope": False, "use_sliding_window": False, "sliding_window": 4096}, 64),
 }
 SOME = ["sliding_attention", "full_attention", "sliding_attention"]
 ADAPTED = {
@@ -187,6 +189,26 @@ def test_a_base_that_rope_scaling_hides_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err.count(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("edits", "named"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to"),
+        ({"vocab_size": -1}, "vocab_size must be"),
+        ({"num_key_value_heads": 3}, "4 heads over 3 key-value heads do not go together"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4", "rope_theta": 1e4}}, "factor must be a number"),
+        ({"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}}, "rope_type must be text"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta must be a number"),
+        ({"sliding_window": "wide"}, "sliding_window"),
+        ({"model_type": ["llama"]}, "model"),
+    ],
+)
+def test_a_value_that_no_model_has_is_one_line(edits, named, tmp_path):
+    saved(tmp_path, "llama", {}, edits)
+    with pytest.raises(EyasError, match=named) as caught:
+        target_config(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 # ---- weights ----
 
 
@@ -232,3 +254,19 @@ def test_a_model_saved_without_its_head_has_no_head_but_a_tied_one(tmp_path):
     edit(tmp_path, tie_word_embeddings=False)
     with pytest.raises(EyasError, match=r"missing lm_head\.weight"):
         load_target(tmp_path, "fp32")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_tied_matrices_that_differ_are_two_and_one_alone_is_both(kind, tmp_path, capsys):
+    """Some checkpoints tie by their config and store a head of their own; transformers takes it."""
+    saved(tmp_path, kind, {"tie_word_embeddings": True}, {})
+    tensors = read_tensors(tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding.flip(0), False)):
+        save_tensors(tmp_path, tensors | {"lm_head.weight": head})
+        target = load_target(tmp_path, "fp32")
+        assert target.config.tie_word_embeddings == tied
+        assert_close(ours(target.prepare()), theirs(tmp_path)[0], rtol=1e-5, atol=1e-5)
+    assert "two different ones are stored" in capsys.readouterr().err
+    save_tensors(tmp_path, {name: tensor for name, tensor in tensors.items() if "embed" not in name} | {"lm_head.weight": embedding})
+    assert_close(ours(load_target(tmp_path, "fp32")), theirs(tmp_path)[0], rtol=1e-5, atol=1e-5)
