@@ -27,6 +27,9 @@ from eyas.files.tokenizer import check_known, load_tokenizer
 from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
 from eyas.model.protocols import TargetModel
+from eyas.parallel.layout import Layout
+from eyas.parallel.peers import Peers
+from eyas.parallel.start import begin
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,6 +76,10 @@ def load(
     draft: str | Path | None = None,
     device: str | None = None,
     precision: str = PRECISIONS[0],
+    *,
+    context_parallel: bool = False,
+    shards: int = Layout.shards,
+    peer_timeout: float = 60.0,
 ) -> Engine:
     """Load a target and its draft, ready to generate.
 
@@ -81,6 +88,10 @@ def load(
     embedded target, and for any other no draft, which leaves the methods that need none. `device`: "cpu" (None) or a CUDA device as
     PyTorch names it. `precision`: "bf16", "fp32", or "int8" and "q4": weights of 8 or 4 bits in groups of 32 over bfloat16, for
     Llama-shaped targets alone.
+
+    `context_parallel`: keys lie in `shards` virtual shards, shared out over the processes that `torchrun` started, one without it; the text
+    is the same whatever their number (docs/tree-attention.md). The first process goes on; the others hold their part until it ends, and
+    then exit. A process that does not answer within `peer_timeout` seconds is an error.
 
     Raises `EyasError` with one line for a target, draft, device or precision that cannot be had, and for a draft that does not fit its
     target.
@@ -92,6 +103,8 @@ def load(
         kind = METHODS[kind_of(drafted)].decoding()
         kind.check(drafted, target_config(directory))  # before the target's weights are read: a draft that does not fit is refused at once
     model = load_target(directory, precision, device or "cpu")
+    if context_parallel:
+        model = begin(model, directory, precision, Layout(shards), Peers.join(device or "cpu", peer_timeout))
     return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
 

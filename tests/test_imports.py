@@ -21,6 +21,7 @@ ROOMS = [  # each uses those above it and its own; those of one line do not use 
     ("kernels",),
     ("model",),
     ("files",),
+    ("parallel",),
     ("decode",),
     ("drafters",),
     ("engine",),

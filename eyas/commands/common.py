@@ -133,7 +133,8 @@ def settled(engine: Engine, options: argparse.Namespace, method: str | None = No
 
 
 def engine_from(options: argparse.Namespace) -> Engine:
-    engine = load(options.target, options.draft, options.device, options.precision)
+    shared = {name: getattr(options, name) for name in ("context_parallel", "shards", "peer_timeout") if hasattr(options, name)}
+    engine = load(options.target, options.draft, options.device, options.precision, **shared)
     if getattr(options, "draft_model", None):
         engine.use_draft_model(load_target(target_directory(options.draft_model), options.precision, options.device or "cpu"))
     return engine

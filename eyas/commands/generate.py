@@ -14,6 +14,7 @@ from eyas.decode.logprobs import TokenLogprobs
 from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result, Sequence, result_of
 from eyas.engine import Engine
+from eyas.parallel.target import ShardedTarget
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 
@@ -56,6 +57,8 @@ def finished(engine: Engine, prompt: Prompt, request: Request, options: argparse
 def as_json(engine: Engine, request: Request, result: Result) -> dict[str, Any]:
     found = {key: getattr(result, key) for key in JSON_KEYS}
     found["generation_config"] = {"used": dict(request.defaulted), "not_done": engine.generation_config.not_done}
+    if isinstance(engine.target, ShardedTarget):
+        found["context_parallel"] = engine.target.facts()
     if result.logprobs is not None:
         found["logprobs"] = [logprobs_json(engine, told) for told in result.logprobs]
     return found

@@ -72,12 +72,28 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
         )
 
 
+def context_parallel(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that can share a text's keys out over processes."""
+    command.add_argument(
+        "--context-parallel",
+        action="store_true",
+        help="keys shared out over the processes that torchrun started; how many these are changes no bit of the text, but sharding does",
+    )
+    command.add_argument(
+        "--shards", type=int, default=64, help="virtual shards, a power of two (default %(default)s); they decide rounding"
+    )
+    command.add_argument(
+        "--peer-timeout", type=float, default=60.0, metavar="S", help="seconds after which a process that does not answer is lost (60)"
+    )
+
+
 def generation(
     command: argparse.ArgumentParser, method: bool = True, new_tokens: int | None = None, generation_config: str = "none"
 ) -> None:
     """Options of the commands that write text. Those left out are None, so that a model's generation_config.json may have its say;
     `new_tokens` and `generation_config`: a command's own defaults."""
     models(command)
+    context_parallel(command)
     if method:
         command.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")

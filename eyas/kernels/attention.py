@@ -9,7 +9,7 @@ Axes: N rows, q/k heads, d head width, t keys.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,6 +37,9 @@ class NativeAttention:
     """A pass's attention by the native kernel. It tells the kernel for each row its slot, its index there, how many of the slot's first
     rows it sees, and which others."""
 
+    rows: native.RowPlan
+    meeting: native.Meeting | None = None  # where states meet, if keys are sharded
+
     def __init__(self, cache: KVCache, segments: Sequence[Segment], lses: list[Tensor] | None = None) -> None:
         self.cache, self.lses = cache, lses
         self.plans: dict[tuple[int, int, int], native.Plan] = {}
@@ -57,9 +60,8 @@ class NativeAttention:
                 prefixes += [free] * segment.count
                 counts += seen.sum(1).tolist()
                 others += (seen.nonzero()[1] + free).tolist()
-        columns = (slots, places, prefixes, list(itertools.accumulate(counts)), others)
-        whole = torch.tensor([*itertools.chain(*columns)], dtype=torch.int64, device="cpu")
-        self.rows = native.RowPlan(*whole.split([len(column) for column in columns]))
+        home, place, prefix, start, other = int64s(slots, places, prefixes, list(itertools.accumulate(counts)), others)
+        self.rows = native.RowPlan(home, place, home, prefix, start, other)
 
     def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
         """The kernel's plan of this pass; the same for every layer of a model."""
@@ -67,6 +69,11 @@ class NativeAttention:
         if key not in self.plans:
             self.plans[key] = self.rows.shape(*key, self.cache.keys[0])
         return self.plans[key]
+
+    def stages(self, layers: int) -> Iterator[tuple[int, int]]:
+        """The phases of this many layers that the kernel does one after another, as (first, last); -1: the end. What must happen between
+        two stages happens when the next one is asked for."""
+        yield 0, -1
 
     def layer(self, layer: int) -> Attend:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -79,6 +86,12 @@ class NativeAttention:
             return native.attention(q, k, v, keys, values, self.rows, lse)
 
         return attend
+
+
+def int64s(*columns: Sequence[int]) -> tuple[Tensor, ...]:
+    """Columns of numbers as int64, cut from one tensor: making many small ones takes longer."""
+    whole = torch.tensor([*itertools.chain(*columns)], dtype=torch.int64, device="cpu")
+    return whole.split([len(column) for column in columns])
 
 
 def grouped_attention(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, bias: Tensor | None) -> Tensor:

@@ -80,11 +80,12 @@ class NativeLayers:
         (cos, sin), wanted = rotation, (ctypes.c_long * len(taps))(*sorted(taps))
         cached = (keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, keys.stride(0) * keys.element_size())
         turning = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
-        lagging = native.library().eyas_layers(
-            plan, self.array, len(self.layers), x_NH.data_ptr(), given, *turning, *cached,
-            wanted, len(taps), features.data_ptr(), scratch.data_ptr(), native.threads(),
-        )  # fmt: skip
-        native.settled(lagging, self, attention, x_NH, beside_NH, rotation, keys, values, wanted, features, scratch)
+        for stage in attention.stages(len(self.layers)):
+            lagging = native.library().eyas_layers(
+                plan, self.array, len(self.layers), x_NH.data_ptr(), given, *turning, *cached,
+                wanted, len(taps), features.data_ptr(), scratch.data_ptr(), attention.meeting, *stage, native.threads(),
+            )  # fmt: skip
+            native.settled(lagging, self, attention, x_NH, beside_NH, rotation, keys, values, wanted, features, scratch)
         return features
 
     def normed(self, x_NH: Tensor) -> Tensor:

@@ -246,12 +246,15 @@ static inline float total(__m256 v) {
 }
 
 typedef struct {
-    long rows, heads, kv_heads, width; /* width of a head */
-    long stride;                       /* numbers from one row of q, k and v to the next; a row is q heads, then k heads, then v heads */
-    long capacity;                     /* rows of a slot in the cache, which is [slots, kv_heads, capacity, width] */
-    const int64_t *slot, *place;       /* [rows] where a row lives */
-    const int64_t *prefix;             /* [rows] how many of its slot's first rows it sees */
-    const int64_t *start, *other;      /* [rows + 1] and the places behind the prefix that it sees, ascending */
+    long rows, views, heads, kv_heads, width; /* width of a head */
+    long stride;                              /* numbers from one row of q, k and v to the next; a row is q heads, then k heads, then v heads */
+    long capacity;                            /* rows of a slot in the cache, which is [slots, kv_heads, capacity, width] */
+    const int64_t *home, *place;              /* [rows] slot and index where a row's key and value go; slot -1: they go nowhere */
+    /* A view is a row's sight of one slot. Where keys are not sharded, each row has one. */
+    const int64_t *source, *slot, *prefix; /* [views] the row (NULL: view r is row r's); the slot; how many of its first rows it sees */
+    const int64_t *start, *other;          /* [views + 1] and the places behind the prefix that it sees, ascending */
+    const int64_t *shard, *first;          /* [views] which shard the slot is of; [rows + 1] where a row's views begin, which ascend by shard */
+    long shards;                           /* of all keys, a power of two; 0: keys are not sharded */
 } plan;
 
 /* e^x for x <= 0 to about two units in the last place: 2^n times a polynomial of what is left within half an octave. */
@@ -296,20 +299,21 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
 
 #define QUERIES 3 /* of those that share a key head, taken at once: its keys and values are widened once for them */
 
-/* n query heads of one row from head g on, into out [n][width]. scratch: their queries [n][padded width], then their scores [n][room]. */
+/* n query heads of view r from head g on, into out [n][width]. scratch: their queries [n][padded width], then their scores [n][room]. */
 #define HEADS(TYPE, NAME)                                                                                                            \
     static inline __attribute__((always_inline)) void heads_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values,  \
                                                                    float *out, float *lse, long r, long g, int n, float *scratch) {  \
         long d = p->width, whole = d / 8 * 8, wide = (d + 7) / 8 * 8;                                                                \
         long prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;                       \
         const int64_t *other = p->other + p->start[r];                                                                               \
+        const float *row = q + (p->source ? p->source[r] : r) * p->stride;                                                           \
         long base = (p->slot[r] * p->kv_heads + g / (p->heads / p->kv_heads)) * p->capacity;                                           \
         float *query = scratch, *score = scratch + n * wide;                                                                         \
         const __m256 scale = _mm256_set1_ps(1.0f / sqrtf((float)d));                                                                 \
         for (int m = 0; m < n; m++)                                                                                                  \
             for (long c = 0; c < d; c += 8)                                                                                          \
                 _mm256_storeu_ps(query + m * wide + c,                                                                               \
-                                 _mm256_mul_ps(some_float32(q + r * p->stride + (g + m) * d + c, d - c), scale));                      \
+                                 _mm256_mul_ps(some_float32(row + (g + m) * d + c, d - c), scale));                      \
         for (long t = 0; t < count; t += 4) {                                                                                        \
             const TYPE *key[4];                                                                                                      \
             __m256 sum[QUERIES][4];                                                                                                  \
@@ -358,15 +362,15 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
         }                                                                                                                            \
     }
 
-/* Keys and values of one row to its places in the cache, and items of attention: an item is a row and one of its key heads, out [items]
+/* Keys and values of one row to its places in the cache, and items of attention: an item is a view and one of its key heads, out [items]
  * [query heads of a key head][width] and their lse [items][query heads]; scratch as above. q, k and v lie side by side in a row. */
 #define ATTEND(TYPE, NAME)                                                                                                           \
     HEADS(TYPE, NAME)                                                                                                                \
     static void remember_##NAME(const plan *p, const float *row, TYPE *keys, TYPE *values, long r) {                                 \
         long d = p->width;                                                                                                           \
         const float *k = row + p->heads * d, *v = k + p->kv_heads * d;                                                               \
-        for (long h = 0; h < p->kv_heads; h++) {                                                                                     \
-            long at = ((p->slot[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                                \
+        for (long h = 0; p->home[r] >= 0 && h < p->kv_heads; h++) {                                                                  \
+            long at = ((p->home[r] * p->kv_heads + h) * p->capacity + p->place[r]) * d;                                                \
             for (long c = 0; c < d; c += 8) {                                                                                        \
                 store_##NAME(keys + at + c, some_float32(k + h * d + c, d - c), d - c);                                                \
                 store_##NAME(values + at + c, some_float32(v + h * d + c, d - c), d - c);                                              \
@@ -407,15 +411,15 @@ static void attend(const plan *p, const float *q, slab at, float *out, float *ls
 }
 
 static long attention_items(const plan *p, long *least, long *most) {
-    long items = p->rows * p->kv_heads;
+    long items = p->views * p->kv_heads;
     *least = 1 + items / (MOST_TASKS / 2), *most = largest(*least, 16);
     return items;
 }
 
-/* Numbers that a task of attention needs: what it puts out, its lse, and queries and scores of the row that sees most. */
+/* Numbers that a task of attention needs: what it puts out, its lse, and queries and scores of the view that sees most. */
 static long attention_memory(const plan *p) {
     long most = 0, least, items, group = p->heads / p->kv_heads;
-    for (long r = 0; r < p->rows; r++) most = largest(most, p->prefix[r] + p->start[r + 1] - p->start[r]);
+    for (long r = 0; r < p->views; r++) most = largest(most, p->prefix[r] + p->start[r + 1] - p->start[r]);
     attention_items(p, &least, &items);
     return items * group * (p->width + 1) + QUERIES * (p->width + most + 24);
 }
@@ -425,11 +429,121 @@ static void attention_work(const plan *p, const float *q, slab at, long first, l
     attend(p, q, at, own, own + heads * p->width, first, last, own + heads * (p->width + 1));
 }
 
-/* out [rows, heads, width]; lse [rows, heads] may be NULL */
+/* out [views, heads, width]; lse [views, heads] may be NULL */
 static void keep_attention(const plan *p, float *out, float *lse, long first, long last, const float *own) {
     long group = p->heads / p->kv_heads, heads = (last - first) * group;
     memcpy(out + first * group * p->width, own, heads * p->width * sizeof(float));
     if (lse) memcpy(lse + first * group, own + heads * p->width, heads * sizeof(float));
+}
+
+/* ---- what views of shards make together ----
+ *
+ * Attention over some keys leaves its output and the log of the sum of its scores' exponentials. Two such states over different keys become
+ * the state over all of them. States meet along one binary tree over the shards, whoever holds them; nothing meets what saw no key. */
+
+/* a [d + 1], the log last, becomes the state over a's keys and b's. */
+static void meet(float *a, const float *b, long d) {
+    float most = a[d] > b[d] ? a[d] : b[d];
+    if (b[d] == -INFINITY) return;
+    if (a[d] == -INFINITY) {
+        memcpy(a, b, (d + 1) * sizeof(float));
+        return;
+    }
+    float ea = expf(a[d] - most), eb = expf(b[d] - most), sum = ea + eb, wa = ea / sum, wb = eb / sum;
+    for (long c = 0; c < d; c++) a[c] = wa * a[c] + wb * b[c];
+    a[d] = most + logf(sum);
+}
+
+/* States of one head: `count` of them, of ascending shards. Numbers from one state's output, and from one's log, to the next's. */
+typedef struct {
+    const float *out, *lse;
+    long out_apart, lse_apart;
+    const int64_t *shard;
+} states;
+
+/* into [d + 1]: the state over shards [low, low + size), from states [first, last), which lie there. behind: as many numbers for each level
+ * of the tree. */
+static void join(states s, long first, long last, long low, long size, float *into, float *behind, long d) {
+    if (last - first < 2) {
+        for (long c = 0; c < d; c++) into[c] = first < last ? s.out[first * s.out_apart + c] : 0;
+        into[d] = first < last ? s.lse[first * s.lse_apart] : -INFINITY;
+        return;
+    }
+    long half = first;
+    while (half < last && s.shard[half] < low + size / 2) half++;
+    join(s, first, half, low, size / 2, into, behind, d);
+    if (half == last) return;
+    if (half == first) {
+        join(s, half, last, low + size / 2, size / 2, into, behind, d);
+        return;
+    }
+    join(s, half, last, low + size / 2, size / 2, behind, behind + d + 1, d);
+    meet(into, behind, d);
+}
+
+#define LEVELS 24 /* of a tree over shards, at most */
+
+/* Where states are while layers run over sharded keys. */
+typedef struct {
+    float *views, *lse; /* [views, heads, width], [views, heads]: what attention leaves */
+    long own;           /* subtrees that this process has whole, and hands to the others; 0: it has all */
+    const int64_t *low, *size;
+    float *sent; /* [own, rows, heads, width + 1] */
+    long others; /* subtrees of all processes, ascending */
+    const int64_t *shard;
+    const float *received; /* [others, rows, heads, width + 1] */
+} meeting;
+
+/* States of a row's head from this process's views. */
+static states states_of(const plan *p, const meeting *m, long head) {
+    return (states){m->views + head * p->width, m->lse + head, p->heads * p->width, p->heads, p->shard};
+}
+
+/* Items [first, last) are heads of rows. own: for each item a state for each subtree (or one, the whole), and what `join` needs behind. */
+static void join_work(const plan *p, const meeting *m, long first, long last, float *own) {
+    long d = p->width, kept = m->own ? m->own : 1;
+    float *behind = own + (last - first) * kept * (d + 1);
+    for (long item = first; item < last; item++)
+        for (long k = 0; k < kept; k++, own += d + 1) {
+            long row = item / p->heads, from = p->first[row], to = p->first[row + 1];
+            long low = m->own ? m->low[k] : 0, size = m->own ? m->size[k] : p->shards;
+            while (from < to && p->shard[from] < low) from++;
+            while (to > from && p->shard[to - 1] >= low + size) to--;
+            join(states_of(p, m, item % p->heads), from, to, low, size, own, behind, d);
+        }
+}
+
+static void meet_work(const plan *p, const meeting *m, long first, long last, float *own) {
+    long d = p->width, apart = p->rows * p->heads * (d + 1);
+    float *behind = own + (last - first) * (d + 1);
+    for (long item = first; item < last; item++, own += d + 1) {
+        const float *received = m->received + item * (d + 1);
+        states s = {received, received + d, apart, apart, m->shard};
+        join(s, 0, m->others, 0, p->shards, own, behind, d);
+    }
+}
+
+static void keep_whole(const plan *p, float *mixed, long first, long last, const float *own) {
+    for (long item = first; item < last; item++, own += p->width + 1) memcpy(mixed + item * p->width, own, p->width * sizeof(float));
+}
+
+static void keep_sent(const plan *p, const meeting *m, long first, long last, const float *own) {
+    long state = p->width + 1;
+    for (long item = first; item < last; item++)
+        for (long k = 0; k < m->own; k++, own += state)
+            memcpy(m->sent + (k * p->rows * p->heads + item) * state, own, state * sizeof(float));
+}
+
+static long heads_in_tasks(const plan *p, long *least, long *most) {
+    long items = p->rows * p->heads;
+    *least = 1 + items / (MOST_TASKS / 2), *most = largest(*least, 16);
+    return items;
+}
+
+static long join_memory(const plan *p, const meeting *m) {
+    long least, most;
+    heads_in_tasks(p, &least, &most);
+    return (most * largest(1, m->own) + LEVELS) * (p->width + 1);
 }
 
 typedef struct {
@@ -528,7 +642,7 @@ static void add_row(float *y, const float *x, const float *change, const float *
 }
 
 /* The phases of a layer. Each reads what the ones before it kept. */
-enum { ENTER, QKV, TURN, ATTEND_, MIXED, OUT, MIDDLE, GATE_UP, GATED, DOWN, PHASES };
+enum { ENTER, QKV, TURN, LOOK, JOIN, MEET, MIXED, OUT, MIDDLE, GATE_UP, GATED, DOWN, PHASES }; /* LOOK: attention */
 
 typedef struct {
     plan p;
@@ -539,6 +653,8 @@ typedef struct {
     char *keys, *values;
     const long *taps;
     float *features, *qkv, *mixed, *gate_up, *back, *form;
+    long begin; /* the job's first phase, counted from the first layer's first */
+    meeting m;  /* of sharded keys */
 } pass;
 
 static long inputs_of(const layer *l) { return l->beside_norm ? 2 * l->width : l->width; }
@@ -561,10 +677,12 @@ static float *outputs_of(const pass *s, long step) { return step == QKV ? s->qkv
 
 static long pass_items(const job *j, long phase, long *least, long *most) {
     const pass *s = (const pass *)j->copied;
+    phase += s->begin;
     long step = phase % PHASES, rows = s->p.rows;
     const layer *l = s->layers + phase / PHASES;
     if (phase == PHASES * s->count || step == ENTER || step == TURN || step == MIDDLE || step == GATED) return rows_in_tasks(rows, least, most);
-    if (step == ATTEND_) return attention_items(&s->p, least, most);
+    if (step == LOOK) return attention_items(&s->p, least, most);
+    if (step == JOIN || step == MEET) return s->p.shards && (step == JOIN || s->m.own) ? heads_in_tasks(&s->p, least, most) : 0;
     if (step == MIXED) return reads_floats(&l->o) ? 0 : rows_in_tasks(rows, least, most);
     return blocks(matrix_of(l, step), rows, least, most);
 }
@@ -600,6 +718,7 @@ static long row_memory(const pass *s, const layer *l) {
 
 static void pass_work(const job *j, long phase, long first, long last, float *own) {
     const pass *s = (const pass *)j->copied;
+    phase += s->begin;
     long step = phase % PHASES, number = phase / PHASES, rows = s->p.rows;
     if (phase == PHASES * s->count) { /* what the last layer adds */
         const layer *l = s->layers + number - 1;
@@ -608,7 +727,9 @@ static void pass_work(const job *j, long phase, long first, long last, float *ow
         return;
     }
     const layer *l = s->layers + number;
-    if (step == ATTEND_) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
+    if (step == LOOK) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
+    else if (step == JOIN) join_work(&s->p, &s->m, first, last, own);
+    else if (step == MEET) meet_work(&s->p, &s->m, first, last, own);
     else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) {
         const matrix *m = matrix_of(l, step);
         multiply(m, inputs_in(s, m, step), own, rows, first, last);
@@ -618,6 +739,7 @@ static void pass_work(const job *j, long phase, long first, long last, float *ow
 
 static void pass_keep(const job *j, long phase, long first, long last, const float *own) {
     const pass *s = (const pass *)j->copied;
+    phase += s->begin;
     long step = phase % PHASES, number = phase / PHASES, width = s->layers->width, rows = s->p.rows;
     if (phase == PHASES * s->count) {
         memcpy(s->x + first * width, own, (last - first) * width * sizeof(float));
@@ -625,7 +747,9 @@ static void pass_keep(const job *j, long phase, long first, long last, const flo
     }
     const layer *l = s->layers + number;
     const matrix *m = matrix_of(l, step);
-    if (step == ATTEND_) keep_attention(&s->p, s->mixed, NULL, first, last, own);
+    if (step == LOOK) keep_attention(&s->p, s->p.shards ? s->m.views : s->mixed, s->p.shards ? s->m.lse : NULL, first, last, own);
+    else if (step == JOIN && s->m.own) keep_sent(&s->p, &s->m, first, last, own);
+    else if (step == JOIN || step == MEET) keep_whole(&s->p, s->mixed, first, last, own);
     else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) keep_product(m, outputs_of(s, step), own, rows, first, last);
     else
         for (long r = first; r < last; r++, own += row_memory(s, l)) {
@@ -647,6 +771,7 @@ static long pass_memory(const pass *s) {
     rows_in_tasks(rows, &least, &most);
     long outputs = largest(largest(outputs_in_task(&l->qkv, rows), outputs_in_task(&l->o, rows)),
                            largest(outputs_in_task(&l->gate_up, rows), outputs_in_task(&l->down, rows)));
+    if (s->p.shards) attention = largest(attention, join_memory(&s->p, &s->m));
     return largest(largest(attention, most * row_memory(s, l)), outputs);
 }
 
@@ -654,16 +779,23 @@ static long pass_memory(const pass *s) {
  * norm(x)] where something [rows, width] comes beside x (the embeddings of EAGLE-3's draft). keys and values: of the first layer; the next
  * one's lie `apart` bytes further. features [rows, tapped, width]: x as it enters the layers `taps` names, counted from the first. cos and
  * sin [rows, turned]. scratch: for each row the outputs of qkv, of gate_up, of o or down and of attention, and the largest product's
- * `form_of`. Returns as `run` does. */
+ * `form_of`. m: where states meet, if keys are sharded; else NULL. Phases [begin, end), counted from the first layer's first, are done: all,
+ * or up to where a process needs the others' states, and on from there with the same scratch; end -1: to the end. Returns as `run` does. */
 int eyas_layers(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos, const float *sin, long turned,
-                void *keys, void *values, int wide, long apart, const long *taps, long tapped, float *features, float *scratch, int threads) {
+                void *keys, void *values, int wide, long apart, const long *taps, long tapped, float *features, float *scratch,
+                const meeting *m, long begin, long end, int threads) {
     long rows = p->rows, both = layers->gate_up.out, out = largest(layers->o.out, layers->down.out);
     float *mixed = scratch + rows * layers->qkv.out, *gate_up = mixed + rows * p->heads * p->width, *back = gate_up + rows * both;
     pass s = {*p, layers, count, wide, apart, tapped, turned, x, beside, cos, sin, keys, values, taps, features, scratch, mixed, gate_up, back,
-              back + rows * out};
-    job j = {PHASES * count + 1, threads, pass_memory(&s), pass_items, pass_work, pass_keep};
+              back + rows * out, begin, {0}};
+    if (m) s.m = *m;
+    job j = {(end < 0 ? PHASES * count + 1 : end) - begin, threads, pass_memory(&s), pass_items, pass_work, pass_keep};
     memcpy(j.copied, &s, sizeof s);
     return run(&j);
 }
+
+/* Phases of a layer, and those after which a process of several waits for the others' states. */
+long eyas_phases(void) { return PHASES; }
+long eyas_joined(void) { return MEET; }
 
 _Static_assert(sizeof(pass) <= sizeof(((job *)0)->copied), "a job's facts fit");

@@ -39,8 +39,9 @@ class Plan(ctypes.Structure):
     """native.c's `plan`."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "width", "stride", "capacity")),
-        *((name, ctypes.c_void_p) for name in ("slot", "place", "prefix", "start", "other")),
+        *((name, ctypes.c_long) for name in ("rows", "views", "heads", "kv_heads", "width", "stride", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("home", "place", "source", "slot", "prefix", "start", "other", "shard", "first")),
+        ("shards", ctypes.c_long),
     ]
 
 
@@ -77,7 +78,9 @@ def kernel() -> ctypes.CDLL | None:
     library.eyas_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     library.eyas_attention.argtypes = [plan, *[pointer] * 3, whole, pointer, pointer, whole]
     cache = [pointer, pointer, whole, long]
-    library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, pointer, whole]
+    end = [pointer, ctypes.POINTER(Meeting), long, long, whole]
+    library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, *end]
+    library.eyas_phases.restype = library.eyas_joined.restype = long
     library.eyas_computed_again.restype = long
     return library
 
@@ -125,6 +128,12 @@ def settled(lagging: int, *read: Any) -> None:
         LAGGING.append(read)
     elif LAGGING:
         LAGGING.clear()
+
+
+def kernel_name() -> str:
+    """Which kernel this is: two of one name sum alike. "none" where there is none."""
+    loaded = kernel()
+    return "none" if loaded is None else Path(loaded._name).stem
 
 
 def library() -> ctypes.CDLL:
@@ -225,18 +234,37 @@ def normed(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 
 class RowPlan(NamedTuple):
-    """Where the N rows of a pass lie in a cache and which cached rows they see; all int64."""
+    """Where the N rows of a pass lie in a cache and which cached rows they see, through n views: a row's sight of one slot. All int64.
+    Where keys are not sharded, view i is row i's."""
 
-    slot: Tensor  # [N]
-    place: Tensor  # [N] index in its slot of a row's key and value
-    prefix: Tensor  # [N] how many of its slot's first rows a row sees
-    start: Tensor  # [N + 1] where a row's part of `other` begins; it ends where the next row's begins
-    other: Tensor  # for each row the indices behind its prefix that it sees, ascending
+    home: Tensor  # [N] slot where a row's key and value go; -1: nowhere
+    place: Tensor  # [N] their index in that slot
+    slot: Tensor  # [n]
+    prefix: Tensor  # [n] how many of its slot's first rows a view sees
+    start: Tensor  # [n + 1] where a view's part of `other` begins; it ends where the next view's begins
+    other: Tensor  # for each view the indices behind its prefix that it sees, ascending
+    source: Tensor | None = None  # [n] a view's row, where keys are sharded
+    shard: Tensor | None = None  # [n] the shard that a view's slot is of
+    first: Tensor | None = None  # [N + 1] where a row's views begin, which ascend by shard
+    shards: int = 0  # of all keys; 0: they are not sharded
 
     def shape(self, heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
         """The kernel's plan for rows of `stride` numbers over keys [.., slots, k, capacity, d]."""
-        sizes = (len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[-2])
-        return Plan(*sizes, *(part.data_ptr() for part in self))
+        sizes = (len(self.home), len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[-2])
+        parts = (self.home, self.place, self.source, self.slot, self.prefix, self.start, self.other, self.shard, self.first)
+        return Plan(*sizes, *(None if part is None else part.data_ptr() for part in parts), self.shards)
+
+
+class Meeting(ctypes.Structure):
+    """native.c's `meeting`: where states are while layers run over sharded keys."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("views", "lse")),
+        ("own", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("low", "size", "sent")),
+        ("others", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("shard", "received")),
+    ]
 
 
 def attends(keys: Tensor) -> bool:
@@ -245,13 +273,13 @@ def attends(keys: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, lse: Tensor | None = None) -> Tensor:
-    """Write k, v [N,k,d] of the rows into keys, values [slots,k,capacity,d], then compute attention of q [N,q,d] over what each row sees.
+    """Write k, v [N,k,d] of the rows into keys, values [slots,k,capacity,d], then compute attention of q [N,q,d] over what each view sees.
 
-    Returns [N, q*d] in q's number format; all sums are float32. `lse`: float32 [N, q], to be filled with the log-sum-exps of the scores.
+    Returns [n, q*d] in q's number format; all sums are float32. `lse`: float32 [n, q], to be filled with the log-sum-exps of the scores.
     """
-    N, heads, d = q.shape
+    _, heads, d = q.shape
     rows = torch.cat([q, k, v], 1).float()
-    out = torch.empty(N, heads * d, dtype=torch.float32, device="cpu")
+    out = torch.empty(len(plan.slot), heads * d, dtype=torch.float32, device="cpu")
     shape = plan.shape(heads, k.shape[1], rows.shape[1] * d, keys)
     pointers = (rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, out.data_ptr())
     lagging = library().eyas_attention(shape, *pointers, None if lse is None else lse.data_ptr(), threads())

@@ -25,7 +25,7 @@ typedef struct job {
     long (*items)(const struct job *, long phase, long *least, long *most);
     void (*work)(const struct job *, long phase, long first, long last, float *own);       /* reads what all see, writes its own memory */
     void (*keep)(const struct job *, long phase, long first, long last, const float *own); /* copies that to where all see it */
-    char copied[320]; /* the facts that these functions read */
+    char copied[512]; /* the facts that these functions read */
     uint64_t base;    /* the stamp of its first phase */
 } job;
 

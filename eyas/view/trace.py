@@ -19,6 +19,7 @@ from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
 from eyas.engine import Engine
+from eyas.parallel.target import ShardedTarget
 
 WALK = VERIFIERS[0]
 
@@ -60,6 +61,8 @@ class Story:
         rows = len(record.tree)
         self.say(f"  [bold]The tree[/bold] with each path's chance{self.seen(request)}; the target reads its {rows} rows in one pass:")
         self.console.print(self.drawing(record, text, end - 1, request))
+        if isinstance(self.engine.target, ShardedTarget):
+            self.say(f"  [bold]Tree Attention[/bold]: {self.shards(self.engine.target, record.tree, end - 1)}")
         kept = [record.tree.tokens[row] for row in record.accepted.path[1:]]
         path = f"keeps {self.words(kept)}" if kept else "keeps no guess"
         told = f"{len(record.committed)} token{'s' if len(record.committed) > 1 else ''} from one pass of the target."
@@ -68,6 +71,16 @@ class Story:
         self.say(f"  [bold]The walk[/bold] {path}, {'and the text ends on it' if ended else left}: {told}")
         made = self.vectors("g", [record.tree.tokens[0], *kept])
         self.say(f"  Cache rows of the path stay, the others go; the target's pass has made {made}.")
+
+    def shards(self, target: ShardedTarget, tree: Tree, position: int) -> str:
+        """Where a tree's rows have their keys, and whose states met."""
+        rows: dict[tuple[int, int], list[int]] = {}
+        for row, depth in enumerate(tree.depths):
+            rows.setdefault(target.lies(position + depth), []).append(row)
+        lie = "; ".join(f"rows {' '.join(map(str, mine))} in shard {shard} (process {rank})" for (shard, rank), mine in rows.items())
+        count = target.shards_of(position + 1 + max(tree.depths))
+        met = f"states of {count} shards met in pairs, in {count - 1} meetings" if count > 1 else "one shard holds all keys, so nothing met"
+        return f"keys of {lie}. In each layer {met}."
 
     def draft_steps(self, tree: Tree, before: int) -> None:
         """Tell the draft's steps: step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist yet."""

@@ -175,3 +175,12 @@ def test_busy_machine(found, monkeypatch):
     rows = found("busy_machine")
     assert [(row["busy"], row["threads"], row["of_alone"], row["of_one_thread"]) for row in rows] == [(0, 2, 1.0, 0.5), (1, 2, 1.0, 0.5)]
     assert sorted(made) == [1, 2]
+
+
+def test_tree_attention(found):
+    rows = found("tree_attention")
+    assert [(row["processes"], row["context"], row["rows"]) for row in rows] == [(2, 300, 1), (2, 300, 4)]
+    for row in rows:
+        assert row["collectives_a_layer"] == 1
+        assert row["tree_bytes"] == 8 * row["rows"] * 4 * (8 + 1) * 4, "layers, rows, heads, a state of width 8, float32"
+        assert row["ring_bytes"] == 8 * 2 * 2 * 128 * 8 * 2, "layers, keys and values, key heads, the other's positions, width, bfloat16"

@@ -39,7 +39,8 @@ class PlanStore:
         """`directory`: the target's; `draft`: the draft's, where there is one. With precision and machine they are the key in the file."""
         self.target, self.path = target, cache_dir() / "plans.json"
         where = (machine(), target.device, torch.get_num_threads())
-        self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision)))
+        arranged = getattr(target, "arrangement", None)  # of sharded keys
+        self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision, *filter(None, [arranged]))))
         self.known: dict[str, Any] = self.read().get(self.key, {})
         self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain]]] = {}
         self.passes: Prices | None = None

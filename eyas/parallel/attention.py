@@ -1,0 +1,149 @@
+"""A pass's attention over sharded keys: each process's states of its shards, one message a layer, and their meeting.
+
+Knows a sharded cache's views, states and the processes; knows nothing of what rows mean. With one process nothing is sent.
+
+Axes: R rows of the pass, H query heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eyas.kernels import native
+from eyas.kernels.attention import Attend, NativeAttention, PassAttention, attention_with_lse
+from eyas.model.rows import Segment
+from eyas.parallel.cache import ShardedCache, row_plan, seen_mask
+from eyas.parallel.peers import Peers
+from eyas.parallel.states import State, empty, join
+
+
+class Exchange:
+    """The states of one layer's rows: what this process has, and what all have together."""
+
+    def __init__(self, cache: ShardedCache, peers: Peers) -> None:
+        layout = cache.layout
+        self.peers, self.shards = peers, layout.shards
+        parts = [layout.subtrees(*layout.range_of(rank, peers.count)) for rank in range(peers.count)]
+        self.own = parts[peers.rank]
+        self.most = max(map(len, parts))
+        self.all = [subtree for part in parts for subtree in part]
+        self.places = [rank * self.most + number for rank, part in enumerate(parts) for number in range(len(part))]
+
+    def gathered(self, sent: Tensor) -> Tensor:
+        """States of all subtrees [subtrees, R, H, d + 1], from this process's [most, R, H, d + 1], which ends in empty ones."""
+        received = self.peers.gather(sent).flatten(0, 1)
+        return received if len(self.places) == len(received) else received[torch.tensor(self.places, device=received.device)]
+
+    def joined(self, known: dict[tuple[int, int], State], nothing: State) -> State:
+        """The state over all keys, from this process's states by (shard, 1). `nothing`: that of rows which saw no key."""
+        if self.peers.count == 1:
+            whole = join(known, 0, self.shards)
+            return nothing if whole is None else whole
+        mine = [nothing if (state := join(known, *subtree)) is None else state for subtree in self.own]
+        everyone = self.gathered(torch.stack([*mine, *[nothing] * (self.most - len(mine))]))
+        whole = join(dict(zip(self.all, everyone.unbind(0), strict=True)), 0, self.shards)
+        assert whole is not None, "all subtrees together are the whole"
+        return whole
+
+
+class ShardedAttention(NativeAttention):
+    """By the native kernel: layers run in one call with one process, and with several up to where states meet."""
+
+    def __init__(self, cache: ShardedCache, segments: Sequence[Segment], exchange: Exchange) -> None:
+        self.exchange, self.counts = exchange, [segment.count for segment in segments]
+        self.views = [cache.view(segment) for segment in segments]
+        self.cache, self.lses, self.plans = cache.inner, None, {}
+        self.rows = row_plan(self.views, self.counts, cache.layout.shards)
+        self.meeting: native.Meeting | None = None
+
+    def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
+        if self.meeting is None:
+            self.prepare(heads, self.cache.keys.shape[-1])
+        return super().plan(heads, kv_heads, stride)
+
+    def prepare(self, heads: int, width: int) -> None:
+        """Make room for the states of a layer."""
+        exchange, rows, views = self.exchange, sum(self.counts), len(self.rows.slot)
+        alone, state = exchange.peers.count == 1, (rows, heads, width + 1)
+        self.out, self.lse = torch.empty(views, heads, width), torch.empty(views, heads)
+        self.sent = torch.full((0 if alone else exchange.most, *state), float("-inf"))
+        self.received = torch.empty(0 if alone else len(exchange.all), *state)
+        own, everyone = ([], []) if alone else (exchange.own, exchange.all)
+        self.low, self.size, self.shard = (
+            torch.tensor(numbers, dtype=torch.int64)
+            for numbers in ([low for low, _ in own], [size for _, size in own], [low for low, _ in everyone])
+        )
+        self.meeting = native.Meeting(
+            *(part.data_ptr() for part in (self.out, self.lse)),
+            len(own),
+            *(part.data_ptr() for part in (self.low, self.size, self.sent)),
+            len(everyone),
+            *(part.data_ptr() for part in (self.shard, self.received)),
+        )
+
+    def stages(self, layers: int) -> Iterator[tuple[int, int]]:
+        if self.exchange.peers.count == 1:
+            yield 0, -1
+            return
+        begin, phases, joined = 0, native.library().eyas_phases(), native.library().eyas_joined()
+        for layer in range(layers):
+            yield begin, layer * phases + joined
+            self.received.copy_(self.exchange.gathered(self.sent))
+            begin = layer * phases + joined
+        yield begin, -1
+
+    def layer(self, layer: int) -> Attend:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            R, H, d = q.shape
+            lse = torch.empty(len(self.rows.slot), H)
+            out = native.attention(q, k, v, keys, values, self.rows, lse).float()
+            states = torch.cat([out.view(-1, H, d), lse[..., None]], -1)
+            nothing, known, start, first = empty(R, H, d, states), dict[tuple[int, int], State](), 0, 0
+            for view, count in zip(self.views, self.counts, strict=True):
+                of_view = states[first : first + count * len(view.slots)].view(count, len(view.slots), H, d + 1)
+                for number, shard in enumerate(view.shards):
+                    known.setdefault((shard, 1), nothing.clone())[start : start + count] = of_view[:, number]
+                start, first = start + count, first + count * len(view.slots)
+            return self.exchange.joined(known, nothing)[..., :d].reshape(R, H * d).to(q.dtype)
+
+        return attend
+
+
+class PlainShardedAttention:
+    """In PyTorch's own operations: float64, weights that the kernel cannot hold, other devices."""
+
+    def __init__(self, cache: ShardedCache, segments: Sequence[Segment], exchange: Exchange) -> None:
+        self.exchange, self.counts = exchange, [segment.count for segment in segments]
+        self.views = [cache.view(segment) for segment in segments]
+        self.cache = cache.inner
+
+    def layer(self, layer: int) -> Attend:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            R, H, d = q.shape
+            nothing, known, start = empty(R, H, d, q), dict[tuple[int, int], State](), 0
+            for view, count in zip(self.views, self.counts, strict=True):
+                rows = slice(start, start + count)
+                for number, (slot, shard) in enumerate(zip(view.slots, view.shards, strict=True)):
+                    held, mine = view.held[number], view.rows[number]
+                    end = held + len(mine)
+                    keys[slot, :, held:end], values[slot, :, held:end] = (each[rows][mine].transpose(0, 1) for each in (k, v))
+                    seen = seen_mask(view, number, count).to(q.device)
+                    out, lse = attention_with_lse(q[rows], keys[slot, :, :end], values[slot, :, :end], seen)
+                    state = torch.cat([out.view(count, H, d), lse[..., None]], -1)
+                    known.setdefault((shard, 1), nothing.clone())[rows] = state
+                start += count
+            return self.exchange.joined(known, nothing)[..., :d].reshape(R, H * d)
+
+        return attend
+
+
+def attention_over(peers: Peers, cache: ShardedCache, segments: Sequence[Segment], group: int) -> PassAttention:
+    exchange = Exchange(cache, peers)
+    return (ShardedAttention if native.attends(cache.keys) else PlainShardedAttention)(cache, segments, exchange)

@@ -1,0 +1,58 @@
+"""Which positions of a text lie in which shard, and which shards a process holds.
+
+Positions are dealt out in blocks to `shards` virtual shards, in turn; a process holds a range of shards. Turns jump as a count with its
+bits read backwards does (0, 32, 16, 48, 8, ..): neighbouring blocks lie far apart, and every process has its share of a short text too.
+States of shards meet along the binary tree over all shards, so the number of processes decides who computes a state, never which states
+meet. Knows numbers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eyas.config import EyasError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`shards`, a power of two, and `block`: positions that go to one shard before the next one's turn."""
+
+    shards: int = 64
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in (("shards", self.shards), ("block", self.block)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 16:
+                raise EyasError(f"{name} must be a whole number from 1 to {1 << 16}, not {value}")
+        if self.shards & (self.shards - 1):
+            raise EyasError(f"shards must be a power of two, not {self.shards}: states of shards meet along a binary tree")
+
+    def shard_of(self, position: int) -> int:
+        return self.mirrored(position // self.block % self.shards)
+
+    def mirrored(self, number: int) -> int:
+        """A shard's turn, or the shard whose turn it is: the number with its bits read backwards."""
+        bits = self.shards.bit_length() - 1
+        return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
+
+    def held(self, length: int, shard: int) -> int:
+        """How many of the first `length` positions lie in a shard."""
+        turn = self.block * self.shards
+        return length // turn * self.block + min(max(length % turn - self.mirrored(shard) * self.block, 0), self.block)
+
+    def range_of(self, rank: int, count: int) -> tuple[int, int]:
+        """The shards [low, high) of one of `count` processes. Raises `EyasError` where there are more processes than shards."""
+        if count > self.shards:
+            raise EyasError(f"{count} processes share {self.shards} shards; give --shards at least {count}")
+        return self.shards * rank // count, self.shards * (rank + 1) // count
+
+    def subtrees(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The shards [low, high) as complete subtrees of the tree over all shards, ascending: (first shard, size)."""
+        found = []
+        while low < high:
+            size = low & -low or self.shards
+            while low + size > high:
+                size //= 2
+            found.append((low, size))
+            low += size
+        return found

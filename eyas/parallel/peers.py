@@ -1,0 +1,141 @@
+"""The processes that share a text's keys, as `torchrun` starts them: what passes between them, counted.
+
+Idle processes wait long for the next pass; once one is under way, one that does not answer within `timeout` seconds is an error. Knows
+ranks and tensors; knows nothing of keys or of passes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from eyas.config import EyasError
+
+IDLE = timedelta(hours=48)  # how long a process waits for the next pass
+PACKET = 2048  # bytes of a message's first part; most messages have no other
+GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)  # its name from torch 2.13 on
+NAMED = 2.0  # seconds in which processes that are well say so, after one was not heard
+
+
+class Peers:
+    """This process's rank among those that share the keys."""
+
+    def __init__(self, rank: int = 0, count: int = 1, timeout: float = 60.0) -> None:
+        self.rank, self.count, self.timeout = rank, count, timeout
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()  # received
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.control: Any = None  # the group in which the first process tells the others what comes
+
+    @classmethod
+    def join(cls, device: str = "cpu", timeout: float = 60.0) -> Peers:
+        """Meet the other processes, where `torchrun` started several; else this one is alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(timeout=timeout)
+        importlib.import_module("torch.distributed.nn.functional")  # else its defaults hold the group that is made below beyond its end
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        try:
+            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            distributed.barrier()
+            control = distributed.new_group(backend="gloo", timeout=IDLE)
+        except RuntimeError:
+            raise EyasError(f"not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s") from None
+        peers = cls(distributed.get_rank(), distributed.get_world_size(), timeout)
+        peers.control = control
+        return peers
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, state: Tensor) -> Tensor:
+        """[count, ..]: every process's tensor of this shape, in the order of ranks."""
+        began, everyone = time.perf_counter(), state.new_empty(self.count * state.numel())
+        try:
+            GATHER(everyone, state.flatten())
+        except RuntimeError as error:
+            raise self.lost(error) from None
+        self.seen("gather", state.nbytes * (self.count - 1), began)
+        return everyone.view(self.count, *state.shape)
+
+    def tell(self, message: Any = None) -> Any:
+        """The first process's message, in all."""
+        if self.count == 1:
+            return message
+        began, packed = time.perf_counter(), pickle.dumps(message) if self.first else b""
+        first = torch.zeros(PACKET, dtype=torch.uint8)
+        body = torch.frombuffer(bytearray(len(packed).to_bytes(8, "little") + packed), dtype=torch.uint8)
+        first[: min(len(body), PACKET)] = body[:PACKET]
+        try:
+            distributed.broadcast(first, 0, group=self.control)
+            length = 8 + int.from_bytes(first[:8].numpy().tobytes(), "little")
+            rest = torch.zeros(max(0, length - PACKET), dtype=torch.uint8)
+            if len(rest):
+                if self.first:
+                    rest.copy_(body[PACKET:])
+                distributed.broadcast(rest, 0, group=self.control)
+        except RuntimeError as error:
+            raise self.lost(error) from None
+        self.seen("tell", PACKET + len(rest), began)
+        return pickle.loads(torch.cat([first, rest])[8:length].numpy().tobytes())
+
+    def seen(self, what: str, size: int, began: float) -> None:
+        self.calls[what] += 1
+        self.bytes[what] += size
+        self.seconds[what] += time.perf_counter() - began
+
+    def agree(self, facts: Sequence[str], names: Sequence[str]) -> None:
+        """Raise `EyasError` in every process where one differs from the first in a fact, such as the version of eyas."""
+        if self.count == 1:
+            return
+        everyone: list[Any] = [None] * self.count
+        distributed.all_gather_object(everyone, list(facts), group=self.control)
+        for rank, found in enumerate(everyone):
+            for name, one, first in zip(names, found, everyone[0], strict=True):
+                if one != first:
+                    raise EyasError(f"process {rank + 1} of {self.count} has another {name} ({one}) than the first ({first})")
+
+    @property
+    def store(self) -> Any:
+        """The store that `torchrun` keeps for its processes."""
+        return distributed.distributed_c10d._get_default_store()
+
+    def end(self) -> None:
+        """Say that the first process ends, to those that will find it gone."""
+        if self.count > 1:
+            with suppress(RuntimeError):
+                self.store.set("eyas/ended", b"1")
+
+    def ended(self) -> bool:
+        with suppress(RuntimeError):
+            return self.store.check(["eyas/ended"])
+        return False
+
+    def lost(self, error: RuntimeError) -> EyasError:
+        """Which processes do not answer. Those that do say so in the store."""
+        missing = [0]  # where the store is gone too
+        with suppress(RuntimeError):
+            self.store.set(f"eyas/well/{self.rank}", b"1")
+            until = time.monotonic() + NAMED
+            while (missing := self.unheard()) and time.monotonic() < until:
+                time.sleep(0.05)
+        who = ", ".join(str(rank + 1) for rank in missing) or "one"
+        slow = "time" in str(error).lower()
+        return EyasError(f"process {who} of {self.count} {f'did not answer within {self.timeout:g} s' if slow else 'is gone'}")
+
+    def unheard(self) -> list[int]:
+        return [rank for rank in range(self.count) if not self.store.check([f"eyas/well/{rank}"])]
+
+    def leave(self) -> None:
+        if self.count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -1,0 +1,43 @@
+"""Processes begin to share a text's keys: they meet, see that they are alike, and all but the first follow.
+
+Knows directories, versions and the kernel; knows nothing of passes.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+from eyas.config import EyasError
+from eyas.files.disk import directory_hash
+from eyas.files.target import BITS
+from eyas.kernels.native import kernel_name
+from eyas.model.protocols import TargetModel
+from eyas.parallel.layout import Layout
+from eyas.parallel.peers import Peers
+from eyas.parallel.target import ShardedTarget, follow
+
+ALIKE = ("version of eyas", "target", "precision", "kernel", "layout")  # else a process's part of the sums would be another
+
+
+def begin(model: TargetModel, directory: Path, precision: str, layout: Layout, peers: Peers) -> TargetModel:
+    """The target with its caches sharded over the processes. In all but the first this does not return: they follow the first one's passes
+    and exit when it ends. Raises `EyasError` in every process where one is not like the first."""
+    target = ShardedTarget(model, layout, peers)
+    if peers.count > 1:
+        peers.agree((version("eyas"), directory_hash(directory)[:16], precision, kernel_name(), str(layout)), ALIKE)
+    if peers.first:
+        return cast("TargetModel", target)  # what it does not have itself it has from the target it wraps
+    if threading.current_thread() is threading.main_thread():  # Ctrl-C reaches all processes; the first one's end is the others'
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        follow(target.prepare(BITS.get(precision, 16)))
+    except EyasError as error:
+        print(f"eyas: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,147 @@
+"""A target whose text's keys lie in several processes. The first one decodes; the others follow its passes and hold their part.
+
+Only the first process has a draft, a tokenizer, a planner and noise. Were each to decode by itself, one near tie that fell otherwise, or a
+planner's clock, would let them part. Knows targets and sharded caches; knows nothing of rounds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eyas.config import EyasError
+from eyas.model.protocols import TargetModel
+from eyas.model.rows import Rows, Segment
+from eyas.model.target import Output
+from eyas.parallel.attention import attention_over
+from eyas.parallel.cache import ShardedCache
+from eyas.parallel.layout import Layout
+from eyas.parallel.peers import Peers
+
+
+class ShardedTarget:
+    """A target like the one it wraps, but for its caches. In the first process each pass is told to the others before it runs."""
+
+    def __init__(self, target: TargetModel, layout: Layout, peers: Peers) -> None:
+        self.target, self.layout, self.peers = target, layout, peers
+        self.held = layout.range_of(peers.rank, peers.count)
+        self.numbers = itertools.count()
+        self.named: weakref.WeakKeyDictionary[ShardedCache, int] = weakref.WeakKeyDictionary()
+        self.gone: list[int] = []  # caches that are no more, which the others have yet to hear
+        self.passes = 0
+        if peers.first and peers.count > 1:
+            atexit.register(self.stop)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "target":
+            raise AttributeError(name)
+        return getattr(self.target, name)
+
+    @property
+    def arrangement(self) -> str:
+        """What the text depends on beside the seed, and prices on."""
+        return f"{self.layout.shards}x{self.layout.block} shards, {self.peers.count} processes"
+
+    def prepare(self, bits: int = 16) -> ShardedTarget:
+        self.target = self.target.prepare(bits)
+        return self
+
+    def new_cache(self, slots: int, capacity: int) -> ShardedCache:
+        number = next(self.numbers)
+        self.peers.tell(("cache", number, slots, capacity))
+        cache = self.made(slots, capacity)
+        self.named[cache] = number
+        weakref.finalize(cache, self.gone.append, number).atexit = False
+        return cache
+
+    def made(self, slots: int, capacity: int) -> ShardedCache:
+        config, kind = self.target.config, (self.target.dtype, self.target.device)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        return ShardedCache(shape, slots, capacity, kind, self.layout, self.held, partial(attention_over, self.peers))
+
+    def __call__(self, rows: Rows, cache: Any, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
+        if not isinstance(cache, ShardedCache):
+            return self.target(rows, cache, taps, logits_of)
+        if self.peers.count > 1:
+            segments = [(each.slot, each.count, None if each.mask is None else np.packbits(each.mask.numpy())) for each in rows.segments]
+            gone, self.gone[:] = [*self.gone], []
+            tokens, positions = (each.numpy().astype(np.int32) for each in (rows.tokens, rows.positions))
+            self.peers.tell(("pass", self.named[cache], gone, cache.told, tokens, positions, segments))
+            cache.told = []
+        self.passes += 1
+        return self.target(rows, cache, taps, logits_of)
+
+    def stop(self) -> None:
+        """Let the others end. Called once, when the first process ends."""
+        atexit.unregister(self.stop)
+        self.peers.end()
+        with suppress(EyasError, RuntimeError):
+            self.peers.tell(("stop",))
+        self.peers.leave()
+
+    def lies(self, position: int) -> tuple[int, int]:
+        """The shard of a position, and the process (counted from 1) that holds it."""
+        shard, layout, count = self.layout.shard_of(position), self.layout, self.peers.count
+        return shard, next(rank + 1 for rank in range(count) if shard < layout.range_of(rank, count)[1])
+
+    def shards_of(self, length: int) -> int:
+        """How many shards hold some of the first `length` positions."""
+        return sum(self.layout.held(length, shard) > 0 for shard in range(self.layout.shards))
+
+    def facts(self) -> dict[str, Any]:
+        """How the keys lay and what passed between the processes so far, for a result."""
+        peers = self.peers
+        return {
+            "processes": peers.count,
+            "shards": self.layout.shards,
+            "block": self.layout.block,
+            "passes": self.passes,
+            "collectives": peers.calls["gather"],
+            "messages": peers.calls["tell"],
+            "bytes": peers.bytes["gather"] + peers.bytes["tell"],
+            "seconds_waited": round(peers.seconds["gather"] + peers.seconds["tell"], 3),
+        }
+
+
+def follow(target: ShardedTarget) -> None:
+    """In every process but the first: run the passes that it tells, until it says stop or ends otherwise. Raises `EyasError` where a
+    process is lost."""
+    try:
+        with torch.inference_mode(), target.target.threads():
+            run_passes(target)
+    except EyasError:
+        if not target.peers.ended():  # the first was interrupted in the middle of a pass
+            raise
+    target.peers.leave()
+
+
+def run_passes(target: ShardedTarget) -> None:
+    caches: dict[int, ShardedCache] = {}
+    while True:
+        what, *words = target.peers.tell()
+        if what == "stop":
+            return
+        if what == "cache":
+            number, slots, capacity = words
+            caches[number] = target.made(slots, capacity)
+            continue
+        number, gone, told, tokens, positions, packed = words
+        for each in gone:
+            caches.pop(each, None)
+        caches[number].follow(told)
+        segments = [Segment(slot, count, unpacked(mask, count)) for slot, count, mask in packed]
+        rows = Rows(torch.from_numpy(tokens).long(), torch.from_numpy(positions).long(), segments)
+        target.target(rows, caches[number], (), slice(-1, None))
+
+
+def unpacked(mask: np.ndarray | None, count: int) -> Tensor | None:
+    return None if mask is None else torch.from_numpy(np.unpackbits(mask)[: count * count].reshape(count, count).astype(bool))
