@@ -72,7 +72,10 @@ def described(found: Found) -> str:
     settings = [name for name in SETTINGS if shape.get(name)]
     width = f"width {shape['hidden_size']}"
     width += f" for a target of {shape['target_hidden_size']}" if shape["target_hidden_size"] != shape["hidden_size"] else ""
-    settings += [f"{shape['draft_layers']} layers"] if shape.get("draft_layers", 1) > 1 else []
+    settings += ["an embedding"] if shape.get("own_embedding") else []
+    settings += [f"{layers} layers"] if (layers := shape.get("draft_layers", 1)) > 1 else []
+    settings += [f"a window of {window}"] if (window := shape.get("sliding_window")) is not None else []
+    settings += [f"{share:g} of a head rotated"] if (share := shape.get("partial_rotary_factor", 1)) != 1 else []
     parts = [width, f"{shape['draft_vocab_size']} draft tokens of {shape['vocab_size']}", *settings]
     ids = f"layer ids {list(found.layer_ids)} (named by {found.counts})" if found.layer_ids else "no layer ids: the default triple"
     return ", ".join([*parts, f"rope theta {shape['rope_theta']:g}", ids])

@@ -111,13 +111,20 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         "--minutes", type=float, help=f"stop after so many minutes of training (default {TRAIN_MINUTES:g} if nothing else is given)"
     )
     train.add_argument("--method", default="eagle3", help=f"whose draft is trained: {', '.join(trained())} (default %(default)s)")
-    train.add_argument("--from", dest="start", metavar="DRAFT", help="begin with the weights of this draft, on the data named here")
+    train.add_argument(
+        "--from", dest="start", metavar="DRAFT", help="begin with the weights and vocabulary of this draft, on the data named here"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument(
-        "--taps", metavar="L,M,H", help="target layers whose inputs are the features, as many as you like (default 2, n//2, n-3)"
+        "--taps",
+        metavar="L,M,H",
+        help="target layers whose inputs are the features, as many as you like (default 2, n//2, n-3; --from: its own)",
     )
     train.add_argument(
-        "--draft-vocab", type=int, default=TrainSettings.draft_vocab_size, help="tokens the draft can say (default %(default)s)"
+        "--draft-vocab",
+        type=int,
+        default=None,
+        help=f"tokens the draft can say (default {TrainSettings.draft_vocab_size}; --from: its own)",
     )
     train.add_argument(
         "--unroll",

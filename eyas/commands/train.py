@@ -14,13 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
+from eyas.commands.common import draft_path
 from eyas.commands.data import from_conversations, from_self_play, own_words
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
-from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, EyasError, TrainSettings
+from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
+from eyas.files.eagle3_files import config_from_file
 from eyas.files.target import check_device, load_target, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
@@ -30,7 +32,8 @@ from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
 
-EAGLE_3 = ("top_layer_only", "random_head", "fc_norm", "norm_output", "draft_layers")
+SHAPE = ("fc_norm", "norm_output", "draft_layers")
+EAGLE_3 = ("top_layer_only", "random_head", *SHAPE)
 MOST = {"tokens": 10**12, "steps": 10**12, "minutes": 10**6, "self_play": 10**12, "workers": 1024}
 MOST_HEADS = {"medusa": 16, "mtp": 16}  # that their drafts may have, so that they can be read
 ONLY_OF = dict.fromkeys(EAGLE_3, "eagle3") | {"token_left_out": "eagle1"}
@@ -51,12 +54,13 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     out = Path(options.out).expanduser().resolve()
     if ranks.first:
         check_out(out, options.resume)
-    studied = Studied.at(target_directory(options.target), taps_from(options.taps))
+    begun = begun_with(options)
+    studied = Studied.at(target_directory(options.target), taps_from(options.taps) or (begun and begun.taps))
     check_together(options, settings, studied)
     console = terminal(stderr=True, quiet=not ranks.first)
     before = training.read_checkpoint(out) if options.resume else None
     examples, source, facts = data_of(options, studied, settings, console, ranks, before)
-    method, start = method_of(options), Path(options.start).expanduser() if options.start else None
+    method, start = method_of(options), draft_path(options.start) if options.start else None
     device = device_of(options.device, ranks)
     setup = Setup(
         target=load_target(studied.directory, "fp32", device),  # not before: while workers write, each holds its own
@@ -132,18 +136,27 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
         raise EyasError(f"--unroll must be at least 1, not {steps}")
     if not options.learning_rate > 0:
         raise EyasError(f"--learning-rate must be above 0, not {options.learning_rate}")
-    if options.draft_vocab < 1:
+    if options.draft_vocab is not None and options.draft_vocab < 1:
         raise EyasError(f"--draft-vocab must be at least 1, not {options.draft_vocab}")
     named = {
         "unroll_steps": steps,
-        "draft_vocab_size": options.draft_vocab,
         "learning_rate": options.learning_rate,
         "seed": options.seed,
         "autocast": options.device.startswith("cuda"),
     }
+    if (begun := begun_with(options)) is not None:
+        named |= {"draft_vocab_size": begun.draft_vocab_size, **{name: getattr(begun, name) for name in SHAPE}}
+    named |= {} if options.draft_vocab is None else {"draft_vocab_size": options.draft_vocab}
     settings = settings_of(method, named | dict(map(setting, options.set)))
     check_autocast(settings, options.device)
     return settings
+
+
+def begun_with(options: argparse.Namespace) -> DraftConfig | None:
+    """The shape of the draft that training goes on with (--from): it stands where nothing else is asked for. None: it begins a new one."""
+    if options.start is None or method_of(options) != DEFAULT:
+        return None
+    return config_from_file(draft_path(options.start))
 
 
 def settings_of(method: str, asked: dict[str, Any]) -> TrainSettings:

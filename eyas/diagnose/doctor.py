@@ -260,7 +260,7 @@ def weight_readings(draft: Draft) -> Iterator[Reading]:
     halves = {
         name: torch.cat(tensor.chunk(2, 1)[::-1], 1)
         for name, tensor in draft.weights.items()
-        if name.startswith("midlayer.self_attn.") and not name.endswith("o_proj.weight")
+        if re.fullmatch(r"midlayer\.self_attn\.[qkv]_proj\.weight", name)
     }
     told = "attention's columns are feature first, embedding second"
     yield Reading("order of halves", told, again, reweighed(draft, halves))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from eyas.config import TrainSettings
 from eyas.files import disk
+from eyas.files.eagle3_files import config_from_file
 from eyas.methods import METHODS, trained
 from eyas.train import trainer as training
 from tests.commands.words import GOOD, contents, generate, train
@@ -260,6 +261,34 @@ def test_a_draft_is_trained_further_on_other_data(models, run, data, tmp_path):
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-5) for name in one)
     status, _, err = run(*train(models, tmp_path / "third", other, "--steps", "1", "--from", first, "--set", "fc_norm=true"))
     assert status == 2 and err.splitlines()[-1] == f"eyas: {first} is of another shape (fc_norm False there, True here); ask for the same"
+
+
+def test_a_draft_trained_further_keeps_its_shape_without_being_asked(models, run, data, tmp_path):
+    """Its vocabulary's table above all: rows of its head stand for these tokens, whatever the new data says."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shape = ["--draft-vocab", "30", "--taps", "1,2,3,4", "--set", "draft_layers=2", "--set", "norm_output=true"]
+    assert run(*train(models, first, data, "--steps", "1", *shape))[0] == 0
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"zyxwv {n}"}]} for n in range(4)]
+    (other := tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "train",
+        "--target",
+        models / "target",
+        "--out",
+        second,
+        "--data",
+        other,
+        "--steps",
+        "1",
+        "--from",
+        first,
+        "--set",
+        "tree_every=0",
+    ]
+    assert run(*words)[0] == 0
+    one, two = (load_file(out / "model.safetensors") for out in (first, second))
+    assert len(one["d2t"]) == 30 and torch.equal(one["d2t"], two["d2t"]) and torch.equal(one["t2d"], two["t2d"])
+    assert config_from_file(second) == config_from_file(first)
 
 
 def test_a_draft_vocabulary_larger_than_what_was_said_is_filled_up_and_said_so(models, run, data, tmp_path):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from eyas.config import GREEDY, PLAIN, EyasError, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.diagnose.doctor import readings
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.files.eagle3_files import load_draft
 from eyas.files.target import load_target
@@ -363,3 +364,11 @@ def test_it_can_be_trained_further(kind, place, target, tmp_path):
     assert after.config == before.config and torch.equal(after.vocab.ids, before.vocab.ids)
     moved = {name for name in before.weights if not torch.equal(after.weights[name], before.weights[name])}
     assert set(before.weights) - moved == {"embed_tokens.weight"} & set(before.weights), "all but an embedding of its own is trained"
+
+
+@pytest.mark.parametrize("kind", ["narrower", "three layers with norms", "biases everywhere", "half of a head rotated, and a window"])
+def test_the_doctor_can_read_it_otherwise(kind, target, tmp_path):
+    """Each usual mistake undone is a draft that still fits its config."""
+    draft, embedding = imported(Head(**KINDS[kind]).at(tmp_path / "theirs"), target), target.embedding()
+    found = list(readings(draft, target))
+    assert len({reading.cause for reading in found}) > 5 and all(reading.draft.network(embedding) for reading in found)
