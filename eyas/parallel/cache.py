@@ -7,7 +7,6 @@ knows nothing of messages between processes or of layers.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -153,47 +152,39 @@ class ShardedCache(Cache):
 def row_plan(views: Sequence[View], counts: Sequence[int], shards: int) -> native.RowPlan:
     """The kernel's plan of a pass over shards: for each row a view of each shard that may hold a key it sees. `counts`: rows of each
     segment, in order."""
-    home, place, source, slot, prefix, shard, first, seen_by = [], [], [], [], [], [], [0], []
-    others: list[int] = []
-    start = 0
+    columns: list[list[np.ndarray]] = [[] for _ in range(9)]
+    start, ends = 0, np.zeros(1, int)
     for view, count in zip(views, counts, strict=True):
-        where = {
-            row: (at, length + index)
-            for at, length, rows in zip(view.slots, view.held, view.rows, strict=True)
-            for index, row in enumerate(rows)
-        }
-        home += [where[row][0] if row in where else -1 for row in range(count)]
-        place += [where[row][1] if row in where else 0 for row in range(count)]
-        source += np.repeat(np.arange(start, start + count), len(view.slots)).tolist()
-        slot += view.slots * count
-        shard += view.shards * count
-        before, found, after = seen_of(view, count)
-        prefix += before
-        seen_by += found
-        others += after
-        first += [first[-1] + len(view.slots) * (row + 1) for row in range(count)]
-        start += count
-    parts = (home, place, slot, prefix, [0, *itertools.accumulate(seen_by)], others, source, shard, first)
-    whole = torch.tensor([*itertools.chain(*parts)], dtype=torch.int64)
-    home, place, slot, prefix, starts, other, source, shard, first = whole.split([len(part) for part in parts])
-    return native.RowPlan(home, place, slot, prefix, starts, other, source, shard, first, shards)
+        home, place, many = np.full(count, -1), np.zeros(count, int), len(view.slots)
+        for slot, held, rows in zip(view.slots, view.held, view.rows, strict=True):
+            home[rows], place[rows] = slot, held + np.arange(len(rows))
+        prefix, seen, others = seen_of(view, count)
+        slots, in_shards = (np.tile(np.array(numbers, int), count) for numbers in (view.slots, view.shards))
+        source, first = np.repeat(np.arange(start, start + count), many), ends[-1] + many * np.arange(1, count + 1)
+        for column, part in zip(columns, (home, place, slots, prefix, seen, others, source, in_shards, first), strict=True):
+            column.append(part)
+        start, ends = start + count, first
+    home, place, slot, prefix, seen, other, source, shard, first = (np.concatenate(column) for column in columns)
+    starts, first = (np.concatenate([np.zeros(1, int), numbers]) for numbers in (seen.cumsum(), first))
+    parts = (home, place, slot, prefix, starts, other, source, shard, first)
+    whole = torch.from_numpy(np.concatenate(parts)).split([len(part) for part in parts])
+    return native.RowPlan(*whole, shards)
 
 
-def seen_of(view: View, count: int) -> tuple[list[int], list[int], list[int]]:
+def seen_of(view: View, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each row and shard of a view, row by row: how many of the shard's first rows it sees, how many of those behind, and these."""
+    held = np.tile(np.array(view.held, int), (count, 1))
+    more, others = np.zeros_like(held), np.zeros(0, int)
+    some = [number for number, rows in enumerate(view.rows) if rows]  # shards with rows of this pass
     if view.seen is None:  # a chain: of this pass's rows it sees those up to itself, which follow each other
-        rows = np.arange(count)[:, None]
-        more = (
-            np.stack([np.searchsorted(mine, rows[:, 0], side="right") for mine in view.rows], 1) if view.rows else np.zeros((count, 0), int)
-        )
-        return (np.array(view.held, dtype=int)[None] + more).ravel().tolist(), [0] * (count * len(view.slots)), []
-    counts, others = [], []
-    for row in range(count):
-        for held, mine in zip(view.held, view.rows, strict=True):
-            sees = [held + index for index, other in enumerate(mine) if view.seen[row, other]]
-            counts.append(len(sees))
-            others += sees
-    return view.held * count, counts, others
+        for number in some:
+            held[:, number] += np.searchsorted(view.rows[number], np.arange(count), side="right")
+    elif some:
+        sees = [view.seen[:, view.rows[number]] for number in some]
+        more[:, some] = np.stack([each.sum(1) for each in sees], 1)
+        behind = np.concatenate([view.held[number] + np.arange(len(view.rows[number])) for number in some])
+        others = behind[np.concatenate(sees, 1).nonzero()[1]]
+    return held.ravel(), more.ravel(), others
 
 
 def seen_mask(view: View, number: int, count: int) -> Tensor:
