@@ -17,6 +17,7 @@ from eyas.files.disk import directory_hash
 from eyas.files.target import BITS
 from eyas.kernels.native import kernel_name
 from eyas.model.protocols import TargetModel
+from eyas.model.target import Target
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.target import ShardedTarget, follow
@@ -24,10 +25,24 @@ from eyas.parallel.target import ShardedTarget, follow
 ALIKE = ("version of eyas", "target", "precision", "kernel", "layout")  # else a process's part of the sums would be another
 
 
+def check_shareable(model: TargetModel) -> Target:
+    """Raise `EyasError`, with one line that says why, for a target whose keys cannot lie in several processes yet."""
+    told = None
+    if not isinstance(model, Target):
+        told = "this model runs through transformers"
+    elif model.config.sliding_window is not None and model.config.sliding_window < model.config.max_position_embeddings:
+        told = f"this model sees {model.config.sliding_window} positions at a time, so few keys are needed"
+    elif model.device.type != "cpu":
+        told = f"this is on {model.device.type}"
+    if told or not isinstance(model, Target):
+        raise EyasError(f"--context-parallel is for Llama-shaped models with full attention on CPUs so far; {told}")
+    return model
+
+
 def begin(model: TargetModel, directory: Path, precision: str, layout: Layout, peers: Peers) -> TargetModel:
     """The target with its caches sharded over the processes. In all but the first this does not return: they follow the first one's passes
     and exit when it ends. Raises `EyasError` in every process where one is not like the first."""
-    target = ShardedTarget(model, layout, peers)
+    target = ShardedTarget(check_shareable(model), layout, peers)
     if peers.count > 1:
         peers.agree((version("eyas"), directory_hash(directory)[:16], precision, kernel_name(), str(layout)), ALIKE)
     if peers.first:
