@@ -168,7 +168,7 @@ def row_plan(views: Sequence[View], counts: Sequence[int], shards: int) -> nativ
     starts, first = (np.concatenate([np.zeros(1, int), numbers]) for numbers in (seen.cumsum(), first))
     parts = (home, place, slot, prefix, starts, other, source, shard, first)
     whole = torch.from_numpy(np.concatenate(parts)).split([len(part) for part in parts])
-    return native.RowPlan(*whole, shards)
+    return native.RowPlan(*whole, shards=shards)
 
 
 def seen_of(view: View, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
