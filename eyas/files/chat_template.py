@@ -176,7 +176,11 @@ def calls_are_shown(tokenizer: Any, conversation: Conversation, text: str, promp
         elif repr(held) in text and repr(held) != json.dumps(held):
             return False
     without = changed(conversation, lambda _, message: {key: value for key, value in message.items() if key != "tool_calls"})
-    return try_apply(tokenizer, without, prompt) != text
+    emptied = changed(
+        conversation, lambda _, message: spelled(message, "developer", lambda held: "{}" if isinstance(held, str) else {}, "")
+    )
+    hidden = [without, *([emptied] if any(held not in ({}, "{}") for held in arguments) else [])]
+    return all(try_apply(tokenizer, other, prompt) != text for other in hidden)
 
 
 def check_shown(tokenizer: Any, conversation: Conversation, text: str, prompt: bool) -> None:

@@ -148,15 +148,15 @@ def _plain_answer(tokenizer: PreTrainedTokenizerFast, messages: Conversation, tu
 
 
 def _header(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int, prompt: str, until: str) -> str:
-    """What stands before the answer and is not the assistant's: an empty reasoning block before a turn without thoughts; and, where the
-    template writes no generation prompt, all that any answer begins with there."""
+    """What the template puts before any answer here (an empty reasoning block, say), where this one begins with it too; and, where there is
+    no generation prompt, all that they begin with alike."""
     plain = _plain_answer(tokenizer, messages, turn)
     if plain is None or not plain[0].startswith(prompt):
         return ""
     header = plain[0][len(prompt) :]
     if prompt == try_apply(tokenizer, messages.with_messages(messages[:turn])):
         header = shared_start(header, until[len(prompt) :])
-    elif messages[turn].get("reasoning_content") or not until.startswith(prompt + header):
+    elif not until.startswith(prompt + header):
         return ""
     return header if header.strip() else ""
 

@@ -41,6 +41,7 @@ def test_what_max_length_cuts_away_is_said_with_the_length_that_keeps_it(read):
     assert said[0] == "skipped: 2 conversations, the first on entry 4: longer than max_length=100, with too little of an answer before it"
     assert said[1] == "skipped 2 of 6 conversations"
     lost, longest = facts["answer_tokens_cut"], int(said[2].partition("--set max_length=")[2].partition(" ")[0])
+    assert lost == 2 * len("an answer 3<") + (longest - 90 - len("an answer 3") + 1 + len("cut off ") * 9) - len("\n") - 100
     assert said[2].startswith(f"3 documents are longer than max_length=100: {lost} of ")
     examples, facts, said = read(*rows, talk("q", "cut off " * 9), max_length=longest)
     assert len(examples) == 6 and facts["answer_tokens_cut"] == 0 and max(len(example.tokens) for example in examples) == longest
@@ -70,6 +71,17 @@ def test_a_target_without_a_chat_template_learns_plain_text(models, read, tmp_pa
     assert [example.answers for example in examples] == [[-1] + [0] * 15, [-1] + [0] * 13]
     with pytest.raises(EyasError, match=r'has no chat template, .* or give plain text as {"text"'):
         read(talk("q", "an answer"), target=tmp_path / "bare")
+
+
+def test_documents_of_one_conversation_know_of_each_other(models, read, tmp_path):
+    """Where a template drops the thoughts of earlier answers, a conversation is several documents."""
+    shutil.copytree(models / "target", tmp_path / "thinking")
+    template = (tmp_path / "thinking" / "chat_template.jinja").read_text()
+    dropping = "(m.content if loop.last else m.content.split('</think>')[-1])"
+    (tmp_path / "thinking" / "chat_template.jinja").write_text(template.replace("m.content", dropping))
+    thoughts = [turn for number in range(2) for turn in talk(f"q {number}", f"<think>hm {number}</think>an answer")["messages"]]
+    examples, _, _ = read(talk("q", "an answer"), {"messages": thoughts}, talk("q", "another"), target=tmp_path / "thinking")
+    assert [example.conversation for example in examples] == [None, 1, 1, None]
 
 
 def test_preformatted_text_is_kept_apart_from_an_evaluation_too(read, tmp_path):

@@ -45,6 +45,11 @@ def test_an_instruction_brings_its_input_its_system_and_what_came_before():
     ]
 
 
+def test_text_parts_are_joined_by_a_line_break():
+    parts = [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}]
+    assert message({"role": "user", "content": parts}, 1) == {"role": "user", "content": "a\nb\nc"}
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 def test_a_system_message_may_stand_beside_the_turns(key):
     assert messages_of({key: "s", "messages": TALK}) == [{"role": "system", "content": "s"}, *TALK]
@@ -136,7 +141,12 @@ def test_what_would_change_the_meaning_is_refused_by_name(key):
 
 
 def test_fields_that_are_not_read_are_named_and_those_known_to_say_nothing_are_not():
-    row = {"messages": [{**TALK[0], "mood": "sad"}, {**TALK[1], "id": 4}], "score": 5, "note": None, **dict.fromkeys(IGNORED_KEYS, "x")}
+    row = {
+        "messages": [{**TALK[0], "mood": "sad", "tone": None}, {**TALK[1], "id": 4}],
+        "score": 5,
+        "note": None,
+        **dict.fromkeys(IGNORED_KEYS, "x"),
+    }
     assert messages_of(row).unread == {'"score"', '"mood" of a message'}
 
 

@@ -50,6 +50,9 @@ R1 = (  # the prompt opens the thoughts; no turn ever shows them
     "{{ '<|assistant|>' + m.content.split('</think>')[-1] + '</s>' }}"
     "{% else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+FIELD = CHATML.replace(
+    "m.content +", "('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if m.role == 'assistant' else '') + m.content +"
+)
 NEMO = (  # the system message stands in the last question, and there only while it asks for an answer
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}"
     "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
@@ -100,6 +103,25 @@ def test_a_call_is_learned_as_the_template_writes_it_with_its_arguments_as_json(
     assert first == call and last.strip() in ("It is 12.<|im_end|>", "It is 12.</s>")
 
 
+@pytest.mark.parametrize("arguments", ["{}", {}], ids=["text", "object"])
+def test_a_call_without_arguments_is_no_text_within_json(arguments):
+    (answer,) = taught(byte_tokenizer(QWEN), render(byte_tokenizer(QWEN), [user("Weather?"), calling(arguments)]))
+    assert answer == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("arguments", [TEXT, OBJECT], ids=["text", "object"])
+def test_arguments_are_never_as_python_writes_them(arguments):
+    tokenizer = byte_tokenizer(QWEN.replace(" | tojson }}}\n", " }}}\n"))
+    (answer,) = taught(tokenizer, render(tokenizer, [user("Weather?"), calling(arguments)]))
+    assert answer == '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm", "days": 2}}\n</tool_call><|im_end|>'
+
+
+def test_the_header_of_a_template_without_generation_prompt_is_no_part_of_a_call():
+    tokenizer = byte_tokenizer(QWEN[: QWEN.index("{% if add_generation_prompt")])
+    (answer,) = taught(tokenizer, render(tokenizer, [user("Weather?"), calling(TEXT)]))
+    assert answer.strip().startswith("<tool_call>")
+
+
 def test_tools_on_offer_stand_in_the_tokens_and_are_no_answer():
     tokenizer = byte_tokenizer(QWEN)
     talk = messages_of({"tools": TOOLS, "messages": [user("Hi"), told("Good day.")]})
@@ -119,11 +141,20 @@ def test_text_beside_a_call_is_part_of_the_answer():
     [
         ({"tools": TOOLS, "messages": [user("Hi"), told("Good day.")]}, "does not show tools"),
         ({"messages": [user("Weather?"), calling(TEXT, "Let me look."), user("So?"), told("12.")]}, "does not show tool calls"),
+        ({"messages": [user("Weather?"), calling(TEXT, "Let me look.")]}, "does not show tool calls"),
+        ({"messages": [user("Weather?"), calling({}, "Let me look.")]}, "does not show tool calls"),
     ],
 )
 def test_what_a_template_cannot_say_is_refused(row, reason):
     with pytest.raises(EyasError, match=f"the chat template {reason}"):
         documents(byte_tokenizer(CHATML), messages_of(row))
+
+
+@pytest.mark.parametrize("arguments", [TEXT, OBJECT], ids=["text", "object"])
+def test_a_template_that_shows_a_call_without_its_arguments_does_not_show_it(arguments):
+    tokenizer = byte_tokenizer(QWEN.replace(', "arguments": {{ c.function.arguments | tojson }}', ""))
+    with pytest.raises(EyasError, match="does not show tool calls"):
+        documents(tokenizer, [user("Weather?"), calling(arguments)])
 
 
 def test_a_role_that_a_template_passes_over_is_refused():
@@ -183,15 +214,25 @@ def test_turns_without_thoughts_share_a_document_with_what_follows():
 
 
 def test_thoughts_that_the_template_cannot_show_are_refused():
-    with pytest.raises(EyasError, match="rewrites the answer in message 2"):
-        documents(byte_tokenizer(CHATML), [user("q"), told("a", "hm")])
+    for template in (CHATML, R1.replace("<think>\n", "</think>")):  # the second asks for an answer without thoughts
+        with pytest.raises(EyasError, match="rewrites the answer in message 2"):
+            documents(byte_tokenizer(template), [user("q"), told("a", "hm")])
+
+
+@pytest.mark.parametrize("answer", [told("Yes.", "hm"), told("<think>\nhm\n</think>\n\nYes.")], ids=["field", "content"])
+def test_thoughts_in_the_content_are_moved_to_the_field_that_a_template_reads(answer):
+    tokenizer = byte_tokenizer(FIELD)
+    document = render(tokenizer, [user("q"), answer])
+    assert taught(tokenizer, document) == ["<think>\nhm\n</think>\n\nYes.<|im_end|>"]
+    assert tokenizer.decode(document.tokens).count("<think>") == 1
+    assert taught(tokenizer, render(tokenizer, [user("q"), told("Yes.")])) == ["Yes.<|im_end|>"]
 
 
 def test_a_rows_own_template_variables_are_used():
-    tokenizer = byte_tokenizer(QWEN3)
-    talk = messages_of({"chat_template_kwargs": {"enable_thinking": False}, "messages": [user("q"), told("a")]})
+    tokenizer = byte_tokenizer("{{ mood }}" + CHATML)
+    talk = messages_of({"chat_template_kwargs": {"mood": "calm"}, "messages": [user("q"), told("a")]})
     document = render(tokenizer, talk)
-    assert taught(tokenizer, document) == ["a<|im_end|>"] and "<think>\n\n</think>" in tokenizer.decode(document.tokens)
+    assert taught(tokenizer, document) == ["a<|im_end|>"] and tokenizer.decode(document.tokens).startswith("calm")
 
 
 def test_an_empty_reasoning_block_is_the_templates_before_a_call_as_before_an_answer():
@@ -267,6 +308,12 @@ def test_the_answers_of_a_preformatted_text_are_those_of_its_messages(template, 
     ]
 
 
+def test_a_preformatted_text_may_hold_thoughts_that_no_plain_answer_has():
+    tokenizer = byte_tokenizer(FIELD)
+    text = tokenizer.apply_chat_template([user("q"), told("A.", "hm")], tokenize=False)
+    assert taught(tokenizer, render(tokenizer, messages_of({"text": text}))) == ["<think>\nhm\n</think>\n\nA.<|im_end|>"]
+
+
 def test_a_preformatted_text_gets_the_beginning_that_the_template_writes():
     tokenizer = byte_tokenizer(MISTRAL)
     texts = [tokenizer.decode(render(tokenizer, Conversation(text=bos + "[INST] q[/INST] a</s>")).tokens) for bos in ("", "<s>")]
@@ -295,6 +342,13 @@ def test_fields_that_are_not_read_are_named_once(tmp_path):
     assert said == [f'{path}: fields of conversations that are not read, and in how many they stand: "mood" (2)']
     with pytest.warns(UserWarning, match="mood"):
         read_conversations(path)
+
+
+def test_a_conversation_that_is_marked_as_not_to_be_learned_is_left_out(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"weight": 0, "prompt": "q", "answer": "a"}\n{"prompt": "q", "answer": "a"}\n')
+    found, complaints = read_conversations(path)
+    assert len(found) == 1 and complaints == ["line 1: every answer in it is marked as not to be learned"]
 
 
 def test_complaints_are_counted_by_cause():
