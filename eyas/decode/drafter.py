@@ -31,6 +31,8 @@ class TreeRequest:
     deepest: int | None = None  # levels for which the text has room, where that is known; the shape never has more
     planner: Planner | None = None  # asked before each level, where trees are planned
     covered: float = 0.0  # chance that another drafter's guess at the root's child is right
+    # (R paths of tokens below the root, logits [R, D] after them, each token's column or None) -> logits as the target's will be processed
+    processed: Callable[[Sequence[Sequence[int]], Tensor, Tensor | None], Tensor] | None = None
     draws: Callable[[int, int], Tensor] | None = None  # (node, count) -> noise [count] to draw children with; None: take the likeliest
 
 

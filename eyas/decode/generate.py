@@ -89,6 +89,7 @@ class Decoder:
             noise=sequence.noise.at if self.verifier.shares_noise and not sampling.greedy else None,
             deepest=max(deepest, 0),
             planner=self.plan.planner,
+            processed=sequence.guessed if sequence.processors else None,
             draws=sequence.draft_noise if self.verifier.draws and not sampling.greedy else None,
         )
 

@@ -31,14 +31,6 @@ class Level(NamedTuple):
     growth: Growth
     nodes: list[int]  # their numbers in `growth`
 
-    def path(self, node: int) -> list[int]:
-        """Tokens on the path from the root's child down to a node."""
-        tokens = []
-        while node:
-            tokens.append(self.growth.tokens[node])
-            node = self.growth.parents[node]
-        return tokens[::-1]
-
 
 Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
 Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
@@ -91,6 +83,9 @@ def grow_levels(
         for request, growth, frontier, logits_RD, rows, kept in parts:
             if frontier:
                 before = len(growth.tokens)
+                if request.processed:
+                    paths = [growth.path(node) for node in frontier]
+                    logits_RD = request.processed(paths, logits_RD, vocab.columns() if vocab else None)
                 growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab))
                 kept.update(zip(frontier, rows, strict=True))
                 if planner:

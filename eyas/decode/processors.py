@@ -7,6 +7,7 @@ nothing of trees, temperature or noise.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -37,19 +38,39 @@ def end_ids(request: Request, eos_ids: Collection[int]) -> frozenset[int]:
     return frozenset(request.stop_token_ids) | frozenset(() if request.ignore_eos else eos_ids)
 
 
-class LogitBias:
+class Processor:
+    """A processor that drafters use too: it processes the logits of several paths at once, and of a part of the vocabulary."""
+
+    def __call__(self, text: list[int], path: Sequence[int], logits_V: Tensor) -> Tensor:
+        return self.rows(text, [path], logits_V[None], None)[0]
+
+    def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
+        """The logits [R, C] after each of R paths. `columns_V`: each token's column, -1: none; None: column i is token i."""
+        raise NotImplementedError
+
+
+def placed(ids: Tensor, columns_V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids that have a column, and their columns."""
+    if columns_V is None:
+        return ids, ids
+    columns = columns_V[ids]
+    return ids[columns >= 0], columns[columns >= 0]
+
+
+class LogitBias(Processor):
     """Adds a number to the logits of some tokens."""
 
     def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
         self.ids = torch.tensor([token for token, _ in bias])
-        self.values = torch.tensor([value for _, value in bias], dtype=torch.float32)
+        self.values_V = torch.zeros(int(self.ids.max()) + 1).index_copy(0, self.ids, torch.tensor([float(value) for _, value in bias]))
 
-    def __call__(self, text: list[int], path: Sequence[int], logits_V: Tensor) -> Tensor:
-        ids = self.ids.to(logits_V.device)
-        return logits_V.index_add(0, ids, self.values.to(logits_V))
+    def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
+        ids, columns = placed(self.ids, columns_V)
+        values = self.values_V[ids].to(logits_RC).expand(len(paths), -1)
+        return logits_RC.index_add(1, columns.to(logits_RC.device), values)
 
 
-class Penalties:
+class Penalties(Processor):
     """Repetition (over prompt and answer), frequency and presence penalties (over the answer alone).
 
     Only the logits of tokens that were seen are read and written. The text's part is counted once, as it grows.
@@ -66,13 +87,19 @@ class Penalties:
         self.seen_V = torch.empty(0, dtype=torch.bool)  # the same as a mask; this and the next are made with the first logits
         self.counts_V = torch.empty(0)  # how often each token is in the answer
 
-    def __call__(self, text: list[int], path: Sequence[int], logits_V: Tensor) -> Tensor:
-        self.count(text, logits_V.shape[0])
-        below = torch.tensor(path, dtype=torch.int64)
-        ids = torch.cat([self.seen, below])  # where one is there twice, both write the same
-        counts = self.counts_V[ids] + (ids[:, None] == below).sum(1) if len(path) else self.counts_V[ids]
-        ids = ids.to(logits_V.device)
-        return logits_V.index_copy(0, ids, self.penalised(logits_V[ids], counts.to(logits_V)))
+    def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
+        self.count(text, logits_RC.shape[1] if columns_V is None else columns_V.shape[0])
+        ids, columns = placed(self.seen, columns_V)
+        columns = columns.to(logits_RC.device)
+        out_RC = logits_RC.index_copy(1, columns, self.penalised(logits_RC[:, columns], self.counts_V[ids]))
+        below = [(row, token, times) for row, path in enumerate(paths) for token, times in Counter(path).items()]
+        if below:  # tokens of the paths, written anew with their own counts
+            rows, ids, times = torch.tensor(below).unbind(1)
+            columns = ids if columns_V is None else columns_V[ids]
+            has = columns >= 0
+            places = rows[has].to(logits_RC.device), columns[has].to(logits_RC.device)
+            out_RC[places] = self.penalised(logits_RC[places], (self.counts_V[ids] + times)[has])
+        return out_RC
 
     def count(self, text: list[int], vocab_size: int) -> None:
         """Count the tokens that the text has grown by."""
@@ -89,19 +116,23 @@ class Penalties:
             self.counted = len(text)
 
     def penalised(self, logits: Tensor, counts: Tensor) -> Tensor:
-        """Logits of tokens that were seen; `counts`: how often each is in the answer."""
+        """Logits [.., S] of tokens that were seen; `counts` [S]: how often each is in the answer."""
+        counts = counts.to(logits)
         if self.repetition != 1:
             logits = torch.where(logits < 0, logits * self.repetition, logits / self.repetition)
         return logits - self.frequency * counts - self.presence * (counts > 0)
 
 
-class NoEndBefore:
+class NoEndBefore(Processor):
     """Rules out the ids that end an answer until the text has `length` tokens."""
 
     def __init__(self, length: int, ends: Collection[int]) -> None:
         self.length, self.ends = length, torch.tensor(sorted(ends))
 
-    def __call__(self, text: list[int], path: Sequence[int], logits_V: Tensor) -> Tensor:
-        if len(text) + len(path) >= self.length:
-            return logits_V
-        return logits_V.index_fill(0, self.ends.to(logits_V.device), float("-inf"))
+    def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
+        early = torch.tensor([len(text) + len(path) < self.length for path in paths])
+        if not bool(early.any()):
+            return logits_RC
+        ruled_out_RC = torch.zeros(logits_RC.shape, dtype=torch.bool)
+        ruled_out_RC[:, placed(self.ends, columns_V)[1]] = True
+        return logits_RC.masked_fill((ruled_out_RC & early[:, None]).to(logits_RC.device), float("-inf"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eyas.config import GREEDY, PLAIN, Request, Sampling, TargetConfig, TreeShape
 from eyas.decode.logprobs import TokenLogprobs, token_logprobs
-from eyas.decode.processors import LogitsProcessor, end_ids, processors_of
+from eyas.decode.processors import LogitsProcessor, Processor, end_ids, processors_of
 from eyas.decode.sampling import GUESS, NOISE_VERSION, Noise, gumbel
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
@@ -84,6 +84,14 @@ class Sequence:
         for process in self.processors:
             logits_V = process(self.tokens, path, logits_V)
         return logits_V
+
+    def guessed(self, paths: Items[Items[int]], logits_RD: Tensor, columns_V: Tensor | None) -> Tensor:
+        """A draft's logits [R, D] after each of R paths, as the target's will be processed there; `columns_V` as in `Processor.rows`.
+        Processors of one's own are not the draft's to know."""
+        for process in self.processors:
+            if isinstance(process, Processor):
+                logits_RD = process.rows(self.tokens, paths, logits_RD, columns_V)
+        return logits_RD
 
     def commit(self, tokens: Iterable[int], eos_ids: Collection[int]) -> list[int]:
         """Append tokens until one ends the text (end of turn, stop string, length) and drop the tokens after it. Returns the tokens that

@@ -93,6 +93,14 @@ class Growth:
         """The nodes to expand next: the best of the newest level; of equal scores the node made earlier."""
         return sorted(self.newest, key=lambda node: (-self.scores[node], node))[: self.width]
 
+    def path(self, node: int) -> list[int]:
+        """Tokens on the path from the root's child down to a node."""
+        tokens: list[int] = []
+        while node:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
     def sight(self, frontier: Sequence[int]) -> Tensor:
         """Which nodes each of the F frontier nodes sees, bool [F, expanded + F]: its ancestors among the expanded ones, and itself."""
         columns = self.expanded + list(frontier)

@@ -151,7 +151,7 @@ class MtpDrafter:
         tokens, states, positions, segments, first = [], [], [], [], []
         for level in levels:
             count, start = len(level.nodes), level.request.position - depth
-            tokens += [token for node in level.nodes for token in level.path(node)]
+            tokens += [token for node in level.nodes for token in level.growth.path(node)]
             states.append(level.parents.flatten(0, 1))
             positions += list(range(start, start + depth)) * count
             alone = torch.block_diag(*[torch.ones(depth, depth)] * count).tril().bool()

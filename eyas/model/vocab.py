@@ -16,6 +16,7 @@ class DraftVocab:
     def __init__(self, target_ids: Sequence[int] | Tensor, vocab_size: int) -> None:
         self.ids = torch.as_tensor(target_ids, dtype=torch.int64)  # [D]
         self.vocab_size = vocab_size
+        self._columns: Tensor | None = None
         if len(self.ids) == 0 or not bool((self.ids[1:] > self.ids[:-1]).all()) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
             raise EyasError(
                 f"a draft vocabulary must be ascending target ids below {vocab_size}; this one is not (is d2t an offset table?)"
@@ -26,6 +27,12 @@ class DraftVocab:
 
     def to_target(self, draft_ids: Tensor) -> Tensor:
         return self.ids.to(draft_ids.device)[draft_ids]
+
+    def columns(self) -> Tensor:
+        """The draft's id of each target token, int64 [V]; -1 where it has none."""
+        if self._columns is None:
+            self._columns = torch.full((self.vocab_size,), -1).index_copy_(0, self.ids, torch.arange(len(self.ids)))
+        return self._columns
 
     def member(self) -> Tensor:
         """bool [V]; in files `t2d`."""

@@ -43,7 +43,7 @@ class Draft:
             for place, node in enumerate(level.nodes):
                 sequence, above = self.known[int(level.parents[place, 0])]
                 path = (*above, level.tokens[place])
-                assert sequence == level.request.sequence and list(path) == level.path(node) and level.depths[place] == len(path)
+                assert sequence == level.request.sequence and list(path) == level.growth.path(node) and level.depths[place] == len(path)
                 outputs.append([self.number(sequence, path)])
         self.passes.append(len(outputs))
         return torch.tensor(outputs)

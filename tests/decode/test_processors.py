@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from transformers.generation.utils import GenerationMixin
 
 from eyas.config import PLAIN, EyasError, Request, Sampling, TreeShape
@@ -20,7 +21,8 @@ from eyas.decode.sampling import derived_seed, distribution
 from eyas.decode.sequence import new_sequence
 from eyas.engine import load
 from eyas.model.rows import chain_rows
-from tests.decode.test_round import DRAFTERS, ENDING, PREFIX, V, decode, plainly, prompts, said, small
+from eyas.model.vocab import DraftVocab
+from tests.decode.test_round import DRAFTERS, ENDING, PREFIX, TARGET, V, decode, plainly, prompts, said, small
 from tests.enumeration import surprise
 from tests.tiny import save_tiny_target
 
@@ -50,7 +52,8 @@ class Generating(GenerationMixin):
 @settings(max_examples=30, deadline=None)
 def test_bias_repetition_and_least_length_are_transformers_to_the_last_bit(prompt, text, data, penalty, seed):
     """Its own list of processors in its own order, over text and path together."""
-    cut, least = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 25))
+    cut = data.draw(st.integers(0, len(text)))
+    least = data.draw(st.sampled_from([len(text), len(text) + 1, cut + 1]))
     bias = {5: 2.5, prompt[0]: -3.0}
     request = Request(sampling=Sampling(repetition_penalty=penalty, logit_bias=bias), min_new_tokens=least)
     sequence_bias = [[[token], value] for token, value in bias.items()]
@@ -61,12 +64,13 @@ def test_bias_repetition_and_least_length_are_transformers_to_the_last_bit(promp
     assert torch.equal(processed(request, prompt, text[:cut], text[cut:], logits_of(seed)), wanted)
 
 
-@given(tokens, st.lists(st.integers(0, V - 1), max_size=20), st.data(), st.floats(-2, 2), st.floats(-2, 2), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_presence_and_frequency_are_openais_and_count_the_answer_alone(prompt, answer, data, presence, frequency, seed):
-    cut = data.draw(st.integers(0, len(answer)))
-    request = Request(sampling=Sampling(presence_penalty=presence, frequency_penalty=frequency))
-    wanted = logits_of(seed)
+@given(tokens, st.lists(st.integers(0, V - 1), max_size=20), st.data(), st.floats(-2, 2), st.sampled_from([1.0, 1.3]), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_presence_and_frequency_are_openais_and_count_the_answer_alone(prompt, answer, data, presence, repetition, seed):
+    """Behind transformers' repetition penalty, as vLLM has them."""
+    cut, frequency = data.draw(st.integers(0, len(answer))), data.draw(st.floats(-2, 2))
+    request = Request(sampling=Sampling(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency))
+    wanted = RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([[*prompt, *answer]]), logits_of(seed)[None].clone())[0]
     for token, times in Counter(answer).items():  # mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence
         wanted[token] = wanted[token] - torch.tensor(frequency) * times - torch.tensor(presence)
     assert torch.allclose(processed(request, prompt, answer[:cut], answer[cut:], logits_of(seed)), wanted, atol=1e-6)
@@ -220,3 +224,45 @@ def test_a_penalty_out_of_its_range_is_one_line(asked, line):
 def test_a_bias_may_be_a_mapping_with_ids_as_text():
     assert Sampling(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1))
     assert hash(Sampling(logit_bias={7: 1})) == hash(Sampling(logit_bias=((7, 1),)))
+
+
+# ---- the draft knows ----
+
+
+@pytest.mark.parametrize("sampling", [*ADJUSTED[:2], Sampling(0.7, frequency_penalty=1.5)], ids=str)
+def test_a_target_that_drafts_for_itself_is_always_right_under_penalties(sampling):
+    """Its guesses are processed as its draws are, the path's own tokens included."""
+    make, _ = DRAFTERS["itself"]
+    asked = prompts(8, 4)
+    for result in decode(TARGET, make(TARGET), asked, "chain:4", sampling, range(8), 21):
+        assert result.accepted_lengths == {5: 4}
+    request = Request(sampling=sampling, min_new_tokens=21, max_new_tokens=21)
+    least = [new_sequence(prompt, request, TreeShape.chain(4), i, ENDING.config, number=i) for i, prompt in enumerate(asked)]
+    for _ in Decoder(ENDING, make(ENDING)).run_all(least):
+        pass
+    assert all(each.accepted_lengths == {5: 4} for each in least), "nor does it guess an end that is ruled out"
+
+
+some_paths = st.lists(st.lists(st.integers(0, V - 1), max_size=4), min_size=1, max_size=4)
+
+
+@given(tokens, some_paths, st.sets(st.integers(0, V - 1), min_size=1), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_drafts_logits_are_processed_as_the_targets_would_be(text, paths, kept, data):
+    """A draft's vocabulary is a part of the target's; every row has its own path."""
+    cut = data.draw(st.integers(1, len(text)))
+    sampling = Sampling(repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.4, logit_bias={3: 2.0, 9: -1.0})
+    request = Request(sampling=sampling, min_new_tokens=data.draw(st.integers(0, 12)))
+    sequence = new_sequence(text[:cut], request, PLAIN, 0, ENDING.config)
+    sequence.tokens += text[cut:]
+    vocab = DraftVocab(sorted(kept), V)
+    logits_RV = torch.stack([logits_of(row) for row in range(len(paths))])
+    found = sequence.guessed(paths, logits_RV[:, vocab.ids], vocab.columns())
+    wanted = torch.stack([sequence.processed(row, path) for row, path in zip(logits_RV, paths, strict=True)])
+    assert torch.equal(found, wanted[:, vocab.ids])
+
+
+def test_processors_of_ones_own_are_not_the_drafts_to_know():
+    sequence = new_sequence([1, 2], Request(), PLAIN, 0, ENDING.config)
+    sequence.processors = (lambda text, path, logits_V: logits_V + 1,)
+    assert torch.equal(sequence.guessed([[]], logits_of(0)[None], None), logits_of(0)[None])

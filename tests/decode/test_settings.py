@@ -169,6 +169,20 @@ def test_log_probabilities_are_the_targets_own_for_every_token(engine, how, law)
     assert "".join(pieces) == last.text == result.text
 
 
+def test_log_probabilities_are_those_of_the_paths_own_rows():
+    """Where a path leaves out rows of its tree, as it often does under a verifier that does not share its noise."""
+    paths: list[list[int]] = []
+    engine = Engine(tiny_target(prepare=False, vocab_size=V), byte_tokenizer(), Path("tiny"), None, "fp32")
+    engine.use_draft_model(tiny_target(prepare=False, vocab_size=V))
+    settings = {"method": "draft-model", "tree": "12x2x3", "verifier": "accept-reject", "temperature": 2.0, "raw": True, "ignore_eos": True}
+    result = engine.generate("aba", seed=1, logprobs=0, max_new_tokens=40, watch=lambda told: paths.append(told.accepted.path), **settings)
+    assert any(path != list(range(len(path))) for path in paths), "an empty claim"
+    text = [*engine.encode("aba", raw=True), *result.tokens]
+    logits = engine.target(chain_rows(0, text, 0), engine.target.new_cache(1, len(text)), ()).logits[result.prompt_tokens - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(result.tokens)[:, None])[:, 0].tolist()
+    assert [told.logprob for told in result.logprobs] == pytest.approx(wanted, abs=1e-9)
+
+
 def test_a_text_that_ends_inside_a_path_tells_only_the_tokens_it_has(engine):
     whole = ended_early(engine, seed=0)
     result = engine.generate("aba aba", raw=True, logprobs=0, ignore_eos=True, stop_token_ids=whole[4:5], seed=0, **TREES[1])
