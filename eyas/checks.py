@@ -8,8 +8,9 @@ Knows values and their names; knows no setting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 
 class EyasError(ValueError):
@@ -34,3 +35,32 @@ def short(value: Any) -> str:
     """A value as text for a message of one line."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checked_bias(given: Mapping[Any, Any] | Sequence[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
+    """A logit bias, which may be a mapping and have its ids as text, as JSON has them."""
+    try:
+        pairs: list[tuple[Any, Any]] = [(token, value) for token, value in (given.items() if isinstance(given, Mapping) else given)]
+    except (TypeError, ValueError):
+        raise EyasError(f"logit-bias must be a mapping of token ids to numbers, not {short(given)}") from None
+    pairs = [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in pairs]
+    for token, value in pairs:
+        check_number("a token of logit-bias", token, 0, LARGEST_SIZE, whole=True)
+        check_number(f"the logit-bias of token {token}", value, -100, 100)
+    return tuple(sorted(dict(pairs).items()))
+
+
+# What transformers' apply_chat_template takes for itself; `tools` are a setting of their own.
+NO_VARIABLES = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+
+
+def check_variables(variables: Any) -> None:
+    """Raise `EyasError` for anything but variables of a chat template by name."""
+    if not isinstance(variables, Mapping):
+        raise EyasError(f'chat-template-kwargs must be an object of variables like {{"enable_thinking": false}}, not {short(variables)}')
+    for name in cast("Mapping[Any, Any]", variables):
+        if not isinstance(name, str) or not name.isidentifier() or name in NO_VARIABLES:
+            raise EyasError(f"chat-template-kwargs: {short(name)} is no variable that a chat template can be given")

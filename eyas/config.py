@@ -13,9 +13,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
-from eyas.checks import LARGEST_SIZE, EyasError, check_number, is_number
+from eyas.checks import LARGEST_SIZE, EyasError, check_number, check_variables, checked_bias, is_number
 from eyas.checks import short as short
 from eyas.tree_shape import PLAIN as PLAIN
 from eyas.tree_shape import TreeShape
@@ -205,16 +205,6 @@ class Sampling:
         return bool(self.logit_bias) or (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-def checked_bias(given: Mapping[Any, Any] | Sequence[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
-    """A logit bias, which may be a mapping and have its ids as text, as JSON has them."""
-    pairs: list[tuple[Any, Any]] = list(given.items() if isinstance(given, Mapping) else given)
-    pairs = [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in pairs]
-    for token, value in pairs:
-        check_number("a token of logit-bias", token, 0, LARGEST_SIZE, whole=True)
-        check_number(f"the logit-bias of token {token}", value, -100, 100)
-    return tuple(sorted(dict(pairs).items()))
-
-
 GREEDY = Sampling()
 VERIFIERS = ("walk", "accept-reject", "without-replacement", "traversal", "block", "typical-lossy")  # the first is the default
 MOST_LOGPROBS = 1000  # likeliest tokens told for each token at most
@@ -244,6 +234,8 @@ class Request:
     defaulted: tuple[tuple[str, Any], ...] = ()  # of these settings, those that the target's generation_config.json gave
 
     def __post_init__(self) -> None:
+        """Raise `EyasError` for a value of a wrong kind; what depends on a target or a draft is checked when it is used."""
+        self.check_kinds()
         check_number("min-new-tokens", self.min_new_tokens, 0, LARGEST_SIZE, whole=True)
         for token in self.stop_token_ids:
             check_number("a stop token id", token, 0, LARGEST_SIZE, whole=True)
@@ -252,21 +244,23 @@ class Request:
         if self.logprobs is not None:
             check_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, whole=True)
 
+    def check_kinds(self) -> None:
+        for name, kinds in {"method": (str, type(None)), "tree": (str, TreeShape), "sampling": (Sampling,), "verifier": (str,)}.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise EyasError(f"{name} must be {HOW[name]}, not {short(getattr(self, name))}")
+        for name in ("raw", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise EyasError(f"{name} must be True or False, not {short(getattr(self, name))}")
+        for name in ("seed", "max_new_tokens", "batch"):
+            value = getattr(self, name)
+            if not is_number(value, whole=True) and (value is not None or name == "max_new_tokens"):
+                raise EyasError(f"{name.replace('_', '-')} must be a whole number, not {short(value)}")
+            object.__setattr__(self, name, None if value is None else int(value))  # numpy's overflow where noise is made
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise EyasError(f"stop must be a string or several, none of them empty, not {short(self.stop)}")
 
-# What transformers' apply_chat_template takes for itself; `tools` are a setting of their own.
-NO_VARIABLES = (
-    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
-    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
-)
 
-
-def check_variables(variables: Any) -> None:
-    """Raise `EyasError` for anything but variables of a chat template by name."""
-    if not isinstance(variables, Mapping):
-        raise EyasError(f'chat-template-kwargs must be an object of variables like {{"enable_thinking": false}}, not {short(variables)}')
-    for name in cast("Mapping[Any, Any]", variables):
-        if not isinstance(name, str) or not name.isidentifier() or name in NO_VARIABLES:
-            raise EyasError(f"chat-template-kwargs: {short(name)} is no variable that a chat template can be given")
+HOW = {"method": "a method's name", "tree": "a shape or its text, as '60x7x10'", "sampling": "a Sampling", "verifier": "a verifier's name"}
 
 
 class Turn(TypedDict):

@@ -6,21 +6,24 @@ Knows where models lie and how a prompt becomes tokens; knows nothing of how a r
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as AnySequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from eyas.checks import is_number
 from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir, short
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
+from eyas.decode.grow import growth_named
 from eyas.decode.logprobs import Piece
 from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
 from eyas.decode.prompt import Prompt, Prompts, WrittenPrompt, checked_ids, is_many, is_token_ids, render
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
+from eyas.decode.verifiers import VERIFY, check_shape
 from eyas.files.generation_config import GenerationConfig, generation_config
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
 from eyas.files.tokenizer import check_known, load_tokenizer
@@ -45,6 +48,8 @@ Watch = Callable[[RoundRecord], None]
 def draft_directory(source: str | Path | None, target: Path) -> Path | None:
     """The directory of the draft `source` names. None: the bundled draft for the embedded target, no draft for any other. Raises
     `EyasError` where it holds no config.json."""
+    if not isinstance(source, str | Path | None):  # pyright: ignore[reportUnnecessaryIsInstance]  (a program may say anything)
+        raise EyasError(f"a draft is a directory or `bundled`, not {short(source)}")
     if source is None:
         embedded = target.parent == cache_dir() / "targets" and target.name.startswith("SmolLM2")
         return BUNDLED if embedded and (BUNDLED / "config.json").exists() else None
@@ -310,9 +315,14 @@ class Engine:
 
     def decoder(self, request: Request, watch: Watch | None = None) -> Decoder:
         """A decoder for one call, or for a server's whole life; it takes sequences in and out between rounds (`admit`, `step`, `abort`).
-        Raises `EyasError` for an unknown verifier, and as `drafter` does."""
+        Raises `EyasError` for an unknown verifier, one that cannot read trees of this shape, and as `drafter` does."""
         method = self.method_of(request)
-        decoder = Decoder(self.target, self.drafter(method), request.verifier, self.planner(request.tree, method, request.sampling))
+        drafter, shape = self.drafter(method), self.shape(request.tree, method)
+        if shape.growth:
+            growth_named(shape.growth)
+        if request.verifier in VERIFY:
+            check_shape(request.verifier, shape, request.sampling)
+        decoder = Decoder(self.target, drafter, request.verifier, self.planner(request.tree, method, request.sampling))
         decoder.watch = watch
         return decoder
 
@@ -322,6 +332,8 @@ class Engine:
         if request.max_new_tokens < 1:
             raise EyasError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
         for name, count in (("batch", request.batch), ("n", n)):
+            if count is not None and not is_number(count, whole=True):
+                raise EyasError(f"{name} must be a whole number, not {short(count)}")
             if count is not None and count < 1:
                 raise EyasError(f"{name} must be at least 1, not {count}")
         config = self.target.config
@@ -340,6 +352,17 @@ class Engine:
         ]
 
 
+def several(name: str, given: Any) -> tuple[Any, ...]:
+    """Several values of a setting that may be given as one value, as several or, as in JSON, as None: none."""
+    if given is None:
+        return ()
+    if isinstance(given, str | int):
+        return (given,)
+    if isinstance(given, bytes | dict) or not isinstance(given, Iterable):
+        raise EyasError(f"{name.replace('_', '-')} must be one value or a list of them, not {short(given)}")
+    return tuple(cast("Iterable[Any]", given))
+
+
 def make_request(request: Request | None = None, **settings: Any) -> Request:
     """The request itself, or a request made of loose settings, `Sampling`'s fields among them. Raises `EyasError` for both together, since
     one would have to win, and for unknown settings."""
@@ -347,13 +370,9 @@ def make_request(request: Request | None = None, **settings: Any) -> Request:
         if settings:
             raise EyasError(f"give a finished request or loose settings ({', '.join(settings)}), not both")
         return request
-    if isinstance(settings.get("stop"), str):
-        settings["stop"] = (settings["stop"],)
-    if isinstance(settings.get("stop_token_ids"), int):
-        settings["stop_token_ids"] = (settings["stop_token_ids"],)
     for name in ("stop", "stop_token_ids"):
         if name in settings:
-            settings[name] = tuple(settings[name])
+            settings[name] = several(name, settings[name])
     known = [*Request.__dataclass_fields__, *Sampling.__dataclass_fields__]
     if unknown := [name for name in settings if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)

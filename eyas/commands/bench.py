@@ -13,7 +13,7 @@ from rich.table import Table
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
 from eyas.bench.speed import Method, parse_methods, run_bench
-from eyas.commands.common import engine_from, request_from, settled
+from eyas.commands.common import check_request, engine_from, request_from, settled
 from eyas.commands.output import progress, result_file, terminal, write_result
 from eyas.config import GREEDY, EyasError, Request
 from eyas.engine import Engine
@@ -26,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
     methods, request = parse_methods(options.methods), request_from(options)
     if options.peers:
         return peers(options, request)
+    for method in methods:
+        check_request(method.request(request))
     out = result_file(options.out)
     items, complaints = read_prompts(options.prompts, options.limit)
     engine = engine_from(options)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from eyas.commands.common import conversation_from, engine_from, settings_from, settled
+from eyas.commands.common import conversation_from, engine_from, settings_from, settled, without_a_draft
 from eyas.commands.generate import tell
 from eyas.config import EyasError
 from eyas.decode.sequence import Result
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         seeded = request if request.seed is None else replace(request, seed=request.seed + turn)
         said: list[str] = []
         try:
-            tell(noted(engine.stream(messages, seeded), said))
+            tell(noted(engine.stream(messages, seeded), said), None if turn else without_a_draft(engine, options))
         except EyasError as error:  # say, the context is full: the conversation before this turn is still there
             messages.pop()
             print(f"eyas: {error}", file=sys.stderr)

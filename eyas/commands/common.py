@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eyas.config import EyasError, Request, TreeShape, check_variables, short
+from eyas.decode.grow import growth_named
+from eyas.decode.plan.planner import MAX_TREE
 from eyas.decode.prompt import prompt_message
+from eyas.decode.rules import BLOCK
+from eyas.decode.verifiers import check_shape
 from eyas.engine import BUNDLED, Engine, load, make_request, without_draft
 from eyas.files.chat_data import VARIABLES, Conversation, tools_of, unread_keys
 from eyas.files.embedded import LAYERS, VOCABULARY
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from eyas.measure.agreement import Evidence
 
 
+DRAFT_MODEL = "draft-model"
 GIVEN = (  # options that are settings of the same name, where they were given
     "seed",
     "max_new_tokens",
@@ -47,11 +52,8 @@ GIVEN = (  # options that are settings of the same name, where they were given
 
 def settings_from(options: argparse.Namespace, method: str | None = None) -> dict[str, Any]:
     """The settings that options give, checked before anything heavy is loaded."""
-    chosen = method or ("plain" if getattr(options, "plain", False) else getattr(options, "method", None))
-    if chosen is not None:
-        method_named(chosen)
-    if options.tree != "auto":
-        TreeShape.parse(options.tree)
+    named = method_from(options)
+    chosen = method or named
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise EyasError(f"max-new-tokens must be at least 1, not {options.max_new_tokens}")
     settings = {name: getattr(options, name, None) for name in GIVEN}
@@ -63,7 +65,9 @@ def settings_from(options: argparse.Namespace, method: str | None = None) -> dic
         "tools": tools_from(getattr(options, "tools", None)),
     }
     settings = {name: value for name, value in settings.items() if value is not None and value is not False and value != []}
-    make_request(**settings)
+    request = make_request(**settings)
+    if not hasattr(options, "methods"):  # of several methods each has a tree and a verifier of its own
+        check_request(request)
     return settings
 
 
@@ -107,6 +111,36 @@ def conversation_from(options: argparse.Namespace) -> Conversation:
     return conversation
 
 
+def method_from(options: argparse.Namespace) -> str | None:
+    """The method that options name, if any; where it contradicts others, `EyasError`."""
+    named, plain = getattr(options, "method", None), getattr(options, "plain", False)
+    if named is not None:
+        method_named(named)
+    if plain and named not in (None, "plain"):
+        raise EyasError(f"--plain is the same as --method plain, and --method {named} was given too; drop one of the two")
+    method = "plain" if plain else named
+    methods = {part.split("@")[0].split("+")[0].strip() for part in getattr(options, "methods", "").split(",")} | {method}
+    if getattr(options, "draft_model", None) and DRAFT_MODEL not in methods:
+        raise EyasError(f"--draft-model is what method {DRAFT_MODEL} guesses with; ask for that method, or drop --draft-model")
+    return method
+
+
+def check_request(request: Request) -> None:
+    """Raise `EyasError` for what no round could do, as far as that is known before a draft is loaded."""
+    if request.method == "plain":
+        return
+    if request.tree == "auto":
+        if request.verifier == "block":
+            raise EyasError(BLOCK)
+        if request.method is not None and not method_named(request.method).static:
+            check_shape(request.verifier, MAX_TREE, request.sampling)
+        return
+    shape = request.tree.checked() if isinstance(request.tree, TreeShape) else TreeShape.parse(request.tree)
+    if shape.growth:
+        growth_named(shape.growth)
+    check_shape(request.verifier, shape, request.sampling)
+
+
 def bias_from(given: Sequence[str]) -> list[tuple[int, float]]:
     try:
         return [(int(token), float(value)) for token, value in (each.split("=") for each in given)]
@@ -138,6 +172,13 @@ def engine_from(options: argparse.Namespace) -> Engine:
     if getattr(options, "draft_model", None):
         engine.use_draft_model(load_target(target_directory(options.draft_model), options.precision, options.device or "cpu"))
     return engine
+
+
+def without_a_draft(engine: Engine, options: argparse.Namespace) -> str | None:
+    """What to say where nobody asked for plain decoding and there is no draft for anything else."""
+    if engine.default_method != "plain" or options.plain or options.method is not None:
+        return None
+    return "plain decoding: no draft for this target; give --draft, or train one with `eyas train`"
 
 
 def target_for(source: str | None, draft: Path) -> TargetFiles:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from eyas.commands.common import conversation_from, engine_from, settings_from, settled
+from eyas.commands.common import conversation_from, engine_from, settings_from, settled, without_a_draft
 from eyas.config import EyasError, Request, short
 from eyas.decode.logprobs import TokenLogprobs
 from eyas.decode.prompt import Prompt
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         finished(engine, prompt, request, options)
         return 0
     try:
-        tell(engine.stream(prompt, request))
+        tell(engine.stream(prompt, request), without_a_draft(engine, options))
     except KeyboardInterrupt:
         print()  # what was written stays
         raise
@@ -52,6 +52,8 @@ def finished(engine: Engine, prompt: Prompt, request: Request, options: argparse
             else:
                 print(result.text)
                 print(f"[{summary(result)}]", file=sys.stderr)
+        if texts and (note := without_a_draft(engine, options)):
+            print(f"[{note}]", file=sys.stderr)
 
 
 def as_json(engine: Engine, request: Request, result: Result) -> dict[str, Any]:
@@ -71,8 +73,8 @@ def logprobs_json(engine: Engine, told: TokenLogprobs) -> dict[str, Any]:
     return {**one(told.token, told.logprob), "top": [one(*each) for each in told.top]}
 
 
-def tell(pieces: Iterable[str | Result]) -> None:
-    """Print an answer as it comes, its last line ended as every line is, and then its summary."""
+def tell(pieces: Iterable[str | Result], note: str | None = None) -> None:
+    """Print an answer as it comes, its last line ended as every line is, and then its summary, and a note on it."""
     end = ""
     for piece in pieces:
         if isinstance(piece, str):
@@ -81,6 +83,8 @@ def tell(pieces: Iterable[str | Result]) -> None:
         else:
             print(end="" if end == "\n" else "\n", flush=True)
             print(f"[{summary(piece)}]", file=sys.stderr)
+            if note:
+                print(f"[{note}]", file=sys.stderr)
 
 
 def summary(result: Result) -> str:

@@ -21,7 +21,7 @@ from rich.console import Console
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands.data import OwnWords, disk_limit, free_space, own_words, shard_facts
+from eyas.commands.data import OwnWords, disk_limit, evaluation_prompts, free_space, own_words, shard_facts
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import progress, terminal
@@ -127,6 +127,7 @@ def run(options: argparse.Namespace) -> int:
     studied = Studied.at(target_directory(options.model))
     settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, studied.config.vocab_size))
     console = terminal(stderr=True)
+    evaluation_prompts(options.apart)  # hours of writing come first: a file that cannot be read is said before
     words = own_words(studied, options.seed_prompts, None, console)
     wanted = Run(words.play.target, options.hours, words.play.seed_prompts)
     if (state := Run.begun(out, wanted)).finished:

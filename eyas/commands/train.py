@@ -15,19 +15,19 @@ from typing import Any
 from rich.console import Console
 
 from eyas.commands.common import draft_path
-from eyas.commands.data import from_conversations, from_self_play, own_words
+from eyas.commands.data import evaluation_prompts, from_conversations, from_self_play, own_words
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
-from eyas.files.eagle3_files import config_from_file
-from eyas.files.target import check_device, load_target, target_directory
+from eyas.files.eagle3_files import check_fits, config_from_file
+from eyas.files.target import check_device, load_target, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
 from eyas.train import trainer as training
-from eyas.train.build import Setup, Studied, build, check_autocast, earlier_facts, with_trees
+from eyas.train.build import Setup, Studied, build, check_autocast, check_earlier, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
@@ -55,12 +55,19 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     if ranks.first:
         check_out(out, options.resume)
     begun = begun_with(options)
-    studied = Studied.at(target_directory(options.target), taps_from(options.taps) or (begun and begun.taps))
+    directory = target_directory(options.target)
+    if begun:
+        check_fits(begun, target_config(directory))  # before its taps are looked for in a target that may have fewer layers
+    studied = Studied.at(directory, taps_from(options.taps) or (begun and begun.taps))
     check_together(options, settings, studied)
+    start = draft_path(options.start) if options.start else None
+    if start:
+        check_earlier(start, studied.config, studied.taps, settings)
+    evaluation_prompts(options.apart)  # hours of writing come first: a file that cannot be read is said before
     console = terminal(stderr=True, quiet=not ranks.first)
     before = training.read_checkpoint(out) if options.resume else None
     examples, source, facts = data_of(options, studied, settings, console, ranks, before)
-    method, start = method_of(options), draft_path(options.start) if options.start else None
+    method = method_of(options)
     device = device_of(options.device, ranks)
     setup = Setup(
         target=load_target(studied.directory, "fp32", device),  # not before: while workers write, each holds its own
@@ -81,6 +88,9 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         with_trees(trainer, studied.directory, device)
     if before is not None:
         trainer.resume(before)
+        if budget.spent(trainer.progress) >= 1:
+            done = f"{trainer.progress.steps:,} steps, {trainer.progress.slots:,} tokens, {trainer.progress.minutes:.1f} minutes"
+            console.print(f"the budget of {budget.told()} was spent before ({done}): nothing is trained; ask for more", soft_wrap=True)
     try:
         follow(trainer, budget, console)
     except KeyboardInterrupt:

@@ -27,17 +27,22 @@ def is_many(prompt: Prompt | Prompts) -> bool:
     if hasattr(prompt, "tolist"):
         raise EyasError("a prompt of token ids is a list of whole numbers; give ids.tolist()")
     check_form(prompt)
-    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping | int)
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping | int | float)
 
 
 def check_form(prompt: Any) -> None:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+    several = cast("Sequence[Any]", prompt) if isinstance(prompt, list | tuple) else ()
+    if isinstance(prompt, bytes | bytearray) or any(
+        isinstance(each, bytes | bytearray) for each in several
+    ):  # which would pass as lists of numbers
+        raise EyasError(f"a prompt is {FORMS}, not bytes; decode them first: data.decode()")
+    if not isinstance(prompt, Sequence):
         raise EyasError(f"a prompt is {FORMS}, not {short(prompt)}")
 
 
 def is_token_ids(prompt: Prompt) -> TypeGuard[TokenIds]:
     check_form(prompt)
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int)
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int | float)
 
 
 def checked_ids(ids: Sequence[Any], vocab_size: int, what: str) -> list[int]:

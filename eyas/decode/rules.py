@@ -21,6 +21,13 @@ TYPICAL, TYPICAL_SHARE = 0.09, 0.3  # Medusa's: a guess is typical above the sma
 
 Distribution = Callable[[int], Tensor]  # a tree's row -> the target's probabilities [V] there
 
+# why a rule cannot read a tree
+BLOCK = "verifier block reads chains: --tree chain:K; for trees there is verifier traversal"
+DRAWN = (
+    "verifier {verifier} needs a draft that draws its guesses (not look-up) in a tree fixed beforehand: "
+    "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's distribution"
+)
+
 
 class Chance(Protocol):
     """The random decisions of a rule of acceptance."""
@@ -90,7 +97,7 @@ def block(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
     """Block verification (Sun et al. 2024, arXiv 2403.10444): no lossless verifier accepts more of one drawn chain. It is `traversal` on a
     chain; raises `EyasError` on a tree that branches."""
     if any(len(children) > 1 for children in tree.children):
-        raise EyasError("verifier block reads chains: --tree chain:K; for trees there is verifier traversal")
+        raise EyasError(BLOCK)
     return traversal(tree, target, chance)
 
 
@@ -159,10 +166,7 @@ def typical(tree: Tree, target: Distribution, chance: Chance) -> Accepted:
 
 def check_drawn(tree: Tree, verifier: str) -> None:
     if not tree.drawn:
-        raise EyasError(
-            f"verifier {verifier} needs a draft that draws its guesses (not look-up) in a tree fixed beforehand: "
-            "--tree chain:K or static:CHILDREN; on chosen guesses it would change the text's distribution"
-        )
+        raise EyasError(DRAWN.format(verifier=verifier))
 
 
 def drawn_from(tree: Tree, row: int) -> Tensor:

@@ -10,7 +10,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from eyas.decode.rules import Chance, Distribution, Uniforms, accept_reject, block, path_to, traversal, typical, without_replacement
+from eyas.config import EyasError, Sampling, TreeShape
+from eyas.decode.rules import (
+    BLOCK,
+    DRAWN,
+    Chance,
+    Distribution,
+    Uniforms,
+    accept_reject,
+    block,
+    path_to,
+    traversal,
+    typical,
+    without_replacement,
+)
 from eyas.decode.sampling import CHOICE, distribution, draw, uniforms
 from eyas.decode.sequence import Sequence
 from eyas.decode.tree import Tree
@@ -24,6 +37,14 @@ class Verifier(NamedTuple):
     verify: Verify
     shares_noise: bool = False  # the draft may rank its guesses with the noise that the target will draw with
     draws: bool = False  # it needs trees whose nodes the draft draws, with noise of the draft's own
+
+
+def check_shape(verifier: str, shape: TreeShape, sampling: Sampling) -> None:
+    """Raise `EyasError` for a verifier that cannot read trees of this shape."""
+    if verifier == "block" and shape.nodes > 1 and (shape.top_k > 1 or not shape.fixed):
+        raise EyasError(BLOCK)
+    if VERIFY[verifier].draws and not sampling.greedy and shape.nodes > 1 and not shape.fixed:
+        raise EyasError(DRAWN.format(verifier=verifier))
 
 
 def verify_by_walk(tree: Tree, logits_NV: Tensor, sequence: Sequence) -> Accepted:

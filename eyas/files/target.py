@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir
+from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir, short
 from eyas.files.adaptable import adapted_config
 from eyas.files.adapted import load_adapted
 from eyas.files.disk import file_hash
@@ -34,6 +34,8 @@ BITS = {"int8": 8, "q4": 4}  # bits of products' weights, where these have fewer
 def target_directory(source: str | Path | None) -> Path:
     """The Hugging Face directory of a target. `source`: None (the embedded target), a directory (of a LoRA adapter too), a GGUF file, or a
     hub name. Raises `EyasError` for anything else, and where it cannot be fetched, converted or merged."""
+    if not isinstance(source, str | Path | None):  # pyright: ignore[reportUnnecessaryIsInstance]  (a program may say anything)
+        raise EyasError(f"a target is a directory, a .gguf file or a hub name, not {short(source)}")
     if source is None or str(source) == "embedded":
         return embedded_target()
     path = Path(source).expanduser()

@@ -125,7 +125,7 @@ def check_autocast(settings: TrainSettings, device: str) -> None:
 
 def tell(setup: Setup, kept: list[Example], held_out: list[Example], vocab: DraftVocab) -> None:
     different = len({token for example in kept for token, number in zip(example.tokens, example.answers, strict=True) if number >= 0})
-    if different < len(vocab):
+    if different < len(vocab) and setup.start is None:  # an earlier draft keeps its own vocabulary
         setup.say(f"the answers use {different} different tokens; the draft vocabulary of {len(vocab)} is filled up with unused ones")
     slots = sum(number >= 0 for example in kept for number in example.answers)
     told = f"{len(kept)} conversations, {slots} answer tokens; {len(held_out)} held out"
@@ -155,12 +155,17 @@ def new_draft(
 
 def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], settings: TrainSettings) -> tuple[DraftNetwork, DraftVocab]:
     """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
+    check_earlier(directory, target.config, taps, settings)
+    return load_draft(directory, target.embedding.detach(), torch.float32)
+
+
+def check_earlier(directory: Path, target: TargetConfig, taps: tuple[int, ...], settings: TrainSettings) -> None:
+    """Raise `EyasError`, from the draft's config alone, where its shape is not what the settings ask for."""
     config = config_from_file(directory)
-    check_fits(config, target.config)
-    network, vocab = load_draft(directory, target.embedding.detach(), torch.float32)
+    check_fits(config, target)
     pairs = (
         ("taps", config.taps, taps),
-        ("draft vocabulary", len(vocab), settings.draft_vocab_size),
+        ("draft vocabulary", config.draft_vocab_size, settings.draft_vocab_size),
         ("fc_norm", config.fc_norm, settings.fc_norm),
         ("norm_output", config.norm_output, settings.norm_output),
         ("draft_layers", config.draft_layers, settings.draft_layers),
@@ -168,7 +173,6 @@ def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], s
     told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
     if told:
         raise EyasError(f"{directory} is of another shape ({'; '.join(told)}); ask for the same")
-    return network, vocab
 
 
 def earlier_facts(start: Path | None) -> dict[str, Any]:

@@ -52,6 +52,37 @@ def test_a_bad_option_is_one_line(models, refused, monkeypatch, words, line):
     assert refused(*generate(models, *words)) == line
 
 
+BLOCK = "verifier block reads chains: --tree chain:K; for trees there is verifier traversal"
+CONTRADICTIONS = [
+    (["--plain", "--method", "eagle3"], "--plain is the same as --method plain, and --method eagle3 was given too; drop one of the two"),
+    (["--draft-model", "x"], "--draft-model is what method draft-model guesses with; ask for that method, or drop --draft-model"),
+    (["--verifier", "block", "--tree", "auto"], BLOCK),
+    (["--verifier", "block", "--tree", "8x2x3"], BLOCK),
+    (["--verifier", "traversal", "--temperature", "1"], "verifier traversal needs a draft that draws its guesses"),
+    (["--tree", "8x2x2/none"], "growth 'none' is unknown; there are none (register one with --plugin)"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), CONTRADICTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_options_that_contradict_each_other_are_refused_before_anything_is_loaded(models, refused, monkeypatch, words, line):
+    monkeypatch.setattr("eyas.commands.common.load", lambda *_: pytest.fail("a model was loaded"))
+    assert refused(*generate(models, "hi", *words)).startswith(line)
+
+
+def test_a_verifier_that_does_not_fit_the_drafts_own_tree_is_refused_before_a_round(models, refused):
+    words = [*generate(models, "hi", "--verifier", "traversal", "--temperature", "1", "--tree", "auto")]
+    assert refused(*words).startswith("verifier traversal needs a draft that draws its guesses")
+
+
+def test_without_a_draft_plain_decoding_is_said_once(models, run):
+    for words in ([], ["--json"]):
+        _, _, err = run(*generate(models, "hi", *words, draft=None))
+        assert err.count("plain decoding: no draft for this target; give --draft") == 1
+    for words in (["--plain"], ["--method", "lookup"]):
+        assert "no draft" not in run(*generate(models, "hi", *words, draft=None))[2]
+    assert "no draft" not in run(*generate(models, "hi"))[2]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

@@ -241,6 +241,28 @@ def test_autocast_on_a_cpu_is_one_line(models, refused, data, tmp_path):
     assert line == "autocast trains in bfloat16 on CUDA alone; on cpu leave it out"
 
 
+def test_what_a_run_begins_with_and_stays_apart_from_is_checked_first(models, refused, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("eyas.commands.train.data_of", lambda *_: pytest.fail("data was written"))
+    out = tmp_path / "draft"
+    for words, said in (
+        (["--from", tmp_path / "none"], "does not exist; give a directory, a .gguf file or a hub name"),
+        (["--from", "bundled"], "this draft was trained for another target: hidden size 576 against the target's 32"),
+        (
+            ["--from", models / "draft", "--draft-vocab", "100"],
+            "is of another shape (draft vocabulary 200 there, 100 here); ask for the same",
+        ),
+        (["--apart", tmp_path / "none.jsonl"], "none.jsonl: cannot be read (No such file or directory)"),
+    ):
+        assert said in refused(*train(models, out, data, *words)) and not out.exists()
+
+
+def test_a_budget_that_was_spent_before_is_said(models, run, data, tmp_path):
+    words = train(models, tmp_path / "draft", data, "--steps", "2")
+    assert run(*words)[0] == 0
+    status, _, err = run(*words, "--resume")
+    assert status == 0 and "the budget of 2 steps was spent before (2 steps, " in err and "nothing is trained; ask for more" in err
+
+
 def test_only_the_top_layer_means_that_the_others_never_weigh(models, run, data, tmp_path):
     out = tmp_path / "draft"
     assert run(*train(models, out, data, "--steps", "3", "--set", "top_layer_only=true"))[0] == 0
