@@ -15,7 +15,7 @@ from torch import Tensor
 from eyas.config import PRECISIONS, EyasError, TargetConfig, cache_dir, short
 from eyas.files.adaptable import adapted_config
 from eyas.files.adapted import load_adapted
-from eyas.files.disk import file_hash
+from eyas.files.disk import file_hash, read_json
 from eyas.files.embedded import embedded_target
 from eyas.files.gguf import convert_gguf
 from eyas.files.hf_config import foreign_part, has_own_blocks, is_supported, own_config
@@ -81,6 +81,8 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
     if precision not in PRECISIONS:
         raise EyasError(f"precision {precision!r} is unknown; choose {', '.join(PRECISIONS)}")
     config = target_config(directory)
+    if precision != "fp32" and stored_format(directory) == "float16":
+        note(f"{directory}: its weights are float16, of whose 11 bits {precision} keeps fewer; --precision fp32 keeps them all")
     if not has_own_blocks(directory):
         why = foreign_part(directory) if is_supported(directory) else None
         if precision in BITS:
@@ -98,6 +100,15 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
         target.lm_head.weight = target.model.embed_tokens.weight
     load_strictly(target, tensors, f"target {directory}")
     return target
+
+
+def stored_format(directory: Path) -> str | None:
+    """The number format of a target's weights, as its config.json says it."""
+    raw = read_json(directory / "config.json")
+    inner = raw.get("text_config")
+    places = [raw, inner if isinstance(inner, dict) else {}]
+    found = next((place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), None)
+    return str(found).removeprefix("torch.") if found else None
 
 
 def are_tied(tensors: Mapping[str, Tensor], directory: Path) -> bool:

@@ -270,3 +270,11 @@ def test_tied_matrices_that_differ_are_two_and_one_alone_is_both(kind, tmp_path,
     assert "two different ones are stored" in capsys.readouterr().err
     save_tensors(tmp_path, {name: tensor for name, tensor in tensors.items() if "embed" not in name} | {"lm_head.weight": embedding})
     assert_close(ours(load_target(tmp_path, "fp32")), theirs(tmp_path)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_float16_weights_that_bfloat16_would_round_are_said(tmp_path, capsys):
+    saved(tmp_path, "llama", {}, {"dtype": "float16"})
+    load_target(tmp_path, "fp32")
+    assert "float16" not in capsys.readouterr().err
+    load_target(tmp_path, "bf16")
+    assert "its weights are float16, of whose 11 bits bf16 keeps fewer; --precision fp32" in capsys.readouterr().err
