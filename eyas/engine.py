@@ -89,10 +89,10 @@ def load(
     """Load a target and its draft, ready to generate.
 
     `target`: a Hugging Face directory (or a LoRA adapter's), a `.gguf` file or a hub name `owner/model`, which is fetched once; None or
-    "embedded": the embedded target, fetched once. `draft`: the directory of a draft that eyas trained or imported, or "bundled"; None: the bundled draft for the
-    embedded target, and for any other no draft, which leaves the methods that need none. `device`: "cpu" (None) or a CUDA device as
-    PyTorch names it. `precision`: "bf16", "fp32", or "int8" and "q4": weights of 8 or 4 bits in groups of 32 over bfloat16, for
-    Llama-shaped targets alone.
+    "embedded": the embedded target, fetched once. `draft`: the directory of a draft that eyas trained or imported, or "bundled"; None: the
+    bundled draft for the embedded target, and for any other no draft, which leaves the methods that need none. `device`: "cpu" (None) or a
+    CUDA device as PyTorch names it. `precision`: "bf16", "fp32", or "int8" and "q4": weights of 8 or 4 bits in groups of 32 over bfloat16,
+    for Llama-shaped targets alone.
 
     `context_parallel`: keys lie in `shards` virtual shards, shared out over the processes that `torchrun` started, one without it; the text
     is the same whatever their number (docs/tree-attention.md). The first process goes on; the others hold their part until it ends, and
