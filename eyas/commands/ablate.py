@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     taps = taps_from(options.taps) or usual_taps(config.num_hidden_layers)
     base = base_settings(options, config.vocab_size)
     check_variants(options, variants, base, config.vocab_size)
-    studied = Studied.at(directory, held_taps(options, taps, variants))
+    studied = Studied.at(directory, held_taps(options, taps, variants), options.chat_template_kwargs)
     console = terminal(stderr=True)
     examples, source = data_of(options, studied, base, console)
     kept, held_out = hold_out(examples, base)
@@ -117,7 +117,7 @@ def data_of(options: argparse.Namespace, studied: Studied, base: TrainSettings, 
     if options.data:
         if options.shards or options.self_play:
             raise EyasError("--data brings conversations, --shards and --self-play are about text the target writes; choose")
-        examples, _ = from_conversations(Path(options.data), studied.directory, base, console, [])
+        examples, _ = from_conversations(Path(options.data), studied, base, console, [])
         return examples, TargetStates(load_target(studied.directory, "fp32", options.device).prepare(), studied.taps)
     words = own_words(studied, None, None, console)
     wanted = options.self_play or SELF_PLAY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,13 +193,15 @@ def target_for(source: str | None, draft: Path) -> TargetFiles:
     return TargetFiles.of(source)
 
 
-def evidence_of(target: TargetFiles, new_tokens: int) -> tuple[Evidence, Tensor]:
-    """Texts that the target writes to some questions, with its states; and its embedding [V, H] in float32."""
+def evidence_of(target: TargetFiles, new_tokens: int, variables: Mapping[str, Any] | None = None) -> tuple[Evidence, Tensor]:
+    """Texts that the target writes to some questions, with its states; and its embedding [V, H] in float32. `variables`: of the chat
+    template."""
     from eyas.measure.agreement import QUESTIONS, gather
 
     engine = without_draft(target.directory, "fp32")
     raw = not getattr(engine.tokenizer, "chat_template", None)
-    return gather(engine.target, [engine.encode(question, raw) for question in QUESTIONS], new_tokens), engine.target.embedding.detach()
+    asked = [engine.encode(question, raw, None, variables) for question in QUESTIONS]
+    return gather(engine.target, asked, new_tokens), engine.target.embedding.detach()
 
 
 def draft_path(source: str) -> Path:

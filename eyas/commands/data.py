@@ -18,7 +18,8 @@ from eyas.bench.prompts import read_prompts
 from eyas.commands.output import progress
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.chat_data import Conversation
-from eyas.files.tokenizer import load_tokenizer
+from eyas.files.chat_template import check_read
+from eyas.files.tokenizer import check_known, load_tokenizer
 from eyas.train.build import Studied
 from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
 from eyas.train.decontaminate import all_grams, decontaminated, meets
@@ -54,7 +55,7 @@ class OwnWords:
 
 
 def own_words(studied: Studied, seed_prompts: str | None, regenerate: str | None, console: Console) -> OwnWords:
-    template = Template(load_tokenizer(studied.directory), studied.config.eos_token_ids)
+    template = Template(load_tokenizer(studied.directory), studied.config.eos_token_ids, studied.chat_template_kwargs)
     check_tokenizer(template.tokenizer, studied.config, studied.directory)
     if not template.chat:
         console.print("no chat template: the target writes plain text instead of conversations, and its draft is for --raw", markup=False)
@@ -66,6 +67,7 @@ def own_words(studied: Studied, seed_prompts: str | None, regenerate: str | None
         seed_prompts=key,
         seeded_share=SelfPlay.seeded_share if key else 0.0,
         regenerate=bool(regenerate),
+        chat_template_kwargs=studied.chat_template_kwargs,
     )
     return OwnWords(template, play, questions, studied.directory)
 
@@ -155,13 +157,13 @@ def free_space(folder: Path) -> int:
 
 
 def from_conversations(
-    path: Path, directory: Path, settings: TrainSettings, console: Console, apart: Sequence[str]
+    path: Path, studied: Studied, settings: TrainSettings, console: Console, apart: Sequence[str]
 ) -> tuple[list[Example], dict[str, Any]]:
     """A file's conversations in the target's template, without those that ask what the files `apart` ask."""
     say = saying(console)
     conversations, complaints = read_conversations(path, say)
     read = len(conversations) + len(complaints)
-    tokenizer = load_tokenizer(directory)
+    tokenizer, directory = load_tokenizer(studied.directory), studied.directory
     if not getattr(tokenizer, "chat_template", None) and any(conversation.text is None for _, conversation in conversations):
         way = 'use the target\'s instruction-tuned form, or give plain text as {"text": ..}'
         raise EyasError(f"{directory} has no chat template, so conversations cannot be put to it; {way}")
@@ -173,7 +175,7 @@ def from_conversations(
             met += 1
             continue
         try:
-            kept = cut.to_length(documents(tokenizer, conversation))
+            kept = cut.to_length(as_served(tokenizer, conversation, studied))
         except EyasError as error:
             complaints.append(f"{conversation.place}: {error}")
             continue
@@ -192,6 +194,19 @@ def from_conversations(
     examples, twins = without_twins(document_examples(found, numbers))
     facts = {"kind": "conversations", "file": path.name, "skipped": len(complaints), "duplicates_dropped": twins}
     return examples, {"data": facts | {"answer_tokens_cut": cut.lost} | apart_facts(apart, evaluated, met)}
+
+
+def as_served(tokenizer: Any, conversation: Conversation, studied: Studied) -> list[Document]:
+    """A conversation's documents under the run's variables of the chat template. Raises EyasError for tokens that the target does not
+    know."""
+    if conversation.text is None and studied.chat_template_kwargs:
+        check_read(tokenizer, conversation, studied.chat_template_kwargs)
+    conversation.variables = {**(studied.chat_template_kwargs or {}), **conversation.variables}
+    conversation.kept = True
+    found = documents(tokenizer, conversation)
+    for document in found:
+        check_known(tokenizer, document.tokens, studied.config.vocab_size, "it")
+    return found
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:

@@ -23,8 +23,8 @@ def run(options: argparse.Namespace) -> int:
         checked_url(options.engine_url)
     path = draft_path(options.draft)
     target = TargetFiles.of(options.target)
-    evidence, embedding = evidence_of(target, options.tokens)
-    found = diagnose(path, target, evidence, embedding)
+    evidence, embedding = evidence_of(target, options.tokens, options.chat_template_kwargs)
+    found = diagnose(path, target, evidence, embedding, options.chat_template_kwargs)
     if not options.json:
         tell(terminal(), found, evidence.answer_tokens)
     served = None

@@ -59,6 +59,7 @@ class Run:
     seed_prompts: str
     written_minutes: float = 0.0
     finished: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def begun(cls, out: Path, wanted: Run) -> Run:
@@ -72,7 +73,7 @@ class Run:
             found = cls(**json.loads((out / RUN).read_text()))
         except (OSError, ValueError, TypeError):
             raise EyasError(f"{out / RUN} cannot be read; choose another --out") from None
-        names = ("target_sha256", "hours", "seed_prompts")
+        names = ("target_sha256", "hours", "seed_prompts", "chat_template_kwargs")
         pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
         told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
         if told:
@@ -124,12 +125,12 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"--hours {options.hours:g} is longer than anything runs; give at most {MOST_HOURS:g}")
     out = Path(options.out).expanduser().resolve()
     recover_directory(out)
-    studied = Studied.at(target_directory(options.model))
+    studied = Studied.at(target_directory(options.model), None, options.chat_template_kwargs)
     settings = TrainSettings(draft_vocab_size=min(TrainSettings.draft_vocab_size, studied.config.vocab_size))
     console = terminal(stderr=True)
     evaluation_prompts(options.apart)  # hours of writing come first: a file that cannot be read is said before
     words = own_words(studied, options.seed_prompts, None, console)
-    wanted = Run(words.play.target, options.hours, words.play.seed_prompts)
+    wanted = Run(words.play.target, options.hours, words.play.seed_prompts, chat_template_kwargs=studied.chat_template_kwargs)
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
@@ -231,7 +232,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     """Measure tau with real trees on held-out questions, and write picture and card."""
     out, chat = job.out, job.words.template.chat
     engine = load(job.words.directory, out, precision=PRECISIONS[0])
-    request = Request(seed=0, max_new_tokens=100, raw=not chat)
+    request = Request(seed=0, max_new_tokens=100, raw=not chat, chat_template_kwargs=job.studied.chat_template_kwargs)
     readable = [question for question in questions if fits(engine, question, request)] or [FALLBACK]
     items = [PromptItem(number, question) for number, question in enumerate(readable, start=1)]
     with progress(console) as bar:
@@ -254,6 +255,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
 def fits(engine: Engine, question: Prompt, request: Request) -> bool:
     """Whether a question leaves room for an answer once its text is tokenized again, which may give more tokens than it had."""
     try:
-        return len(engine.encode(question, request.raw)) + request.max_new_tokens <= engine.target.config.max_position_embeddings
+        tokens = engine.encode(question, request.raw, request.tools, request.chat_template_kwargs)
+        return len(tokens) + request.max_new_tokens <= engine.target.config.max_position_embeddings
     except EyasError:
         return False

@@ -6,6 +6,7 @@ Knows options and paths; runs nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def place(source: str | Path) -> str:
 def generate_with(options: argparse.Namespace, target: str | None, draft: Path, chat: bool) -> str:
     """A command that writes with a draft. `target`: as the user named it; `chat`: whether it has a chat template."""
     named = ["--target", place(target)] if target else []
-    return shell("eyas", "generate", PROMPT, *named, "--draft", place(draft), *([] if chat else ["--raw"]), *plugins(options))
+    variables = getattr(options, "chat_template_kwargs", None)
+    templated = ["--chat-template-kwargs", json.dumps(variables)] if variables else []
+    return shell("eyas", "generate", PROMPT, *named, "--draft", place(draft), *([] if chat else ["--raw"]), *templated, *plugins(options))
 
 
 def again(options: argparse.Namespace, *more: str) -> str:

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import argparse
 
-from eyas.commands.options import Parser, add, apart, conversation, disk, generation, known_methods, models, plugin, seed_prompts
+from eyas.commands.options import (
+    Parser,
+    add,
+    apart,
+    conversation,
+    disk,
+    generation,
+    known_methods,
+    models,
+    plugin,
+    seed_prompts,
+    template_kwargs,
+)
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, TrainSettings
 from eyas.methods import trained
 
@@ -78,6 +90,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     seed_prompts(new)
     apart(new)
     disk(new)
+    template_kwargs(new)
     new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
 
@@ -105,6 +118,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="train on these folders of self-written shards too (or alone)",
     )
+    template_kwargs(train)
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")
     train.add_argument(
@@ -196,6 +210,7 @@ def ablate_options(commands: argparse._SubParsersAction) -> None:
         "--shards", metavar="DIR", nargs="+", action="extend", default=[], help="train on these folders of self-written shards"
     )
     ablate.add_argument("--self-play", type=int, metavar="TOKENS", help="answer tokens for the target to write itself (default 100000)")
+    template_kwargs(ablate)
     ablate.add_argument("--device", default="cpu", help="where drafts train: cpu (default) or cuda")
     ablate.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
     ablate.add_argument("--out", metavar="r.json", help="write the result there, anew after each variant")
@@ -258,6 +273,7 @@ def doctor_options(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument("draft", help="directory, .gguf file or hub name, in any layout; or `bundled`")
     doctor.add_argument("--target", help="its target (default: the embedded one)")
     doctor.add_argument("--engine-url", metavar="URL", help="a running OpenAI-compatible engine that serves this draft: compare acceptance")
+    template_kwargs(doctor)
     doctor.add_argument("--tokens", type=int, default=96, help="of each answer that is measured on (default %(default)s)")
     doctor.add_argument("--json", action="store_true", help="print one object")
 

@@ -58,7 +58,8 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     directory = target_directory(options.target)
     if begun:
         check_fits(begun, target_config(directory))  # before its taps are looked for in a target that may have fewer layers
-    studied = Studied.at(directory, taps_from(options.taps) or (begun and begun.taps))
+    taps = taps_from(options.taps) or (begun and begun.taps)
+    studied = Studied.at(directory, taps, options.chat_template_kwargs)
     check_together(options, settings, studied)
     start = draft_path(options.start) if options.start else None
     if start:
@@ -107,7 +108,7 @@ def data_of(
 ) -> tuple[list[Example], StateSource | None, dict[str, Any]]:
     """Examples, where their states come from (None: the target reads them beside the training), and what they are."""
     if options.data and not options.regenerate:
-        examples, facts = from_conversations(Path(options.data), studied.directory, settings, console, options.apart)
+        examples, facts = from_conversations(Path(options.data), studied, settings, console, options.apart)
         return examples, None, facts
     words = own_words(studied, options.seed_prompts, options.data, console)
     if not ranks.first:

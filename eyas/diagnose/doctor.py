@@ -7,13 +7,14 @@ and a second or so for each reading. Knows layouts through formats/layouts.py.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,11 +67,15 @@ class Diagnosis:
         return not self.findings
 
 
-def diagnose(path: Path, target: TargetFiles, evidence: Evidence, embedding: Tensor) -> Diagnosis:
-    """Everything that is wrong with the draft at `path`. Files are looked at first; the draft is measured only where they can be read."""
+def diagnose(
+    path: Path, target: TargetFiles, evidence: Evidence, embedding: Tensor, variables: Mapping[str, Any] | None = None
+) -> Diagnosis:
+    """Everything that is wrong with the draft at `path`, for a target that is asked under these variables of its chat template. Files are
+    looked at first; the draft is measured only where they can be read."""
     findings: list[Finding] = []
     try:
         findings += file_findings(path, target)
+        findings += variable_findings(path, variables)
         found = completed(find(path), target)
         draft = found.resolved(target.config.num_hidden_layers)
         network = draft.network(embedding)
@@ -148,6 +153,18 @@ def file_findings(path: Path, target: TargetFiles) -> Iterator[Finding]:
         told = f"max_position_embeddings is {positions}, the target reads {most}: engines read past their rotary table there"
         yield Finding("position limit", told, f"write {most}")
     yield from own_findings(path, fields, target)
+
+
+def variable_findings(path: Path, variables: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Compare the variables of the chat template that a draft was trained under with those that its target is asked under."""
+    own = Fields.of(path).object("eyas") if (path / "config.json").exists() else None
+    if own is not None and "chat_template_kwargs" in own.raw:
+        trained, asked = dict(own.object("chat_template_kwargs").raw), dict(variables or {})
+        if trained != asked:
+            told = (
+                f"it was trained under the chat template's variables {json.dumps(trained)}, the target is asked under {json.dumps(asked)}"
+            )
+            yield Finding("chat template variables", told, "serve, and ask here, with --chat-template-kwargs as it was trained")
 
 
 def names_in(path: Path) -> list[str]:

@@ -48,6 +48,7 @@ class Conversation(list[Message]):
         super().__init__(messages)
         self.tools, self.text = tools, text
         self.variables: dict[str, Any] = {}  # of the chat template, such as enable_thinking
+        self.kept = False  # whether its text is kept: a template then writes the same date on every day
         self.not_learned: set[int] = set()  # indices of messages that are marked as not to be learned
         self.unread: set[str] = set()  # fields whose meaning is not known
         self.place = ""  # in its file: "line 3"
@@ -55,7 +56,7 @@ class Conversation(list[Message]):
     def with_messages(self, messages: Iterable[Message]) -> Conversation:
         """Other messages under the same tools and variables."""
         other = Conversation(messages, self.tools)
-        other.variables = self.variables
+        other.variables, other.kept = self.variables, self.kept
         return other
 
     def with_tools(self, tools: list[dict[str, Any]] | None) -> Conversation:

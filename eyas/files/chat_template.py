@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -21,6 +22,17 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeE
 THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 THOUGHT_FIELDS = re.compile(r"reasoning_content|[.'\"](reasoning|thinking)\b")  # by which templates read thoughts
 PROBE, NAME_PROBE = "\ue000{}\ue000", "\ue003{}\ue003"  # private-use characters: stand in for a message's text, a speaker's name
+
+
+def on_one_day(template: str) -> str:
+    """A template that writes the date, made to write the same one on every day, by a macro in place of transformers' strftime_now."""
+    if "strftime_now" not in template:
+        return template
+    day = datetime(2026, 1, 1)
+    directives = {f"%{letter}": day.strftime(f"%{letter}") for letter in "dmYyBbAajeHIMSp"}
+    directives = {f"%-{letter[1]}": text.lstrip("0") or "0" for letter, text in directives.items()} | directives
+    filters = "".join(f" | replace({directive!r}, {text!r})" for directive, text in directives.items())
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n{template}"  # the line break is the tag's own
 
 
 class Written(NamedTuple):
@@ -59,8 +71,11 @@ def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool 
 def apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
     """The template's text for messages in its own spelling, unchecked; raises whatever the template raises."""
     conversation = as_conversation(messages)
+    variables = dict(conversation.variables)
+    if conversation.kept and "strftime_now" in (template := template_text(tokenizer, conversation)):
+        variables["chat_template"] = on_one_day(template)
     text = tokenizer.apply_chat_template(
-        list(conversation), tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.variables
+        list(conversation), tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **variables
     )
     assert isinstance(text, str)  # of one conversation, not tokenized
     return text

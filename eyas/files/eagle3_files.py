@@ -23,7 +23,8 @@ from eyas.model.vocab import DraftVocab
 
 LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # engines' names of the draft's layer, without and with q/k norms
 OWN_KEYS = {"draft_layers": 1, "own_embedding": False}  # what engines see from other fields and tensors -> the value that is not written
-FACTS = ("target", "target_sha256", "chat_template_sha256")  # what a draft's config.json says of the target it was trained for
+# what a draft's config.json says of the target it was trained for
+FACTS = ("target", "target_sha256", "chat_template_sha256", "chat_template_kwargs")
 
 
 def save_draft(

@@ -48,14 +48,15 @@ class Studied:
     config: TargetConfig
     sha256: str
     taps: tuple[int, ...]
+    chat_template_kwargs: dict[str, Any] | None = None  # variables that its chat template is given, if any
 
     @classmethod
-    def at(cls, directory: Path, taps: Sequence[int] | None = None) -> Studied:
+    def at(cls, directory: Path, taps: Sequence[int] | None = None, chat_template_kwargs: dict[str, Any] | None = None) -> Studied:
         """The target in a directory; `taps` None: the default ones."""
         config = target_config(directory)
         layers = config.num_hidden_layers
         chosen = usual_taps(layers) if taps is None else check_taps(taps, layers)
-        return cls(directory, config, directory_hash(directory), chosen)
+        return cls(directory, config, directory_hash(directory), chosen, chat_template_kwargs or None)
 
     def facts(self) -> dict[str, Any]:
         """What training.json says of the target, and of the machine, versions and date of the run."""
@@ -63,6 +64,7 @@ class Studied:
             "target": self.directory.name,
             "target_sha256": self.sha256,
             "chat_template_sha256": chat_template_hash(self.directory),
+            "chat_template_kwargs": self.chat_template_kwargs,
             "taps_are_inputs_of_layers": list(self.taps),
             "date": date.today().isoformat(),
             "versions": {"eyas": eyas.__version__, "torch": str(torch.__version__), "python": platform.python_version()},

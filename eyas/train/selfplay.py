@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -53,10 +53,12 @@ class SelfPlay:
     candidates: int = 64  # a token is drawn from this many likeliest ones
     per_shard: int = 8  # conversations in a file: a kill loses at most these and those in flight; under 16 MB for small targets
     version: int = 4
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template, if any; `template` shows what they do
 
     def digest(self) -> str:
         """Ten hex digits of a hash of all settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        told = {name: value for name, value in asdict(self).items() if name != "chat_template_kwargs" or value is not None}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Asked(NamedTuple):

@@ -6,12 +6,14 @@ models or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from eyas.config import EyasError
+from eyas.files.chat_data import Conversation
+from eyas.files.chat_template import apply, check_read
 
 PROBE = "\ue001question\ue001"  # private-use characters: stand in for turns while the template shows where it puts them
 SAID = "\ue002answer\ue002"
@@ -21,20 +23,27 @@ PLAIN_TEXT = "plain text, no chat template"
 class Template:
     """Tokens before the first question (`before`), between question and answer (`after`), between answer and next question (`again`).
 
-    `again` is empty where the template rewrites earlier turns: conversations then have one. `ends`: tokens that end a turn.
+    `again` is empty where the template rewrites earlier turns: conversations then have one. `ends`: tokens that end a turn. A template
+    that writes the date writes the same one on every day. Raises EyasError for a template that cannot be cut so, and for `variables` that
+    it does not read.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int], variables: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "chat_template", None))
+        self.variables = dict(variables or {})
         self.after: list[int] = []
         self.again: list[int] = []
         if not self.chat:
+            if variables:
+                raise EyasError("chat-template-kwargs are for a chat template, and this target has none; leave them out")
             first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             if first is None and not end_ids:
                 raise EyasError("the tokenizer has neither a chat template nor a token that text begins with; train with --data")
             self.text, self.ends = PLAIN_TEXT, set(end_ids)
             self.before: list[int] = [end_ids[0] if first is None else first]
             return
+        if variables:
+            check_read(tokenizer, self.conversation([]), variables)
         self.text = self.rendered(PROBE)
         if self.text.count(PROBE) != 1:
             raise EyasError("the chat template does not show a user turn as it is written; train from conversations with --data")
@@ -49,7 +58,12 @@ class Template:
     def rendered(self, question: str, system: str | None = None) -> str:
         turns = [{"role": "system", "content": system}] if system is not None else []
         turns.append({"role": "user", "content": question})
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return apply(self.tokenizer, self.conversation(turns), prompt=True)
+
+    def conversation(self, turns: list[dict[str, Any]]) -> Conversation:
+        found = Conversation(turns)
+        found.variables, found.kept = self.variables, True
+        return found
 
     def before_with(self, system: str) -> list[int]:
         """`before` under another system message."""
@@ -60,7 +74,7 @@ class Template:
         """The text between an answer and the next question, from the end-of-turn token on; "" where the template rewrites earlier turns."""
         turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": SAID}, {"role": "user", "content": PROBE}]
         try:
-            whole = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            whole = apply(self.tokenizer, self.conversation(turns), prompt=True)
         except TemplateError:
             return ""
         if not whole.startswith(self.text + SAID) or whole.count(PROBE) != 2:

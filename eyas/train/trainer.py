@@ -48,6 +48,7 @@ SAME_FACTS = {  # facts that a run and its resumption must share -> how a differ
     "method": "another method",
     "target_sha256": "another target",
     "taps_are_inputs_of_layers": "other taps",
+    "chat_template_kwargs": "other chat-template-kwargs",
 }
 
 

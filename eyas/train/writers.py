@@ -148,7 +148,7 @@ def work(
     threading.Thread(target=die_with_parent, daemon=True).start()
     with torch.inference_mode():
         target = load_target(directory, writing_precision()).prepare()
-        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
+        template = Template(load_tokenizer(directory), target.config.eos_token_ids, settings.chat_template_kwargs)
         writer = Writer(target, template, settings, questions, slots)
         missing = (shard for shard in itertools.count() if shard not in there)
         for _ in write_shards(writer, Folder(folder), itertools.islice(missing, number, None, workers)):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 from rich.console import Console
+from transformers.utils import chat_template_utils
 
 from eyas.commands.data import FOREIGN, from_conversations, regenerated_questions
 from eyas.config import EyasError, TrainSettings
 from eyas.files.tokenizer import load_tokenizer
-from eyas.train.build import hold_out
+from eyas.train.build import Studied, hold_out
 from eyas.train.features import Example
 from eyas.train.selfplay import Asked
 from eyas.train.template import Template
+from tests.tiny import CHATML
 
 
 def talk(question, answer, **more):
@@ -28,7 +31,8 @@ def read(models, tmp_path, capsys):
     def from_rows(*rows, target="target", apart=(), **settings):
         path = tmp_path / "data.json"
         path.write_text(json.dumps(rows))
-        examples, facts = from_conversations(path, models / target, TrainSettings(**settings), Console(stderr=True, highlight=False), apart)
+        studied = target if isinstance(target, Studied) else Studied.at(models / target, (1, 2, 4))
+        examples, facts = from_conversations(path, studied, TrainSettings(**settings), Console(stderr=True, highlight=False), apart)
         return examples, facts["data"], capsys.readouterr().err.splitlines()
 
     return from_rows
@@ -46,6 +50,45 @@ def test_what_max_length_cuts_away_is_said_with_the_length_that_keeps_it(read):
     examples, facts, said = read(*rows, talk("q", "cut off " * 9), max_length=longest)
     assert len(examples) == 6 and facts["answer_tokens_cut"] == 0 and max(len(example.tokens) for example in examples) == longest
     assert not any("max_length" in line for line in said)
+
+
+def test_conversations_are_rendered_under_the_variables_of_the_run_and_on_one_day(read, models, tmp_path, monkeypatch):
+    """A row's own variables stand first; what the template does not read is refused; text that is kept has the same date on any day."""
+    thoughtful = tmp_path / "thoughtful"
+    shutil.copytree(models / "target", thoughtful)
+    (thoughtful / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} {{ mood }} " + CHATML)
+    tokenizer = load_tokenizer(thoughtful)
+
+    def texts(rows, **variables):
+        return [tokenizer.decode(one.tokens) for one in read(*rows, target=Studied.at(thoughtful, (1, 2, 4), variables))[0]]
+
+    rows = [talk("q", "an answer"), talk("q", "another answer", chat_template_kwargs={"mood": "glad"})]
+    found = texts(rows, mood="calm")
+    assert [text.split(" ")[3] for text in found] == ["calm", "glad"]
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert texts(rows, mood="calm") == found
+    with pytest.raises(EyasError, match="the chat template reads no variable mod"):
+        texts(rows, mod="calm")
+
+
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.fromisoformat("2042-05-06")
+
+
+def test_tokens_that_the_target_does_not_know_are_a_cause(read, models, tmp_path):
+    """The tokenizer was given a token, the model was not: conversations with it are left out, the others train."""
+    longer = tmp_path / "longer"
+    shutil.copytree(models / "target", longer)
+    tokenizer = load_tokenizer(longer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.save_pretrained(longer)
+    studied = Studied.at(longer, (1, 2, 4))
+    examples, _, said = read(talk("q", "an answer"), talk("use <|tool|>", "an answer"), target=studied)
+    assert len(examples) == 1 and "entry 2: it holds '<|tool|>' (263), and the model knows ids up to 262 only" in said[0]
+    with pytest.raises(EyasError, match="no conversation with an answer to learn from; the first was skipped since entry 1: it holds"):
+        read(talk("use <|tool|>", "an answer"), target=studied)
 
 
 def test_that_foreign_text_teaches_other_words_is_said_once(read):

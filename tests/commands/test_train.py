@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from eyas.files.eagle3_files import config_from_file
 from eyas.methods import METHODS, trained
 from eyas.train import trainer as training
 from tests.commands.words import GOOD, contents, generate, train
+from tests.tiny import CHATML
 
 
 def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
@@ -35,6 +37,23 @@ def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
     assert told["taps_are_inputs_of_layers"] == [1, 2, 4] and "hours" in told
     drafted, plain = (json.loads(run(*generate(models, "Where?", "--json", *more, draft=out))[1]) for more in ([], ["--plain"]))
     assert drafted["tokens"] == plain["tokens"] and drafted["rounds"] <= plain["rounds"]
+
+
+def test_variables_of_the_template_are_recorded_and_told_on(models, run, data, tmp_path):
+    """In training.json, the draft's config.json and the command that uses it; a resumed run has the same."""
+    thoughtful, out = tmp_path / "thoughtful", tmp_path / "draft"
+    shutil.copytree(models / "target", thoughtful)
+    (thoughtful / "chat_template.jinja").write_text(
+        CHATML + "{{ '<think></think>' if add_generation_prompt and enable_thinking is false }}"
+    )
+    words = [word if word != models / "target" else thoughtful for word in train(models, out, data, "--steps", "1")]
+    variables = ["--chat-template-kwargs", '{"enable_thinking": false}']
+    status, said, _ = run(*words, *variables)
+    assert status == 0 and "--chat-template-kwargs '{\"enable_thinking\": false}'" in said
+    recorded = {"enable_thinking": False}
+    assert json.loads((out / "training.json").read_text())["chat_template_kwargs"] == recorded
+    assert json.loads((out / "config.json").read_text())["eyas"]["chat_template_kwargs"] == recorded
+    assert "other chat-template-kwargs" in run(*words, "--resume")[2]
 
 
 def test_a_broken_line_is_named_and_the_rest_goes_on(models, run, data, tmp_path):

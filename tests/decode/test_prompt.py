@@ -89,7 +89,7 @@ def test_a_variable_may_name_one_of_several_templates():
     ("prompt", "reason"),
     [
         (None, "a prompt is text, a list of messages, or a list of token ids, not None"),
-        (b"hi", "a prompt is text, a list of messages, or a list of token ids, not b'hi'"),
+        (b"hi", "not bytes; decode them first"),
         (7, "not 7"),
         ({"role": "user", "content": "hi"}, "a prompt is text, a list of messages, or a list of token ids"),
         (torch.tensor([1, 2]), "give ids.tolist()"),

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from eyas.commands.common import evidence_of
-from eyas.diagnose.doctor import diagnose
+from eyas.diagnose.doctor import diagnose, variable_findings
 from eyas.engine import BUNDLED
 from eyas.files.disk import directory_hash
 from eyas.files.eagle3_files import save_draft
@@ -145,6 +145,11 @@ MISTAKES = [
     Mistake(
         "trained on another template", "chat template", lambda files: files.config["eyas"].update(chat_template_sha256="0" * 64), "eyas"
     ),
+    Mistake(
+        *("asked under other variables", "chat template variables"),
+        lambda files: files.config["eyas"].update(chat_template_kwargs={"enable_thinking": False}),
+        "eyas",
+    ),
     Mistake("trained for another target", "another target", lambda files: files.config["eyas"].update(target_sha256="0" * 64), "eyas"),
     Mistake("taps of words and ids apart", "layer ids", lambda files: files.config.update({IDS: [1, 14, 26]}), "eyas"),
 ]
@@ -195,6 +200,17 @@ def test_each_mistake_is_named(mistake, good, evidence, tmp_path):
     assert mistake.cause in causes, (causes, found.measured)
     others = set(causes) - {mistake.cause, "config against tensors", "weights changed"}
     assert not others, f"and nothing else is: {found.findings}"
+
+
+@pytest.mark.parametrize("trained", [None, {}, {"enable_thinking": False}])
+@pytest.mark.parametrize("asked", [None, {}, {"enable_thinking": False}, {"enable_thinking": True}])
+def test_variables_of_the_template_are_compared(tmp_path, trained, asked):
+    (tmp_path / "config.json").write_text(json.dumps({"eyas": {"chat_template_kwargs": trained}}))
+    found = list(variable_findings(tmp_path, asked))
+    assert len(found) == ((trained or {}) != (asked or {}))
+    assert all("--chat-template-kwargs" in finding.do for finding in found)
+    (tmp_path / "config.json").write_text(json.dumps({"eyas": {"method": "eagle3"}}))
+    assert not list(variable_findings(tmp_path, asked)), "nothing was noted, so nothing is compared"
 
 
 def test_a_draft_trained_with_the_feature_of_the_token_before_is_named(good, evidence, tmp_path):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from datetime import datetime
 from functools import cache
 
 import pytest
 import torch
+from transformers.utils import chat_template_utils
 
 from eyas.config import PLAIN, EyasError, Sampling
 from eyas.decode.generate import Decoder
 from eyas.model.target import Target
 from eyas.train.selfplay import Asked, Finished, SelfPlay, Writer
 from eyas.train.template import Template
-from tests.tiny import byte_tokenizer, tiny_target
+from tests.tiny import CHATML, byte_tokenizer, tiny_target
 from tests.train import writing
 from tests.train.writing import END, QUESTIONS, template
 
@@ -247,6 +251,42 @@ def test_a_small_context_ends_an_answer_and_is_never_passed():
     small = tiny_target(vocab_size=263, max_position_embeddings=96)
     lengths = [len(finished.row.tokens) for finished in written(5, 5, by=lambda: small)]
     assert 90 < max(lengths) <= 96
+
+
+def test_a_template_that_writes_the_date_is_cut_alike_on_every_day(monkeypatch):
+    """Else what was written before midnight would be written anew: the folder's name is a hash of the template's text."""
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+    class Another(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromisoformat("2042-05-06")
+
+    one = Template(byte_tokenizer(dated), (END,))
+    assert one.text.startswith("01 Jan 2026\n") and one.again
+    monkeypatch.setattr(chat_template_utils, "datetime", Another)
+    other = Template(byte_tokenizer(dated), (END,))
+    tokenizer = byte_tokenizer(dated)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).startswith("06 May 2042"), "as it is served"
+    assert (one.text, one.before, one.again) == (other.text, other.before, other.again)
+    assert one.before_with("Be brief.") == other.before_with("Be brief.")
+
+
+def test_a_template_is_cut_under_the_variables_it_is_given():
+    switched = CHATML + "{{ '<think></think>' if add_generation_prompt and enable_thinking is false }}"
+    plain, still = Template(byte_tokenizer(switched), (END,)), Template(byte_tokenizer(switched), (END,), {"enable_thinking": False})
+    assert still.text == plain.text + "<think></think>" and still.after == plain.after + still.tokens("<think></think>")
+    assert still.before_with("Be brief.") == plain.before_with("Be brief.")
+    with pytest.raises(EyasError, match="the chat template reads no variable thinking_off"):
+        Template(byte_tokenizer(switched), (END,), {"thinking_off": True})
+    with pytest.raises(EyasError, match="this target has none"):
+        Template(byte_tokenizer(None), (END,), {"enable_thinking": False})
+
+
+def test_variables_of_the_template_name_another_folder_and_none_the_same_as_ever():
+    told = {name: value for name, value in asdict(SETTINGS).items() if name != "chat_template_kwargs"}
+    assert SETTINGS.digest() == hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+    assert replace(SETTINGS, chat_template_kwargs={"enable_thinking": False}).digest() != SETTINGS.digest()
 
 
 def test_a_template_that_hides_the_question_is_refused():

@@ -31,7 +31,7 @@ def write_here(directory, shards, settings, questions, workers, limit, done, rep
     """What one writing process does, in this one, shard by shard; the processes themselves are tests/train/test_shards.py's."""
     with torch.inference_mode():
         target = load_target(directory, writers.writing_precision()).prepare()
-        template = Template(load_tokenizer(directory), target.config.eos_token_ids)
+        template = Template(load_tokenizer(directory), target.config.eos_token_ids, settings.chat_template_kwargs)
         there = frozenset(shards.counts)
         missing = (number for number in itertools.count() if number not in there)
         for _ in write_shards(Writer(target, template, settings, list(questions), writers.slots_for(limit)), shards, missing):
