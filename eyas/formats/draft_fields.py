@@ -50,6 +50,9 @@ IDLE = {  # fields that change nothing while they have one of these values
 ROTARY = config_fields.ROPE_READ | config_fields.ROPE_HARMLESS | {"mrope_section", "mrope_interleaved"}
 
 
+COUNTS = ("num_aux_hidden_states", "num_aux_layers", "num_eagle_features")  # how many layers of the target it reads, in engines' words
+
+
 @dataclass
 class Said:
     """What is told the user of a draft's files."""
@@ -60,7 +63,7 @@ class Said:
 
 def layer_names(weights: Mapping[str, Tensor], where: str = "the draft") -> list[str]:
     """The prefixes of the decoder layers' tensors: `midlayer`, and `layers.1` and on. Raises `EyasError` where numbers are missing."""
-    numbers = sorted({int(name.split(".")[1]) for name in weights if name.startswith("layers.") and name.split(".")[1].isdigit()})
+    numbers = sorted({int(name.split(".")[1]) for name in weights if name.startswith("layers.") and name.split(".")[1].isdecimal()})
     if numbers != list(range(1, len(numbers) + 1)):
         raise EyasError(f"{where} holds decoder layers {[0, *numbers]}: some are missing; ask for the whole checkpoint")
     return ["midlayer", *(f"layers.{number}" for number in numbers)]
@@ -69,6 +72,9 @@ def layer_names(weights: Mapping[str, Tensor], where: str = "the draft") -> list
 def sizes_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, said: Said, taps: int) -> dict[str, int]:
     """Widths, heads and layers as the tensors have them; the user is told where the config says otherwise."""
     width, fused, where = weights["norm.weight"].shape[0], weights["fc.weight"].shape[1], shape.where
+    for key in COUNTS:
+        if flags.size(key, taps) != taps:
+            raise EyasError(f"{where}: {key} is {flags.raw[key]}, and its layer ids name {taps} (where there are none, the default three)")
     if fused % taps:
         raise EyasError(f"{where}: fc reads {fused} numbers, which is not {taps} features of the target")
     heads = shape.size("num_attention_heads")
@@ -85,8 +91,8 @@ def sizes_of(weights: Mapping[str, Tensor], shape: Fields, flags: Fields, said: 
         "target_hidden_size": fused // taps,
     }
     layers = len(layer_names(weights))
-    head = weights.get("lm_head.weight")
-    for name, value in (found | {"num_hidden_layers": layers, "draft_vocab_size": None if head is None else head.shape[0]}).items():
+    rows = head.shape[0] if (head := weights.get("lm_head.weight")) is not None else None
+    for name, value in (found | {"num_hidden_layers": layers, "draft_vocab_size": rows, "truncated_vocab_size": rows}).items():
         for fields in dict.fromkeys((shape, flags)):
             if fields.given(name) is not None and value is not None and fields.size(name) != value:
                 said.wrong.append(f"its config says {name} {fields.raw[name]}, its tensors {value}: {value} is right")

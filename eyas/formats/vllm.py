@@ -116,6 +116,7 @@ def read_speculators(path: Path) -> Found:
     if kind != "eagle3":
         raise EyasError(f"{path} is a {kind} head of speculators; eyas imports eagle3")
     layer = flags.object("transformer_layer_config")
+    flags.given("model_type")  # of speculators' own class; the layer's stands with the layer
     verifier = flags.object("speculators_config").object("verifier").text("name_or_path")
     ids = flags.layers("eagle_aux_hidden_state_layer_ids")
     found = found_in(tensors_of(path), layer, flags, str(path), {"target": verifier} if verifier else {}, len(ids or (0, 0, 0)))

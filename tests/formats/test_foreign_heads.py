@@ -201,6 +201,27 @@ def test_it_is_kept_whole_and_its_trees_change_no_text(kind, place, target, tmp_
     assert texts["tree"] == texts["plain"]
 
 
+OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "eagle_config")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_speculators_layout_it_is_the_same_head(kind, target, tmp_path):
+    head = Head(**KINDS[kind])
+    plain = imported(head.at(tmp_path / "plain"), target)
+    outer = {name: head.config.get(name) for name in OUTER if name != "eagle_config"} | {"norm_before_residual": False}
+    layer = {name: value for name, value in head.config.items() if name not in OUTER}
+    told = {"algorithm": "eagle3", "verifier": {"name_or_path": "owner/target", "architectures": ["LlamaForCausalLM"]}}
+    head.config = {**outer, "speculators_model_type": "eagle3", "speculators_version": "0.9.0", "transformer_layer_config": layer,
+                   "speculators_config": told, "embed_requires_grad": False, "model_type": "speculator_model",
+                   "auto_map": {"": "config.Eagle3SpeculatorConfig"}, "tie_word_embeddings": False}  # fmt: skip
+    head.tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in head.tensors.items()}
+    again = imported(head.at(tmp_path / "theirs"), target)
+    assert again.config == plain.config and again.facts == {"target": "owner/target"}
+    assert again.weights.keys() == plain.weights.keys() and all(
+        torch.equal(again.weights[name], plain.weights[name]) for name in plain.weights
+    )
+
+
 # ---- who owns what ----
 
 
@@ -316,6 +337,7 @@ def test_fields_that_change_nothing_are_known(fields, tmp_path):
         ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm is True"),
         ({"eagle_config": {"parallel_draft_step": 4}}, "parallel_draft_step is 4"),
         ({"logit_scale": 0.25}, "logit_scale is 0.25"),
+        ({"num_aux_hidden_states": 5}, "num_aux_hidden_states is 5, and its layer ids name 3"),
         ({"model_type": "gemma2"}, "model_type 'gemma2'; eyas computes"),
     ],
 )
@@ -340,8 +362,9 @@ def test_a_narrow_head_without_an_embedding_is_refused(tmp_path):
 
 
 def test_claims_against_the_tensors_are_told(tmp_path):
-    lines = " ".join(find(Head(attention_bias=True, use_qk_norm=True, target_vocab_size=99).at(tmp_path / "theirs")).wrong)
-    assert all(words in lines for words in ("attention_bias True", "use_qk_norm True", "target_vocab_size 99"))
+    claims = {"attention_bias": True, "use_qk_norm": True, "target_vocab_size": 99, "truncated_vocab_size": 98}
+    lines = " ".join(find(Head(**claims).at(tmp_path / "theirs")).wrong)
+    assert all(f"{name} {value}" in lines for name, value in claims.items())
 
 
 # ---- going on ----
