@@ -343,7 +343,7 @@ class TrainSettings:
     token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn
     fc_norm: bool = False
     norm_output: bool = False
-    draft_layers: int = 1  # decoder layers of an EAGLE-3 draft; engines run drafts of one layer
+    draft_layers: int = 1  # decoder layers of an EAGLE-3 draft; vLLM and SGLang run drafts of several, others of one
 
     def __post_init__(self) -> None:
         """Raise `EyasError` for a number that no training could use."""
