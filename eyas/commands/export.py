@@ -16,6 +16,8 @@ from eyas.formats.portable import own_draft
 
 def run(options: argparse.Namespace) -> int:
     console = terminal()
+    if options.out is None:
+        raise EyasError("name a directory to write to")
     if options.chain < 1:
         raise EyasError(f"chain must be at least 1, not {options.chain}")
     layout, out = layout_of(options.to), Path(options.out).expanduser()

@@ -6,18 +6,60 @@ Knows options and their defaults (from config.py); imports nothing heavy, so `ey
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 from typing import Any, NoReturn
 
 from eyas.config import PRECISIONS, VERIFIERS, EyasError, Request, check_variables, short
 from eyas.methods import METHODS
 
 
+class Defaults(argparse.HelpFormatter):
+    """Help that says what holds where an option of a value is left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if not action.option_strings or action.nargs == 0 or action.required or "default" in text:
+            return text
+        return f"{text} (default: {'none' if action.default in (None, []) else '%(default)s'})".strip()
+
+
+class Version(argparse.Action):
+    """Prints the installed version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import eyas
+
+        print(f"eyas {eyas.__version__}")
+        parser.exit(0)
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every command does."""
+    """Says what is wrong in one line, as every command does, and what may have been meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": Defaults, **settings})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # a command's own parser knows what may have been meant
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"eyas: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"eyas: {message}{self.meant(message)}; see `{self.prog} --help`\n")
+
+    def meant(self, message: str) -> str:
+        """`; did you mean ..?` where something like an unknown word is known."""
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)|invalid choice: '([^']*)'", message)
+        if not unknown:
+            return ""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if unknown[2] is not None:
+            known = [str(name) for action in self._actions for name in action.choices or ()]
+        near = difflib.get_close_matches(unknown[1] or unknown[2], known, 1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def known_methods() -> str:
@@ -104,7 +146,7 @@ def generation(
         "--seed", type=int, default=None, help="the same seed gives the same text with any method (default: drawn and reported)"
     )
     tokens = f"of the answer at most (default {new_tokens or Request.max_new_tokens})"
-    command.add_argument("--max-new-tokens", type=int, default=new_tokens, help=tokens)
+    command.add_argument("--max-new-tokens", "--max-tokens", type=int, default=new_tokens, help=tokens)
     ends(command)
     command.add_argument(
         "--generation-config",
@@ -169,9 +211,15 @@ def sampling(command: argparse.ArgumentParser) -> None:
 
 
 def ends(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--min-new-tokens", type=int, help="nothing ends the answer before so many tokens (default 0)")
+    command.add_argument("--min-new-tokens", "--min-tokens", type=int, help="nothing ends the answer before so many tokens (default 0)")
     command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
     command.add_argument(
         "--stop-token-id", metavar="ID", type=int, action="append", default=[], help="end at this token id (may be given several times)"
     )
     command.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end-of-turn tokens")
+
+
+def out_directory(command: argparse.ArgumentParser, text: str = "directory to write") -> None:
+    """Add `out`, as a word of its own or, as other commands have it, as `--out`."""
+    command.add_argument("out", nargs="?", default=argparse.SUPPRESS, help=text)
+    command.add_argument("--out", metavar="DIR", help=f"the same: {text}")

@@ -9,6 +9,7 @@ import argparse
 
 from eyas.commands.options import (
     Parser,
+    Version,
     add,
     apart,
     conversation,
@@ -16,6 +17,7 @@ from eyas.commands.options import (
     generation,
     known_methods,
     models,
+    out_directory,
     plugin,
     seed_prompts,
     template_kwargs,
@@ -29,6 +31,7 @@ LAYOUT_NAMES = "sglang, vllm, speculators, safeailab, safeailab-bin, llama_cpp o
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="eyas", description="EAGLE-3 speculative decoding: train, run, measure and understand a draft.")
     plugin(top, "first")
+    top.add_argument("--version", action=Version, nargs=0, help="say which version is installed")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for options in (
@@ -56,7 +59,7 @@ def demo_options(commands: argparse._SubParsersAction) -> None:
     demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
     models(demo)
     demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
-    demo.add_argument("--max-new-tokens", type=int, default=160)
+    demo.add_argument("--max-new-tokens", "--max-tokens", type=int, default=160, help="of the answer at most (default %(default)s)")
     demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
     demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
 
@@ -84,7 +87,8 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new = add(
         commands, "new-draft", "a draft for a model in a given time: the model writes the data, what the draft accepts is measured and told"
     )
-    new.add_argument("model", nargs="?", help="directory, .gguf file or hub name (default: the embedded target)")
+    new.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="directory, .gguf file or hub name (default: the embedded one)")
+    new.add_argument("--target", dest="model", metavar="MODEL", help="the same, as other commands have it (default: the embedded target)")
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
     seed_prompts(new)
@@ -146,7 +150,9 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         help="steps of the training-time test (default 7; eagle1 trains one), heads of medusa (5) or modules of mtp (4)",
     )
     train.add_argument("--learning-rate", type=float, default=TrainSettings.learning_rate, help="(default %(default)s)")
-    train.add_argument("--seed", type=int, default=TrainSettings.seed)
+    train.add_argument(
+        "--seed", type=int, default=TrainSettings.seed, help="of the split, the order and what is drawn (default %(default)s)"
+    )
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
     train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
@@ -228,7 +234,7 @@ def plan_options(commands: argparse._SubParsersAction) -> None:
 
 def trace_options(commands: argparse._SubParsersAction) -> None:
     trace = add(commands, "trace", "the rounds told step by step on what the model really writes")
-    trace.add_argument("prompt")
+    trace.add_argument("prompt", help="a user's turn, or text to go on with under --raw")
     trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
     trace.add_argument("--rounds", type=int, default=4, help="how many rounds to tell (default %(default)s)")
     generation(trace, method=False, new_tokens=48)
@@ -237,12 +243,14 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
 def export_options(commands: argparse._SubParsersAction) -> None:
     export = add(commands, "export", "write a draft in an engine's layout, read it back and compare")
     export.add_argument("draft", help="a draft of eyas's making, or `bundled`")
-    export.add_argument("out", help="directory to write")
-    export.add_argument("--to", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    out_directory(export)
+    export.add_argument("--to", "--engine", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
     export.add_argument(
         "--target", help="its target: directory, .gguf file or hub name (default: the embedded one, where it is the target)"
     )
-    export.add_argument("--weights", help="number format: bf16, fp16, fp32; for llama_cpp q8_0 and q4_1 too; for openvino int8 too")
+    export.add_argument(
+        "--weights", "--precision", help="number format: bf16, fp16, fp32; for llama_cpp q8_0 and q4_1 too; for openvino int8 too"
+    )
     export.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
     export.add_argument("--chain", type=int, default=3, help="tokens drafted a round in the command printed (default %(default)s)")
     export.add_argument("--target-gguf", metavar="T.gguf", help="llama_cpp: take the tokenizer from the target's GGUF")
@@ -252,7 +260,7 @@ def export_options(commands: argparse._SubParsersAction) -> None:
 def import_options(commands: argparse._SubParsersAction) -> None:
     importing = add(commands, "import", "read a draft in any engine's layout, say what it is, and write it as eyas's own")
     importing.add_argument("source", help="directory, .gguf file or hub name")
-    importing.add_argument("out", nargs="?", help="directory to write")
+    out_directory(importing)
     importing.add_argument("--target", help="its target; what its files leave open is then measured on text that the target writes")
     importing.add_argument("--target-layers", type=int, metavar="N", help="how many layers its target has, where that is not at hand")
     importing.add_argument("--unmeasured", action="store_true", help="believe the files")
@@ -263,7 +271,7 @@ def import_options(commands: argparse._SubParsersAction) -> None:
 def serve_command_options(commands: argparse._SubParsersAction) -> None:
     serve = add(commands, "serve-command", "the command line that serves a draft in an engine, with the best number of draft tokens")
     serve.add_argument("draft", help="what `eyas export` wrote, or a draft of eyas's making")
-    serve.add_argument("--engine", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
+    serve.add_argument("--engine", "--to", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
     serve.add_argument("--target", help="its target (default: the embedded one)")
     serve.add_argument("--cost", type=float, default=None, metavar="C", help="a draft step's time over a target pass's (default: 0.1)")
 
@@ -274,14 +282,21 @@ def doctor_options(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument("--target", help="its target (default: the embedded one)")
     doctor.add_argument("--engine-url", metavar="URL", help="a running OpenAI-compatible engine that serves this draft: compare acceptance")
     template_kwargs(doctor)
-    doctor.add_argument("--tokens", type=int, default=96, help="of each answer that is measured on (default %(default)s)")
+    doctor.add_argument(
+        "--tokens",
+        "--max-new-tokens",
+        "--max-tokens",
+        type=int,
+        default=96,
+        help="of each answer that is measured on (default %(default)s)",
+    )
     doctor.add_argument("--json", action="store_true", help="print one object")
 
 
 def publish_options(commands: argparse._SubParsersAction) -> None:
     publish = add(commands, "publish", "a folder ready for the hub: the draft as engines read it, its model card, its provenance")
     publish.add_argument("draft", help="a draft of eyas's making, or `bundled`")
-    publish.add_argument("out", help="directory to write")
+    out_directory(publish)
     publish.add_argument("--target", help="its target (default: the embedded one)")
     publish.add_argument("--target-name", help="the target's name on the hub, as users will type it")
     publish.add_argument("--licence", help="licence of the draft, which must allow for the target's (default: what the target's card says)")

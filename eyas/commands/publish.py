@@ -23,6 +23,8 @@ KEPT = ("training.json", PICTURE)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.out is None:
+        raise EyasError("name a directory to write to")
     console, out = terminal(), Path(options.out).expanduser()
     source = draft_directory(options.draft, Path())
     assert source is not None  # the command line asks for one
