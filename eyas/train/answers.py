@@ -202,7 +202,7 @@ def served(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: int
     if prompt is None or plain is None:
         return None
     before, after = plain
-    asked = messages[turn - 1]["content"].strip() if turn else ""
+    asked = (messages[turn - 1]["content"] or "").strip() if turn else ""
     opening, header = prompt.rpartition(asked)[2] if asked else prompt, before.rpartition(asked)[2] if asked else before
     if unopened(opening) != unopened(header):
         return None  # a header that no generation prompt writes

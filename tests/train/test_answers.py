@@ -6,6 +6,8 @@ The templates are those of well-known families, cut down to what they do with th
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eyas.config import EyasError
 from eyas.files.chat_data import Conversation, messages_of
@@ -273,6 +275,44 @@ def test_a_system_message_that_only_prompts_show_stands_before_each_answer():
         "<s>[INST] one[/INST] A.</s>[INST] Be brief.\n\ntwo[/INST] B.</s>",
     ]
     assert [taught(tokenizer, document) for document in documents(tokenizer, talk)] == [[" A.</s>"], [" B.</s>"]]
+    with pytest.raises(EyasError):
+        documents(tokenizer, [*talk[:2], calling(TEXT), told("A.")])  # a call has no text to look for
+
+
+# ---- anything ----
+
+CONTENT = st.sampled_from(["q", "Yes.", " so \n", "<think>\nhm\n</think>\n\nwell", "</think>", "<|im_end|>", "Zürich 🦅", '{"a": 1}', ""])
+ANY_TURN = st.one_of(
+    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "developer", "user", "tool"]), CONTENT),
+    st.builds(told, CONTENT, st.sampled_from([None, "hm", "let me see"])),
+    st.builds(calling, st.sampled_from([TEXT, OBJECT, "{}", "no json"]), st.sampled_from([None, "Look."])),
+    st.builds(lambda weight: {**told("learned"), "weight": weight}, st.sampled_from([0, 1])),
+)
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([CHATML, QWEN, DEEPSEEK, MISTRAL, QWEN3, R1, FIELD, NEMO]),
+    st.lists(ANY_TURN, min_size=1, max_size=6),
+    st.sampled_from([None, TOOLS]),
+)
+def test_any_conversation_is_learned_answer_by_answer_or_refused_in_one_line(template, turns, tools):
+    """Each answer that is not marked is learned once, with all that it says, after what the target read."""
+    tokenizer = byte_tokenizer(template)
+    try:
+        conversation = messages_of({"messages": turns, "tools": tools})
+        found = documents(tokenizer, conversation)
+    except EyasError as error:
+        assert "\n" not in str(error) and str(error)
+        return
+    learned = [
+        message for index, message in enumerate(conversation) if message["role"] == "assistant" and index not in conversation.not_learned
+    ]
+    said = [text for document in found for text in taught(tokenizer, document)]
+    assert len(said) == len(learned)
+    for message, text in zip(learned, said):
+        for part in (message["content"], message.get("reasoning_content"), "weather" if message.get("tool_calls") else None):
+            assert (part or "").replace("<think>", "").split("</think>")[-1].strip() in text
 
 
 # ---- marks ----
