@@ -157,6 +157,8 @@ def _own_row(tokenizer: PreTrainedTokenizerFast, messages: Conversation, turn: i
 
 def _row_of_prompt(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, turn: int, why: NotShown) -> tuple[str, list[Span]]:
     """What the target reads before message `turn`, and the answer; raises `why`, of the whole conversation, where that does not do."""
+    if turn == 0:
+        raise why
     asked = written(tokenizer, conversation.with_messages(conversation[:turn]), prompt=True).conversation
     row = served(tokenizer, conversation.with_messages([*asked, conversation[turn]]), turn)
     if row is None or conversation[turn].get("name"):

@@ -282,22 +282,27 @@ def test_a_system_message_that_only_prompts_show_stands_before_each_answer():
 # ---- anything ----
 
 CONTENT = st.sampled_from(["q", "Yes.", " so \n", "<think>\nhm\n</think>\n\nwell", "</think>", "<|im_end|>", "Zürich 🦅", '{"a": 1}', ""])
-ANY_TURN = st.one_of(
-    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "developer", "user", "tool"]), CONTENT),
-    st.builds(told, CONTENT, st.sampled_from([None, "hm", "let me see"])),
-    st.builds(calling, st.sampled_from([TEXT, OBJECT, "{}", "no json"]), st.sampled_from([None, "Look."])),
-    st.builds(lambda weight: {**told("learned"), "weight": weight}, st.sampled_from([0, 1])),
+ASKED = st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "user", "tool", "system"]), CONTENT)
+SAID = st.builds(lambda content, weight: {**told(content), "weight": weight}, CONTENT, st.sampled_from([1, 1, 0]))
+THOUGHT = st.builds(told, CONTENT, st.sampled_from(["hm", "let me see"]))
+CALLED = st.builds(calling, st.sampled_from([TEXT, OBJECT, "{}", "no json"]), st.none())
+ANY = [ASKED, SAID, THOUGHT, CALLED]
+SHOWN = {CHATML: [], QWEN: [CALLED], DEEPSEEK: [CALLED], MISTRAL: [CALLED], QWEN3: [THOUGHT], R1: [THOUGHT], FIELD: [THOUGHT], NEMO: []}
+TALKS = st.sampled_from([*SHOWN]).flatmap(
+    lambda template: st.tuples(
+        st.just(template),
+        st.lists(st.one_of(ASKED, SAID, *SHOWN[template]), min_size=1, max_size=5) | st.lists(st.one_of(ANY), min_size=1, max_size=5),
+        st.sampled_from([None, TOOLS]) if template in (QWEN, MISTRAL) else st.none(),
+    )
 )
 
 
 @settings(max_examples=100)
-@given(
-    st.sampled_from([CHATML, QWEN, DEEPSEEK, MISTRAL, QWEN3, R1, FIELD, NEMO]),
-    st.lists(ANY_TURN, min_size=1, max_size=6),
-    st.sampled_from([None, TOOLS]),
-)
-def test_any_conversation_is_learned_answer_by_answer_or_refused_in_one_line(template, turns, tools):
+@given(TALKS)
+def test_any_conversation_is_learned_answer_by_answer_or_refused_in_one_line(talk):
     """Each answer that is not marked is learned once, with all that it says, after what the target read."""
+    template, turns, tools = talk
+    turns = [user("So?"), *turns]
     tokenizer = byte_tokenizer(template)
     try:
         conversation = messages_of({"messages": turns, "tools": tools})
