@@ -102,6 +102,7 @@ def sound_without(known: dict[tuple[str, ...], bool], tests: tuple[str, ...]) ->
 def main(words: list[str]) -> int:
     for name in ("torch", "pytest", "hypothesis", "transformers.tokenization_utils_fast", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)  # its other threads do not survive a fork
     sys.path.insert(0, str(ROOT))
     listed = mutants((Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8"))
     chosen = [each for each in listed if not words or any(word in " ".join((each.file, *each.tests)) for word in words)]

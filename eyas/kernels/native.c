@@ -125,7 +125,7 @@ static void keep_row(const matrix *m, inputs to, long r, const float *memory) {
 
 /* Blocks of outputs of a product. A task takes few enough that the rows' outputs stay near the core. */
 static long blocks(const matrix *m, long rows, long *least, long *most) {
-    long all = m->out / LANES, near = TASK_NUMBERS / LANES / rows;
+    long all = m->out / LANES, near = TASK_NUMBERS / LANES / largest(rows, 1);
     *least = largest(m->in > 1024 ? 1 : 2, 1 + all / (MOST_TASKS / 2)), *most = largest(near, *least);
     return all;
 }

@@ -48,6 +48,13 @@ def test_native_product_is_the_plain_product_and_rows_are_independent(kernel, ou
 
 
 @needs_kernel
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_no_rows_give_no_rows(kernel, bits):
+    weights = native.packed(torch.randn(20, 64).bfloat16(), bits)
+    assert native.product(torch.empty(0, 64), weights).shape == (0, 20)
+
+
+@needs_kernel
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("inputs", [32, 64, 1536])
 @pytest.mark.parametrize("outputs", [1, 16, 97, 200])
