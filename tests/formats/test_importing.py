@@ -13,10 +13,12 @@ from eyas.config import EyasError
 from eyas.files.gguf_check import check_gguf
 from eyas.files.tensors import read_tensors, save_tensors
 from eyas.files.untrusted import tensors_of, unpickled
+from eyas.formats import llama_cpp
 from eyas.formats.export import export
-from eyas.formats.importing import resolve
+from eyas.formats.importing import completed, resolve
 from eyas.formats.layouts import find
 from eyas.formats.llama_cpp import FILE
+from eyas.formats.portable import own_draft
 
 
 @pytest.fixture
@@ -219,6 +221,37 @@ def test_gguf_lengths_are_compared_with_the_file(draft, target, tmp_path):
     path.write_bytes(held[: len(held) // 2])
     with pytest.raises(EyasError, match="cannot be read as GGUF"):
         find(tmp_path / "x")
+
+
+def gguf_parts(path):
+    """Fields and float32 tensors of a GGUF whose weights are float32."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()).reshape(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+
+
+def test_a_gguf_without_a_head_takes_its_targets(make, draft, target, tmp_path):
+    """As llama.cpp does; of fewer tokens than the target's there is none to take."""
+    for folder, each in (("whole", own_draft(make(draft_vocab_size=263))), ("part", draft)):
+        export(each, tmp_path, "llama_cpp", tmp_path / folder, target, "fp32", force=False)
+    path = tmp_path / "whole" / FILE
+    fields, tensors = gguf_parts(path)
+    del tensors["output.weight"]
+    found = llama_cpp.found_in(path, fields, tensors)
+    assert found.head == "the target's" and torch.equal(completed(found, target).weights["lm_head.weight"], target.head())
+    fields, tensors = gguf_parts(tmp_path / "part" / FILE)
+    del tensors["output.weight"]
+    with pytest.raises(EyasError, match=r"holds no output\.weight, and its target's head is none for it"):
+        llama_cpp.found_in(path, fields, tensors)
+
+
+def test_a_field_of_a_gguf_that_nobody_read_is_named(draft, target, tmp_path):
+    export(draft, tmp_path, "llama_cpp", tmp_path / "x", target, "fp32", force=False)
+    fields, tensors = gguf_parts(tmp_path / "x" / FILE)
+    with pytest.raises(EyasError, match=r"does not know the field 'eagle3\.logit_scale'"):
+        llama_cpp.found_in(tmp_path, fields | {"eagle3.logit_scale": 0.5}, tensors)
 
 
 def test_an_openvino_draft_is_not_imported(tmp_path):
