@@ -45,7 +45,7 @@ def hold_out_greedy(examples: list[Example], count: int) -> tuple[list[Example],
 
 def from_scratch(directory: Path, own: list[Example], settings: TrainSettings, workers: int) -> Trainer:
     """A trainer of a new draft that saves and measures nothing."""
-    settings = replace(settings, held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e9, tree_every=0)
+    settings = replace(settings, held_out=0.0, measure_steps=10**9, checkpoint_minutes=1e6, tree_every=0)
     trainer = new_trainer(directory, own, settings, workers)
     trainer.save = trainer.measure = lambda: None
     return trainer

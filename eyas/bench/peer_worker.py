@@ -35,11 +35,10 @@ def eyas(job: dict[str, Any]) -> tuple[str, Answer]:
     plugins.load_inherited()
     torch.set_num_threads(job["threads"])
     engine: Any = eyas.load(job["target"], job["draft"], precision=job["precision"])
-    request = {"method": job["method"], "tree": job.get("tree", "auto"), "raw": True}
-    engine.encode = lambda prompt, raw=False: prompt  # prompts come as token ids
+    request = {"method": job["method"], "tree": job.get("tree", "auto")}
 
     def answer(prompt: list[int], most: int) -> list[int]:
-        return engine.generate([prompt], max_new_tokens=most, generation_config="none", **request)[0].tokens
+        return engine.generate(prompt, max_new_tokens=most, generation_config="none", **request).tokens
 
     for question in job["practice"]:  # prices and calibration, as any use before would have left them
         answer(question, 100)
