@@ -173,10 +173,14 @@ def main(words: Sequence[str] | None = None) -> None:
     engine = engine_for(given, given.precision)
     tree = {} if given.method == "plain" else {"tree": given.tree}
     for practice in PRACTICE:
-        engine.generate(practice, method=given.method, max_new_tokens=min(60, given.max_new_tokens), **tree)
+        engine.generate(practice, generation_config="none", method=given.method, max_new_tokens=min(60, given.max_new_tokens), **tree)
     prompts = [item.prompt for item in read_prompts(given.prompts, given.limit)[0]]
     found = {"precision": given.precision, "method": given.method, "tree": given.tree}
-    tell(found | profiled(engine, prompts, {"method": given.method, "max_new_tokens": given.max_new_tokens, **tree}), given.out)
+    tell(
+        found
+        | profiled(engine, prompts, {"method": given.method, "max_new_tokens": given.max_new_tokens, "generation_config": "none", **tree}),
+        given.out,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def counted(engine: Engine, prompts: Sequence[Any], batch: int, temperature: flo
     tokens = different = 0
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
-        settings = {"temperature": temperature, "seed": first, "max_new_tokens": longest}
+        settings = {"temperature": temperature, "seed": first, "max_new_tokens": longest, "generation_config": "none"}
         plain = engine.generate(some, method="plain", **settings)
         drafted = engine.generate(some, method="eagle3-lookup", **settings)
         tokens += sum(len(result.tokens) for result in plain)

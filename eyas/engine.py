@@ -268,9 +268,9 @@ class Engine:
 
         Takes what `generate` takes but `n`, for one prompt. Raises `EyasError` as `generate` does, once the first piece is asked for.
         """
+        if is_many(prompt) or "n" in settings:
+            raise EyasError("stream takes one prompt and writes one answer; use generate for several")
         request = self.request(request, **settings)
-        if is_many(prompt):
-            raise EyasError("stream takes one prompt; use generate for several")
         sequence: Sequence | None = None
         told = 0
         for (sequence,) in self.rounds(prompt, request, watch):

@@ -60,7 +60,7 @@ def settings_from(options: argparse.Namespace, method: str | None = None) -> dic
     settings |= {
         "method": chosen,
         "stop": options.stop,
-        "stop_token_ids": options.stop_token_id,
+        "stop_token_ids": options.stop_token_ids,
         "logit_bias": bias_from(options.logit_bias),
         "tools": tools_from(getattr(options, "tools", None)),
     }

@@ -210,11 +210,21 @@ def sampling(command: argparse.ArgumentParser) -> None:
     )
 
 
+def ids(text: str) -> list[int]:
+    """Token ids with commas between them."""
+    return [int(word) for word in text.split(",")]
+
+
 def ends(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-new-tokens", "--min-tokens", type=int, help="nothing ends the answer before so many tokens (default 0)")
     command.add_argument("--stop", action="append", default=[], help="end at this string (may be given several times)")
     command.add_argument(
-        "--stop-token-id", metavar="ID", type=int, action="append", default=[], help="end at this token id (may be given several times)"
+        "--stop-token-ids",
+        metavar="ID,..",
+        type=ids,
+        action="extend",
+        default=[],
+        help="end at these token ids (may be given several times)",
     )
     command.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end-of-turn tokens")
 

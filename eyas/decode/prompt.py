@@ -6,6 +6,7 @@ Knows a tokenizer and its template; knows nothing of models or of how a sequence
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -27,7 +28,7 @@ def is_many(prompt: Prompt | Prompts) -> bool:
     if hasattr(prompt, "tolist"):
         raise EyasError("a prompt of token ids is a list of whole numbers; give ids.tolist()")
     check_form(prompt)
-    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping | int | float)
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping | Real)
 
 
 def check_form(prompt: Any) -> None:
@@ -42,15 +43,15 @@ def check_form(prompt: Any) -> None:
 
 def is_token_ids(prompt: Prompt) -> TypeGuard[TokenIds]:
     check_form(prompt)
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int | float)
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Real)
 
 
 def checked_ids(ids: Sequence[Any], vocab_size: int, what: str) -> list[int]:
     """Token ids that the target has. Raises `EyasError` for any other."""
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= int(token) < vocab_size:
             raise EyasError(f"{what} must be token ids from 0 to {vocab_size - 1}, not {short(token)}")
-    return list(ids)
+    return [int(token) for token in ids]
 
 
 def render(

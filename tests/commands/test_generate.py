@@ -280,8 +280,8 @@ def test_settings_reach_the_text(models, run):
         return json.loads(run(*generate(models, "Tell me", "--json", *words))[1])["tokens"]
 
     whole = tokens("--ignore-eos")
-    assert tokens("--ignore-eos", "--stop-token-id", whole[4]) == whole[: whole.index(whole[4]) + 1]
-    assert len(tokens("--ignore-eos", "--stop-token-id", whole[4], "--min-new-tokens", "12")) >= 12
+    assert tokens("--ignore-eos", "--stop-token-ids", f"{whole[4]},262") == whole[: whole.index(whole[4]) + 1]
+    assert len(tokens("--ignore-eos", "--stop-token-ids", whole[4], "--min-new-tokens", "12")) >= 12
     assert tokens("--logit-bias", "42=100", "--ignore-eos") == [42] * 24
     for words in (["--repetition-penalty", "1.5"], ["--presence-penalty", "2"], ["--frequency-penalty", "2"]):
         assert tokens(*words, "--ignore-eos") == tokens(*words, "--ignore-eos", "--plain") != whole
@@ -302,7 +302,7 @@ def test_log_probabilities_are_in_the_json_object(models, run):
         (["hi", "--n", "0"], "n must be at least 1, not 0"),
         (["hi", "--logit-bias", "42"], "--logit-bias takes ID=BIAS, a token id and a number, like 42=-100; not 42"),
         (["hi", "--logit-bias", "42=101"], "the logit-bias of token 42 must be a number from -100 to 100, not 101.0"),
-        (["hi", "--stop-token-id", "9999"], "stop-token-ids must be token ids from 0 to 262, not 9999"),
+        (["hi", "--stop-token-ids", "9999"], "stop-token-ids must be token ids from 0 to 262, not 9999"),
         (["--prompt-ids", "5 six"], "--prompt-ids takes token ids with blanks or commas between them, not '5 six'"),
         (["--prompt-ids", "5", "--raw"], "--prompt-ids are read as they are; drop --system, --raw, --tools and --chat-template-kwargs"),
         (["hi", "--prompt-ids", "5"], "give a PROMPT, --messages F.json or --prompt-ids, one of the three"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -43,7 +44,7 @@ def test_token_ids_are_the_text_they_stand_for(engine):
     assert [result.tokens for result in both] == [engine.generate(each, **settings).tokens for each in (ids, [5, 6, 7])]
     assert [result.prompt_tokens for result in both] == [len(ids), 3]
     *_, streamed = engine.stream([5, 6, 7], **settings)
-    assert streamed.tokens == both[1].tokens
+    assert streamed.tokens == both[1].tokens == engine.generate(list(numpy.array([5, 6, 7])), **settings).tokens
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,8 @@ def test_n_answers_are_what_their_seeds_give_alone(engine):
 def test_no_answers_are_one_line(engine, n):
     with pytest.raises(EyasError, match=f"n must be at least 1, not {n}"):
         engine.generate("hi", n=n)
+    with pytest.raises(EyasError, match="stream takes one prompt and writes one answer; use generate for several"):
+        next(engine.stream("hi", n=2))
 
 
 # ---- how a text ends ----
