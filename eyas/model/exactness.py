@@ -9,8 +9,8 @@ from eyas.model.protocols import TargetModel
 
 CONDITIONS = (  # the README says this sentence, and a test compares the two
     "It is plain decoding's text, token for token and at every precision, for targets on eyas's own blocks on a CPU with the native kernel "
-    "(x86-64 and a C compiler). Elsewhere (on CUDA, without a C compiler, for targets that run through transformers) fp32 texts are equal "
-    "and bf16 texts may part at near ties."
+    "(Linux, x86-64 and a C compiler). Elsewhere (on CUDA, without a C compiler, for targets that run through transformers) fp32 texts are "
+    "equal and bf16 texts may part at near ties."
 )
 
 
