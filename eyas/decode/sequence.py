@@ -144,7 +144,8 @@ def new_sequence(
 class Result:
     """One finished text and how it came about."""
 
-    text: str  # the answer without special tokens; it ends where a stop string begins and does not hold it
+    # the answer as decoding `tokens` gives it, without special tokens and the token that ended the turn; it ends where a stop string begins
+    text: str
     tokens: list[int]  # generated ids, an end-of-turn id and the tokens of a stop string included
     tau: float  # tokens committed in rounds / rounds (1.0 where there was no round); the token that prefill draws does not count
     rounds: int  # rounds that this text took, which is the target's passes over it after its prompt

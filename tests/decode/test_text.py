@@ -189,6 +189,16 @@ def test_text_takes_time_in_proportion_to_its_length(name, monkeypatch):
         assert len(tokens) / 4 < sum(decoded) < 12 * len(tokens)
 
 
+def test_a_character_behind_many_broken_bytes_is_whole():
+    tokenizer = byte_tokenizer()
+    eagle, (broken, *_) = tokenizer("🦅", add_special_tokens=False)["input_ids"], ids(tokenizer, "Ģ")
+    for count in range(14):
+        stream, tokens = TextStream(tokenizer), [broken] * count + eagle
+        for token in tokens:
+            stream.push(token)
+        assert stream.finish() == whole(tokenizer, tokens) == "\ufffd" * count + "🦅"
+
+
 def test_text_is_shown_as_soon_as_nothing_can_change_it():
     tokenizer, shown = sentencepiece(), []
     stream = TextStream(tokenizer)
