@@ -101,7 +101,7 @@ def cells(text: str, figures: dict[str, Any], prompts: int) -> tuple[str, ...]:
         with_interval(figures["tau"], figures["tau_interval"], prompts),
         number(figures["tau_before_loop"]),
         f"{figures['tokens_per_second']:.1f}",
-        with_interval(figures["speedup"], figures["speedup_interval"], prompts),
+        with_interval(figures["speedup"], figures["speedup_interval"], prompts) + " (disturbed)" * bool(figures.get("disturbed")),
         "-" if same is None else f"{same}/{prompts}",
     )
 

@@ -23,6 +23,7 @@ from eyas.engine import Engine
 from eyas.methods import method_named
 
 WARM_UP_TOKENS = 8
+ABOVE = 1.1  # a speed-up this many times tau, at the lower end of its interval, is no speed-up
 
 Report = Callable[[int, int, str], None]  # generations done, of how many, the method that comes next
 
@@ -80,9 +81,26 @@ def run_bench(
     if engine.plans:
         engine.plans.frozen = True  # what was learned before counts, not what these prompts teach
     rows = timed_rows(engine, prompts, plans, report)
-    figures = {text: settings_of(plan) | figures_of(text, rows, same_draws(plan, plans.get("plain"))) for text, plan in plans.items()}
+    figures = all_figures(rows, plans)
+    if len(rows) == len(prompts) and any(map(impossible, figures.values())):  # another program got in the way: once more
+        again = timed_rows(engine, prompts, plans, report)
+        if len(again) == len(rows):
+            rows, figures = again, all_figures(again, plans)
+    for each in figures.values():
+        if impossible(each):
+            each["disturbed"] = True
     result = {"conditions": conditions_of(engine, plans, request, len(rows)), "methods": figures}
     return result if len(rows) == len(prompts) else {**result, "complete": False}
+
+
+def all_figures(rows: list[Row], plans: dict[str, Request]) -> dict[str, dict[str, Any]]:
+    return {text: settings_of(plan) | figures_of(text, rows, same_draws(plan, plans.get("plain"))) for text, plan in plans.items()}
+
+
+def impossible(figures: dict[str, Any]) -> bool:
+    """Whether a speed-up is clearly above tau. A round costs at least a plain pass, so one of the two timings was disturbed."""
+    tau, interval = figures["tau"], figures["speedup_interval"]
+    return tau is not None and interval is not None and interval[0] > ABOVE * tau
 
 
 def settings_of(plan: Request) -> dict[str, str]:

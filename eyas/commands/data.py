@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +26,18 @@ from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, docume
 from eyas.train.decontaminate import all_grams, decontaminated, meets
 from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.selfplay import Asked, SelfPlay
-from eyas.train.shards import Counts, check_shards, counts_of, data_folder, settings_of_folder
+from eyas.train.shards import PATTERN, Counts, check_shards, counts_of, data_folder, settings_of_folder
 from eyas.train.template import Template
-from eyas.train.writers import Limit, write_own_data
+from eyas.train.writers import Limit, nothing_kept, write_own_data
 
 MOST_CAUSES = 8  # why conversations were skipped: so many causes are named
 FOREIGN = (
     "these answers were not written by this target, so the draft learns another model's words and does worse on the target's own; "
     "`eyas train --data .. --regenerate` keeps the questions and lets the target answer them"
 )
+
+
+FIRST_MINUTE = 60.0  # seconds after which it is said that nothing is kept yet
 
 
 @dataclass(frozen=True)
@@ -269,10 +273,30 @@ def from_self_play(
         limit = Limit(tokens=math.inf if endless else wanted, bytes=disk_limit(options.disk, words.folder))
         with progress() as bar:
             task = bar.add_task("the target writes", total=None if endless else wanted, unit="answer tokens")
-            written = words.write(limit, workers, lambda count: bar.update(task, completed=count))
+            note = slow_start(words)
+
+            def report(count: int) -> None:
+                bar.update(task, completed=count)
+                note(count, bar.console)
+
+            written = words.write(limit, workers, report)
         shards += [shard for shard in written if shard not in shards]
         folders = list(dict.fromkeys([*folders, words.folder.resolve()]))
     return shard_facts(shards, folders, settings, before, words.template, options.apart)
+
+
+def slow_start(words: OwnWords) -> Callable[[int, Console], None]:
+    """What to call with the tokens that are kept: after a minute without any it says so once, with the likely cause."""
+    begun, said = time.monotonic(), False
+
+    def note(kept: int, console: Console) -> None:
+        nonlocal said
+        if not kept and not said and time.monotonic() - begun > FIRST_MINUTE:
+            said = True
+            why = nothing_kept(sum(map(counts_of, words.folder.glob(PATTERN)), Counts()), words.play)
+            console.print(f"nothing is kept after a minute: {why}", markup=False, soft_wrap=True)
+
+    return note
 
 
 def shard_facts(

@@ -21,7 +21,7 @@ from rich.console import Console
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands.data import OwnWords, disk_limit, evaluation_prompts, free_space, own_words, shard_facts
+from eyas.commands.data import OwnWords, disk_limit, evaluation_prompts, free_space, own_words, shard_facts, slow_start
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import progress, terminal
@@ -193,12 +193,14 @@ def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
     minutes = 60 * WRITING * state.hours
     started, before = time.monotonic(), state.written_minutes
     with progress(console) as bar:
-        task = bar.add_task("the target writes", total=minutes)
+        task = bar.add_task("the target writes", total=minutes, told="0 answer tokens")
+        note = slow_start(job.words)
 
         def report(written: int) -> None:
             state.written_minutes = before + (time.monotonic() - started) / 60
             state.save(job.out)
-            bar.update(task, completed=state.written_minutes, description=f"the target writes, {written} answer tokens")
+            bar.update(task, completed=state.written_minutes, told=f"{written:,} answer tokens")
+            note(written, bar.console)
 
         shards = job.words.write(Limit(minutes=minutes - before, bytes=most_bytes), job.workers, report)
     state.written_minutes = max(state.written_minutes, minutes)
@@ -249,7 +251,7 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     if can_draw():
         draw_curve(told["curve"], out / PICTURE)
-    (out / CARD).write_text(card(told, result, again(options), generate_with(options, options.model, out, chat)))
+    (out / CARD).write_text(card(told, result, again(options), generate_with(options, options.model, out, chat), can_draw()))
 
 
 def fits(engine: Engine, question: Prompt, request: Request) -> bool:

@@ -28,9 +28,10 @@ from eyas.files.target import target_config
 from eyas.kernels import native
 from eyas.kernels.linear import cpu_multiplies_bfloat16
 from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
-from eyas.train.shards import Folder, claim_folder, write_shards
+from eyas.train.shards import Counts, Folder, claim_folder, write_shards
 from eyas.train.template import Template
 
+GRACE = 2.0  # minutes over the time that writing may take until there are two conversations
 SPARE_BYTES = 2 << 30  # bytes of the disk that are left free whatever the budget
 
 
@@ -63,7 +64,8 @@ def write_own_data(
         total = shards.look().total()
         enough = math.isfinite(limit.tokens) and shards.in_order(int(limit.tokens)) is not None
         kept = settings.per_shard * len(shards.counts) - total.dropped
-        late = time.monotonic() >= deadline and kept > 1  # one to train on and one to measure with, however little time there is
+        over = time.monotonic() - deadline
+        late = over >= 60 * GRACE or (over >= 0 and kept > 1)  # one to train on and one to measure with, if they come soon
         return enough or late or full(total.bytes) or len(shards.counts) >= last
 
     def full(used: int) -> bool:
@@ -81,9 +83,20 @@ def write_own_data(
             f"{folder} has used its share of the disk ({total.bytes / 1e9:.1f} GB) at {total.answer_tokens} answer tokens; "
             "ask for fewer, or give more with --disk"
         )
+    if time.monotonic() >= deadline and settings.per_shard * len(shards.counts) - total.dropped < 2:
+        raise EyasError(f"in {limit.minutes + GRACE:.1f} minutes the target wrote nothing to train on: {nothing_kept(total, settings)}")
     if short or not done():
         raise EyasError(f"the target stopped writing at {total.answer_tokens} answer tokens; see the error above")
     return [shards.file(number) for number in (sorted(shards.counts) if chosen is None else chosen)]
+
+
+def nothing_kept(total: Counts, settings: SelfPlay) -> str:
+    """Why nothing is there to train on, and what to do."""
+    see = "see with `eyas generate` how its answers end, or give more time"
+    if total.dropped:
+        return f"{total.dropped} conversations were dropped, their answers shorter than 8 tokens; {see}"
+    never = f"an answer that never ends runs to {settings.longest_answer} tokens"
+    return f"not yet {settings.per_shard} conversations have ended ({never}, so does one without an end-of-turn token); {see}"
 
 
 def write_in_processes(

@@ -198,3 +198,13 @@ def test_a_folder_of_another_form_is_refused_before_anything_is_written(tmp_path
 def test_a_short_writing_keeps_fewer_conversations_in_flight():
     """Its first shards would not be there in time; a quarter of an hour is no longer short."""
     assert writers.slots_for(Limit(minutes=1)) == writers.slots_for(Limit(tokens=1000)) < writers.slots_for(Limit(minutes=15)) == SLOTS
+
+
+def test_the_deadline_holds_though_nothing_is_kept_and_the_cause_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "GRACE", 0.0)
+    directory = save_tiny_target(tmp_path / "target")
+    settings = replace(SHARDED, target=directory_hash(directory), template=template().text)
+    with pytest.raises(EyasError, match=r"wrote nothing to train on: not yet 5 conversations have ended \(an answer that never ends"):
+        write_own_data(directory, tmp_path / "data", settings, (), Limit(minutes=0), 1, lambda count: None)
+    told = writers.nothing_kept(Counts(dropped=7), settings)
+    assert told.startswith("7 conversations were dropped, their answers shorter than 8 tokens; see with `eyas generate`")
