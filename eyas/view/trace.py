@@ -19,6 +19,7 @@ from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
 from eyas.engine import Engine
+from eyas.model.draft import DraftNetwork
 from eyas.parallel.target import ShardedTarget
 
 WALK = VERIFIERS[0]
@@ -39,7 +40,7 @@ class Story:
             if number == rounds or text.finish_reason:
                 break
         written = self.engine.tokenizer.decode(text.tokens[text.prompt_length :])
-        self.say(f"\nWritten in {text.rounds} rounds: [bold]{escape(repr(written))}[/bold]")
+        self.say(f"\nWritten in {text.rounds} rounds, seed {text.seed}: [bold]{escape(repr(written))}[/bold]")
 
     # ---- the parts of the story ----
 
@@ -50,7 +51,7 @@ class Story:
         self.say(f"  {len(prompt)} tokens, ending in {self.words(prompt[-4:])}")
         letters, named = ("l, m and h", ": low l, middle m, high h") if len(taps) == 3 else ("those", "")
         self.say(f"  At every token its states before {layers_named(taps)} are kept{named}.")
-        self.say(f"  The draft's fc fuses {letters} of each into one vector g: {self.vectors('g', prompt[-3:])}.")
+        self.say(f"  The draft's fc ({self.sizes()}) fuses {letters} of each into one vector g: {self.vectors('g', prompt[-3:])}.")
         self.say(f"  From its logits the target draws {self.word(text.tokens[-1])}. Its g does not exist yet: the target has not read it.")
 
     def round(self, number: int, text: Sequence, request: Request) -> None:
@@ -129,6 +130,11 @@ class Story:
         return drawings[0]
 
     # ---- words ----
+
+    def sizes(self) -> str:
+        """What fc reads and makes: `3 x 576 -> 576`."""
+        config = self.engine.network.config if isinstance(self.engine.network, DraftNetwork) else None
+        return f"{len(config.taps)} x {config.target_hidden_size} -> {config.hidden_size}" if config else "all taps -> one"
 
     def say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)

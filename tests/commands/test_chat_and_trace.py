@@ -42,13 +42,14 @@ def test_trace_tells_the_rounds_in_order(models, run):
     order = [
         "The target reads the prompt",
         "low l, middle m, high h",
+        "fc (3 x 32 -> 32) fuses",
         "into one vector g: g_",
         "the target draws",
         "Round 1",
         "Step 1: the draft",
     ]
     order += ["reads g_", "makes a_", "its head guesses", "Step 2:", "does not exist", "stands in", "The tree", "target draws", "The walk"]
-    order += ["bonus token", "Cache rows of the path stay", "Round 2", "Step 1", "The tree", "The walk", "Written in 2 rounds"]
+    order += ["bonus token", "Cache rows of the path stay", "Round 2", "Step 1", "The tree", "The walk", "Written in 2 rounds, seed "]
     place = 0
     for words in order:
         assert words in out[place:], f"{words!r} is missing behind {out[:place][-60:]!r}"
