@@ -21,6 +21,7 @@ from eyas.decode.tree import Tree
 from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork
 from eyas.parallel.target import ShardedTarget
+from eyas.view.heard import Heard, Listener, Path
 
 WALK = VERIFIERS[0]
 
@@ -29,6 +30,8 @@ class Story:
     def __init__(self, engine: Engine, console: Console) -> None:
         self.engine, self.console = engine, console
         self.records: list[RoundRecord] = []
+        self.listener = Listener(engine.drafter("eagle3"))
+        engine.makers["eagle3"] = lambda: self.listener
 
     def tell(self, prompt: Prompt, request: Request, rounds: int) -> None:
         """Run `rounds` rounds and tell each."""
@@ -58,9 +61,11 @@ class Story:
         record = self.records[-1]
         end = len(text.tokens) - len(record.committed)
         self.say(f"\n[bold]Round {number}[/bold]")
-        self.draft_steps(record.tree, text.tokens[end - 2])
+        assert self.listener.heard is not None, "every round asks the drafter"
+        self.draft_steps(record.tree, text.tokens[end - 2], self.listener.heard)
         rows = len(record.tree)
-        self.say(f"  [bold]The tree[/bold] with each path's chance{self.seen(request)}; the target reads its {rows} rows in one pass:")
+        chance = f"each path's chance{self.seen(request, self.listener.heard)}"
+        self.say(f"  [bold]The tree[/bold] with {chance}; the target reads its {rows} rows in one pass:")
         self.console.print(self.drawing(record, text, end - 1, request))
         if isinstance(self.engine.target, ShardedTarget):
             self.say(f"  [bold]Tree Attention[/bold]: {self.shards(self.engine.target, record.tree, end - 1)}")
@@ -83,29 +88,41 @@ class Story:
         met = f"states of {count} shards met in pairs, in {count - 1} meetings" if count > 1 else "one shard holds all keys, so nothing met"
         return f"keys of {lie}. In each layer {met}."
 
-    def draft_steps(self, tree: Tree, before: int) -> None:
-        """Tell the draft's steps: step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist yet."""
-        root = tree.tokens[0]
-        g, a = self.vectors("g", [before]), self.vectors("a", [root])
-        self.say(f"  Step 1: the draft reads {g} with the embedding of {self.word(root)} and makes {a};")
-        self.say(f"          its head guesses {self.guesses(tree, 0)}")
-        row, step = 0, 2
-        while children := sorted(tree.children[row].values(), key=lambda child: -tree.scores[child]):
-            best = children[0]
-            if not tree.children[best]:
-                break
-            token = tree.tokens[best]
-            g, a, made = self.vectors("g", [tree.tokens[row]]), self.vectors("a", [tree.tokens[row]]), self.vectors("a", [token])
-            self.say(f"  Step {step}: {g} does not exist, {a} stands in; with {self.word(token)} it gives {made};")
-            self.say(f"          its head guesses {self.guesses(tree, best)}")
-            row, step = best, step + 1
+    def draft_steps(self, tree: Tree, before: int, heard: Heard) -> None:
+        """Tell the draft's steps: step 1 reads g and the drawn token; step 2 and on read a in place of the g that cannot exist yet. Of each
+        level's nodes one step is told, behind the one told before where that was expanded, and the others are named."""
+        root, told = tree.tokens[0], ()
+        if not heard.levels:
+            self.say("  The draft is not asked: there is room for one token alone.")
+        for number, level in enumerate(heard.levels, 1):
+            told = next((path for path in level if path[:-1] == told), level[0])
+            if number == 1:
+                g, a = self.vectors("g", [before]), self.vectors("a", [root])
+                self.say(f"  Step 1: the draft reads {g} with the embedding of {self.word(root)} and makes {a};")
+            else:
+                *_, last, token = (root, *told)
+                g, a, made = self.vectors("g", [last]), self.vectors("a", [last]), self.vectors("a", [token])
+                self.say(f"  Step {number}: {g} does not exist, {a} stands in; with {self.word(token)} it gives {made};")
+            self.say(f"          {self.guesses(tree, told, heard)}")
+            if others := [path for path in level if path != told]:
+                behind = ", ".join(self.words(list(path)) for path in others)
+                self.say(f"          {len(others)} more node{'s' * (len(others) > 1)} of this level expanded, at {behind}")
 
-    def seen(self, request: Request) -> str:
-        return ", and what the target draws at each node" if request.verifier == WALK else ""
+    def seen(self, request: Request, heard: Heard) -> str:
+        noise = " given the target's noise" if heard.noisy else ""
+        return noise + (", and what the target draws at each node" if request.verifier == WALK else "")
 
-    def guesses(self, tree: Tree, row: int) -> str:
-        children = sorted(tree.children[row].values(), key=lambda child: -tree.scores[child])
-        return ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
+    def guesses(self, tree: Tree, path: Path, heard: Heard) -> str:
+        """What the head says behind an expanded node, of the guesses that the tree kept; and what the target's noise makes of it."""
+        row = row_at(tree, path)
+        children = [] if row is None else sorted(tree.children[row].values(), key=lambda child: -tree.scores[child])
+        if row is None or not children:
+            return "its head guesses nothing that the tree keeps"
+        own = ", ".join(f"{self.word(tree.tokens[child])} {heard.own(path, tree.tokens[child]):.2f}" for child in children)
+        if not heard.noisy:
+            return f"its head guesses {own}"
+        noisy = ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
+        return f"its head guesses {own}; with the noise the target draws with: {noisy}"
 
     def drawing(self, record: RoundRecord, text: Sequence, position: int, request: Request) -> Drawing:
         """The tree with scores; the kept path in green, each node with the target's own draw."""
@@ -152,6 +169,14 @@ class Story:
     def spelled(self, token: int) -> str:
         text = self.engine.tokenizer.decode([token])
         return text.strip() or repr(text)
+
+
+def row_at(tree: Tree, path: Path) -> int | None:
+    """The row at the end of a path of tokens below the root; None where the tree was cut above it."""
+    row: int | None = 0
+    for token in path:
+        row = None if row is None else tree.children[row].get(token)
+    return row
 
 
 def layers_named(taps: Items[int]) -> str:

@@ -84,6 +84,31 @@ def test_trace_shows_the_draws_that_penalties_leave(models, run):
     assert len(rounds) == 6
 
 
+def test_trace_tells_or_counts_every_expanded_node(models, run):
+    """A tree 2 wide and 4 deep expands the root and then two nodes a level: of each level one is told, one is counted and named."""
+    words = ["trace", "How can", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--rounds", "3"]
+    _, out, _ = run(*words, "--tree", "12x4x2")
+    told, counted = len(re.findall(r"^  Step \d", out, re.M)), re.findall(r"(\d) more nodes? of this level expanded, at '", out)
+    assert told == 3 * 5 and counted == ["1"] * (3 * 4)
+
+
+def test_trace_tells_the_heads_own_distribution_from_the_noise(models, run):
+    words = ["trace", "How can", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--rounds", "1"]
+    _, greedy, _ = run(*words)
+    assert "noise" not in greedy
+    _, out, _ = run(*words, "--temperature", "1", "--seed", "3")
+    own, noisy = re.findall(r"its head guesses (.*); with the noise the target draws with: (.*)", out)[0]
+    split = re.compile(r"('.*?'|\".*?\") (\d\.\d\d)")
+    assert [token for token, _ in split.findall(own)] == [token for token, _ in split.findall(noisy)] != []
+    assert own != noisy and "each path's chance given the target's noise" in out
+
+
+def test_trace_says_where_the_draft_is_not_asked(models, run):
+    words = ["trace", "How can", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--rounds", "1"]
+    _, out, _ = run(*words, "--max-new-tokens", "2")
+    assert "The draft is not asked: there is room for one token alone." in out and "Step 1" not in out
+
+
 def test_trace_without_a_draft_says_how_to_get_one(models, refused):
     assert refused("trace", "hi", "--target", models / "target") == (
         "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"
