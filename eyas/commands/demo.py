@@ -42,11 +42,11 @@ def run(options: argparse.Namespace) -> int:
         engine.generate(prompt, replace(request, max_new_tokens=4))
     shown: list[Any] = [f"[bold]{escape(prompt)}[/bold]", "[dim]plain decoding, one token a pass:[/dim]"]
     console.print(*shown, sep="\n\n")
-    slow_result, slow_text = write_coloured(engine, prompt, plain, console)
+    slow_result, slow_text, _ = write_coloured(engine, prompt, plain, console)
     heading = "[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]"
     console.print(f"\n{heading}")
-    fast_result, fast_text = write_coloured(engine, prompt, fast, console)
-    lines = verdict(engine, prompt, slow_result, fast_result, options.precision, options.tree)
+    fast_result, fast_text, nodes = write_coloured(engine, prompt, fast, console)
+    lines = verdict(engine, prompt, slow_result, fast_result, options.precision, tree_told(options.tree, nodes))
     console.print(f"\n{lines}")
     if options.json:
         print(json.dumps(facts(slow_result, fast_result)))
@@ -61,10 +61,17 @@ def facts(plain: Result, fast: Result) -> dict[str, Any]:
     return {"same_text": plain.tokens == fast.tokens, "tau": round(fast.tau, 4), "ratio": round(ratio, 4), "tokens": len(fast.tokens)}
 
 
+def tree_told(tree: str, nodes: list[int]) -> str:
+    """The tree behind the figures: the shape asked for, or that each round had its own, and how large they were, roots included."""
+    if tree != "auto" or not nodes:
+        return f"tree {tree}"
+    return f"tree auto: planned each round, {sum(nodes) / len(nodes):.1f} nodes on average"
+
+
 def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str, tree: str) -> str:
     found = facts(plain, fast)
     rates = f"{len(plain.tokens) / plain.seconds:.1f} -> {len(fast.tokens) / fast.seconds:.1f} tokens/s"
-    conditions = f"[dim]({precision}, greedy, tree {tree}, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
+    conditions = f"[dim]({precision}, greedy, {tree}, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
     same = "Same text" if found["same_text"] else "Texts part"
     line = f"[bold]{same}[/bold] · tau {found['tau']:.2f} tokens a round · {rates}, [bold]{found['ratio']:.2f}x[/bold] {conditions}"
     return line if found["same_text"] else f"{line}\n{explain_parting(engine, prompt, plain, fast, precision)}"

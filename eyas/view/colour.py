@@ -43,15 +43,21 @@ class Colouring:
             self.token(token, place < guessed)
 
 
-def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Console) -> tuple[Result, Styled]:
-    """Stream one answer to the console; returns it as a result and as it was shown."""
-    colouring = Colouring(console, engine.tokenizer)
+def write_coloured(engine: Engine, prompt: Prompt, request: Request, console: Console) -> tuple[Result, Styled, list[int]]:
+    """Stream one answer to the console; returns it as a result and as it was shown, and how many nodes each round's tree had, roots
+    included."""
+    colouring, nodes = Colouring(console, engine.tokenizer), list[int]()
     sequence: Sequence | None = None
-    for (sequence,) in engine.rounds(prompt, request, colouring.round):
+
+    def watch(record: RoundRecord) -> None:
+        nodes.append(len(record.tree))
+        colouring.round(record)
+
+    for (sequence,) in engine.rounds(prompt, request, watch):
         if sequence.rounds == 0:
             colouring.token(sequence.tokens[-1], False)
     assert sequence is not None, "a prompt is one sequence"
     colouring.stream.finish()
     colouring.show(False)
     console.print()
-    return result_of(sequence), colouring.written
+    return result_of(sequence), colouring.written, nodes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.table import Table
 
-from eyas.commands import output
+import eyas
+from eyas.commands import demo, output
 from eyas.config import EyasError
+from eyas.view.colour import write_coloured
 
 
 def test_what_is_piped_is_cut_at_no_column(capsys):
@@ -61,3 +64,20 @@ def test_a_bar_says_how_much_is_done_and_where_no_terminal_is_a_line_now_and_the
         bar.update(bar.add_task("fetching", total=None, unit="MB"), completed=5_000_000)
         bar.update(bar.add_task("training", total=10), completed=5, told="3 steps")
     assert shown.file.getvalue().splitlines() == ["writing: 1,234 of 400,000 answer tokens", "fetching: 5 MB", "training: 3 steps"]
+
+
+def test_the_demo_names_the_tree_behind_its_figures(models, run):
+    words = ["demo", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32", "--max-new-tokens", "12"]
+    planned = run(*words)[1]
+    assert re.search(r"\(fp32, greedy, tree auto: planned each round, \d+\.\d nodes on average, \d+ tokens, ", planned)
+    assert "(fp32, greedy, tree chain:3, " in run(*words, "--tree", "chain:3")[1]
+    assert demo.tree_told("auto", [1, 4]) == "tree auto: planned each round, 2.5 nodes on average"
+
+
+def test_the_nodes_are_those_that_the_rounds_had(models):
+    engine = eyas.load(models / "target", draft=models / "draft", precision="fp32")
+    records = []
+    settings = {"method": "eagle3", "tree": "8x2x3", "max_new_tokens": 12}
+    engine.generate("hi", watch=records.append, **settings)
+    *_, nodes = write_coloured(engine, "hi", engine.request(**settings), output.terminal(quiet=True))
+    assert nodes == [len(record.tree) for record in records] and nodes[0] > 1
