@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eyas.commands.output import progress
 from eyas.config import EyasError, Request, TreeShape, check_variables, short
 from eyas.decode.grow import growth_named
 from eyas.decode.plan.planner import MAX_TREE
@@ -201,7 +202,10 @@ def evidence_of(target: TargetFiles, new_tokens: int, variables: Mapping[str, An
     engine = without_draft(target.directory, "fp32")
     raw = not getattr(engine.tokenizer, "chat_template", None)
     asked = [engine.encode(question, raw, None, variables) for question in QUESTIONS]
-    return gather(engine.target, asked, new_tokens), engine.target.embedding.detach()
+    with progress() as bar:
+        task = bar.add_task("the target answers", total=len(asked) * new_tokens, unit="tokens at most")
+        evidence = gather(engine.target, asked, new_tokens, lambda count: bar.update(task, completed=count))
+    return evidence, engine.target.embedding.detach()
 
 
 def draft_path(source: str) -> Path:

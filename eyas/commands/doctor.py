@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eyas.commands.common import draft_path, evidence_of
-from eyas.commands.output import terminal
+from eyas.commands.output import progress, terminal
 from eyas.config import EyasError
 from eyas.diagnose.doctor import Diagnosis, diagnose
 from eyas.diagnose.served import checked_url, compare
@@ -24,7 +24,10 @@ def run(options: argparse.Namespace) -> int:
     path = draft_path(options.draft)
     target = TargetFiles.of(options.target)
     evidence, embedding = evidence_of(target, options.tokens, options.chat_template_kwargs)
-    found = diagnose(path, target, evidence, embedding, options.chat_template_kwargs)
+    with progress() as bar:
+        task = bar.add_task("the draft is measured", total=None, unit="readings")
+        update = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        found = diagnose(path, target, evidence, embedding, options.chat_template_kwargs, update)
     if not options.json:
         tell(terminal(), found, evidence.answer_tokens)
     served = None

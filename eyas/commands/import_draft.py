@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from eyas.commands.common import draft_path, evidence_of
-from eyas.commands.output import terminal
+from eyas.commands.output import progress, terminal
 from eyas.config import EyasError
 from eyas.files.disk import atomic_directory, directory_hash
 from eyas.files.tokenizer import chat_template_hash
@@ -46,7 +46,9 @@ def run(options: argparse.Namespace) -> int:
         console.print("  it brings an embedding and keeps it; --target T tells whether it is the target's own")
     if target and not options.unmeasured:
         evidence, embedding = evidence_of(target, MEASURED_TOKENS)
-    draft, decided = resolve(found, layers, evidence, embedding)
+    with progress() as bar:
+        bar.add_task("the draft's readings are measured", total=None, told="each on the target's answers")
+        draft, decided = resolve(found, layers, evidence, embedding)
     for line in [*found.wrong, *found.told, *decided]:
         console.print(f"  {line}", markup=False)
     if (kind := draft.weights["fc.weight"].dtype) != torch.bfloat16:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rich.table import Table
 
 from eyas.bench.prompts import PRACTICE
 from eyas.commands.common import engine_from
-from eyas.commands.output import picture_file, terminal
+from eyas.commands.output import picture_file, progress, terminal
 from eyas.config import EyasError, Sampling
 from eyas.decode.plan.calibration import Calibration
+from eyas.decode.sequence import RoundRecord
+from eyas.engine import Engine
 from eyas.methods import METHODS
 from eyas.view.plan import reliability, save_picture, typical_rounds
 
@@ -33,9 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if method == "plain":
         engine.drafter("eagle3")  # says that there is no draft
     check(method)
-    raw = not getattr(engine.tokenizer, "chat_template", None)
-    for prompt in PRACTICE:  # so that prices and chances are of rounds that were served here
-        engine.generate(prompt, method=method, sampling=sampling, seed=0, max_new_tokens=PRACTICE_TOKENS, raw=raw, generation_config="none")
+    practise(engine, method, sampling)
     planner = engine.planner("auto", method, sampling)
     assert planner is not None  # `check` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)
@@ -54,6 +55,22 @@ def run(options: argparse.Namespace) -> int:
     if picture:
         save_picture(planner, rounds, picture)
     return 0
+
+
+def practise(engine: Engine, method: str, sampling: Sampling) -> None:
+    """Answer some prompts, so that prices and chances are of rounds that were served here."""
+    settings: Any = {"method": method, "sampling": sampling, "seed": 0, "max_new_tokens": PRACTICE_TOKENS, "generation_config": "none"}
+    settings["raw"] = not getattr(engine.tokenizer, "chat_template", None)
+    with progress() as bar:
+        task, written = bar.add_task("practice", total=len(PRACTICE) * PRACTICE_TOKENS, unit="tokens at most"), 0
+
+        def watch(record: RoundRecord) -> None:
+            nonlocal written
+            written += len(record.committed)
+            bar.update(task, completed=written)
+
+        for prompt in PRACTICE:
+            engine.generate(prompt, watch=watch, **settings)
 
 
 def reliability_table(calibration: Calibration) -> Table:

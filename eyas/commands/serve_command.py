@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.commands.next_steps import shell
-from eyas.commands.output import terminal
+from eyas.commands.output import progress, terminal
 from eyas.config import EyasError, TreeShape
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import find, layout_of
@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> int:
     evidence, embedding = evidence_of(target, TOKENS)
     from eyas.measure.agreement import agreement
 
-    acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST).acceptance
+    with progress() as bar:
+        bar.add_task("the draft is measured", total=None, told=f"{LONGEST} steps")
+        acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST).acceptance
     cost = USUAL_COST if options.cost is None else options.cost
     gains = [gain(acceptance[:length], cost) for length in range(1, LONGEST + 1)]
     best = 1 + max(range(LONGEST), key=gains.__getitem__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
@@ -68,10 +68,15 @@ class Diagnosis:
 
 
 def diagnose(
-    path: Path, target: TargetFiles, evidence: Evidence, embedding: Tensor, variables: Mapping[str, Any] | None = None
+    path: Path,
+    target: TargetFiles,
+    evidence: Evidence,
+    embedding: Tensor,
+    variables: Mapping[str, Any] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
     """Everything that is wrong with the draft at `path`, for a target that is asked under these variables of its chat template. Files are
-    looked at first; the draft is measured only where they can be read."""
+    looked at first; the draft is measured only where they can be read. `report` gets how many of how many readings are measured."""
     findings: list[Finding] = []
     try:
         findings += file_findings(path, target)
@@ -84,7 +89,9 @@ def diagnose(
     findings += draft_findings(draft, found, target)
     as_is = agreement(network, draft.vocab, evidence)
     measured, best = [], None
-    for reading in readings(draft, target):
+    others = list(readings(draft, target))
+    for number, reading in enumerate(others, 1):
+        report(number, 1 + len(others))
         score = agreement(reading.draft.network(embedding), reading.draft.vocab, evidence, reading.late)
         measured.append((reading.says, score.tau, score.beats(as_is)))
         if score.overrules(as_is) and (best is None or float(score.log_q.mean()) > float(best[1].log_q.mean())):

@@ -6,7 +6,7 @@ unroll; knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,9 +71,14 @@ class Taken:
 
 
 @torch.inference_mode()
-def gather(target: TargetModel, prompts: Sequence[list[int]], new_tokens: int) -> Evidence:
-    """Let the prepared target answer greedily, then read every layer's input along each text."""
-    *_, texts = Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens)
+def gather(
+    target: TargetModel, prompts: Sequence[list[int]], new_tokens: int, report: Callable[[int], None] = lambda count: None
+) -> Evidence:
+    """Let the prepared target answer greedily, then read every layer's input along each text. `report` gets the number of tokens written
+    so far."""
+    texts = []
+    for texts in Decoder(target).run(prompts, PLAIN, GREEDY, [0] * len(prompts), new_tokens):
+        report(sum(len(text.tokens) - text.prompt_length for text in texts))
     count = target.config.num_hidden_layers
     source, examples, layers, target_argmax = TargetStates(target, range(count)), [], [], []
     for text in texts:

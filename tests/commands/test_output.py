@@ -81,3 +81,15 @@ def test_the_nodes_are_those_that_the_rounds_had(models):
     engine.generate("hi", watch=records.append, **settings)
     *_, nodes = write_coloured(engine, "hi", engine.request(**settings), output.terminal(quiet=True))
     assert nodes == [len(record.tree) for record in records] and nodes[0] > 1
+
+
+def test_what_measures_a_draft_counts_the_tokens_that_the_target_writes(models, run, monkeypatch):
+    """Where no terminal shows a bar, a line says how far it is."""
+    monkeypatch.setattr(output, "SILENCE", 0.0)
+    words = ["--target", models / "target"]
+    for command in (["doctor", models / "draft", "--tokens", "8"], ["serve-command", models / "draft", "--engine", "vllm"]):
+        _, out, err = run(*command, *words)
+        assert re.search(r"the target answers: \d+ of \d+ tokens at most", err) and "the target answers" not in out
+    assert re.search(r"the draft is measured: \d+ of \d+ readings", run("doctor", models / "draft", "--tokens", "8", *words)[2])
+    _, _, err = run("plan", *words, "--draft", models / "draft", "--precision", "fp32")
+    assert re.search(r"practice: \d+ of 300 tokens at most", err)
