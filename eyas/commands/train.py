@@ -27,7 +27,7 @@ from eyas.files.target import check_device, load_target, target_config, target_d
 from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
 from eyas.train import trainer as training
-from eyas.train.build import Setup, Studied, build, check_autocast, check_earlier, earlier_facts, with_trees
+from eyas.train.build import TREE, Setup, Studied, build, check_autocast, check_earlier, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
@@ -98,6 +98,9 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         print(f"\nstopped; the checkpoint is saved. Go on with: {again(options, '--resume')}", file=sys.stderr)
         raise
     if ranks.first:
+        if options.data and not options.regenerate and (tau := trainer.own_tau()) is not None:
+            told = f"on the target's own answers to held-out questions, in real rounds with trees {TREE}: tau {tau:.2f}"
+            console.print(f"{told} (what was measured above was measured on text that it did not write)", soft_wrap=True)
         chat = bool(getattr(load_tokenizer(studied.directory), "chat_template", None))
         print(f"draft written to {out}; try: {generate_with(options, options.target, out, chat)}")
     return 0

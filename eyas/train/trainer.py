@@ -289,19 +289,32 @@ class Trainer:
             if point["tau"] > highest:
                 self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
 
-    @torch.no_grad()
+    @contextmanager
+    def best_weights(self) -> Iterator[None]:
+        """The network with the weights that are kept; after that again with those of the last step."""
+        now = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.best)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.load_state_dict(now)
+
     def rank(self) -> None:
         """For a method with a static tree: measure how often each of the best weights' guesses is right. The tree's shape is made of
         that."""
         if METHODS[self.method].static:
-            now = {name: value.clone() for name, value in self.network.state_dict().items()}
-            try:
-                self.network.load_state_dict(self.best)
-                with self.network.device:
-                    told = (self.network, self.vocab, self.held_out, self.source, self.measured_steps, self.teaching.unroll)
-                    self.facts["accuracies"] = rank_accuracies(*told)
-            finally:
-                self.network.load_state_dict(now)
+            with self.best_weights(), self.network.device:
+                told = (self.network, self.vocab, self.held_out, self.source, self.measured_steps, self.teaching.unroll)
+                self.facts["accuracies"] = rank_accuracies(*told)
+
+    def own_tau(self) -> float | None:
+        """Tau of the weights that are kept, in real rounds with trees: on what the target itself answers to held-out questions. None where
+        the trainer was given nothing to run them with."""
+        if self.tree_tau is None:
+            return None
+        with self.best_weights():
+            return self.tree_tau(self.network)
 
     @property
     def measured_steps(self) -> int:

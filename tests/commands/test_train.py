@@ -39,6 +39,13 @@ def test_train_writes_a_draft_that_generate_uses(models, run, data, tmp_path):
     assert drafted["tokens"] == plain["tokens"] and drafted["rounds"] <= plain["rounds"]
 
 
+def test_text_of_others_is_measured_on_what_the_target_itself_answers(models, run, data, tmp_path):
+    status, _, told = run(*train(models, tmp_path / "draft", data, "--steps", "3"))
+    assert status == 0
+    (line,) = [line for line in told.splitlines() if line.startswith("on the target's own answers to held-out questions")]
+    assert float(line.split("tau ")[1].split()[0]) >= 1 and "trees 60x7x10" in line
+
+
 def test_variables_of_the_template_are_recorded_and_told_on(models, run, data, tmp_path):
     """In training.json, the draft's config.json and the command that uses it; a resumed run has the same."""
     thoughtful, out = tmp_path / "thoughtful", tmp_path / "draft"
