@@ -123,11 +123,11 @@ LAGGING: list[Any] = []  # what a thread that lags behind may still read; it mus
 
 def settled(lagging: int, *read: Any) -> None:
     """Hold what a call `read` where one of the kernel's threads has not left that call yet: it has no core, and will find out later that
-    its work was done by others. Everything held is let go once no thread lags."""
+    its work was done by others. What was held before is let go once no thread lags."""
     if lagging:
         LAGGING.append(read)
-    elif LAGGING:
-        LAGGING.clear()
+    elif (held := len(LAGGING)) and not library().eyas_lagging():  # asked anew: since `lagging` was seen, another caller's job may have run
+        del LAGGING[:held]
 
 
 def kernel_name() -> str:

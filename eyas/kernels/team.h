@@ -216,5 +216,8 @@ static int run(job *j) {
     return left;
 }
 
+/* Whether a thread is still in a job; when this is asked, that may have ended long ago. */
+int eyas_lagging(void) { return lagging(JOBS); }
+
 /* How many tasks were computed again since the process began, as their thread had no core. */
 long eyas_computed_again(void) { return atomic_load(&computed_again); }

@@ -27,6 +27,18 @@ GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_t
 NAMED = 2.0  # seconds in which processes that are well say so, after one was not heard
 
 
+def join_group(device: str, timeout: timedelta) -> bool:
+    """Meet the other processes, where `torchrun` started several; False where this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    if not distributed.is_initialized():
+        # Defaults of this module's functions hold the process group of the moment it is first imported (optimisers import it). If that
+        # is after `init_process_group`, the group and its threads outlive `leave`, and such a thread can abort the process at its end.
+        importlib.import_module("torch.distributed.nn.functional")
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+    return True
+
+
 class Peers:
     """This process's rank among those that share the keys."""
 
@@ -40,12 +52,9 @@ class Peers:
     @classmethod
     def join(cls, device: str = "cpu", timeout: float = 60.0) -> Peers:
         """Meet the other processes, where `torchrun` started several; else this one is alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(timeout=timeout)
-        importlib.import_module("torch.distributed.nn.functional")  # else its defaults hold the group that is made below beyond its end
-        backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
-            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            if not join_group(device, timedelta(seconds=timeout)):
+                return cls(timeout=timeout)
             distributed.barrier()
             control = distributed.new_group(backend="gloo", timeout=IDLE)
         except RuntimeError:

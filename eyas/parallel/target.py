@@ -71,12 +71,12 @@ class ShardedTarget:
     def __call__(self, rows: Rows, cache: Any, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         if not isinstance(cache, ShardedCache):
             return self.target(rows, cache, taps, logits_of)
+        told, cache.told = cache.told, []
+        gone, self.gone[:] = [*self.gone], []
         if self.peers.count > 1:
             segments = [(each.slot, each.count, None if each.mask is None else np.packbits(each.mask.numpy())) for each in rows.segments]
-            gone, self.gone[:] = [*self.gone], []
             tokens, positions = (each.numpy().astype(np.int32) for each in (rows.tokens, rows.positions))
-            self.peers.tell(("pass", self.named[cache], gone, cache.told, tokens, positions, segments))
-            cache.told = []
+            self.peers.tell(("pass", self.named[cache], gone, told, tokens, positions, segments))
         self.passes += 1
         return self.target(rows, cache, taps, logits_of)
 

@@ -6,14 +6,14 @@ the gradient of one process on that batch; DistributedDataParallel would average
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+
+from eyas.parallel.peers import join_group
 
 WAIT = timedelta(hours=48)  # how long the other processes wait while the first lets the target write
 
@@ -32,14 +32,7 @@ class Ranks:
     @classmethod
     def join(cls, device: str = "cpu") -> Ranks:
         """Meet the other processes, where `torchrun` started several."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
-        if not distributed.is_initialized():
-            # Defaults of this module's functions hold the process group of the moment it is first imported (optimisers import it). If that
-            # is after `init_process_group`, the group and its threads outlive `leave`, and such a thread can abort the process at its end.
-            importlib.import_module("torch.distributed.nn.functional")
-            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=WAIT)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size()) if join_group(device, WAIT) else cls()
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one message."""

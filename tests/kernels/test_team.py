@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,3 +111,15 @@ def test_pytorch_computes_with_one_thread_while_the_kernels_lead_and_with_its_ow
     with pytest.raises(ValueError), native.threads.lead():
         raise ValueError
     assert torch.get_num_threads() == 3
+
+
+def test_a_call_that_saw_no_thread_lag_lets_nothing_go_while_one_lags_now(monkeypatch):
+    held, library = torch.zeros(3), native.library()
+    native.settled(1, held)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: SimpleNamespace(eyas_lagging=lambda: 1))
+        native.settled(0)  # another caller's job has run since
+        assert any(held is each for group in native.LAGGING for each in group)
+    assert native.library() is library
+    native.settled(0)
+    assert not native.LAGGING

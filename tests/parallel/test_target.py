@@ -119,3 +119,12 @@ def test_a_prefix_is_copied_and_a_text_is_cut():
     fresh.keep(0, range(25))
     for each in logits:
         assert torch.equal(each, model(chain_rows(0, [7], 25), fresh).logits)
+
+
+def test_what_was_done_to_a_cache_is_not_kept_for_others_once_a_pass_was_run():
+    model = sharded(target(torch.float32), Layout(4, 3))
+    cache = model.new_cache(1, 60)
+    for position in range(20):
+        model(chain_rows(0, [7], position), cache)
+        cache.keep(0, [0])
+        assert len(cache.told) == 1
