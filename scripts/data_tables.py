@@ -9,18 +9,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from page_tables import code, filled, table
+
 from eyas.files import chat_data, records
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
-PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
-
-
-def code(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def coded(text: str) -> str:
@@ -70,8 +63,7 @@ def tables() -> dict[str, str]:
 
 def written(page: str) -> str:
     """The page with its tables as they should be."""
-    found = tables()
-    return PLACE.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[3]}", page)
+    return filled(page, tables())
 
 
 if __name__ == "__main__":

@@ -10,20 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from page_tables import code, filled, table
+
 from eyas.files import adaptable, config_fields, gguf, hf_config, quantised, untrusted
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 BIASES = {None: "where `attention_bias` says so", True: "always", False: "never"}
 STORED = {".safetensors": "all weights", ".json": "the shards that it lists", ".bin": "all weights, as `torch.save` wrote them"}
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
-
-
-def code(names: Iterable[Any]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def words(text: str) -> str:
@@ -80,8 +73,7 @@ def tables() -> dict[str, str]:
 
 def written(page: str) -> str:
     """The page with its tables as they should be."""
-    found = tables()
-    return PLACE.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[3]}", page)
+    return filled(page, tables())
 
 
 if __name__ == "__main__":

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
+
+from tests.page_tables import script
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("data_tables", ROOT / "scripts" / "data_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_tables_are_what_the_code_reads():
-    made = script()
+    made = script("data_tables")
     assert made.written(PAGE) == PAGE, "run: python scripts/data_tables.py"
     assert re.findall(r"<!-- table: (\w+) -->", PAGE) == sorted(made.tables(), key=lambda name: PAGE.index(f"table: {name} "))
     damaged = PAGE.replace("| `function_call`, ", "| ").replace("`observation`", "`seen`")
