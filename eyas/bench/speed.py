@@ -5,6 +5,7 @@ Knows an engine, a clock and how a method is written; what the runs amount to is
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -71,26 +72,39 @@ def parse_methods(text: str) -> list[Method]:
 
 
 def run_bench(
-    engine: Engine, prompts: Sequence[PromptItem], methods: Sequence[Method], request: Request, report: Report = lambda *_: None
+    engine: Engine,
+    prompts: Sequence[PromptItem],
+    methods: Sequence[Method],
+    request: Request,
+    report: Report = lambda *_: None,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """{"conditions": .., "methods": {as written: figures}}; an interrupt ends it early with "complete": False."""
+    """{"conditions": .., "methods": {as written: figures}}; an interrupt ends it early with "complete": False.
+
+    `deadline`, in seconds of time.monotonic(): a prompt that would not be done by then, but for the first, is not begun, and "left_out"
+    says how many were not.
+    """
     request = replace(request, seed=new_seed() if request.seed is None else request.seed)
     plans = {method.text: method.request(request) for method in methods}
     for plan in plans.values():  # the first pass of a process is slow: no method shall pay for it
         engine.generate(prompts[0].prompt, replace(plan, max_new_tokens=min(WARM_UP_TOKENS, plan.max_new_tokens)))
     if engine.plans:
         engine.plans.frozen = True  # what was learned before counts, not what these prompts teach
-    rows = timed_rows(engine, prompts, plans, report)
-    figures = all_figures(rows, plans)
-    if len(rows) == len(prompts) and any(map(impossible, figures.values())):  # another program got in the way: once more
-        again = timed_rows(engine, prompts, plans, report)
-        if len(again) == len(rows):
+    started = time.monotonic()
+    rows, whole = timed_rows(engine, prompts, plans, report, deadline)
+    figures, ended = all_figures(rows, plans), time.monotonic()
+    in_time = ended + (ended - started) <= deadline
+    if whole and in_time and any(map(impossible, figures.values())):  # another program got in the way: once more
+        again, all_of_it = timed_rows(engine, prompts[: len(rows)], plans, report)
+        if all_of_it:
             rows, figures = again, all_figures(again, plans)
     for each in figures.values():
         if impossible(each):
             each["disturbed"] = True
     result = {"conditions": conditions_of(engine, plans, request, len(rows)), "methods": figures}
-    return result if len(rows) == len(prompts) else {**result, "complete": False}
+    if not whole:
+        return {**result, "complete": False}
+    return {**result, "left_out": len(prompts) - len(rows)} if len(rows) < len(prompts) else result
 
 
 def all_figures(rows: list[Row], plans: dict[str, Request]) -> dict[str, dict[str, Any]]:
@@ -112,12 +126,18 @@ def same_draws(plan: Request, plain: Request | None) -> bool:
     return plain is not None and (plan.sampling.greedy or plan.verifier == plain.verifier == "walk")
 
 
-def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, Request], report: Report) -> list[Row]:
-    """Run every method on each prompt, in a rotating order, all with one seed. An interrupt keeps the prompts that all methods did."""
+def timed_rows(
+    engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, Request], report: Report, deadline: float = math.inf
+) -> tuple[list[Row], bool]:
+    """Run every method on each prompt, in a rotating order, all with one seed; also whether no interrupt ended it, which keeps the prompts
+    that all methods did. What would end after the deadline is not begun, the first prompt aside."""
     rows: list[Row] = []
-    names = list(plans)
+    names, longest = list(plans), 0.0
     try:
         for index, item in enumerate(prompts):
+            begun = time.monotonic()
+            if rows and begun + longest > deadline:
+                break
             row: Row = {}
             first = index % len(names)
             for text in names[first:] + names[:first]:
@@ -126,11 +146,13 @@ def timed_rows(engine: Engine, prompts: Sequence[PromptItem], plans: dict[str, R
                 assert plan.seed is not None  # `run_bench` drew one
                 row[text] = measure(engine, item.prompt, replace(plan, seed=derived_seed(plan.seed, index)))
             rows.append(row)
+            longest = max(longest, time.monotonic() - begun)
         report(len(prompts) * len(names), len(prompts) * len(names), "done")
     except KeyboardInterrupt:
         if not rows:
             raise
-    return rows
+        return rows, False
+    return rows, True
 
 
 def round_of(record: RoundRecord) -> Round:

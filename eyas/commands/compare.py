@@ -112,7 +112,7 @@ class Family:
 def run(options: argparse.Namespace) -> int:
     rows, out = chosen_rows(options.rows, options.quick), result_file(options.out)
     scale = QUICK if options.quick else FULL
-    studied = Studied.at(target_directory(options.target))
+    studied = Studied.at(target_directory(options.target), None, options.chat_template_kwargs)
     console = terminal(stderr=True)
     words = own_words(studied, None, None, console)
     asked, complaints = read_prompts(options.prompts, scale.prompts) if options.prompts else ([], [])
@@ -150,6 +150,7 @@ def compared(family: Family, rows: Sequence[Row], options: argparse.Namespace) -
 def conditions(family: Family, methods: dict[str, Any]) -> dict[str, Any]:
     asked = min(each["prompt_count"] for each in methods.values())
     told = {"target": family.directory.name, "precision": PRECISIONS[0], "prompt_count": asked, **asdict(family.scale)}
+    told |= {"chat_template_kwargs": variables} if (variables := family.studied.chat_template_kwargs) else {}
     return {**told, "prompt_file": Path(family.prompts).name if family.prompts else "held-out questions"}
 
 
@@ -263,7 +264,8 @@ def bench(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, st
 
 
 def request_of(family: Family) -> Request:
-    return Request(seed=0, max_new_tokens=family.scale.new_tokens, raw=not family.words.template.chat)
+    variables = family.studied.chat_template_kwargs
+    return Request(seed=0, max_new_tokens=family.scale.new_tokens, raw=not family.words.template.chat, chat_template_kwargs=variables)
 
 
 def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], family: Family) -> float:

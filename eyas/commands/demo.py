@@ -16,7 +16,6 @@ from rich.markup import escape
 from eyas.commands.common import engine_from
 from eyas.commands.output import picture_file, terminal
 from eyas.config import EyasError, Request, TreeShape
-from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result
 from eyas.engine import Engine
 from eyas.model.exactness import why_texts_may_part
@@ -36,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     engine.drafter("eagle3")
     prompt = options.prompt or QUESTION
     console = terminal(quiet=options.json)
-    shared = {"max_new_tokens": options.max_new_tokens, "seed": 0}
+    shared: Any = {"max_new_tokens": options.max_new_tokens, "seed": 0, "chat_template_kwargs": options.chat_template_kwargs}
     plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
         engine.generate(prompt, replace(request, max_new_tokens=4))
@@ -46,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     heading = "[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]"
     console.print(f"\n{heading}")
     fast_result, fast_text, nodes = write_coloured(engine, prompt, fast, console)
-    lines = verdict(engine, prompt, slow_result, fast_result, options.precision, tree_told(options.tree, nodes))
+    tokens = engine.encode(prompt, chat_template_kwargs=options.chat_template_kwargs)
+    lines = verdict(engine, tokens, slow_result, fast_result, options.precision, tree_told(options.tree, nodes))
     console.print(f"\n{lines}")
     if options.json:
         print(json.dumps(facts(slow_result, fast_result)))
@@ -68,7 +68,7 @@ def tree_told(tree: str, nodes: list[int]) -> str:
     return f"tree auto: planned each round, {sum(nodes) / len(nodes):.1f} nodes on average"
 
 
-def verdict(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str, tree: str) -> str:
+def verdict(engine: Engine, prompt: list[int], plain: Result, fast: Result, precision: str, tree: str) -> str:
     found = facts(plain, fast)
     rates = f"{len(plain.tokens) / plain.seconds:.1f} -> {len(fast.tokens) / fast.seconds:.1f} tokens/s"
     conditions = f"[dim]({precision}, greedy, {tree}, {found['tokens']} tokens, {torch.get_num_threads()} threads)[/dim]"
@@ -88,11 +88,12 @@ def save_picture(path: Path, shown: list[Any]) -> None:
         raise EyasError(f"cannot write {path} ({error.strerror})") from None
 
 
-def explain_parting(engine: Engine, prompt: Prompt, plain: Result, fast: Result, precision: str) -> str:
-    """Where two greedy texts part and how near the two tokens were: rounding flips near ties when passes have other shapes."""
+def explain_parting(engine: Engine, prompt: list[int], plain: Result, fast: Result, precision: str) -> str:
+    """Where two greedy texts part and how near the two tokens were: rounding flips near ties when passes have other shapes. `prompt`: the
+    token ids of what was asked."""
     pairs: Any = zip(plain.tokens, fast.tokens, strict=False)
     place = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
-    text = engine.encode(prompt) + plain.tokens[:place]
+    text = prompt + plain.tokens[:place]
     with torch.inference_mode():
         logits = engine.target(chain_rows(0, text, 0), engine.target.new_cache(1, len(text)), (), slice(-1, None)).logits[0]
     one, other = plain.tokens[place], fast.tokens[place]

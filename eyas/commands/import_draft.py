@@ -45,10 +45,11 @@ def run(options: argparse.Namespace) -> int:
     elif found.shape.get("own_embedding"):
         console.print("  it brings an embedding and keeps it; --target T tells whether it is the target's own")
     if target and not options.unmeasured:
-        evidence, embedding = evidence_of(target, MEASURED_TOKENS)
+        evidence, embedding = evidence_of(target, MEASURED_TOKENS, options.chat_template_kwargs)
     with progress() as bar:
-        bar.add_task("the draft's readings are measured", total=None, told="each on the target's answers")
-        draft, decided = resolve(found, layers, evidence, embedding)
+        task = bar.add_task("the draft's readings are measured", total=None, unit="readings")
+        update = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        draft, decided = resolve(found, layers, evidence, embedding, update)
     for line in [*found.wrong, *found.told, *decided]:
         console.print(f"  {line}", markup=False)
     if (kind := draft.weights["fc.weight"].dtype) != torch.bfloat16:

@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     make_directory(out)
     state.save(out)
     try:
-        finish(options, job, trained(options, job, state, console), console)
+        finish(options, job, state, trained(options, job, state, console), console)
     except KeyboardInterrupt:
         print(f"\nstopped; all of it is kept. Go on with: {again(options)}", file=sys.stderr)
         raise
@@ -230,9 +230,11 @@ def questions_of(held_out: Sequence[Example], trained: Sequence[Example], templa
     return list(found)[:MEASURED] or [FALLBACK]
 
 
-def finish(options: argparse.Namespace, job: Job, questions: list[str], console: Console) -> None:
-    """Measure tau with real trees on held-out questions, and write picture and card."""
+def finish(options: argparse.Namespace, job: Job, state: Run, questions: list[str], console: Console) -> None:
+    """Measure tau with real trees on held-out questions, as many as the time that is left allows, and write picture and card."""
     out, chat = job.out, job.words.template.chat
+    told = json.loads((out / "training.json").read_text())
+    deadline = time.monotonic() + 60 * (60 * job.hours - state.written_minutes - told["minutes"])
     engine = load(job.words.directory, out, precision=PRECISIONS[0])
     request = Request(seed=0, max_new_tokens=100, raw=not chat, chat_template_kwargs=job.studied.chat_template_kwargs)
     readable = [question for question in questions if fits(engine, question, request)] or [FALLBACK]
@@ -243,11 +245,12 @@ def finish(options: argparse.Namespace, job: Job, questions: list[str], console:
         def tell(done: int, total: int, method: str) -> None:
             bar.update(task, completed=done, total=total, description=f"measuring {method}")
 
-        result = run_bench(engine, items, parse_methods(METHODS), request, tell)
+        result = run_bench(engine, items, parse_methods(METHODS), request, tell, deadline)
     if not result.get("complete", True):
         raise KeyboardInterrupt
     print_result(result, console)
-    told = json.loads((out / "training.json").read_text())
+    if left_out := result.get("left_out"):
+        console.print(f"measured on {len(items) - left_out} of {len(items)} held-out questions: the time of --hours is over", markup=False)
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     if can_draw():
         draw_curve(told["curve"], out / PICTURE)

@@ -59,6 +59,7 @@ def demo_options(commands: argparse._SubParsersAction) -> None:
     demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
     models(demo)
     demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
+    template_kwargs(demo)
     demo.add_argument("--max-new-tokens", "--max-tokens", type=int, default=160, help="of the answer at most (default %(default)s)")
     demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
     demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
@@ -189,6 +190,7 @@ def compare_options(commands: argparse._SubParsersAction) -> None:
         help="only these, and plain: medusa, 'eagle3 without fusion', .. (default: all)",
     )
     compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
+    template_kwargs(compare)
     compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
     disk(compare)
 
@@ -229,6 +231,7 @@ def plan_options(commands: argparse._SubParsersAction) -> None:
     models(plan, tree=False)
     plan.add_argument("--method", default=None, help="any with planned trees (default: the draft's own)")
     plan.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    template_kwargs(plan)
     plan.add_argument("--picture", metavar="F.png", help="draw prices and gains there (needs matplotlib)")
 
 
@@ -263,6 +266,7 @@ def import_options(commands: argparse._SubParsersAction) -> None:
     out_directory(importing)
     importing.add_argument("--target", help="its target; what its files leave open is then measured on text that the target writes")
     importing.add_argument("--target-layers", type=int, metavar="N", help="how many layers its target has, where that is not at hand")
+    template_kwargs(importing)
     importing.add_argument("--unmeasured", action="store_true", help="believe the files")
     importing.add_argument("--dry-run", action="store_true", help="only say what it is")
     importing.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
@@ -273,6 +277,7 @@ def serve_command_options(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("draft", help="what `eyas export` wrote, or a draft of eyas's making")
     serve.add_argument("--engine", "--to", required=True, metavar="LAYOUT", help=LAYOUT_NAMES)
     serve.add_argument("--target", help="its target (default: the embedded one)")
+    template_kwargs(serve)
     serve.add_argument("--cost", type=float, default=None, metavar="C", help="a draft step's time over a target pass's (default: 0.1)")
 
 

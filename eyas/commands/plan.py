@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     if method == "plain":
         engine.drafter("eagle3")  # says that there is no draft
     check(method)
-    practise(engine, method, sampling)
+    practise(engine, method, sampling, options.chat_template_kwargs)
     planner = engine.planner("auto", method, sampling)
     assert planner is not None  # `check` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)
@@ -57,9 +58,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def practise(engine: Engine, method: str, sampling: Sampling) -> None:
-    """Answer some prompts, so that prices and chances are of rounds that were served here."""
+def practise(engine: Engine, method: str, sampling: Sampling, variables: Mapping[str, Any] | None) -> None:
+    """Answer some prompts, so that prices and chances are of rounds that were served here. `variables`: of the chat template."""
     settings: Any = {"method": method, "sampling": sampling, "seed": 0, "max_new_tokens": PRACTICE_TOKENS, "generation_config": "none"}
+    settings["chat_template_kwargs"] = variables
     settings["raw"] = not getattr(engine.tokenizer, "chat_template", None)
     with progress() as bar:
         task, written = bar.add_task("practice", total=len(PRACTICE) * PRACTICE_TOKENS, unit="tokens at most"), 0

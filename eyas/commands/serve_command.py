@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from eyas.commands.common import draft_path, evidence_of
 from eyas.commands.next_steps import shell
 from eyas.commands.output import progress, terminal
 from eyas.config import EyasError, TreeShape
+from eyas.diagnose.doctor import variable_findings
 from eyas.files.eagle3_files import check_fits
 from eyas.formats.layouts import find, layout_of
 from eyas.formats.portable import TargetFiles
@@ -28,12 +30,13 @@ def run(options: argparse.Namespace) -> int:
     check_fits(draft.config, target.config)
     if why := layout.refusal(draft):
         raise EyasError(f"{layout.title} cannot run this draft: {why}")
-    evidence, embedding = evidence_of(target, TOKENS)
+    evidence, embedding = evidence_of(target, TOKENS, options.chat_template_kwargs)
     from eyas.measure.agreement import agreement
 
     with progress() as bar:
-        bar.add_task("the draft is measured", total=None, told=f"{LONGEST} steps")
-        acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST).acceptance
+        task = bar.add_task("the draft is measured", total=LONGEST, unit="steps")
+        report = lambda step: bar.update(task, completed=step)  # noqa: E731
+        acceptance = agreement(draft.network(embedding), draft.vocab, evidence, steps=LONGEST, report=report).acceptance
     cost = USUAL_COST if options.cost is None else options.cost
     gains = [gain(acceptance[:length], cost) for length in range(1, LONGEST + 1)]
     best = 1 + max(range(LONGEST), key=gains.__getitem__)
@@ -41,12 +44,20 @@ def run(options: argparse.Namespace) -> int:
     told = ", ".join(f"{length}: {value:.2f}" for length, value in enumerate(gains, 1))
     console.print(f"# {layout.title}; expected gain over plain by draft tokens, a draft step costing {cost:g} of a target pass: {told}")
     first = preparation(path, options.engine, found.layout, target.name)
-    serve = layout.serve(Path("OUT") if first else path, target.name, TreeShape.chain(best))
+    for finding in variable_findings(path, options.chat_template_kwargs):
+        console.print(f"# {finding.says}; {finding.do}", markup=False)
+    templated = ""
+    if variables := options.chat_template_kwargs and json.dumps(options.chat_template_kwargs):
+        if layout.variables:
+            templated = f" {shell(layout.variables, variables)}"
+        else:
+            console.print(f"# this command sets no variables of the chat template: render each prompt with {variables}", markup=False)
+    serve = layout.serve(Path("OUT") if first else path, target.name, TreeShape.chain(best)) + templated
     if max(gains) > 1:
         lines = [*([f"# first: {first}"] if first else []), serve]
     else:  # a line that is pasted shall not make it slower
         told = "# none pays at this cost: serve the target alone"
-        alone = [f"{told}, as this does", layout.serve_alone(target.name)] if layout.serve_alone else [told]
+        alone = [f"{told}, as this does", layout.serve_alone(target.name) + templated] if layout.serve_alone else [told]
         lines = [*alone, f"# with the draft all the same: {f'{first} && ' if first else ''}{serve}"]
     console.print(*lines, sep="\n", markup=False)
     return 0

@@ -7,7 +7,7 @@ text, and the one that agrees better is kept. Knows the questions; knows no layo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -77,20 +77,34 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
         yield name, sorted(options, key=lambda option: not option.as_said)
 
 
-def resolve(found: Found, target_layers: int, evidence: Evidence | None = None, embedding: Tensor | None = None) -> Resolved:
+def resolve(
+    found: Found,
+    target_layers: int,
+    evidence: Evidence | None = None,
+    embedding: Tensor | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Resolved:
     """The draft, with every open question decided.
 
     With `evidence` (the target's text and states) every question is measured in turn, and the file's own reading is given up only where
-    another is clearly better. Without evidence the file's own reading stands.
+    another is clearly better. Without evidence the file's own reading stands. `report` gets how many readings are measured, and of how
+    many, before the first and after each.
     """
     changes: dict[str, Any] = {}
     told = []
-    for name, options in readings(found, target_layers):
+    questions = list(readings(found, target_layers))
+    done, total = 0, sum(len(options) for _, options in questions)
+    report(done, total)
+    for name, options in questions:
         if evidence is None or embedding is None:
             told.append(f"{name}: {options[0].words}, as its layout has it; not measured (give --target)")
             changes |= options[0].changes
             continue
-        scores = [measured(found, target_layers, changes | dict(option.changes), evidence, embedding) for option in options]
+        scores: list[Agreement] = []
+        for option in options:
+            scores.append(measured(found, target_layers, changes | dict(option.changes), evidence, embedding))
+            done += 1
+            report(done, total)
         best = max(range(len(options)), key=lambda number: float(scores[number].log_q.mean()))
         if best and not scores[best].overrules(scores[0]):
             best = 0

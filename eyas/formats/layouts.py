@@ -32,6 +32,7 @@ class Layout:
     read: Callable[[Path], Found] | None
     serve: Callable[[Path, str, TreeShape], str]  # the command line, quoted for a shell, for a draft's path, a target and a tree
     serve_alone: Callable[[str], str] | None  # the same for a target without a draft; None: the engine has none
+    variables: str | None = None  # the option of that command line for variables of the chat template, as JSON; None: it has none
 
 
 def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> Write:
@@ -40,9 +41,19 @@ def in_torch(write: Callable[[Path, Draft, TargetFiles, torch.dtype], None]) -> 
 
 LAYOUTS = {
     "sglang": Layout(
-        sglang.TITLE, FILES, sglang.WEIGHTS, sglang.refusal, in_torch(sglang.write), read_plain, sglang.serve, sglang.serve_alone
+        sglang.TITLE,
+        FILES,
+        sglang.WEIGHTS,
+        sglang.refusal,
+        in_torch(sglang.write),
+        read_plain,
+        sglang.serve,
+        sglang.serve_alone,
+        sglang.VARIABLES,
     ),
-    "vllm": Layout(vllm.TITLE, FILES, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve, vllm.serve_alone),
+    "vllm": Layout(
+        vllm.TITLE, FILES, vllm.WEIGHTS, vllm.refusal, in_torch(vllm.write), read_plain, vllm.serve, vllm.serve_alone, vllm.VARIABLES
+    ),
     "speculators": Layout(
         f"{vllm.TITLE}, speculators 0.9.0",
         FILES,
@@ -52,6 +63,7 @@ LAYOUTS = {
         vllm.read_speculators,
         vllm.serve_speculators,
         vllm.serve_alone,
+        vllm.VARIABLES,
     ),
     "safeailab": Layout(
         safeailab.TITLE,
@@ -82,6 +94,7 @@ LAYOUTS = {
         llama_cpp.read,
         llama_cpp.serve,
         llama_cpp.serve_alone,
+        llama_cpp.VARIABLES,
     ),
     "openvino": Layout(
         openvino.TITLE, openvino.FILES, openvino.WEIGHTS, openvino.refusal, openvino.write, None, openvino.serve, openvino.serve_alone

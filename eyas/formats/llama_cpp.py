@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 TITLE = "llama.cpp (llama-cpp-python 0.3.36)"
+VARIABLES = "--chat-template-kwargs"  # of the chat template, for requests that set none
 WEIGHTS = ("bf16", "fp32", "fp16", "q8_0", "q4_1")
 FILE = "draft.gguf"
 NAMES = {  # published name -> llama.cpp's

@@ -19,6 +19,7 @@ from eyas.formats.plain import plain_config, write_plain
 from eyas.formats.portable import MORE_LAYERS, OTHER_WIDTH, Draft, TargetFiles, unusual
 
 TITLE = "SGLang 0.5.23"
+VARIABLES = "--default-chat-template-kwargs"  # of the chat template, for requests that set none
 WEIGHTS = ("bf16", "fp16", "fp32")
 
 

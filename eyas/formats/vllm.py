@@ -34,6 +34,7 @@ from eyas.formats.portable import (
 )
 
 TITLE = "vLLM 0.32"
+VARIABLES = "--default-chat-template-kwargs"  # of the chat template, for requests that set none
 WEIGHTS = ("bf16", "fp16", "fp32")
 SPECULATIVE_TOKENS = 3
 OUTER = ("architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",

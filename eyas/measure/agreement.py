@@ -116,8 +116,16 @@ class Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def agreement(network: DraftNetwork, vocab: DraftVocab, evidence: Evidence, late: int = 0, steps: int = STEPS) -> Agreement:
-    """Draft at every anchor of the texts' answers with this network (loose weights, float32), its taps and its vocabulary."""
+def agreement(
+    network: DraftNetwork,
+    vocab: DraftVocab,
+    evidence: Evidence,
+    late: int = 0,
+    steps: int = STEPS,
+    report: Callable[[int], None] = lambda step: None,
+) -> Agreement:
+    """Draft at every anchor of the texts' answers with this network (loose weights, float32), its taps and its vocabulary. `report` gets
+    the number of steps done so far."""
     batch, states = make_batch(evidence.examples, Taken(evidence, network.config.taps, late), network)
     place = torch.full((vocab.vocab_size,), -1).index_copy_(0, vocab.ids, torch.arange(len(vocab)))  # draft id of a target token
     log_q, acceptance, leading, anchors = [], [], 0, 0
@@ -127,4 +135,5 @@ def agreement(network: DraftNetwork, vocab: DraftVocab, evidence: Evidence, late
         still = int((right & alive).sum())
         acceptance.append(still / max(int(alive.sum()), 1))
         leading, anchors = leading + still, anchors or len(wanted)
+        report(len(acceptance))
     return Agreement(acceptance, 1 + leading / max(anchors, 1), torch.cat(log_q))

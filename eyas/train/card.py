@@ -49,7 +49,7 @@ tokens. Acceptance by step, of those right before: {steps}.
 
 ## What it does
 
-{what_it_does(measured) if count >= FEWEST else too_few(count)}
+{what_it_does(measured) if count >= FEWEST else too_few(count, measured.get("left_out", 0))}
 """
 
 
@@ -70,10 +70,11 @@ questions. Questions of other kinds may accept less: measure yours with `eyas be
 {rows}"""
 
 
-def too_few(count: int) -> str:
-    """What stands for figures that so few questions cannot give."""
+def too_few(count: int, left_out: int = 0) -> str:
+    """What stands for figures that so few questions cannot give; `left_out`: those there was no time for."""
     asked = f"{count} question{'s' * (count != 1)}"
-    return f"Too few to say: {asked} could be asked, and below {FEWEST} a figure is luck. Measure it with `eyas bench --prompts F.jsonl`."
+    asked += f" of {count + left_out} could be asked in the time given" if left_out else " could be asked"
+    return f"Too few to say: {asked}, and below {FEWEST} a figure is luck. Measure it with `eyas bench --prompts F.jsonl`."
 
 
 def shown(figures: dict[str, Any], name: str, prompts: int) -> str:

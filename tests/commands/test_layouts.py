@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+from eyas.commands import output
 from eyas.commands.parser import LAYOUT_NAMES
 from eyas.commands.serve_command import gain
 from eyas.config import TreeShape
@@ -61,12 +63,15 @@ def test_a_draft_by_its_hub_name(run, refused, place, monkeypatch):
     )
 
 
-def test_an_import_measures_what_the_files_leave_open(run, place, tmp_path):
+def test_an_import_measures_what_the_files_leave_open(run, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "SILENCE", 0.0)
     run("export", place / "draft", tmp_path / "there", "--to", "sglang", "--target", place / "target")
     config = json.loads((tmp_path / "there" / "config.json").read_text())
     del config["eagle_aux_hidden_state_layer_ids"]
     (tmp_path / "there" / "config.json").write_text(json.dumps(config))
-    status, out, _ = run("import", tmp_path / "there", tmp_path / "back", "--target", place / "target")
+    status, out, err = run("import", tmp_path / "there", tmp_path / "back", "--target", place / "target")
+    counted = re.findall(r"the draft's readings are measured: (\d) of (\d) readings", err)
+    assert counted == [(str(done), counted[0][1]) for done in range(int(counted[0][1]) + 1)] and len(counted) > 2
     assert status == 0 and "layer ids: they name outputs, taps (2, 4, 5) (they name outputs" in out and "tokens a round" in out
     assert "it agrees with this target in none of them, so the file's own reading stands" in out, "a random draft shows nothing"
     own = json.loads((tmp_path / "back" / "config.json").read_text())["eyas"]
@@ -153,6 +158,42 @@ def test_where_no_draft_token_pays_what_is_pasted_serves_the_target_alone(run, p
     pasted = [line for line in out.splitlines() if not line.startswith("#")]
     assert "# none pays at this cost: serve the target alone" in out and len(pasted) == (0 if "safeailab" in layout else 1)
     assert not any("draft" in line or "speculative" in line for line in pasted) and "# with the draft all the same: " in out
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "openvino"])
+def test_what_is_pasted_sets_the_template_variables_that_were_asked_under(run, place, tmp_path, layout):
+    """Whether the draft pays or not, the engine is told the variables, or the user that its prompts must bring them."""
+    target, variables = with_moods(place, tmp_path), {"mood": "it's calm"}
+    words = ["serve-command", place / "draft", "--engine", layout, "--target", target, "--chat-template-kwargs", json.dumps(variables)]
+    for cost in ("1e-9", "9"):
+        status, out, _ = run(*words, "--cost", cost)
+        assert status == 0
+        pasted = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
+        options = {"sglang": "--default-chat-template-kwargs", "llama_cpp": "--chat-template-kwargs", "safeailab": None}
+        option = options.get(layout.removesuffix("-bin"), "--default-chat-template-kwargs")
+        said = "# this command sets no variables of the chat template: render each prompt with" in out
+        if option is None:
+            assert said and not any(word.endswith("chat-template-kwargs") for line in pasted for word in line)
+        else:
+            assert not said and [json.loads(line[line.index(option) + 1]) for line in pasted] == [variables]
+
+
+def test_a_draft_that_was_trained_under_variables_says_so_when_it_is_served_without(run, place, tmp_path):
+    config = json.loads((place / "draft" / "config.json").read_text())
+    config["eyas"]["chat_template_kwargs"] = {"mood": "calm"}
+    shutil.copytree(place / "draft", tmp_path / "draft")
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
+    words = ["serve-command", tmp_path / "draft", "--engine", "vllm", "--target", with_moods(place, tmp_path)]
+    assert '# it was trained under the chat template\'s variables {"mood": "calm"}' in run(*words)[1]
+    assert "trained under" not in run(*words, "--chat-template-kwargs", '{"mood": "calm"}')[1]
+
+
+def with_moods(place: Path, folder: Path) -> Path:
+    """The target with a chat template that reads a variable."""
+    shutil.copytree(place / "target", folder / "moody")
+    path = folder / "moody" / "chat_template.jinja"
+    path.write_text("{{ mood }}" + path.read_text())
+    return folder / "moody"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

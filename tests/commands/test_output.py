@@ -90,6 +90,7 @@ def test_what_measures_a_draft_counts_the_tokens_that_the_target_writes(models, 
     for command in (["doctor", models / "draft", "--tokens", "8"], ["serve-command", models / "draft", "--engine", "vllm"]):
         _, out, err = run(*command, *words)
         assert re.search(r"the target answers: \d+ of \d+ tokens at most", err) and "the target answers" not in out
+    assert re.search(r"the draft is measured: \d of 7 steps", run("serve-command", models / "draft", "--engine", "vllm", *words)[2])
     assert re.search(r"the draft is measured: \d+ of \d+ readings", run("doctor", models / "draft", "--tokens", "8", *words)[2])
     _, _, err = run("plan", *words, "--draft", models / "draft", "--precision", "fp32")
     assert re.search(r"practice: \d+ of 300 tokens at most", err)

@@ -45,5 +45,5 @@ def test_the_demo_gives_that_reason_where_texts_part(tmp_path):
     for result, tokens in ((one, [1, 2]), (other, [1, 3])):
         object.__setattr__(result, "tokens", tokens)
     reason = why_texts_may_part(engine.target)
-    said = explain_parting(engine, "hi", one, other, "fp32")
+    said = explain_parting(engine, engine.encode("hi"), one, other, "fp32")
     assert "They part at token 2" in said and (f"rounds differently ({reason})" in said if reason else "Please report it" in said)

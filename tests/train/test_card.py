@@ -51,11 +51,11 @@ class Clock:
     def __init__(self, always: bool) -> None:
         self.always, self.runs = always, 0
 
-    def rows(self, engine, prompts, plans, report) -> list:
+    def rows(self, engine, prompts, plans, report, deadline=0.0) -> tuple[list, bool]:
         self.runs += 1
         slow = 3.0 if self.always or self.runs == 1 else 1.0
         plain = Generation(list(range(10)), slow, [Round(1, 0, 0)] * 9)
-        return [{"plain": plain, "lookup": Generation(list(range(10)), 1.0, [Round(1, 1, 0)] * 9)} for _ in prompts]
+        return [{"plain": plain, "lookup": Generation(list(range(10)), 1.0, [Round(1, 1, 0)] * 9)} for _ in prompts], True
 
 
 def test_a_speed_up_that_cannot_be_is_timed_again_and_else_marked(monkeypatch):
