@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from eyas.bench import speed as bench_speed
 from eyas.bench.figures import (
     Generation,
     Round,
@@ -268,6 +271,22 @@ def test_an_interrupt_shows_and_writes_what_is_done(options, tmp_path, capsys, m
     assert result["complete"] is False and result["conditions"]["prompt_count"] == 1
     assert all(len(figures["prompts"]) == 1 for figures in result["methods"].values())
     assert "INTERRUPTED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("deadline", "measured"), [(0.0, 1), (25.0, 2), (29.9, 2), (30.0, 3), (math.inf, 3)])
+def test_what_would_not_end_by_the_deadline_is_not_begun(engine, monkeypatch, deadline, measured):
+    """Each prompt takes ten seconds of a clock that stands still otherwise; the first is measured in any case."""
+    now = [0.0]
+
+    def ten_seconds(engine, prompt, request):
+        now[0] += 5.0
+        return generation(range(10), lengths=[1] * 9)
+
+    monkeypatch.setattr(bench_speed, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(bench_speed, "measure", ten_seconds)
+    result = run_bench(engine, PROMPTS, parse_methods("plain,lookup"), Request(seed=1, max_new_tokens=4), deadline=deadline)
+    assert result["conditions"]["prompt_count"] == measured and "complete" not in result
+    assert result.get("left_out", 0) == 3 - measured and now[0] == 10 * measured
 
 
 @pytest.mark.parametrize("place", [".", "missing/r.json"])

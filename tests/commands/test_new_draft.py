@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 import time
 from dataclasses import make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from eyas import cli
 from eyas.commands import new_draft
+from eyas.commands.output import terminal
 from eyas.train import card, forecast, writers
 from eyas.train import trainer as training
 from tests.commands.words import environment
 from tests.own_cache import own_cache
-from tests.tiny import save_tiny_target
+from tests.tiny import save_tiny_draft, save_tiny_target
+from tests.train.test_card import TOLD
 
 HOURS = "0.001"  # three seconds: one shard, and the steps that fit
 
@@ -45,13 +49,31 @@ def place(monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def amounts(place, monkeypatch) -> list[float]:
+    """Writing and training end at an amount, so that what comes of them hangs on no clock; the minutes that they were given."""
+    given = []
+
+    def tokens_for(minutes: float, **limits: float) -> writers.Limit:
+        given.append(minutes)
+        return writers.Limit(tokens=300, **limits)
+
+    monkeypatch.setattr(new_draft, "Limit", tokens_for)
+    budget = training.Budget
+    monkeypatch.setattr(training, "Budget", lambda minutes: (given.append(minutes), budget(steps=3))[1])
+    return given
+
+
 def words(target: Path, out: Path, *more: str) -> list[str]:
     return ["new-draft", str(target), "--hours", HOURS, "--out", str(out), *more]
 
 
-def test_one_command_makes_a_draft_that_tells_what_it_is(target, place, writes_here, capsys):
-    out = place / "draft"
+def test_one_command_makes_a_draft_that_tells_what_it_is(target, place, amounts, writes_here, capsys, monkeypatch):
+    out, own = place / "draft", new_draft.run_bench
+    monkeypatch.setattr(new_draft, "run_bench", lambda *given: own(*given[:-1]))
     assert cli.main(words(target, out)) == 0
+    shares = (new_draft.WRITING, new_draft.TRAINING)
+    assert amounts == pytest.approx([60 * float(HOURS) * share for share in shares])
     said = capsys.readouterr().out
     assert said.strip().endswith(f"eyas generate 'Tell me about hawks.' --target {target} --draft {out}")
     told, measured = json.loads((out / "training.json").read_text()), json.loads((out / "bench.json").read_text())
@@ -62,12 +84,33 @@ def test_one_command_makes_a_draft_that_tells_what_it_is(target, place, writes_h
     tau = measured["methods"]["eagle3@chain:2"]["tau"]
     assert f"| eagle3@chain:2 | chain:2 | {tau:.2f}" in text and tau >= 1
     assert (out / card.PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert told["data"]["answer_tokens"] > 0 and told["data"]["shards"]
+    assert told["data"]["answer_tokens"] >= 300 and told["data"]["shards"] and told["steps"] == 3
     assert cli.main(["generate", "hi", "--target", str(target), "--draft", str(out), "--max-new-tokens", "4", "--tree", "chain:2"]) == 0
     before = (out / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert cli.main(words(target, out)) == 0
     assert "is finished" in capsys.readouterr().out and (out / "model.safetensors").read_bytes() == before
+
+
+def test_what_there_is_no_time_to_measure_is_said(target, tmp_path, capsys, monkeypatch):
+    """One question is measured, however late it is; the card says how many were left out."""
+    out = save_tiny_draft(tmp_path / "draft", target)
+    (out / "training.json").write_text(json.dumps(TOLD | {"minutes": 6.0}))
+    options = SimpleNamespace(model=str(target), arguments=["new-draft"], first=[], plugins=[])
+    words = SimpleNamespace(directory=target, template=SimpleNamespace(chat=True))
+    job = SimpleNamespace(out=out, hours=0.2, words=words, studied=SimpleNamespace(chat_template_kwargs=None))
+    own, left = new_draft.run_bench, []
+
+    def late(*given):
+        left.append((given[-1] - time.monotonic()) / 60)
+        return own(*given[:-1], -math.inf)
+
+    monkeypatch.setattr(new_draft, "run_bench", late)
+    monkeypatch.setattr(new_draft, "METHODS", "plain,eagle3@chain:2")
+    new_draft.finish(options, job, new_draft.Run("", 0.2, "", 5.0), ["One?", "Two?", "Three?"], terminal(stderr=True))
+    assert "measured on 1 of 3 held-out questions: the time of --hours is over" in capsys.readouterr().err
+    assert left[0] < 1, "of twelve minutes writing took five and training six"
+    assert "Too few to say: 1 question of 3 could be asked in the time given" in (out / card.CARD).read_text()
 
 
 KILLED_HOURS = 0.004
@@ -152,7 +195,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, place, caps
     assert "GB are free" in lines[3] and not (place / "draft").exists() and not (place / "cache" / "selfplay").exists()
 
 
-def test_a_model_of_another_family_gets_a_draft_too(place, writes_here, capsys):
+def test_a_model_of_another_family_gets_a_draft_too(place, amounts, writes_here, capsys):
     """A GPT-NeoX, run by transformers, writes, trains its draft and is sped up by it: same text, real rounds."""
     base = save_tiny_target(place / "llama", 0, num_hidden_layers=7)
     torch.manual_seed(0)
