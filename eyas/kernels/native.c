@@ -494,32 +494,39 @@ typedef struct {
     const float *received; /* [others, rows, heads, width + 1] */
 } meeting;
 
-/* States of a row's head from this process's views. */
-static states states_of(const plan *p, const meeting *m, long head) {
+/* States of a head of a row, from this process's views, or of those received. [from, to): which there are. */
+static states states_of(const plan *p, const meeting *m, int received, long item, long *from, long *to) {
+    long row = item / p->heads, head = item % p->heads, apart = p->rows * p->heads * (p->width + 1);
+    if (received) {
+        const float *state = m->received + item * (p->width + 1);
+        *from = 0, *to = m->others;
+        return (states){state, state + p->width, apart, apart, m->shard};
+    }
+    *from = p->first[row], *to = p->first[row + 1];
     return (states){m->views + head * p->width, m->lse + head, p->heads * p->width, p->heads, p->shard};
 }
 
 /* Items [first, last) are heads of rows. own: for each item a state for each subtree (or one, the whole), and what `join` needs behind. */
-static void join_work(const plan *p, const meeting *m, long first, long last, float *own) {
+static void join_work(const plan *p, const meeting *m, int received, long first, long last, float *own) {
     long d = p->width, kept = m->own ? m->own : 1;
     float *behind = own + (last - first) * kept * (d + 1);
     for (long item = first; item < last; item++)
         for (long k = 0; k < kept; k++, own += d + 1) {
-            long row = item / p->heads, from = p->first[row], to = p->first[row + 1];
-            long low = m->own ? m->low[k] : 0, size = m->own ? m->size[k] : p->shards;
-            while (from < to && p->shard[from] < low) from++;
-            while (to > from && p->shard[to - 1] >= low + size) to--;
-            join(states_of(p, m, item % p->heads), from, to, low, size, own, behind, d);
+            long from, to, low = m->own ? m->low[k] : 0, size = m->own ? m->size[k] : p->shards;
+            states s = states_of(p, m, received, item, &from, &to);
+            while (from < to && s.shard[from] < low) from++;
+            while (to > from && s.shard[to - 1] >= low + size) to--;
+            join(s, from, to, low, size, own, behind, d);
         }
 }
 
+/* As `join_work`, from the received states to the whole. */
 static void meet_work(const plan *p, const meeting *m, long first, long last, float *own) {
-    long d = p->width, apart = p->rows * p->heads * (d + 1);
-    float *behind = own + (last - first) * (d + 1);
-    for (long item = first; item < last; item++, own += d + 1) {
-        const float *received = m->received + item * (d + 1);
-        states s = {received, received + d, apart, apart, m->shard};
-        join(s, 0, m->others, 0, p->shards, own, behind, d);
+    float *behind = own + (last - first) * (p->width + 1);
+    for (long item = first; item < last; item++, own += p->width + 1) {
+        long from, to;
+        states s = states_of(p, m, 1, item, &from, &to);
+        join(s, from, to, 0, p->shards, own, behind, p->width);
     }
 }
 
@@ -544,6 +551,37 @@ static long join_memory(const plan *p, const meeting *m) {
     long least, most;
     heads_in_tasks(p, &least, &most);
     return (most * largest(1, m->own) + LEVELS) * (p->width + 1);
+}
+
+typedef struct {
+    plan p;
+    meeting m;
+    int received;
+} joining;
+
+static long joining_of(const job *j, long phase, long *least, long *most) {
+    (void)phase;
+    return heads_in_tasks(&((const joining *)j->copied)->p, least, most);
+}
+
+static void joining_part(const job *j, long phase, long first, long last, float *own) {
+    const joining *a = (const joining *)j->copied;
+    (void)phase;
+    join_work(&a->p, &a->m, a->received, first, last, own);
+}
+
+static void joining_keep(const job *j, long phase, long first, long last, const float *own) {
+    const joining *a = (const joining *)j->copied;
+    (void)phase;
+    keep_sent(&a->p, &a->m, first, last, own);
+}
+
+/* Joins states of this process's views, or received ones, to those of the subtrees m->low, m->size: m->sent. Returns as `run` does. */
+int eyas_join(const plan *p, const meeting *m, int received, int threads) {
+    joining a = {*p, *m, received};
+    job j = {1, threads, join_memory(p, m), joining_of, joining_part, joining_keep};
+    memcpy(j.copied, &a, sizeof a);
+    return run(&j);
 }
 
 typedef struct {
@@ -728,7 +766,7 @@ static void pass_work(const job *j, long phase, long first, long last, float *ow
     }
     const layer *l = s->layers + number;
     if (step == LOOK) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
-    else if (step == JOIN) join_work(&s->p, &s->m, first, last, own);
+    else if (step == JOIN) join_work(&s->p, &s->m, 0, first, last, own);
     else if (step == MEET) meet_work(&s->p, &s->m, first, last, own);
     else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) {
         const matrix *m = matrix_of(l, step);

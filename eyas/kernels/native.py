@@ -80,6 +80,7 @@ def kernel() -> ctypes.CDLL | None:
     cache = [pointer, pointer, whole, long]
     end = [pointer, ctypes.POINTER(Meeting), long, long, whole]
     library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, *end]
+    library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole, whole]
     library.eyas_phases.restype = library.eyas_joined.restype = long
     library.eyas_computed_again.restype = long
     return library
@@ -265,6 +266,22 @@ class Meeting(ctypes.Structure):
         ("others", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in ("shard", "received")),
     ]
+
+
+def joined(states: Tensor, firsts: Tensor, wanted: tuple[Tensor, Tensor], shards: int) -> Tensor:
+    """States of subtrees of the tree over all shards, joined to those of larger ones.
+
+    `states`: float32 [n, R, H, d + 1], contiguous, of subtrees whose first shards are `firsts` [n], ascending. `wanted`: the first shards
+    and the sizes [m] of those that are made. Numbers are int64. Returns [m, R, H, d + 1].
+    """
+    count, rows, heads, state = states.shape
+    low, size = wanted
+    made = states.new_empty(len(low), rows, heads, state)
+    plan = Plan(rows, 0, heads, heads, state - 1, 0, 0, *[None] * 9, shards)
+    numbers = (each.data_ptr() for each in (low, size, made))
+    meeting = Meeting(None, None, len(low), *numbers, count, firsts.data_ptr(), states.data_ptr())
+    settled(library().eyas_join(plan, meeting, True, threads()), states, firsts, wanted, made)
+    return made
 
 
 def attends(keys: Tensor) -> bool:

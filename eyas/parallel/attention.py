@@ -16,37 +16,8 @@ from eyas.kernels import native
 from eyas.kernels.attention import Attend, NativeAttention, PassAttention, attention_with_lse
 from eyas.model.rows import Segment
 from eyas.parallel.cache import ShardedCache, row_plan, seen_mask
-from eyas.parallel.peers import Peers
-from eyas.parallel.states import State, empty, join
-
-
-class Exchange:
-    """The states of one layer's rows: what this process has, and what all have together."""
-
-    def __init__(self, cache: ShardedCache, peers: Peers) -> None:
-        layout = cache.layout
-        self.peers, self.shards = peers, layout.shards
-        parts = [layout.subtrees(*layout.range_of(rank, peers.count)) for rank in range(peers.count)]
-        self.own = parts[peers.rank]
-        self.most = max(map(len, parts))
-        self.all = [subtree for part in parts for subtree in part]
-        self.places = [rank * self.most + number for rank, part in enumerate(parts) for number in range(len(part))]
-
-    def gathered(self, sent: Tensor) -> Tensor:
-        """States of all subtrees [subtrees, R, H, d + 1], from this process's [most, R, H, d + 1], which ends in empty ones."""
-        received = self.peers.gather(sent).flatten(0, 1)
-        return received if len(self.places) == len(received) else received[torch.tensor(self.places, device=received.device)]
-
-    def joined(self, known: dict[tuple[int, int], State], nothing: State) -> State:
-        """The state over all keys, from this process's states by (shard, 1). `nothing`: that of rows which saw no key."""
-        if self.peers.count == 1:
-            whole = join(known, 0, self.shards)
-            return nothing if whole is None else whole
-        mine = [nothing if (state := join(known, *subtree)) is None else state for subtree in self.own]
-        everyone = self.gathered(torch.stack([*mine, *[nothing] * (self.most - len(mine))]))
-        whole = join(dict(zip(self.all, everyone.unbind(0), strict=True)), 0, self.shards)
-        assert whole is not None, "all subtrees together are the whole"
-        return whole
+from eyas.parallel.schedules import Exchange, NativeJoin
+from eyas.parallel.states import State, empty
 
 
 class ShardedAttention(NativeAttention):
@@ -68,10 +39,11 @@ class ShardedAttention(NativeAttention):
         """Make room for the states of a layer."""
         exchange, rows, views = self.exchange, sum(self.counts), len(self.rows.slot)
         alone, state = exchange.peers.count == 1, (rows, heads, width + 1)
+        self.schedule = exchange.schedule(4 * rows * heads * (width + 1))
         self.out, self.lse = torch.empty(views, heads, width), torch.empty(views, heads)
         self.sent = torch.full((0 if alone else exchange.most, *state), float("-inf"))
-        self.received = torch.empty(0 if alone else len(exchange.all), *state)
-        own, everyone = ([], []) if alone else (exchange.own, exchange.all)
+        own, everyone = ([], []) if alone else (exchange.own, self.schedule.subtrees)
+        self.received = torch.empty(len(everyone), *state)
         self.low, self.size, self.shard = (
             torch.tensor(numbers, dtype=torch.int64)
             for numbers in ([low for low, _ in own], [size for _, size in own], [low for low, _ in everyone])
@@ -88,10 +60,10 @@ class ShardedAttention(NativeAttention):
         if self.exchange.peers.count == 1:
             yield 0, -1
             return
-        begin, phases, joined = 0, native.library().eyas_phases(), native.library().eyas_joined()
+        begin, phases, joined, join = 0, native.library().eyas_phases(), native.library().eyas_joined(), NativeJoin(self.exchange.shards)
         for layer in range(layers):
             yield begin, layer * phases + joined
-            self.received.copy_(self.exchange.gathered(self.sent))
+            self.received.copy_(self.schedule.carry(self.sent, join))
             begin = layer * phases + joined
         yield begin, -1
 
@@ -144,6 +116,5 @@ class PlainShardedAttention:
         return attend
 
 
-def attention_over(peers: Peers, cache: ShardedCache, segments: Sequence[Segment], group: int) -> PassAttention:
-    exchange = Exchange(cache, peers)
+def attention_over(exchange: Exchange, cache: ShardedCache, segments: Sequence[Segment], group: int) -> PassAttention:
     return (ShardedAttention if native.attends(cache.keys) else PlainShardedAttention)(cache, segments, exchange)

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -37,6 +37,13 @@ def join_group(device: str, timeout: timedelta) -> bool:
         importlib.import_module("torch.distributed.nn.functional")
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return True
+
+
+class Group(NamedTuple):
+    """Some of the processes, among which messages pass that the others do not see."""
+
+    count: int
+    handle: Any  # as torch.distributed knows it
 
 
 class Peers:
@@ -67,15 +74,26 @@ class Peers:
     def first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, state: Tensor) -> Tensor:
-        """[count, ..]: every process's tensor of this shape, in the order of ranks."""
-        began, everyone = time.perf_counter(), state.new_empty(self.count * state.numel())
+    def gather(self, state: Tensor, name: str = "gather", group: Group | None = None) -> Tensor:
+        """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`."""
+        count = self.count if group is None else group.count
+        began, everyone = time.perf_counter(), state.new_empty(count * state.numel())
         try:
-            GATHER(everyone, state.flatten())
+            GATHER(everyone, state.flatten(), group=None if group is None else group.handle)
         except RuntimeError as error:
             raise self.lost(error) from None
-        self.seen("gather", state.nbytes * (self.count - 1), began)
-        return everyone.view(self.count, *state.shape)
+        self.seen(name, state.nbytes * (count - 1), began)
+        return everyone.view(count, *state.shape)
+
+    def scatter(self, parts: Tensor, name: str = "scatter", group: Group | None = None) -> Tensor:
+        """[count, ..]: this process's part of every process's `parts` [count, ..], of one shape, in the order of ranks."""
+        began, everyone = time.perf_counter(), torch.empty_like(parts, memory_format=torch.contiguous_format)
+        try:
+            distributed.all_to_all_single(everyone, parts.contiguous(), group=None if group is None else group.handle)
+        except RuntimeError as error:
+            raise self.lost(error) from None
+        self.seen(name, parts.nbytes // len(parts) * (len(parts) - 1), began)
+        return everyone
 
     def tell(self, message: Any = None) -> Any:
         """The first process's message, in all."""
@@ -98,6 +116,12 @@ class Peers:
         self.seen("tell", PACKET + len(rest), began)
         return pickle.loads(torch.cat([first, rest])[8:length].numpy().tobytes())
 
+    @property
+    def carried(self) -> tuple[int, int]:
+        """How many messages carried states so far, and their bytes as this process received them."""
+        names = [name for name in self.calls if name != "tell"]
+        return sum(self.calls[name] for name in names), sum(self.bytes[name] for name in names)
+
     def seen(self, what: str, size: int, began: float) -> None:
         self.calls[what] += 1
         self.bytes[what] += size
@@ -107,12 +131,21 @@ class Peers:
         """Raise `EyasError` in every process where one differs from the first in a fact, such as the version of eyas."""
         if self.count == 1:
             return
-        everyone: list[Any] = [None] * self.count
-        distributed.all_gather_object(everyone, list(facts), group=self.control)
+        everyone = self.everyones(list(facts))
         for rank, found in enumerate(everyone):
             for name, one, first in zip(names, found, everyone[0], strict=True):
                 if one != first:
                     raise EyasError(f"process {rank + 1} of {self.count} has another {name} ({one}) than the first ({first})")
+
+    def everyones(self, fact: Any) -> list[Any]:
+        """What each process says, in the order of ranks."""
+        everyone: list[Any] = [None] * self.count
+        distributed.all_gather_object(everyone, fact, group=self.control)
+        return everyone
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """These processes; called in all processes, for the same groups in one order."""
+        return Group(len(ranks), distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout)))
 
     @property
     def store(self) -> Any:

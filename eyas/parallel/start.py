@@ -1,10 +1,11 @@
 """Processes begin to share a text's keys: they meet, see that they are alike, and all but the first follow.
 
-Knows directories, versions and the kernel; knows nothing of passes.
+`EYAS_SCHEDULE` names one of schedules.py's for all passes. Knows directories, versions and the kernel; knows nothing of passes.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.target import ShardedTarget, follow
 
-ALIKE = ("version of eyas", "target", "precision", "kernel", "layout")  # else a process's part of the sums would be another
+ALIKE = ("version of eyas", "target", "precision", "kernel", "layout", "schedule")  # else a process's part of the sums would be another
 
 
 def check_shareable(model: TargetModel) -> Target:
@@ -42,9 +43,10 @@ def check_shareable(model: TargetModel) -> Target:
 def begin(model: TargetModel, directory: Path, precision: str, layout: Layout, peers: Peers) -> TargetModel:
     """The target with its caches sharded over the processes. In all but the first this does not return: they follow the first one's passes
     and exit when it ends. Raises `EyasError` in every process where one is not like the first."""
-    target = ShardedTarget(check_shareable(model), layout, peers)
+    model, schedule = check_shareable(model), os.environ.get("EYAS_SCHEDULE", "auto")
     if peers.count > 1:
-        peers.agree((version("eyas"), directory_hash(directory)[:16], precision, kernel_name(), str(layout)), ALIKE)
+        peers.agree((version("eyas"), directory_hash(directory)[:16], precision, kernel_name(), str(layout), schedule), ALIKE)
+    target = ShardedTarget(model, layout, peers, schedule)
     if peers.first:
         return cast("TargetModel", target)  # what it does not have itself it has from the target it wraps
     if threading.current_thread() is threading.main_thread():  # Ctrl-C reaches all processes; the first one's end is the others'

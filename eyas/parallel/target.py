@@ -26,13 +26,16 @@ from eyas.parallel.attention import attention_over
 from eyas.parallel.cache import ShardedCache
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
+from eyas.parallel.schedules import Exchange
 
 
 class ShardedTarget:
     """A target like the one it wraps, but for its caches. In the first process each pass is told to the others before it runs."""
 
-    def __init__(self, target: TargetModel, layout: Layout, peers: Peers) -> None:
+    def __init__(self, target: TargetModel, layout: Layout, peers: Peers, schedule: str = "auto") -> None:
+        """`schedule`: how states pass between processes (schedules.py), the same in all of them."""
         self.target, self.layout, self.peers = target, layout, peers
+        self.exchange = Exchange(layout, peers, schedule)
         self.held = layout.range_of(peers.rank, peers.count)
         self.numbers = itertools.count()
         self.named: weakref.WeakKeyDictionary[ShardedCache, int] = weakref.WeakKeyDictionary()
@@ -66,7 +69,7 @@ class ShardedTarget:
     def made(self, slots: int, capacity: int) -> ShardedCache:
         config, kind = self.target.config, (self.target.dtype, self.target.device)
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-        return ShardedCache(shape, slots, capacity, kind, self.layout, self.held, partial(attention_over, self.peers))
+        return ShardedCache(shape, slots, capacity, kind, self.layout, self.held, partial(attention_over, self.exchange))
 
     def __call__(self, rows: Rows, cache: Any, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         if not isinstance(cache, ShardedCache):
@@ -99,16 +102,16 @@ class ShardedTarget:
 
     def facts(self) -> dict[str, Any]:
         """How the keys lay and what passed between the processes so far, for a result."""
-        peers = self.peers
+        peers, (carried, size) = self.peers, self.peers.carried
         return {
             "processes": peers.count,
             "shards": self.layout.shards,
             "block": self.layout.block,
             "passes": self.passes,
-            "collectives": peers.calls["gather"],
+            "collectives": carried,
             "messages": peers.calls["tell"],
-            "bytes": peers.bytes["gather"] + peers.bytes["tell"],
-            "seconds_waited": round(peers.seconds["gather"] + peers.seconds["tell"], 3),
+            "bytes": size + peers.bytes["tell"],
+            "seconds_waited": round(sum(peers.seconds.values()), 3),
         }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from eyas.config import EyasError
-from eyas.parallel.start import check_shareable
+from eyas.parallel.layout import Layout
+from eyas.parallel.peers import Peers
+from eyas.parallel.start import begin, check_shareable
 from tests.tiny import tiny_target
 
 
@@ -26,3 +30,9 @@ def test_another_is_refused_in_one_line(model, words):
     with pytest.raises(EyasError, match=words) as told:
         check_shareable(model())
     assert "\n" not in str(told.value)
+
+
+def test_a_schedule_of_another_name_is_refused(monkeypatch):
+    monkeypatch.setenv("EYAS_SCHEDULE", "ring")
+    with pytest.raises(EyasError, match=r"schedule must be one of auto, .* not 'ring'"):
+        begin(tiny_target(), Path(), "fp32", Layout(), Peers())
