@@ -70,9 +70,9 @@ class NativeAttention:
             self.plans[key] = self.rows.shape(*key, self.cache.keys[0])
         return self.plans[key]
 
-    def stages(self, layers: int) -> Iterator[tuple[int, int]]:
+    def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
         """The phases of this many layers that the kernel does one after another, as (first, last); -1: the end. What must happen between
-        two stages happens when the next one is asked for."""
+        two stages happens when the next one is asked for. `qkv` [N, ..]: where the kernel leaves a layer's queries, keys and values."""
         yield 0, -1
 
     def layer(self, layer: int) -> Attend:

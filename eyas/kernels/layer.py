@@ -80,7 +80,8 @@ class NativeLayers:
         (cos, sin), wanted = rotation, (ctypes.c_long * len(taps))(*sorted(taps))
         cached = (keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, keys.stride(0) * keys.element_size())
         turning = (cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
-        for stage in attention.stages(len(self.layers)):
+        qkv = scratch.view(-1)[: N * some.layer.qkv.outputs].view(N, -1)
+        for stage in attention.stages(len(self.layers), qkv):
             lagging = native.library().eyas_layers(
                 plan, self.array, len(self.layers), x_NH.data_ptr(), given, *turning, *cached,
                 wanted, len(taps), features.data_ptr(), scratch.data_ptr(), attention.meeting, *stage, native.threads(),

@@ -832,8 +832,10 @@ int eyas_layers(const plan *p, const layer *layers, long count, float *x, const 
     return run(&j);
 }
 
-/* Phases of a layer, and those after which a process of several waits for the others' states. */
+/* Phases of a layer; those after which queries, keys and values lie in scratch [rows, outputs of qkv]; and those after which a process of
+ * several waits for the others' states. */
 long eyas_phases(void) { return PHASES; }
+long eyas_turned(void) { return LOOK; }
 long eyas_joined(void) { return MEET; }
 
 _Static_assert(sizeof(pass) <= sizeof(((job *)0)->copied), "a job's facts fit");

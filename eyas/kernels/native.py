@@ -81,7 +81,7 @@ def kernel() -> ctypes.CDLL | None:
     end = [pointer, ctypes.POINTER(Meeting), long, long, whole]
     library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, *end]
     library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole, whole]
-    library.eyas_phases.restype = library.eyas_joined.restype = long
+    library.eyas_phases.restype = library.eyas_turned.restype = library.eyas_joined.restype = long
     library.eyas_computed_again.restype = long
     return library
 
@@ -282,6 +282,16 @@ def joined(states: Tensor, firsts: Tensor, wanted: tuple[Tensor, Tensor], shards
     meeting = Meeting(None, None, len(low), *numbers, count, firsts.data_ptr(), states.data_ptr())
     settled(library().eyas_join(plan, meeting, True, threads()), states, firsts, wanted, made)
     return made
+
+
+def joined_views(plan: RowPlan, out: Tensor, lse: Tensor, wanted: tuple[Tensor, Tensor], sent: Tensor) -> None:
+    """What views of shards left, float32 out [n, H * d] and lse [n, H], joined to states of the subtrees `wanted` (as in `joined`): float32
+    sent [m, R, H, d + 1], which may have room for more of them."""
+    heads = lse.shape[1]
+    low, size = wanted
+    shape = plan.shape(heads, heads, 0, sent[..., :-1])
+    meeting = Meeting(out.data_ptr(), lse.data_ptr(), len(low), *(each.data_ptr() for each in (low, size, sent)), 0, None, None)
+    settled(library().eyas_join(shape, meeting, False, threads()), plan, out, lse, wanted, sent)
 
 
 def attends(keys: Tensor) -> bool:

@@ -153,15 +153,23 @@ class Target(nn.Module):
         logits_of: Tensor | slice | None,
     ) -> Output:
         """The pass itself, once its attention says which rows see which."""
+        hidden_NH, features = self.states(tokens_N, positions_N, attention, taps)
+        return self.output(hidden_NH, features, taps, logits_of)
+
+    def states(self, tokens_N: Tensor, positions_N: Tensor, attention: PassAttention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states [N, H] after the final norm, in float32 where the kernel computes them, and the inputs of the tapped
+        layers [N, taps * H] (none for LAST_HIDDEN)."""
         x_NH = F.embedding(tokens_N, self.model.embed_tokens.weight)
         inner = () if taps == LAST_HIDDEN else taps
         if self.native and isinstance(attention, NativeAttention):
-            hidden_NH, features = self.native_layers(self.native, x_NH, positions_N, attention, inner)
-        else:
-            hidden_NH, features = self.plain_layers(x_NH, positions_N, attention, inner)
+            return self.native_layers(self.native, x_NH, positions_N, attention, inner)
+        return self.plain_layers(x_NH, positions_N, attention, inner)
+
+    def output(self, hidden_NH: Tensor, features: Tensor | None, taps: Sequence[int], logits_of: Tensor | slice | None) -> Output:
+        """What a pass gives, of its `states`."""
         logits_MV = self.head(hidden_NH if logits_of is None else hidden_NH[logits_of])
         wide = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
-        hidden_NH = hidden_NH.to(x_NH.dtype)
+        hidden_NH = hidden_NH.to(self.dtype)
         return Output(logits_MV.to(wide), hidden_NH if taps == LAST_HIDDEN else features, hidden_NH)
 
     def plain_layers(

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eyas.kernels import native
 from eyas.kernels.attention import Attend, NativeAttention, PassAttention, attention_with_lse
 from eyas.model.rows import Segment
 from eyas.parallel.cache import ShardedCache, row_plan, seen_mask
-from eyas.parallel.schedules import Exchange, NativeJoin
+from eyas.parallel.schedules import Exchange, NativeJoin, in_shares
 from eyas.parallel.states import State, empty
 
 
@@ -56,7 +57,7 @@ class ShardedAttention(NativeAttention):
             *(part.data_ptr() for part in (self.shard, self.received)),
         )
 
-    def stages(self, layers: int) -> Iterator[tuple[int, int]]:
+    def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
         if self.exchange.peers.count == 1:
             yield 0, -1
             return
@@ -84,6 +85,68 @@ class ShardedAttention(NativeAttention):
             return self.exchange.joined(known, nothing)[..., :d].reshape(R, H * d).to(q.dtype)
 
         return attend
+
+
+class SharedOutAttention(ShardedAttention):
+    """Rows of one text in equal shares: each process computes the layers of its share alone. Queries, keys and values of all rows go to all
+    processes, each attends over its shards for all rows, and the states go back to the rows' own processes: two messages a layer, and every
+    sum is that of rows computed everywhere."""
+
+    def __init__(self, cache: ShardedCache, segment: Segment, exchange: Exchange) -> None:
+        super().__init__(cache, [segment], exchange)
+        peers = exchange.peers
+        self.share = -(-segment.count // peers.count)
+        self.mine = slice(peers.rank * self.share, min((peers.rank + 1) * self.share, segment.count))
+
+    def prepare(self, heads: int, width: int) -> None:
+        exchange, own, rows = self.exchange, self.exchange.own, self.mine.stop - self.mine.start
+        level = exchange.schedules["gather"].levels[0]
+        self.level, self.heads = level, heads
+        self.sent = torch.full((exchange.most, sum(self.counts), heads, width + 1), float("-inf"))
+        self.received = torch.empty(len(level.given), rows, heads, width + 1)
+        self.wanted = torch.tensor([low for low, _ in own]), torch.tensor([size for _, size in own])
+        self.shard = torch.tensor([low for low, _ in level.given])
+        self.meeting = native.Meeting(
+            None, None, len(own), None, None, None, len(level.given), self.shard.data_ptr(), self.received.data_ptr()
+        )
+        nothing, none = torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        self.all, home = self.rows, torch.full((rows,), -1)  # their keys are written with all the others
+        self.rows = native.RowPlan(home, nothing[1:], none, none, nothing[:1], none, none, none, nothing, self.exchange.shards)
+
+    def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
+        begin, library = 0, native.library()
+        phases, turned, joined = library.eyas_phases(), library.eyas_turned(), library.eyas_joined()
+        for layer in range(layers):
+            yield begin, layer * phases + turned
+            self.attend(qkv, self.cache.keys[layer], self.cache.values[layer])
+            begin = layer * phases + joined
+        yield begin, -1
+
+    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Let the states of this process's rows lie where the kernel takes them."""
+        heads, kv_heads, d, peers = self.heads, keys.shape[1], keys.shape[-1], self.exchange.peers
+        q, k, v, _ = qkv.split([heads * d, kv_heads * d, kv_heads * d, qkv.shape[1] - (heads + 2 * kv_heads) * d], 1)
+        sent = packed([q, k.to(keys.dtype), v.to(keys.dtype)], self.share)  # keys and values as the cache rounds them
+        everyone = peers.gather(sent, "queries").flatten(0, 1)[: sum(self.counts)]
+        widths = [(heads * d, torch.float32), (kv_heads * d, keys.dtype), (kv_heads * d, keys.dtype)]
+        q, k, v = (part.unflatten(1, (-1, d)) for part in unpacked(everyone, widths))
+        lse = torch.empty(len(self.all.slot), heads)
+        out = native.attention(q, k, v, keys, values, self.all, lse)
+        native.joined_views(self.all, out, lse, self.wanted, self.sent)
+        states = self.level.picked(peers.scatter(in_shares(self.sent, peers.count), "states").flatten(0, 1))
+        self.received.copy_(states[:, : self.received.shape[1]])
+
+
+def packed(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """Rows [R, ..] of several number formats side by side as bytes [rows, ..], filled up."""
+    together = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+    return F.pad(together, (0, 0, 0, rows - len(together)))
+
+
+def unpacked(rows: Tensor, widths: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """The parts of `packed` rows, of these widths and number formats."""
+    parts = rows.split([width * dtype.itemsize for width, dtype in widths], 1)
+    return [part.contiguous().view(dtype) for part, (_, dtype) in zip(parts, widths, strict=True)]
 
 
 class PlainShardedAttention:

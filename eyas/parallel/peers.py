@@ -85,6 +85,17 @@ class Peers:
         self.seen(name, state.nbytes * (count - 1), began)
         return everyone.view(count, *state.shape)
 
+    def collect(self, tensor: Tensor, name: str) -> Tensor | None:
+        """In the first process [count, ..]: every process's tensor of this shape, in the order of ranks; None in the others."""
+        began = time.perf_counter()
+        everyone = tensor.new_empty(self.count, *tensor.shape) if self.first else None
+        try:
+            distributed.gather(tensor, None if everyone is None else list(everyone.unbind(0)))
+        except RuntimeError as error:
+            raise self.lost(error) from None
+        self.seen(name, tensor.nbytes * (self.count - 1) if self.first else 0, began)
+        return everyone
+
     def scatter(self, parts: Tensor, name: str = "scatter", group: Group | None = None) -> Tensor:
         """[count, ..]: this process's part of every process's `parts` [count, ..], of one shape, in the order of ranks."""
         began, everyone = time.perf_counter(), torch.empty_like(parts, memory_format=torch.contiguous_format)

@@ -21,19 +21,23 @@ from torch import Tensor
 from eyas.config import EyasError
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
-from eyas.model.target import Output
-from eyas.parallel.attention import attention_over
+from eyas.model.target import Output, Target
+from eyas.parallel.attention import SharedOutAttention, attention_over, packed, unpacked
 from eyas.parallel.cache import ShardedCache
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.schedules import Exchange
 
+SPARED = 64  # rows; what is measured stands in docs/tree-attention.md
+
 
 class ShardedTarget:
     """A target like the one it wraps, but for its caches. In the first process each pass is told to the others before it runs."""
 
-    def __init__(self, target: TargetModel, layout: Layout, peers: Peers, schedule: str = "auto") -> None:
-        """`schedule`: how states pass between processes (schedules.py), the same in all of them."""
+    def __init__(self, target: TargetModel, layout: Layout, peers: Peers, schedule: str = "auto", spared: int = SPARED) -> None:
+        """`schedule`: how states pass between processes (schedules.py); `spared`: rows of a pass that a process must be spared, if each is
+        to compute a share of them. Both are the same in all processes."""
+        self.spared = spared
         self.target, self.layout, self.peers = target, layout, peers
         self.exchange = Exchange(layout, peers, schedule)
         self.held = layout.range_of(peers.rank, peers.count)
@@ -79,9 +83,31 @@ class ShardedTarget:
         if self.peers.count > 1:
             segments = [(each.slot, each.count, None if each.mask is None else np.packbits(each.mask.numpy())) for each in rows.segments]
             tokens, positions = (each.numpy().astype(np.int32) for each in (rows.tokens, rows.positions))
-            self.peers.tell(("pass", self.named[cache], gone, told, tokens, positions, segments))
+            self.peers.tell(("pass", self.named[cache], gone, told, tokens, positions, segments, tuple(taps)))
         self.passes += 1
-        return self.target(rows, cache, taps, logits_of)
+        return self.run(rows, cache, taps, logits_of)
+
+    def run(self, rows: Rows, cache: ShardedCache, taps: Sequence[int], logits_of: Tensor | slice | None) -> Output:
+        """One pass, which all processes run at once. What it gives is whole in the first process alone."""
+        if not self.shares_out(rows):
+            return self.target(rows, cache, taps if self.peers.first else (), logits_of)
+        assert isinstance(self.target, Target)
+        attention = SharedOutAttention(cache, rows.segments[0], self.exchange)
+        hidden, features = self.target.states(rows.tokens[attention.mine], rows.positions[attention.mine], attention, taps)
+        parts = [hidden] if features is None else [hidden, features]
+        everyone = self.peers.collect(packed(parts, attention.share), "features")
+        if everyone is not None:
+            hidden, *others = unpacked(everyone.flatten(0, 1)[: len(rows.tokens)], [(part.shape[1], part.dtype) for part in parts])
+            features = others[0] if others else None
+        return self.target.output(hidden, features, taps, logits_of if self.peers.first else slice(-1, None))
+
+    def shares_out(self, rows: Rows) -> bool:
+        """Whether each process computes a share of these rows alone: a part of one prompt, by the native kernel, which computes a row to
+        the same bits whatever rows are beside it, and where that spares each process some rows."""
+        count, number, segment = self.peers.count, len(rows.tokens), rows.segments[0]
+        if count == 1 or len(rows.segments) > 1 or segment.mask is not None or not self.target.rows_stand_alone:
+            return False
+        return number - -(-number // count) >= self.spared and number > (count - 1) ** 2  # else some would have none
 
     def stop(self) -> None:
         """Let the others end. Called once, when the first process ends."""
@@ -137,14 +163,14 @@ def run_passes(target: ShardedTarget) -> None:
             number, slots, capacity = words
             caches[number] = target.made(slots, capacity)
             continue
-        number, gone, told, tokens, positions, packed = words
+        number, gone, told, tokens, positions, masks, taps = words
         for each in gone:
             caches.pop(each, None)
         caches[number].follow(told)
-        segments = [Segment(slot, count, unpacked(mask, count)) for slot, count, mask in packed]
+        segments = [Segment(slot, count, whole_mask(mask, count)) for slot, count, mask in masks]
         rows = Rows(torch.from_numpy(tokens).long(), torch.from_numpy(positions).long(), segments)
-        target.target(rows, caches[number], (), slice(-1, None))
+        target.run(rows, caches[number], taps, slice(-1, None))
 
 
-def unpacked(mask: np.ndarray | None, count: int) -> Tensor | None:
+def whole_mask(mask: np.ndarray | None, count: int) -> Tensor | None:
     return None if mask is None else torch.from_numpy(np.unpackbits(mask)[: count * count].reshape(count, count).astype(bool))
