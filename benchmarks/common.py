@@ -84,9 +84,12 @@ def in_turn(items: Sequence[T], number: int) -> list[T]:
 # ---- what is measured ----
 
 
-def engine_for(given: argparse.Namespace, precision: str = PRECISIONS[0], draft: str | None = None) -> Engine:
+def engine_for(
+    given: argparse.Namespace, precision: str = PRECISIONS[0], draft: str | None = None, context_parallel: bool = False
+) -> Engine:
     """The embedded target with the bundled draft, or another; under --quick the tiny ones."""
-    return eyas.load(tiny().target, tiny().draft, precision=precision) if given.quick else eyas.load(draft=draft, precision=precision)
+    models = {"target": tiny().target, "draft": tiny().draft} if given.quick else {"draft": draft}
+    return eyas.load(**models, precision=precision, context_parallel=context_parallel)
 
 
 def target_for(given: argparse.Namespace) -> Path:

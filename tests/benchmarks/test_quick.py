@@ -17,6 +17,7 @@ import torch
 import eyas
 from eyas import cli
 from eyas.kernels import native
+from eyas.parallel.peers import PACKET
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
@@ -178,9 +179,55 @@ def test_busy_machine(found, monkeypatch):
 
 
 def test_tree_attention(found):
-    rows = found("tree_attention")
-    assert [(row["processes"], row["context"], row["rows"]) for row in rows] == [(2, 300, 1), (2, 300, 4)]
-    for row in rows:
+    told = found("tree_attention")
+    assert [(row["processes"], row["context"], row["rows"]) for row in told["passes"]] == [(2, 300, 1), (2, 300, 4)]
+    held = 172  # of 300 positions in blocks of 64, those of three whole blocks at most
+    for row in told["passes"]:
         assert row["collectives_a_layer"] == 1
         assert row["tree_bytes"] == 8 * row["rows"] * 4 * (8 + 1) * 4, "layers, rows, heads, a state of width 8, float32"
-        assert row["ring_bytes"] == 8 * 2 * 2 * 128 * 8 * 2, "layers, keys and values, key heads, the other's positions, width, bfloat16"
+        assert row["ring_bytes"] == row["keys_bytes"] == 8 * 2 * 2 * held * 8 * 2, "layers, keys and values, key heads, width, bfloat16"
+    for row in told["tokens"]:
+        assert row["collectives_a_token"] == pytest.approx(8 / row["tau"], abs=0.01), "a gather a layer, for all tokens of a pass"
+    plain, drafted = told["tokens"]
+    assert plain["bytes_a_token"] == 8 * 4 * (8 + 1) * 4 + PACKET, "states, and what the pass was told"
+    most = (8 * 4 * 4 * (8 + 1) * 4 + PACKET) / drafted["tau"]
+    assert PACKET / drafted["tau"] < drafted["bytes_a_token"] <= most, "trees are smaller where a text is about to end"
+    assert [(row["processes"], row["kind"]) for row in told["memory"]] == [(1, "tree"), (1, "ring"), (2, "tree"), (2, "ring")]
+    assert all(0 < row["keys_mb"] <= row["room_mb"] for row in told["memory"])
+
+
+def test_tree_attention_network(found):
+    """Without a network of its own: both ways run, and the model says something of each."""
+    told = found("tree_attention_network")
+    assert [(row["rows"], row["kind"]) for row in told["rows"]] == [(1, "tree"), (1, "ring"), (4, "tree"), (4, "ring")]
+    for row in told["rows"]:
+        size = row["rows"] * 4 * (8 + 1) * 4 if row["kind"] == "tree" else 2 * 2 * 150 * 8 * 2
+        assert row["bytes"] == 8 * size, "states of rows, or the other's keys and values"
+        assert row["model_ms"] > row["alone_ms"] > 0 or row["kind"] == "ring"
+
+
+def test_tree_attention_model(found):
+    """More devices cost a ring more and trees less, until meeting costs more than reading; beyond a node the schedules part."""
+    lines = {(row["network"][:4], row["devices"], row["rows"]): row for row in found("tree_attention_model")}
+    nvlink = [lines["NVLi", count, 1] for count in (1, 2, 4, 8, 16, 32)]
+    assert [row["ring_ms"] for row in nvlink] == sorted(row["ring_ms"] for row in nvlink)
+    assert [row["two-level_ms"] for row in nvlink] == sorted((row["two-level_ms"] for row in nvlink), reverse=True)
+    assert nvlink[0]["gather_ms"] == nvlink[0]["ring_ms"], "alone there is nothing to send"
+    assert lines["NVLi", 128, 64]["two-level_ms"] < lines["NVLi", 128, 64]["scatter_ms"] < lines["NVLi", 128, 64]["gather_ms"]
+    assert lines["NVLi", 128, 16]["two-level_ms"] < lines["NVLi", 128, 1]["two-level_ms"], "a tree of guesses pays for the network"
+
+
+def test_the_model_of_a_gather_is_that_of_its_hops():
+    model = script("tree_attention_model")
+    assert model.gloo_gather(1, 100, 1.0, 100.0) == 0
+    assert model.gloo_gather(2, 100, 1.0, 100.0) == 2 + 1, "asked for, sent, and its bytes"
+    assert model.gloo_gather(4, 100, 0.0, 100.0) == 3, "with no latency, the bytes of three others"
+    assert model.gloo_gather(4, 0, 1.0, 100.0) == 6
+
+
+def test_gpu_tree_attention(found):
+    told = found("gpu_tree_attention")
+    assert [(row["rows"], row["parts"]) for row in told["kernels"]] == [(1, 1), (1, 4), (4, 1), (4, 4)]
+    assert all(row["ms"] > 0 and row["off_by"] < 0.02 for row in told["kernels"]), "parts, joined, are the whole"
+    (several,) = told["processes"]
+    assert several["processes"] == 2 and several["keys"] == 512 and several["off_by"] < 0.02 and several["same_bits"]
