@@ -20,7 +20,7 @@ from eyas.commands.output import progress
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.chat_data import Conversation
 from eyas.files.chat_template import check_read
-from eyas.files.tokenizer import check_known, load_tokenizer
+from eyas.files.tokenizer import check_known, encoded, load_tokenizer
 from eyas.train.build import Studied
 from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
 from eyas.train.decontaminate import all_grams, decontaminated, meets
@@ -214,7 +214,7 @@ def as_served(tokenizer: Any, conversation: Conversation, studied: Studied) -> l
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
 
 
 def asked_texts(conversation: Conversation) -> list[str]:

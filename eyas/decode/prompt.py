@@ -13,6 +13,7 @@ from typing import Any, TypeGuard, cast
 from eyas.config import EyasError, Message, check_variables, short
 from eyas.files.chat_data import MESSAGE_KEYS, ROLES, Conversation, encodable, message, tools_of
 from eyas.files.chat_template import check_read, written
+from eyas.files.tokenizer import encoded
 
 Messages = Sequence[Message] | Sequence[dict[str, Any]]  # one conversation
 TokenIds = Sequence[int]
@@ -72,7 +73,7 @@ def render(
         if not prompt.strip():
             raise EyasError("the prompt is empty; give some text")
         if raw:
-            return tokenizer(encodable(prompt, "the prompt"), verbose=False)["input_ids"]
+            return encoded(tokenizer, encodable(prompt, "the prompt"))["input_ids"]
         prompt = [{"role": "user", "content": prompt}]
     if raw:
         raise EyasError("raw mode continues plain text; give a string, not messages")
@@ -81,7 +82,7 @@ def render(
     if not getattr(tokenizer, "chat_template", None):
         raise EyasError(f"{directory} has no chat template; use --raw to continue plain text")
     text = encodable(written(tokenizer, conversation_of(tokenizer, prompt, tools, variables), prompt=True).text, "the prompt")
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them; too long is the caller's to say
+    return encoded(tokenizer, text, add_special_tokens=False)["input_ids"]  # the template wrote them
 
 
 def conversation_of(

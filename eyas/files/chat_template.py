@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -21,6 +22,7 @@ from eyas.files.chat_data import Conversation, Message
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what templates raise on input they do not expect
 THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 THOUGHT_FIELDS = re.compile(r"reasoning_content|[.'\"](reasoning|thinking)\b")  # by which templates read thoughts
+DIRECTIVES = "aAbBcCdDeFGhHIjklmMnpPrRSTuUVwWxXyYzZ"  # of strftime, but for those that depend on the machine's time zone
 PROBE, NAME_PROBE = "\ue000{}\ue000", "\ue003{}\ue003"  # private-use characters: stand in for a message's text, a speaker's name
 
 
@@ -29,7 +31,7 @@ def on_one_day(template: str) -> str:
     if "strftime_now" not in template:
         return template
     day = datetime(2026, 1, 1)
-    directives = {f"%{letter}": day.strftime(f"%{letter}") for letter in "dmYyBbAajeHIMSp"}
+    directives = {f"%{letter}": day.strftime(f"%{letter}") for letter in DIRECTIVES}
     directives = {f"%-{letter[1]}": text.lstrip("0") or "0" for letter, text in directives.items()} | directives
     filters = "".join(f" | replace({directive!r}, {text!r})" for directive, text in directives.items())
     return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n{template}"  # the line break is the tag's own
@@ -70,15 +72,38 @@ def written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool 
 
 def apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
     """The template's text for messages in its own spelling, unchecked; raises whatever the template raises."""
-    conversation = as_conversation(messages)
+    conversation, template = as_conversation(messages), template_text(tokenizer, as_conversation(messages))
     variables = dict(conversation.variables)
-    if conversation.kept and "strftime_now" in (template := template_text(tokenizer, conversation)):
+    if conversation.kept and "strftime_now" in template:
         variables["chat_template"] = on_one_day(template)
-    text = tokenizer.apply_chat_template(
-        list(conversation), tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **variables
-    )
+    turns = list(map(in_parts, conversation)) if wants_parts(template) else list(conversation)
+    text = tokenizer.apply_chat_template(turns, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **variables)
     assert isinstance(text, str)  # of one conversation, not tokenized
     return text
+
+
+@lru_cache(maxsize=16)
+def wants_parts(template: str) -> bool:
+    """Whether a template shows text only where the content is a list of parts, as those of models that read images too may do."""
+    if "content" not in template:
+        return False
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def shows(turn: Message) -> bool:
+        try:
+            (text,), _ = render_jinja_template([[turn]], chat_template=template, bos_token="", eos_token="")
+        except Exception:  # a template may refuse anything, in any way
+            return False
+        return PROBE in text
+
+    turn = {"role": "user", "content": PROBE}
+    return not shows(turn) and shows(in_parts(turn))
+
+
+def in_parts(message: Message) -> Message:
+    """A message whose content is a list of one part of text, where it is text."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def try_apply(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eyas.config import EyasError, short
+from eyas.files.chat_template import in_parts, wants_parts
 from eyas.files.disk import read_json
 from eyas.files.tokenizer import chat_template_of, load_tokenizer
 
@@ -115,6 +116,7 @@ def written_after_an_answer(template: str | None, special: Mapping[str, Any]) ->
     from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+    turns = list(map(in_parts, turns)) if wants_parts(template) else turns
     try:
         (text,), _ = render_jinja_template([turns], chat_template=template, **special)
     except Exception:  # a template may refuse anything, in any way

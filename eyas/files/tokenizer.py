@@ -24,7 +24,10 @@ def chat_template_of(directory: Path) -> Any:
     """A model's chat template as its files hold it: text, or several as a list of names and templates; None where it has none."""
     own, settings, processor = (directory / name for name in ("chat_template.jinja", "tokenizer_config.json", "chat_template.json"))
     if own.exists():
-        return own.read_text(encoding="utf-8")
+        others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+        templates = [("default", own), *((path.stem, path) for path in others)]
+        named = [{"name": name, "template": path.read_text(encoding="utf-8")} for name, path in templates]
+        return named if others else named[0]["template"]
     template = read_json(settings).get("chat_template") if settings.exists() else None
     if not template and processor.exists():  # of models for more than text, whose tokenizer may have none
         template = read_json(processor).get("chat_template")
@@ -51,6 +54,15 @@ def load_tokenizer(directory: Path) -> Any:
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template_of(directory)
     return tokenizer
+
+
+def encoded(tokenizer: Any, text: str, **settings: Any) -> Any:
+    """What a tokenizer makes of a text, as transformers returns it. Raises `EyasError` where it fails: files that do not go together say so
+    only once they meet a text that shows it."""
+    try:
+        return tokenizer(text, verbose=False, **settings)  # too long is the caller's to say
+    except Exception as error:  # tokenizers raises nothing more special
+        raise EyasError(f"the tokenizer cannot read this text ({told(error)}); its files may not go together: copy them again") from None
 
 
 def lacks(directory: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from eyas.config import EyasError
 from eyas.files.chat_data import Conversation
 from eyas.files.chat_template import THOUGHT_BEGINS, THOUGHT_ENDS, template_text, try_apply
+from eyas.files.tokenizer import encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,14 +35,14 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Tokens:
     """The tokens of a text that brings its own special tokens. Raises EyasError for a tokenizer that does not say where they lie."""
     if not tokenizer.is_fast:
         raise EyasError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer (tokenizer.json)")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = encoded(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     starts: list[int] = []
     ends: list[int] = []
-    for start, end in encoded["offset_mapping"]:
+    for start, end in found["offset_mapping"]:
         # Byte-level tokenizers trim spaces off their offsets; a token of nothing but spaces is left empty, after them.
         starts.append(min(start, ends[-1] if ends else 0) if start == end else start)
         ends.append(end)
-    return Tokens(text, list(encoded["input_ids"]), starts, ends)
+    return Tokens(text, list(found["input_ids"]), starts, ends)
 
 
 def answer_numbers(tokens: Tokens, spans: Sequence[Span], specials: set[int]) -> list[int]:

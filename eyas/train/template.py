@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from eyas.config import EyasError
 from eyas.files.chat_data import Conversation
 from eyas.files.chat_template import apply, check_read
+from eyas.files.tokenizer import encoded
 
 PROBE = "\ue001question\ue001"  # private-use characters: stand in for turns while the template shows where it puts them
 SAID = "\ue002answer\ue002"
@@ -53,7 +54,7 @@ class Template:
         self.ends = {*end_ids, self.after[0]}
 
     def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return encoded(self.tokenizer, text, add_special_tokens=False)["input_ids"]
 
     def rendered(self, question: str, system: str | None = None) -> str:
         turns = [{"role": "system", "content": system}] if system is not None else []

@@ -56,7 +56,7 @@ def test_conversations_are_rendered_under_the_variables_of_the_run_and_on_one_da
     """A row's own variables stand first; what the template does not read is refused; text that is kept has the same date on any day."""
     thoughtful = tmp_path / "thoughtful"
     shutil.copytree(models / "target", thoughtful)
-    (thoughtful / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} {{ mood }} " + CHATML)
+    (thoughtful / "chat_template.jinja").write_text("{{ strftime_now('%d %b%F%-d%U%c%s %Y') }} {{ mood }} " + CHATML)
     tokenizer = load_tokenizer(thoughtful)
 
     def texts(rows, **variables):
@@ -64,7 +64,7 @@ def test_conversations_are_rendered_under_the_variables_of_the_run_and_on_one_da
 
     rows = [talk("q", "an answer"), talk("q", "another answer", chat_template_kwargs={"mood": "glad"})]
     found = texts(rows, mood="calm")
-    assert [text.split(" ")[3] for text in found] == ["calm", "glad"]
+    assert [text.partition(" 2026 ")[2].split(" ")[0] for text in found] == ["calm", "glad"]
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert texts(rows, mood="calm") == found
     with pytest.raises(EyasError, match="the chat template reads no variable mod"):

@@ -13,7 +13,7 @@ from eyas.config import EyasError, Request
 from eyas.decode.prompt import conversation_of, is_many, render
 from eyas.engine import Engine, load
 from eyas.files.chat_data import Conversation
-from tests.tiny import byte_tokenizer, save_tiny_target
+from tests.tiny import CHATML, PARTS, byte_tokenizer, save_tiny_target
 
 TEMPLATE = (
     "{% if tools %}TOOLS {{ tools | tojson }}{{ '\n' }}{% endif %}"
@@ -47,6 +47,16 @@ def test_messages_are_what_chat_apis_take(engine):
     turns = [*HI, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "12", "tool_call_id": "1"}]
     wanted = f"TOOLS {json.dumps(TOOLS)}\nuser: hi\nassistant: CALL weather {{}}\ntool: 12\nassistant (calm):"
     assert text(engine, turns, tools=TOOLS) == text(engine, Conversation(turns, TOOLS)) == wanted
+
+
+def test_a_template_that_takes_parts_alone_gets_parts():
+    """As those of LLaVA, Idefics and SmolVLM do: a string shows nothing there, as in servers, which find that out too."""
+    tokenizer, hi = byte_tokenizer(PARTS), "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    for prompt in ("hi", HI, [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]):
+        assert tokenizer.decode(render(tokenizer, prompt, False, Path())) == hi
+    strict = byte_tokenizer("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML)
+    talk = [{"role": "system", "content": "s"}, *HI]  # a question alone shows nothing here, as text or as parts
+    assert strict.decode(render(strict, talk, False, Path())).startswith("<|im_start|>system\ns<|im_end|>")
 
 
 def test_a_conversation_is_left_as_it_is(engine):
@@ -97,7 +107,7 @@ def test_a_variable_may_name_one_of_several_templates():
         ([HI, None], "not None"),
         ([{"role": "user", "content": 5}], "message 1 has content that is not a string"),
         ([*HI, "hi"], "message 2 is not a JSON object"),
-        ([{"content": "hi"}], "message 1 has the unknown role None"),
+        ([{"content": "hi"}], "message 1 does not say who speaks"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "message 1 has a part of type 'image_url'"),
         ([{"role": "user", "content": ["hi", 5]}], "message 1 has a part that is no text"),
         ([{"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}], "message 1"),

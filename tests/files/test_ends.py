@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 import eyas
 from eyas.config import EyasError
 from eyas.files.target import target_config
-from tests.tiny import CHATML, SPECIALS, byte_tokenizer, save_tiny_target
+from tests.tiny import CHATML, PARTS, SPECIALS, byte_tokenizer, save_tiny_target
 
 BASE = 3  # the end of the base model, which config.json still names
 IDS = {token: byte_tokenizer().convert_tokens_to_ids(token) for token in SPECIALS}
@@ -62,6 +62,8 @@ def test_config_generation_config_and_tokenizer_each_have_their_say(tmp_path):
         (PLAIN, None),
         ("{{ raise_exception('roles must alternate') }}", None),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", None),
+        ("{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}", None),
+        (PARTS, "<|im_end|>"),
         ("{% endfor %}", None),
     ],
 )

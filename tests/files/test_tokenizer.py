@@ -11,7 +11,7 @@ import pytest
 import eyas
 from eyas.config import EyasError
 from eyas.files import tokenizer as module
-from eyas.files.tokenizer import chat_template_hash, chat_template_of, load_tokenizer
+from eyas.files.tokenizer import chat_template_hash, chat_template_of, encoded, load_tokenizer
 from tests.tiny import CHATML, byte_tokenizer, save_tiny_target
 
 
@@ -78,6 +78,25 @@ def test_the_default_of_several_templates_writes_a_conversation_without_tools(tm
     tokenizer, turns = load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "plain"
     assert tokenizer.apply_chat_template(turns, tokenize=False, tools=[{"type": "function"}]) == "with tools"
+
+
+def test_a_template_for_tools_in_a_file_of_its_own_is_one_of_several(tmp_path):
+    """As transformers 5 saves several."""
+    tokenizer = byte_tokenizer(None)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(tmp_path)
+    whole = chat_template_hash(tmp_path)
+    assert chat_template_of(tmp_path) == [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with other tools")
+    assert chat_template_hash(tmp_path) != whole
+
+
+def test_a_tokenizer_whose_files_do_not_go_together_is_one_line(tmp_path):
+    settings = json.loads((saved(tmp_path) / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(EyasError, match=r"cannot read this text \(Exception: WordPiece error.*its files may not go together") as caught:
+        encoded(load_tokenizer(tmp_path), "hi there")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_of_tokens_that_the_model_was_never_given_is_one_line(tmp_path):

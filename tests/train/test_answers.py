@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from eyas.config import EyasError
 from eyas.files.chat_data import Conversation, messages_of
 from eyas.train.conversations import causes, documents, read_conversations, render
-from tests.tiny import CHATML, byte_tokenizer
+from tests.tiny import CHATML, PARTS, byte_tokenizer
 
 QWEN = (  # 2.5: arguments go through tojson, so they must be objects; a tool's turn is a user's
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -363,6 +363,15 @@ def test_a_preformatted_text_gets_the_beginning_that_the_template_writes():
     tokenizer = byte_tokenizer(MISTRAL)
     texts = [tokenizer.decode(render(tokenizer, Conversation(text=bos + "[INST] q[/INST] a</s>")).tokens) for bos in ("", "<s>")]
     assert texts == ["<s>[INST] q[/INST] a</s>"] * 2
+
+
+def test_a_template_that_takes_parts_alone_shows_its_answers_too():
+    tokenizer = byte_tokenizer(PARTS)
+    talk = [{"role": "system", "content": "Be brief."}, user("one"), told("A."), user("two"), told("B.")]
+    document = render(tokenizer, talk)
+    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in talk)
+    assert tokenizer.decode(document.tokens) == text and taught(tokenizer, document) == ["A.<|im_end|>", "B.<|im_end|>"]
+    assert render(tokenizer, Conversation(text=text)) == document
 
 
 def test_text_of_another_form_is_refused():
