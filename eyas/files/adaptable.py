@@ -53,6 +53,8 @@ def check_adaptable(directory: Path) -> Any:
     def refused(what: str, which: str = "") -> EyasError:
         return EyasError(f"{directory} is a {kind!r} model: {REFUSED[what]}{which}")
 
+    if kind is None:
+        raise EyasError(f"{directory / 'config.json'} names no model_type, by which models are told apart; write it there")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise EyasError(f"{directory} is a {kind!r} model, which transformers {__version__} does not know; choose another or update it")
     config = stored_config(directory)

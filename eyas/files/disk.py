@@ -18,6 +18,15 @@ from typing import Any
 
 from eyas.config import EyasError
 
+POINTER = b"version https://git-lfs"  # how a file of Git LFS begins that was never fetched
+
+
+def check_fetched(path: Path) -> None:
+    """Raise `EyasError` where a file is the pointer that Git LFS leaves in its place."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise EyasError(f"{path} is the pointer that Git LFS leaves in a file's place; fetch the file itself (git lfs pull)")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
@@ -25,6 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise EyasError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        check_fetched(path)
         raise EyasError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise EyasError(f"{path} holds no JSON object")

@@ -71,6 +71,7 @@ def foreign_part(directory: Path) -> str | None:
         return ", ".join(f"{name} {short(raw[name])}" for name in foreign)
     if nested(rope):
         return "a rotary embedding for each type of layer"
+    check_kind(rope["rope_type"], path)
     if rope["rope_type"] not in ROPE_KINDS:
         return f"rotary scaling {short(rope['rope_type'])}"
     if head_width(config) % 2:
@@ -166,6 +167,15 @@ def check_rope(rope: Mapping[str, Any], path: Path) -> None:
                 raise EyasError(f"{path}: {error}") from None
 
 
+def check_kind(kind: str, path: Path) -> None:
+    """Raise `EyasError` for a kind of rotary scaling that transformers does not know either."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if kind not in {*ROPE_KINDS, *ROPE_INIT_FUNCTIONS}:
+        known = ", ".join(sorted({*ROPE_KINDS, *ROPE_INIT_FUNCTIONS}))
+        raise EyasError(f"{path}: rotary scaling {short(kind)} is known neither to eyas nor to transformers; known are {known}")
+
+
 def say_what_scaling_hides(directory: Path, taken: Mapping[str, Any]) -> None:
     """Note where transformers passes over something of a rotary embedding that the file says; `taken`: what it took."""
     raw, path = read_json(directory / "config.json"), directory / "config.json"
@@ -244,5 +254,7 @@ def odd_windows(config: Any, raw: Mapping[str, Any]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its first, and the next where the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    more = lines[1:2] if lines and lines[0].endswith(":") else []
+    return " ".join([*lines[:1], *more]) if lines else type(error).__name__

@@ -7,7 +7,7 @@ Knows file formats; knows nothing of what the tensors compute.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,9 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eyas.config import EyasError
-from eyas.files.disk import read_json
+from eyas.files.disk import check_fetched, read_json
 
 INDEX = "model.safetensors.index.json"
+WRAPPERS = {  # what names begin with where a wrapper of a model was saved -> what to do
+    "_orig_mod.": "as torch.compile names them; save the model that was compiled (its _orig_mod)",
+    "module.": "as DistributedDataParallel names them; save the model inside (its module)",
+    "base_model.model.": "as peft names them; merge the adapter (merge_and_unload) and save what that returns",
+}
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -48,6 +53,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
+        check_fetched(path)
         raise EyasError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
 
 
@@ -57,6 +63,12 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+
+
+def wrapper_of(names: Collection[str]) -> str | None:
+    """What to say of a model that was saved together with what it was wrapped in; None: it was not."""
+    prefix = next((prefix for prefix in WRAPPERS if names and all(name.startswith(prefix) for name in names)), None)
+    return None if prefix is None else f"all its tensors' names begin with {prefix}, {WRAPPERS[prefix]}"
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -75,6 +87,8 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
     problems += [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
     if problems:
         rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        if wrapper := wrapper_of(tensors):
+            raise EyasError(f"{what} does not fit: {wrapper}")
         raise EyasError(f"{what} does not fit: {'; '.join(problems[:8])}{rest}")
     return own
 

@@ -7,6 +7,7 @@ been found honest, and a tensor that claims more than its storage is refused. Kn
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from eyas.config import LARGEST_SIZE, EyasError, check_number, short
-from eyas.files.disk import read_json
+from eyas.files.disk import check_fetched, read_json
 from eyas.files.tensors import INDEX, read_file, read_tensors, shards
 
 LARGEST_CONFIG = 1 << 20  # bytes
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 WEIGHTS = ("model.safetensors", INDEX, PICKLED, PICKLED_INDEX)  # the first that is there is read, as in transformers
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.msgpack", "*.h5", "*.ckpt", "*.npz", "*.onnx")
 FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
 
 
@@ -113,6 +115,21 @@ def weights_of(directory: Path) -> str | None:
     return next((name for name in WEIGHTS if (directory / name).exists()), None)
 
 
+def weights_instead(directory: Path) -> str:
+    """What a directory has in place of weights that are read, and what to do; "" where it has nothing of the kind."""
+    there = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
+    if not there:
+        return ""
+    if gone := [name for name in there if not (directory / name).exists()]:
+        return f": {gone[0]} is a link to a file that is gone; fetch it again"
+    if re.search(r"-\d+-of-\d+\.safetensors$", there[0]):
+        return f": {there[0]} is one of several, and {INDEX}, which lists them, is missing; copy or download it"
+    if there[0].startswith("consolidated"):
+        return f", but {there[0]}, in a layout of its makers' own; fetch the files in transformers' layout"
+    ways = {".safetensors": "rename it, if it is the whole model", ".gguf": "give that file instead of the directory"}
+    return f", but {there[0]}; {ways.get(Path(there[0]).suffix, 'eyas reads safetensors: convert it, or fetch the model in that form')}"
+
+
 def pickled(directory: Path) -> bool:
     """Whether a directory's weights are what torch.save wrote, with no safetensors beside them."""
     return weights_of(directory) in (PICKLED, PICKLED_INDEX)
@@ -122,7 +139,7 @@ def tensors_of(directory: Path, *others: str, formats: Sequence[torch.dtype] = F
     """All tensors of a directory, from the first file in `WEIGHTS` that is there, else from the first of other files that is there."""
     name = weights_of(directory) or next((other for other in others if (directory / other).exists()), None)
     if name is None:
-        raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}")
+        raise EyasError(f"{directory} holds neither model.safetensors nor {' nor '.join((PICKLED, *others))}{weights_instead(directory)}")
     path = directory / name
     if name in (WEIGHTS[0], INDEX):
         return checked_tensors(read_tensors(directory), directory, formats)
@@ -145,6 +162,7 @@ def unpickled(path: Path) -> dict[str, Any]:
     """The tensors of a checkpoint that torch.save wrote. Code in it is not run: the file is refused."""
     damaged = f"{path} is damaged or cut short; copy or download it again"
     if not zipfile.is_zipfile(path):
+        check_fetched(path)
         raise EyasError(f"{path} is not an archive as torch.save writes it; load it where it was made and save it as safetensors")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -73,8 +73,17 @@ def readings(found: Found, target_layers: int) -> Iterator[tuple[str, list[Readi
         else:
             options = [Reading(f"{name} {value}", {name: value}, value == found.shape[name]) for value in values]
         if not options:
-            raise EyasError(f"layer ids {list(found.layer_ids or ())} fit no reading of a target with {target_layers} layers")
+            ids = list(found.layer_ids or ())
+            if last_output(found, target_layers):
+                what = f"layer ids {ids} name the output of the last of {target_layers} layers"
+                raise EyasError(f"{what}, which some engines hand to a draft and eyas does not: it taps inputs of layers")
+            raise EyasError(f"layer ids {ids} fit no reading of a target with {target_layers} layers")
         yield name, sorted(options, key=lambda option: not option.as_said)
+
+
+def last_output(found: Found, target_layers: int) -> bool:
+    """Whether one reading of the layer ids has the output of the last layer, which is no layer's input, as their greatest."""
+    return any(max(found.layer_ids or (0,)) + more == target_layers for more in READS.values())
 
 
 def resolve(
@@ -110,6 +119,9 @@ def resolve(
             best = 0
         changes |= options[best].changes
         told.append(f"{name}: {verdict(options, scores, best)}")
+        if name == "layer ids" and len(options) == 1 and last_output(found, target_layers):
+            other = "the output of the target's last layer, which engines hand out and eyas does not"
+            told.append(f"layer ids: by the other reading one of them is {other}; if its guesses are poor, that is why")
     return Resolved(found.resolved(target_layers, **changes), told)
 
 

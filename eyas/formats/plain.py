@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eyas.config import DraftConfig, EyasError, TargetConfig, default_taps
 from eyas.files.eagle3_files import FACTS, checked_network, engine_keys, tensors_hash
-from eyas.files.tensors import save_tensors
+from eyas.files.tensors import save_tensors, wrapper_of
 from eyas.files.untrusted import Fields, tensors_of
 from eyas.formats.draft_fields import Said, check_known, layer_names, rotary_of, settings_of, sizes_of, window_of
 from eyas.formats.portable import EMBEDDING, HEAD, Draft, Found
@@ -98,6 +98,8 @@ def found_in(
     """A draft from its tensors, the fields of its decoder layer (`shape`), its EAGLE settings (`flags`) and how many layers it reads."""
     said = Said()
     weights = renamed(tensors, where)
+    if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
+        raise EyasError(f"{where}: {broken[0]} holds numbers that are not finite, as a training that failed leaves them; ask for another")
     vocab = vocabulary(weights, shape, where, said)
     fields: dict[str, Any] = {**sizes_of(weights, shape, flags, said, taps), **settings_of(weights, shape, flags, said)}
     rotary, thetas = rotary_of(shape, said)
@@ -139,6 +141,8 @@ def renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     if "fc.weight" in weights and not any(name.startswith(("midlayer.self_attn.q_proj", "norm.")) for name in weights):
         raise EyasError(f"{where} is {EAGLE_1}")
     if missing := [name for name in NEEDED if name not in weights]:
+        if wrapper := wrapper_of(weights):
+            raise EyasError(f"{where}: {wrapper}")
         raise EyasError(f"{where} is no EAGLE-3 draft: it lacks {', '.join(missing[:4])}")
     if flat := [name for name in NEEDED if weights[name].dim() != (1 if name == "norm.weight" else 2)]:
         raise EyasError(f"{where}: {flat[0]} has shape {tuple(weights[flat[0]].shape)}")

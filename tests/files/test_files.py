@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eyas.config import EyasError
 from eyas.files import tensors
-from eyas.files.disk import atomic_directory, file_hash, recover_directory
+from eyas.files.disk import atomic_directory, file_hash, read_json, recover_directory
 from eyas.files.gguf import GGUF_NAMES, GGUF_TOP, convert_gguf, gguf_to_hugging_face, halves_from_pairs
 from eyas.files.target import target_config
-from eyas.files.tensors import INDEX, load_strictly, read_tensors, save_tensors
+from eyas.files.tensors import INDEX, WRAPPERS, load_strictly, read_tensors, save_tensors
+from eyas.files.untrusted import tensors_of
 from eyas.model.rows import chain_rows
 from eyas.model.target import Target
 from tests.files.test_gguf_tokenizer import fields
@@ -101,6 +102,45 @@ def test_a_directory_without_weights_or_without_a_shard_names_the_file(tmp_path)
     one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["consolidated.00.pth"], "but consolidated.00.pth, in a layout of its makers' own"),
+        (["model-00001-of-00002.safetensors"], "one of several, and model.safetensors.index.json, which lists them, is missing"),
+        (["model.fp16.safetensors"], "but model.fp16.safetensors; rename it, if it is the whole model"),
+        (["model.q4.gguf"], "but model.q4.gguf; give that file instead of the directory"),
+        (["flax_model.msgpack"], "but flax_model.msgpack; eyas reads safetensors: convert it"),
+        (["config.json"], r"neither model.safetensors nor pytorch_model.bin$"),
+    ],
+)
+def test_weights_under_another_name_are_named_with_what_to_do(tmp_path, names, said):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(EyasError, match=said) as caught:
+        tensors_of(tmp_path)
+    assert str(tmp_path) in one_line(caught)
+
+
+def test_a_link_whose_file_is_gone_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("../blobs/gone")
+    with pytest.raises(EyasError, match=r"model\.safetensors is a link to a file that is gone; fetch it again"):
+        tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_git_lfs_did_not_fetch_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(EyasError, match=f"{name} is the pointer that Git LFS leaves in a file's place; fetch the file itself") as caught:
+        read_json(tmp_path / name) if name == "config.json" else tensors_of(tmp_path)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(("prefix", "way"), WRAPPERS.items())
+def test_a_model_that_was_saved_in_its_wrapper_says_which(prefix, way):
+    with pytest.raises(EyasError, match=re.escape(f"does not fit: all its tensors' names begin with {prefix}, {way}")):
+        load_strictly(tiny_target(), {f"{prefix}{name}": tensor for name, tensor in parameters().items()}, "it")
+
+
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}'])
 def test_an_index_that_is_none_is_one_line(tmp_path, index):
     (tmp_path / INDEX).write_text(index)
@@ -117,7 +157,7 @@ def test_an_index_that_is_none_is_one_line(tmp_path, index):
         (b"\xff", "config.json is not valid JSON"),
         ("[1]", "config.json"),
         ({**QWEN, "model_type": "nosuch"}, "is a 'nosuch' model, which transformers .* does not know"),
-        ({}, "is a None model"),
+        ({}, "names no model_type"),
         ({"model_type": "llama", "vocab_size": 5}, "hidden_size"),
     ],
 )

@@ -198,6 +198,8 @@ def test_a_base_that_rope_scaling_hides_is_said_once(tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "yarn", "factor": "4", "rope_theta": 1e4}}, "factor must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}}, "rope_type must be text"),
         ({"rope_parameters": None, "rope_theta": None}, "rope_theta must be a number"),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0, "rope_theta": 1e4}}, "rotary scaling 'ntk' is known neither to eyas nor"),
+        ({"rms_norm_eps": "1e-5"}, "Validation error for field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str"),
         ({"sliding_window": "wide"}, "sliding_window"),
         ({"model_type": ["llama"]}, "model"),
     ],

@@ -46,6 +46,11 @@ def drop(*names):
     return change
 
 
+def wrapped(config, tensors):
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+
 IDS = ("eagle_aux_hidden_state_layer_ids", "eagle_config")
 
 
@@ -69,6 +74,24 @@ def test_both_spellings_that_agree_leave_no_doubt(foreign):
     assert "layer ids" not in found.doubts and found.taps(8) == (2, 4, 5)
     wrong = find(foreign(lambda config, tensors: config["eagle_config"].update(eagle_aux_hidden_state_layer_ids=[2, 4, 5])))
     assert "layer ids" in wrong.doubts and "do not name the same layers" in " ".join(wrong.wrong)
+
+
+def test_the_output_of_the_last_layer_is_named(foreign):
+    """Some engines hand it to a draft; eyas taps inputs of layers."""
+
+    def ids(place, *numbers):
+        def change(config, tensors):
+            drop(*IDS)(config, tensors)
+            config |= {place: [*numbers]} if place == IDS[0] else {place: {IDS[0]: [*numbers]}}
+
+        return find(foreign(change))
+
+    for place in IDS:
+        with pytest.raises(EyasError, match=r"layer ids \[2, 4, 8\] name the output of the last of 8 layers") as refused:
+            resolve(ids(place, 2, 4, 8), 8)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(EyasError, match=r"layer ids \[2, 4, 9\] fit no reading"):
+        resolve(ids(IDS[0], 2, 4, 9), 8)
 
 
 def test_a_missing_theta_is_ten_thousand_and_told(foreign):
@@ -141,6 +164,8 @@ def test_a_vocabulary_can_be_had_from_either_table(foreign, draft):
         (lambda config, tensors: tensors.update({"layers.2.mlp.up_proj.weight": torch.zeros(2, 2)}), r"decoder layers \[0, 2\]"),
         (lambda config, tensors: tensors.update({"midlayer.self_attn.q_proj.weight": torch.zeros(32, 32)}), "EAGLE-1 or EAGLE-2"),
         (lambda config, tensors: tensors.update({"fc.weight": torch.zeros(32, 64)}), "fc reads 64 numbers"),
+        (lambda config, tensors: tensors["fc.weight"].view(-1)[3:4].fill_(float("nan")), "fc.weight holds numbers that are not finite"),
+        (wrapped, "all its tensors' names begin with _orig_mod., as torch.compile names them"),
         (lambda config, tensors: config.update(num_attention_heads=5), "do not make 5 heads"),
         (lambda config, tensors: config.update(num_attention_heads="4"), "num_attention_heads must be a whole number"),
         (lambda config, tensors: config.update(hidden_act="gelu"), "hidden_act"),
