@@ -37,8 +37,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def checked_bias(given: Mapping[Any, Any] | Sequence[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
-    """A logit bias, which may be a mapping and have its ids as text, as JSON has them."""
+def checked_bias(given: Mapping[Any, Any] | Sequence[tuple[Any, Any]] | None) -> tuple[tuple[int, float], ...]:
+    """A logit bias, which may be a mapping and have its ids as text, or be None, as JSON has them."""
+    given = {} if given is None else given
     try:
         pairs: list[tuple[Any, Any]] = [(token, value) for token, value in (given.items() if isinstance(given, Mapping) else given)]
     except (TypeError, ValueError):

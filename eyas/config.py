@@ -186,6 +186,8 @@ class Sampling:
             raise EyasError(f"top-p must be above 0 and at most 1 (1 is off), not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise EyasError(f"min-p must be between 0 (off) and 1, not {self.min_p}")
+        if self.logit_bias != ():
+            object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
         if self.adjusted:
             self.check_adjustments()
 
@@ -193,7 +195,6 @@ class Sampling:
         check_number("repetition-penalty", self.repetition_penalty, 1e-6, 1e6)
         check_number("presence-penalty", self.presence_penalty, -2, 2)
         check_number("frequency-penalty", self.frequency_penalty, -2, 2)
-        object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:

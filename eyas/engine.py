@@ -202,7 +202,7 @@ class Engine:
         if isinstance(tree, TreeShape):
             return tree.checked()
         if tree == "auto":
-            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and self.network else MAX_TREE
+            return cast("StaticDraft", self.network).static_tree() if METHODS[method].static and method in self.makers else MAX_TREE
         if not isinstance(tree, str):  # pyright: ignore[reportUnnecessaryIsInstance]  (a program may say anything)
             raise EyasError(f"a tree is a shape or its text, as '60x7x10', not {short(tree)}")
         return TreeShape.parse(tree)

@@ -224,6 +224,9 @@ def test_a_penalty_out_of_its_range_is_one_line(asked, line):
 def test_a_bias_may_be_a_mapping_with_ids_as_text():
     assert Sampling(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1))
     assert hash(Sampling(logit_bias={7: 1})) == hash(Sampling(logit_bias=((7, 1),)))
+    assert Sampling(logit_bias=None) == Sampling(logit_bias={}) == Sampling()
+    with pytest.raises(EyasError, match="logit-bias must be a mapping of token ids to numbers, not 0"):
+        Sampling(logit_bias=0)
 
 
 # ---- the draft knows ----

@@ -91,6 +91,9 @@ def test_a_draft_for_another_method_is_named(target, drafts):
         said(engine, "eagle3")
     with pytest.raises(EyasError, match=r"train one with `eyas train --method mtp`"):
         said(engine, "mtp")
+    engine = eyas.load(target, drafts["mtp"][0], precision="fp32")  # whose network has no static tree
+    with pytest.raises(EyasError, match=r"is no medusa draft, which medusa needs"):
+        said(engine, "medusa")
 
 
 # ---- layouts as published ----
