@@ -19,7 +19,7 @@ Message = dict[str, Any]
 ROLES = {
     **{"system": "system", "developer": "developer"},
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
 }
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: the turn's text is the call, as JSON
@@ -29,7 +29,7 @@ MESSAGE_FIELDS = {
     "role, from": "who speaks, in any letter case",
     "content, value": "the text; text parts of a list are joined by a line break, parts of another type are refused",
     ", ".join(REASONING): "what was thought before the answer; so is a part of type reasoning or thinking",
-    "tool_calls, function_call": "the calls, with arguments as JSON text or as an object",
+    "tool_calls, function_call": "the calls, or their JSON text, with arguments as JSON text or as an object",
     "tool_call_id": "handed to the template",
     "name": "who speaks, for the template; a tool's need not be shown, since its call has it",
     ", ".join(MARKS): "0 or false: the turn is read and not learned; 1 or true: it is, if it is an answer",
@@ -76,17 +76,14 @@ def message(turn: Any, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(turn, Mapping):
         raise EyasError(f"{where} is not a JSON object")
-    spelled = turn.get("role", turn.get("from"))
-    role = spelled.lower() if isinstance(spelled, str) else None
-    if role not in ROLES:
-        raise EyasError(f"{where} has the unknown role {short(spelled)}; known are {', '.join(ROLES)}")
-    content, thought = text_and_thought(turn.get("content", turn.get("value")), where)
+    role = role_of(turn, where)
+    content, thought = text_and_thought(one_of(turn, ("content", "value"), where), where)
     calls = calls_of(turn, where)
     if role in CALL_ROLES and content and (said := calls_in(content)):
         calls, content = [*calls, *said], None
     thought = next((turn[key] for key in REASONING if turn.get(key)), thought)
     if content is None and not calls and not (thought and ROLES[role] == "assistant"):
-        raise EyasError(f"{where} has content that is not a string")
+        raise EyasError(f"{where} has no content")
     found: Message = {"role": ROLES[role], "content": content if content is not None or calls else ""}
     if thought:
         found["reasoning_content"] = text_of(thought, f"{where}'s reasoning")
@@ -96,6 +93,29 @@ def message(turn: Any, number: int) -> Message:
         if turn.get(key) is not None:
             found[key] = text_of(turn[key], f'{where}\'s "{key}"')
     return found
+
+
+def role_of(turn: Mapping[str, Any], where: str) -> str:
+    """A message's role in its own spelling, in lower case."""
+    spelled = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
+    if not spelled:
+        raise EyasError(f"{where} does not say who speaks: it has no role or from, but {', '.join(map(short, turn)) or 'nothing'}")
+    roles = [said.lower() if isinstance(said, str) else None for said in spelled]
+    for role, said in zip(roles, spelled, strict=True):
+        if role not in ROLES:
+            raise EyasError(f"{where} has the unknown role {short(said)}; known are {', '.join(ROLES)}")
+    if len({ROLES[str(role)] for role in roles}) > 1:
+        raise EyasError(f"{where} has two roles, {' and '.join(map(short, spelled))}; keep one")
+    return str(roles[0])
+
+
+def one_of(turn: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
+    """What a message says under one of two names; None: nothing. Raises EyasError where it says two different things."""
+    said = {key: turn[key] for key in keys if turn.get(key) is not None}
+    first, *others = said.values() or [None]
+    if any(other != first for other in others):
+        raise EyasError(f"{where} says two different things as {' and '.join(said)}; keep one")
+    return first
 
 
 def text_and_thought(content: Any, where: str) -> tuple[str | None, str | None]:
@@ -122,7 +142,7 @@ def text_and_thought(content: Any, where: str) -> tuple[str | None, str | None]:
 
 def calls_of(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The tool calls of a message, each as {"type": "function", "function": {"name", "arguments"}} with its "id" where it has one."""
-    found = turn.get("tool_calls") or []
+    found = parsed(turn.get("tool_calls")) or []
     if not isinstance(found, list):
         raise EyasError(f"{where} has tool_calls that are not a list")
     calls = [call_of(call, where) for call in [*found, *([turn["function_call"]] if turn.get("function_call") else [])]]
@@ -150,6 +170,14 @@ def calls_in(text: str) -> list[dict[str, Any]]:
         return []
 
 
+def parsed(value: Any) -> Any:
+    """What JSON text holds, as parquet files often have it; anything else is left as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def text_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise EyasError(f"{where} is not a string")
@@ -167,14 +195,14 @@ def encodable(text: str, where: str) -> str:
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
-    """Tools on offer in OpenAI's form: a list (or its JSON text) of functions, bare or wrapped. None where none is offered."""
+    """Tools on offer in OpenAI's form: a list of functions, bare or wrapped; it and each of them may be JSON text. None where none is
+    offered."""
+    value = parsed(value)
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise EyasError('"tools" is text that is not JSON') from None
-    if not value or (isinstance(value, str) and not value.strip()):
+        raise EyasError('"tools" is text that is not JSON')
+    if not value or isinstance(value, str):
         return None
+    value = [parsed(tool) for tool in value] if isinstance(value, list) else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) and (tool.get("function") or tool.get("name")) for tool in value):
         raise EyasError('"tools" is not a list of functions with names')
     encodable(json.dumps(value, ensure_ascii=False), '"tools"')
@@ -228,7 +256,7 @@ TOOLS = ("tools", "functions")
 VARIABLES = "chat_template_kwargs"
 ROW_FIELDS = {
     ", ".join(SYSTEMS): "the system message, before the turns",
-    ", ".join(TOOLS): "the tools on offer: a list or its JSON text, of functions bare or wrapped",
+    ", ".join(TOOLS): "the tools on offer: a list of functions, bare or wrapped; the list, or each of them, may be JSON text",
     ", ".join(MARKS): "as in a message, for all turns; or a list with one mark for each message or each answer",
     VARIABLES: "variables of the chat template for this row",
 }
@@ -248,16 +276,12 @@ def first_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def chat(row: Mapping[str, Any]) -> tuple[list[Any], set[str]] | None:
-    key = first_of(row, CHAT_KEYS)
-    return None if key is None else (turns_of(row[key], key), {*CHAT_KEYS} if key == "messages" else {key})
+    key = next((key for key in CHAT_KEYS if row.get(key)), first_of(row, CHAT_KEYS))  # one that is empty stands for another
+    return None if key is None else (turns_of(row[key], key), {key})
 
 
 def turns_of(value: Any, key: str) -> list[Any]:
-    if isinstance(value, str):  # parquet files often hold the list as JSON text
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
+    value = parsed(value)
     if not isinstance(value, list):
         raise EyasError(f'"{key}" is not a list')
     if not value:
@@ -274,7 +298,7 @@ def instruction(row: Mapping[str, Any]) -> tuple[list[Any], set[str]] | None:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise EyasError('"history" is not a list of [question, answer]')
-    pairs = [*history, [asked, row[answer]]]
+    pairs = [*history, [asked, text_of(row[answer], f'"{answer}"')]]
     turns = [turn for question, reply in pairs for turn in (said("user", question), said("assistant", reply))]
     return turns, {"instruction", answer, "history", *((context,) if context else ())}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from eyas.config import EyasError
+from eyas.files.disk import POINTER
 
 T = TypeVar("T")
 PIECE = 1 << 16  # bytes or characters that are read at a time
@@ -29,6 +30,9 @@ KINDS = {  # how a file is told apart: (kind, what it begins with, what its obje
     "parquet": ("`PAR1`; read by pyarrow (`pip install 'eyas[parquet]'`)", "row"),
 }
 REFUSED_STARTS = {
+    POINTER: "the pointer that Git LFS leaves in a file's place; fetch the file itself (git lfs pull)",
+    b"<!DOCTYPE": "a web page; fetch the file itself",
+    b"<html": "a web page; fetch the file itself",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first (zstd -d)",
     b"BZh": "compressed with bzip2; unpack it first (bunzip2)",
     b"\xfd7zXZ": "compressed with xz; unpack it first (unxz)",

@@ -119,7 +119,7 @@ def test_a_text_ends_where_the_context_does(models, run):
         ("{", "is not valid JSON"),
         ("[]", "must hold a list of messages like"),
         ('{"messages": []}', "must hold a list of messages like"),
-        ('[{"role": "user"}]', "message 1 has content that is not a string"),
+        ('[{"role": "user"}]', "message 1 has no content"),
         ('[{"role": 3, "content": "hi"}]', "message 1 has the unknown role 3"),
         ('[{"role": "user", "content": [{"type": "image_url"}]}]', "message 1 has a part of type 'image_url'; only text is read"),
         ('{"messages": [{"role": "user", "content": "hi"}], "tools": [3]}', '"tools" is not a list of functions with names'),

@@ -28,6 +28,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
         {"instruction": "q", "input": "", "output": "a"},
         {"instruction": "q", "context": None, "response": "a"},
         {"text": None, "messages": TALK, "conversations": []},
+        {"messages": [], "conversations": TALK},
+        {"messages": [{"role": "human", "from": "user", "value": "q"}, {"from": "ai", "value": "a", "content": "a"}]},
     ],
     ids=str,
 )
@@ -71,6 +73,7 @@ def test_every_role_has_openais_name():
         {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": '{"city": "Ulm"}'}]},
         {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Ulm"}'}},
         {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": '{"city": "Ulm"}'})},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
     ],
     ids=str,
 )
@@ -92,7 +95,7 @@ def test_calls_keep_their_ids_and_arguments_that_are_objects():
     }
 
 
-@pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL["function"]])], ids=str)
+@pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL["function"]]), [json.dumps(TOOL)]], ids=str)
 @pytest.mark.parametrize("key", ["tools", "functions"])
 def test_tools_are_wrapped_as_openai_wraps_them(key, tools):
     assert messages_of({key: tools, "messages": TALK}).tools == [TOOL]
@@ -145,9 +148,10 @@ def test_fields_that_are_not_read_are_named_and_those_known_to_say_nothing_are_n
         "messages": [{**TALK[0], "mood": "sad", "tone": None}, {**TALK[1], "id": 4}],
         "score": 5,
         "note": None,
+        "conversations": TALK[:1],
         **dict.fromkeys(IGNORED_KEYS, "x"),
     }
-    assert messages_of(row).unread == {'"score"', '"mood" of a message'}
+    assert messages_of(row).unread == {'"score"', '"mood" of a message', '"conversations"'}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,10 @@ def test_fields_that_are_not_read_are_named_and_those_known_to_say_nothing_are_n
         ({"messages": TALK, "chat_template_kwargs": [1]}, '"chat_template_kwargs" is not an object'),
         ({"instruction": "q", "output": "a", "history": ["x"]}, '"history" is not a list'),
         ({"instruction": 7, "output": "a"}, '"instruction" is not a string'),
+        ({"instruction": "q", "output": ["a", "another"]}, '"output" is not a string'),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "q"}]}, "message 1 has two roles, 'user' and 'gpt'; keep one"),
+        ({"messages": [{"from": "user", "content": "q", "value": "p"}]}, "message 1 says two different things as content and value"),
+        ({"conversation": [{"human": "q", "assistant": "a"}]}, "message 1 does not say who speaks: it has no role or from, but 'human'"),
         ({"prompt": "q", "completion": 7}, "message 2 has content that is not a string"),
         ({"text": 7}, '"text" is not a string'),
         ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "\ud83d"}]}]}, "message 1's tool call holds half"),
