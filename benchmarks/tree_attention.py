@@ -44,14 +44,13 @@ TREES = {4: "3x2x2", 16: "15x4x4", 64: "63x6x8"}  # by rows: the nodes, and the 
 
 def filled(cache: ShardedCache, context: int) -> None:
     """Let the cache hold a text of this many tokens, with keys drawn at random: as many as a block, over and over."""
-    draw = torch.Generator().manual_seed(1 + cache.low)
-    for shard in range(cache.count):
-        held = cache.layout.held(context, cache.low + shard)
-        for slab in (cache.keys, cache.values):
-            some = torch.randn(slab[:, shard, :, : cache.layout.block].shape, generator=draw).to(slab.dtype)
-            for start in range(0, held, cache.layout.block):
-                slab[:, shard, :, start : min(start + cache.layout.block, held)] = some[:, :, : held - start]
-        cache.inner.lengths[shard] = held
+    draw, held = torch.Generator().manual_seed(1 + cache.low), cache.part(context)
+    block = 4 * cache.layout.block
+    for slab in (cache.keys, cache.values):
+        some = torch.randn(slab[:, 0, :, :block].shape, generator=draw).to(slab.dtype)
+        for start in range(0, held, block):
+            slab[:, 0, :, start : min(start + block, held)] = some[:, :, : held - start]
+    cache.inner.lengths[0] = held
     cache.lengths[0] = context
 
 
@@ -81,8 +80,8 @@ class Ring:
         """With the keys that a cache holds here."""
         for layer, packed in enumerate(self.packed):
             for place, slab in zip(packed, (cache.keys, cache.values), strict=True):
-                parts = [slab[layer, shard, :, :held] for shard, held in enumerate(cache.inner.lengths)]
-                place[:, : self.held[self.peers.rank]] = torch.cat(parts, 1)
+                held = cache.inner.lengths[0]
+                place[:, :held] = slab[layer, 0, :, :held]
         return self
 
     def of(self, segment: Segment) -> Ring:

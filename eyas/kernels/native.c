@@ -253,9 +253,14 @@ typedef struct {
     /* A view is a row's sight of one slot. Where keys are not sharded, each row has one. */
     const int64_t *source, *slot, *prefix; /* [views] the row (NULL: view r is row r's); the slot; how many of its first rows it sees */
     const int64_t *start, *other;          /* [views + 1] and the places behind the prefix that it sees, ascending */
-    const int64_t *shard, *first;          /* [views] which shard the slot is of; [rows + 1] where a row's views begin, which ascend by shard */
-    long shards;                           /* of all keys, a power of two; 0: keys are not sharded */
+    /* Where keys are sharded, a view sees one shard's rows of a slot, which lie in blocks: row t in block t >> shift, of 1 << shift rows. */
+    const int64_t *shard, *base;  /* [views] the shard; where its first block begins */
+    const int64_t *first;         /* [rows + 1] where a row's views begin, which ascend by shard */
+    long shards, shift, apart;    /* of all keys, a power of two, or 0: keys are not sharded; from one block of a shard to its next */
 } plan;
+
+/* How far behind a view's base its row t lies. Without shards all rows are one block. */
+static inline long placed(const plan *p, long t) { return (t >> p->shift) * p->apart + (t & ((1L << p->shift) - 1)); }
 
 /* e^x for x <= 0 to about two units in the last place: 2^n times a polynomial of what is left within half an octave. */
 static inline __m256 exponential(__m256 x) {
@@ -298,67 +303,85 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
 }
 
 #define QUERIES 3 /* of those that share a key head, taken at once: its keys and values are widened once for them */
+#ifdef __AVX512VL__ /* 32 registers: sums of that many eights of a value row for each query */
+#define EIGHTS 8
+#else
+#define EIGHTS 4
+#endif
 
-/* n query heads of view r from head g on, into out [n][width]. scratch: their queries [n][padded width], then their scores [n][room]. */
+/* n query heads of view r from head g on: outputs `apart` numbers from each other, their lse at lse,
+ * `lse_apart` from each other. scratch: the queries [n][padded width], then their scores [n][room]. */
 #define HEADS(TYPE, NAME)                                                                                                            \
-    static inline __attribute__((always_inline)) void heads_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values,  \
-                                                                   float *out, float *lse, long r, long g, int n, float *scratch) {  \
+    static inline __attribute__((always_inline)) void heads_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values,\
+                                                                   float *out, long apart, float *lse, long lse_apart, long r, long g,\
+                                                                   int n, float *scratch) {                                          \
         long d = p->width, whole = d / 8 * 8, wide = (d + 7) / 8 * 8;                                                                \
-        long prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;                       \
+        long prefix = p->prefix[r], count = prefix + p->start[r + 1] - p->start[r], room = (count + 11) / 8 * 8;                     \
         const int64_t *other = p->other + p->start[r];                                                                               \
         const float *row = q + (p->source ? p->source[r] : r) * p->stride;                                                           \
-        long base = (p->slot[r] * p->kv_heads + g / (p->heads / p->kv_heads)) * p->capacity;                                           \
+        long slot = (p->slot[r] * p->kv_heads + g / (p->heads / p->kv_heads)) * p->capacity, base = slot + (p->base ? p->base[r] : 0);\
         float *query = scratch, *score = scratch + n * wide;                                                                         \
         const __m256 scale = _mm256_set1_ps(1.0f / sqrtf((float)d));                                                                 \
         for (int m = 0; m < n; m++)                                                                                                  \
             for (long c = 0; c < d; c += 8)                                                                                          \
                 _mm256_storeu_ps(query + m * wide + c,                                                                               \
-                                 _mm256_mul_ps(some_float32(row + (g + m) * d + c, d - c), scale));                      \
+                                 _mm256_mul_ps(some_float32(row + (g + m) * d + c, d - c), scale));                                  \
         for (long t = 0; t < count; t += 4) {                                                                                        \
             const TYPE *key[4];                                                                                                      \
             __m256 sum[QUERIES][4];                                                                                                  \
             for (long i = 0; i < 4; i++) {                                                                                           \
                 long at = t + i < count ? t + i : count - 1;                                                                         \
-                key[i] = keys + (base + (at < prefix ? at : other[at - prefix])) * d;                                                  \
+                key[i] = keys + (at < prefix ? base + placed(p, at) : slot + other[at - prefix]) * d;                                \
             }                                                                                                                        \
-            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
+            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                         \
             for (long c = 0; c < whole; c += 8)                                                                                      \
                 ALL for (int i = 0; i < 4; i++) {                                                                                    \
                     __m256 k = load_##NAME(key[i] + c);                                                                              \
-                    ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + c), k, sum[m][i]);  \
+                    ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + c), k, sum[m][i]);\
                 }                                                                                                                    \
             if (whole < d)                                                                                                           \
                 ALL for (int i = 0; i < 4; i++) {                                                                                    \
                     __m256 k = some_##NAME(key[i] + whole, d - whole);                                                               \
                     ALL for (int m = 0; m < n; m++)                                                                                  \
-                        sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + whole), k, sum[m][i]);                          \
+                        sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(query + m * wide + whole), k, sum[m][i]);                        \
                 }                                                                                                                    \
             ALL for (int m = 0; m < n; m++)                                                                                          \
-                _mm_storeu_ps(score + m * room + t, totals(sum[m][0], sum[m][1], sum[m][2], sum[m][3]));                               \
+                _mm_storeu_ps(score + m * room + t, totals(sum[m][0], sum[m][1], sum[m][2], sum[m][3]));                             \
         }                                                                                                                            \
-        for (int m = 0; m < n; m++) lse[m] = soften(score + m * room, count);                                                        \
-        for (long c = 0; c < d; c += 32) {                                                                                           \
-            __m256 sum[QUERIES][4];                                                                                                  \
-            long parts = (d - c < 32 ? d - c + 7 : 32) / 8;                                                                          \
-            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < 4; i++) sum[m][i] = _mm256_setzero_ps();                           \
-            if (d - c >= 32)                                                                                                         \
+        for (int m = 0; m < n; m++) lse[m * lse_apart] = soften(score + m * room, count);                                            \
+        for (long c = 0; c < d; c += 8 * EIGHTS) {                                                                                   \
+            __m256 sum[QUERIES][EIGHTS];                                                                                             \
+            long parts = (d - c < 8 * EIGHTS ? d - c + 7 : 8 * EIGHTS) / 8;                                                          \
+            ALL for (int m = 0; m < n; m++) ALL for (int i = 0; i < EIGHTS; i++) sum[m][i] = _mm256_setzero_ps();                    \
+            if (d - c >= 8 * EIGHTS)                                                                                                 \
                 for (long t = 0; t < count; t++) {                                                                                   \
-                    const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
-                    ALL for (int i = 0; i < 4; i++) {                                                                                \
+                    const TYPE *value = values + (t < prefix ? base + placed(p, t) : slot + other[t - prefix]) * d + c;              \
+                    ALL for (int i = 0; i < EIGHTS; i++) {                                                                           \
                         __m256 v = load_##NAME(value + 8 * i);                                                                       \
-                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
+                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]);\
                     }                                                                                                                \
                 }                                                                                                                    \
             else                                                                                                                     \
                 for (long t = 0; t < count; t++) {                                                                                   \
-                    const TYPE *value = values + (base + (t < prefix ? t : other[t - prefix])) * d + c;                                \
+                    const TYPE *value = values + (t < prefix ? base + placed(p, t) : slot + other[t - prefix]) * d + c;              \
                     for (long i = 0; i < parts; i++) {                                                                               \
                         __m256 v = some_##NAME(value + 8 * i, d - c - 8 * i);                                                        \
-                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]); \
+                        ALL for (int m = 0; m < n; m++) sum[m][i] = _mm256_fmadd_ps(_mm256_set1_ps(score[m * room + t]), v, sum[m][i]);\
                     }                                                                                                                \
                 }                                                                                                                    \
             for (int m = 0; m < n; m++)                                                                                              \
-                for (long i = 0; i < parts; i++) store_float32(out + m * d + c + 8 * i, sum[m][i], d - c - 8 * i);                     \
+                for (long i = 0; i < parts; i++) store_float32(out + m * apart + c + 8 * i, sum[m][i], d - c - 8 * i);               \
+        }                                                                                                                            \
+    }                                                                                                                                \
+    /* All query heads of view r that share key head h; as above. */                                                                 \
+    static void group_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, long apart, float *lse,\
+                             long lse_apart, long r, long h, float *scratch) {                                                       \
+        long group = p->heads / p->kv_heads, g = h * group, end = g + group;                                                         \
+        for (long n; g < end; g += n, out += n * apart, lse += n * lse_apart) {                                                      \
+            n = end - g < 3 ? end - g : 3;                                                                                           \
+            if (n == 3) heads_##NAME(p, q, keys, values, out, apart, lse, lse_apart, r, g, 3, scratch);                              \
+            else if (n == 2) heads_##NAME(p, q, keys, values, out, apart, lse, lse_apart, r, g, 2, scratch);                         \
+            else heads_##NAME(p, q, keys, values, out, apart, lse, lse_apart, r, g, 1, scratch);                                     \
         }                                                                                                                            \
     }
 
@@ -377,18 +400,11 @@ static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
             }                                                                                                                        \
         }                                                                                                                            \
     }                                                                                                                                \
-    static void attend_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, float *lse, long first,   \
+    static void attend_##NAME(const plan *p, const float *q, const TYPE *keys, const TYPE *values, float *out, float *lse, long first,\
                               long last, float *scratch) {                                                                           \
         long group = p->heads / p->kv_heads;                                                                                         \
-        for (long item = first; item < last; item++) {                                                                               \
-            long r = item / p->kv_heads, g = item % p->kv_heads * group, end = g + group;                                              \
-            for (long n; g < end; g += n, out += n * p->width, lse += n) {                                                           \
-                n = end - g < 3 ? end - g : 3;                                                                                       \
-                if (n == 3) heads_##NAME(p, q, keys, values, out, lse, r, g, 3, scratch);                                            \
-                else if (n == 2) heads_##NAME(p, q, keys, values, out, lse, r, g, 2, scratch);                                       \
-                else heads_##NAME(p, q, keys, values, out, lse, r, g, 1, scratch);                                                   \
-            }                                                                                                                        \
-        }                                                                                                                            \
+        for (long item = first; item < last; item++, out += group * p->width, lse += group)                                          \
+            group_##NAME(p, q, keys, values, out, p->width, lse, 1,       item / p->kv_heads, item % p->kv_heads, scratch);          \
     }
 
 ATTEND(float, float32)
@@ -410,18 +426,31 @@ static void attend(const plan *p, const float *q, slab at, float *out, float *ls
     else attend_bfloat16(p, q, at.keys, at.values, out, lse, first, last, scratch);
 }
 
+/* States of the query heads of view r that share key head h. */
+static void attend_group(const plan *p, const float *q, slab at, float *state, long r, long h, float *scratch) {
+    long d = p->width;
+    if (at.wide) group_float32(p, q, at.keys, at.values, state, d + 1, state + d, d + 1, r, h, scratch);
+    else group_bfloat16(p, q, at.keys, at.values, state, d + 1, state + d, d + 1, r, h, scratch);
+}
+
 static long attention_items(const plan *p, long *least, long *most) {
     long items = p->views * p->kv_heads;
     *least = 1 + items / (MOST_TASKS / 2), *most = largest(*least, 16);
     return items;
 }
 
-/* Numbers that a task of attention needs: what it puts out, its lse, and queries and scores of the view that sees most. */
-static long attention_memory(const plan *p) {
-    long most = 0, least, items, group = p->heads / p->kv_heads;
+/* Numbers for queries and scores of the view that sees most. */
+static long scratch_of(const plan *p) {
+    long most = 0;
     for (long r = 0; r < p->views; r++) most = largest(most, p->prefix[r] + p->start[r + 1] - p->start[r]);
+    return QUERIES * (p->width + most + 24);
+}
+
+/* Numbers that a task of attention needs: what it puts out, its lse, and scratch. */
+static long attention_memory(const plan *p) {
+    long least, items;
     attention_items(p, &least, &items);
-    return items * group * (p->width + 1) + QUERIES * (p->width + most + 24);
+    return items * (p->heads / p->kv_heads) * (p->width + 1) + scratch_of(p);
 }
 
 static void attention_work(const plan *p, const float *q, slab at, long first, long last, float *own) {
@@ -449,7 +478,7 @@ static void meet(float *a, const float *b, long d) {
         memcpy(a, b, (d + 1) * sizeof(float));
         return;
     }
-    float ea = expf(a[d] - most), eb = expf(b[d] - most), sum = ea + eb, wa = ea / sum, wb = eb / sum;
+    float ea = a[d] < most ? expf(a[d] - most) : 1, eb = b[d] < most ? expf(b[d] - most) : 1, sum = ea + eb, wa = ea / sum, wb = eb / sum;
     for (long c = 0; c < d; c++) a[c] = wa * a[c] + wb * b[c];
     a[d] = most + logf(sum);
 }
@@ -481,53 +510,130 @@ static void join(states s, long first, long last, long low, long size, float *in
     meet(into, behind, d);
 }
 
-#define LEVELS 24 /* of a tree over shards, at most */
+#define LEVELS 24     /* of a tree over shards, at most */
+#define MOST_BLOCK 16 /* rows that look at a shard one after the other */
 
 /* Where states are while layers run over sharded keys. */
 typedef struct {
-    float *views, *lse; /* [views, heads, width], [views, heads]: what attention leaves */
-    long own;           /* subtrees that this process has whole, and hands to the others; 0: it has all */
+    long pieces;                       /* of the tree over shards, ascending: a task looks at the keys of one */
+    const int64_t *piece, *piece_size; /* [pieces] its first shard, and how many */
+    const int64_t *order;              /* [pieces] the order in which tasks take them: that of their keys in memory */
+    long block;                        /* rows that a task has, at most MOST_BLOCK */
+    float *states;                     /* [pieces, rows, heads, width + 1] what attention leaves */
+    long own;                          /* subtrees that this process has whole, and hands to the others; 0: it has all */
     const int64_t *low, *size;
-    float *sent; /* [own, rows, heads, width + 1] */
+    float *sent; /* [own, rows, heads, width + 1]; the same as `states` where these subtrees are the pieces */
     long others; /* subtrees of all processes, ascending */
     const int64_t *shard;
     const float *received; /* [others, rows, heads, width + 1] */
 } meeting;
 
-/* States of a head of a row, from this process's views, or of those received. [from, to): which there are. */
-static states states_of(const plan *p, const meeting *m, int received, long item, long *from, long *to) {
-    long row = item / p->heads, head = item % p->heads, apart = p->rows * p->heads * (p->width + 1);
-    if (received) {
-        const float *state = m->received + item * (p->width + 1);
-        *from = 0, *to = m->others;
-        return (states){state, state + p->width, apart, apart, m->shard};
+/* ---- attention over the shards of a piece ----
+ *
+ * An item is a piece, a key head and a block of rows. Its shards come one after the other, each with all rows of the block, which find its
+ * keys in a near cache. A row's states of shards meet as soon as their place in the tree is known, so few are kept: as a count in binary
+ * keeps few digits. */
+
+static long row_blocks(const plan *p, const meeting *m) { return (p->rows + m->block - 1) / m->block; }
+
+static long piece_items(const plan *p, const meeting *m, long *least, long *most) {
+    long items = m->pieces * p->kv_heads * row_blocks(p, m);
+    *least = 1 + items / (MOST_TASKS / 2), *most = largest(*least, MOST_BLOCK / (p->rows < m->block ? p->rows : m->block));
+    return items;
+}
+
+static long states_of_item(const plan *p, const meeting *m) { return m->block * (p->heads / p->kv_heads) * (p->width + 1); }
+
+static long levels_of(const meeting *m) {
+    long most = 1, levels = 2; /* a piece of one shard has one state, and each doubling one more that waits */
+    for (long k = 0; k < m->pieces; k++) most = largest(most, m->piece_size[k]);
+    for (; most > 1; most /= 2) levels++;
+    return levels;
+}
+
+static long piece_memory(const plan *p, const meeting *m) {
+    long least, most;
+    piece_items(p, m, &least, &most);
+    return states_of_item(p, m) * (most + levels_of(m)) + scratch_of(p);
+}
+
+/* How high in the tree two shards first meet. */
+static int height(long a, long b) { return 64 - __builtin_clzl((unsigned long)(a ^ b)); }
+
+/* The two upper states of a row's pile [waiting][group][d + 1] become one. */
+static void meet_upper(float *pile, long waiting, long group, long d) {
+    float *upper = pile + (waiting - 2) * group * (d + 1);
+    for (long g = 0; g < group; g++) meet(upper + g * (d + 1), upper + (group + g) * (d + 1), d);
+}
+
+/* own: the states that the items leave, then piles of waiting ones, then scratch. */
+static void piece_work(const plan *p, const meeting *m, const float *q, slab at, long first, long last, float *own) {
+    long d = p->width, group = p->heads / p->kv_heads, state = group * (d + 1), blocks = row_blocks(p, m), levels = levels_of(m);
+    float *piles = own + (last - first) * states_of_item(p, m), *scratch = piles + levels * states_of_item(p, m);
+    for (long item = first; item < last; item++, own += states_of_item(p, m)) {
+        long h = item / blocks / m->pieces, k = m->order[item / blocks % m->pieces], from = item % blocks * m->block;
+        long rows = p->rows - from < m->block ? p->rows - from : m->block, low = m->piece[k], high = low + m->piece_size[k];
+        long view[MOST_BLOCK], end[MOST_BLOCK], waiting[MOST_BLOCK] = {0}, waits[MOST_BLOCK][LEVELS];
+        for (long r = 0; r < rows; r++) {
+            view[r] = p->first[from + r], end[r] = p->first[from + r + 1];
+            while (view[r] < end[r] && p->shard[view[r]] < low) view[r]++;
+            while (end[r] > view[r] && p->shard[end[r] - 1] >= high) end[r]--;
+        }
+        for (;;) {
+            long shard = high;
+            for (long r = 0; r < rows; r++)
+                if (view[r] < end[r] && p->shard[view[r]] < shard) shard = p->shard[view[r]];
+            if (shard == high) break;
+            for (long r = 0; r < rows; r++) {
+                if (view[r] == end[r] || p->shard[view[r]] != shard) continue;
+                float *pile = piles + r * levels * state;
+                long *w = waits[r];
+                while (waiting[r] > 1 && height(w[waiting[r] - 2], w[waiting[r] - 1]) < height(w[waiting[r] - 1], shard))
+                    meet_upper(pile, waiting[r]--, group, d);
+                attend_group(p, q, at, pile + waiting[r] * state, view[r]++, h, scratch);
+                w[waiting[r]++] = shard;
+            }
+        }
+        for (long r = 0; r < rows; r++) {
+            float *pile = piles + r * levels * state, *left = own + r * state;
+            while (waiting[r] > 1) meet_upper(pile, waiting[r]--, group, d);
+            memcpy(left, pile, state * sizeof(float));
+            for (long g = 0; !waiting[r] && g < group; g++) { /* it saw no key */
+                memset(left + g * (d + 1), 0, d * sizeof(float));
+                left[g * (d + 1) + d] = -INFINITY;
+            }
+        }
     }
-    *from = p->first[row], *to = p->first[row + 1];
-    return (states){m->views + head * p->width, m->lse + head, p->heads * p->width, p->heads, p->shard};
+}
+
+static void keep_piece(const plan *p, const meeting *m, long first, long last, const float *own) {
+    long group = p->heads / p->kv_heads, state = p->width + 1, blocks = row_blocks(p, m);
+    for (long item = first; item < last; item++, own += states_of_item(p, m)) {
+        long h = item / blocks / m->pieces, k = m->order[item / blocks % m->pieces], from = item % blocks * m->block;
+        for (long r = from; r < p->rows && r < from + m->block; r++)
+            memcpy(m->states + ((k * p->rows + r) * p->heads + h * group) * state, own + (r - from) * group * state,
+                   group * state * sizeof(float));
+    }
 }
 
 /* Items [first, last) are heads of rows. own: for each item a state for each subtree (or one, the whole), and what `join` needs behind. */
-static void join_work(const plan *p, const meeting *m, int received, long first, long last, float *own) {
-    long d = p->width, kept = m->own ? m->own : 1;
+static void join_work(const plan *p, const meeting *m, long first, long last, float *own) {
+    long d = p->width, kept = m->own ? m->own : 1, apart = p->rows * p->heads * (d + 1);
     float *behind = own + (last - first) * kept * (d + 1);
-    for (long item = first; item < last; item++)
-        for (long k = 0; k < kept; k++, own += d + 1) {
-            long from, to, low = m->own ? m->low[k] : 0, size = m->own ? m->size[k] : p->shards;
-            states s = states_of(p, m, received, item, &from, &to);
-            while (from < to && s.shard[from] < low) from++;
-            while (to > from && s.shard[to - 1] >= low + size) to--;
+    for (long item = first; item < last; item++) {
+        states s = {m->states + item * (d + 1), m->states + item * (d + 1) + d, apart, apart, m->piece};
+        for (long k = 0, from = 0, to = 0; k < kept; k++, own += d + 1, from = to) {
+            long low = m->own ? m->low[k] : 0, size = m->own ? m->size[k] : p->shards;
+            while (to < m->pieces && m->piece[to] < low + size) to++;
             join(s, from, to, low, size, own, behind, d);
         }
+    }
 }
 
 /* As `join_work`, from the received states to the whole. */
 static void meet_work(const plan *p, const meeting *m, long first, long last, float *own) {
-    float *behind = own + (last - first) * (p->width + 1);
-    for (long item = first; item < last; item++, own += p->width + 1) {
-        long from, to;
-        states s = states_of(p, m, 1, item, &from, &to);
-        join(s, from, to, 0, p->shards, own, behind, p->width);
-    }
+    meeting whole = {.pieces = m->others, .piece = m->shard, .states = (float *)m->received};
+    join_work(p, &whole, first, last, own);
 }
 
 static void keep_whole(const plan *p, float *mixed, long first, long last, const float *own) {
@@ -556,7 +662,6 @@ static long join_memory(const plan *p, const meeting *m) {
 typedef struct {
     plan p;
     meeting m;
-    int received;
 } joining;
 
 static long joining_of(const job *j, long phase, long *least, long *most) {
@@ -567,7 +672,7 @@ static long joining_of(const job *j, long phase, long *least, long *most) {
 static void joining_part(const job *j, long phase, long first, long last, float *own) {
     const joining *a = (const joining *)j->copied;
     (void)phase;
-    join_work(&a->p, &a->m, a->received, first, last, own);
+    join_work(&a->p, &a->m, first, last, own);
 }
 
 static void joining_keep(const job *j, long phase, long first, long last, const float *own) {
@@ -576,9 +681,9 @@ static void joining_keep(const job *j, long phase, long first, long last, const 
     keep_sent(&a->p, &a->m, first, last, own);
 }
 
-/* Joins states of this process's views, or received ones, to those of the subtrees m->low, m->size: m->sent. Returns as `run` does. */
-int eyas_join(const plan *p, const meeting *m, int received, int threads) {
-    joining a = {*p, *m, received};
+/* Joins the states of pieces to those of the subtrees m->low, m->size: m->sent. Returns as `run` does. */
+int eyas_join(const plan *p, const meeting *m, int threads) {
+    joining a = {*p, *m};
     job j = {1, threads, join_memory(p, m), joining_of, joining_part, joining_keep};
     memcpy(j.copied, &a, sizeof a);
     return run(&j);
@@ -589,29 +694,38 @@ typedef struct {
     const float *q;
     slab at;
     float *out, *lse;
+    meeting m; /* of sharded keys, whose states are left instead */
 } attention;
 
 static long attention_of(const job *j, long phase, long *least, long *most) {
     const attention *a = (const attention *)j->copied;
-    return phase ? attention_items(&a->p, least, most) : rows_in_tasks(a->p.rows, least, most);
+    if (!phase) return rows_in_tasks(a->p.rows, least, most);
+    if (!a->m.pieces) return attention_items(&a->p, least, most);
+    return phase == 1 ? piece_items(&a->p, &a->m, least, most) : a->m.sent == a->m.states ? 0 : heads_in_tasks(&a->p, least, most);
 }
 
 static void attention_part(const job *j, long phase, long first, long last, float *own) {
     const attention *a = (const attention *)j->copied;
-    if (phase) attention_work(&a->p, a->q, a->at, first, last, own);
+    if (phase == 1 && a->m.pieces) piece_work(&a->p, &a->m, a->q, a->at, first, last, own);
+    else if (phase == 1) attention_work(&a->p, a->q, a->at, first, last, own);
+    else if (phase) join_work(&a->p, &a->m, first, last, own);
 }
 
 static void attention_keep(const job *j, long phase, long first, long last, const float *own) {
     const attention *a = (const attention *)j->copied;
-    if (phase) keep_attention(&a->p, a->out, a->lse, first, last, own);
-    else
-        for (long r = first; r < last; r++) remember(&a->p, a->q + r * a->p.stride, a->at, r);
+    for (long r = first; !phase && r < last; r++) remember(&a->p, a->q + r * a->p.stride, a->at, r);
+    if (phase == 1 && a->m.pieces) keep_piece(&a->p, &a->m, first, last, own);
+    else if (phase == 1) keep_attention(&a->p, a->out, a->lse, first, last, own);
+    else if (phase) keep_sent(&a->p, &a->m, first, last, own);
 }
 
-/* Writes keys and values of the rows to their places, then attends; lse may be NULL. Returns as `run` does. */
-int eyas_attention(const plan *p, const float *q, void *keys, void *values, int wide, float *out, float *lse, int threads) {
-    attention a = {*p, q, {keys, values, wide}, out, lse};
-    job j = {2, threads, attention_memory(p), attention_of, attention_part, attention_keep};
+/* Writes keys and values of the rows to their places, then attends; lse may be NULL. With m, what is left are states: m->sent, and neither
+ * out nor lse. Returns as `run` does. */
+int eyas_attention(const plan *p, const float *q, void *keys, void *values, int wide, float *out, float *lse, const meeting *m, int threads) {
+    attention a = {*p, q, {keys, values, wide}, out, lse, {0}};
+    if (m) a.m = *m;
+    long memory = m ? largest(piece_memory(p, m), join_memory(p, m)) : attention_memory(p);
+    job j = {m ? 3 : 2, threads, memory, attention_of, attention_part, attention_keep};
     memcpy(j.copied, &a, sizeof a);
     return run(&j);
 }
@@ -719,8 +833,9 @@ static long pass_items(const job *j, long phase, long *least, long *most) {
     long step = phase % PHASES, rows = s->p.rows;
     const layer *l = s->layers + phase / PHASES;
     if (phase == PHASES * s->count || step == ENTER || step == TURN || step == MIDDLE || step == GATED) return rows_in_tasks(rows, least, most);
-    if (step == LOOK) return attention_items(&s->p, least, most);
-    if (step == JOIN || step == MEET) return s->p.shards && (step == JOIN || s->m.own) ? heads_in_tasks(&s->p, least, most) : 0;
+    if (step == LOOK) return s->m.pieces ? piece_items(&s->p, &s->m, least, most) : attention_items(&s->p, least, most);
+    if (step == JOIN) return s->m.pieces && s->m.sent != s->m.states ? heads_in_tasks(&s->p, least, most) : 0;
+    if (step == MEET) return s->m.own ? heads_in_tasks(&s->p, least, most) : 0;
     if (step == MIXED) return reads_floats(&l->o) ? 0 : rows_in_tasks(rows, least, most);
     return blocks(matrix_of(l, step), rows, least, most);
 }
@@ -765,8 +880,9 @@ static void pass_work(const job *j, long phase, long first, long last, float *ow
         return;
     }
     const layer *l = s->layers + number;
-    if (step == LOOK) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
-    else if (step == JOIN) join_work(&s->p, &s->m, 0, first, last, own);
+    if (step == LOOK && s->m.pieces) piece_work(&s->p, &s->m, s->qkv, slab_of(s, number), first, last, own);
+    else if (step == LOOK) attention_work(&s->p, s->qkv, slab_of(s, number), first, last, own);
+    else if (step == JOIN) join_work(&s->p, &s->m, first, last, own);
     else if (step == MEET) meet_work(&s->p, &s->m, first, last, own);
     else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) {
         const matrix *m = matrix_of(l, step);
@@ -785,7 +901,8 @@ static void pass_keep(const job *j, long phase, long first, long last, const flo
     }
     const layer *l = s->layers + number;
     const matrix *m = matrix_of(l, step);
-    if (step == LOOK) keep_attention(&s->p, s->p.shards ? s->m.views : s->mixed, s->p.shards ? s->m.lse : NULL, first, last, own);
+    if (step == LOOK && s->m.pieces) keep_piece(&s->p, &s->m, first, last, own);
+    else if (step == LOOK) keep_attention(&s->p, s->mixed, NULL, first, last, own);
     else if (step == JOIN && s->m.own) keep_sent(&s->p, &s->m, first, last, own);
     else if (step == JOIN || step == MEET) keep_whole(&s->p, s->mixed, first, last, own);
     else if (step == QKV || step == OUT || step == GATE_UP || step == DOWN) keep_product(m, outputs_of(s, step), own, rows, first, last);
@@ -805,11 +922,11 @@ static void pass_keep(const job *j, long phase, long first, long last, const flo
 
 static long pass_memory(const pass *s) {
     const layer *l = s->layers;
-    long least, most, rows = s->p.rows, attention = attention_memory(&s->p);
+    long least, most, rows = s->p.rows, attention = s->m.pieces ? piece_memory(&s->p, &s->m) : attention_memory(&s->p);
     rows_in_tasks(rows, &least, &most);
     long outputs = largest(largest(outputs_in_task(&l->qkv, rows), outputs_in_task(&l->o, rows)),
                            largest(outputs_in_task(&l->gate_up, rows), outputs_in_task(&l->down, rows)));
-    if (s->p.shards) attention = largest(attention, join_memory(&s->p, &s->m));
+    if (s->m.pieces) attention = largest(attention, join_memory(&s->p, &s->m));
     return largest(largest(attention, most * row_memory(s, l)), outputs);
 }
 

@@ -40,8 +40,8 @@ class Plan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_long) for name in ("rows", "views", "heads", "kv_heads", "width", "stride", "capacity")),
-        *((name, ctypes.c_void_p) for name in ("home", "place", "source", "slot", "prefix", "start", "other", "shard", "first")),
-        ("shards", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("home", "place", "source", "slot", "prefix", "start", "other", "shard", "base", "first")),
+        *((name, ctypes.c_long) for name in ("shards", "shift", "apart")),
     ]
 
 
@@ -76,11 +76,11 @@ def kernel() -> ctypes.CDLL | None:
     pointer, plan, long, whole = ctypes.c_void_p, ctypes.POINTER(Plan), ctypes.c_long, ctypes.c_int
     library.eyas_product.argtypes = [pointer, ctypes.POINTER(Matrix), pointer, long, pointer, whole]
     library.eyas_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
-    library.eyas_attention.argtypes = [plan, *[pointer] * 3, whole, pointer, pointer, whole]
+    library.eyas_attention.argtypes = [plan, *[pointer] * 3, whole, pointer, pointer, ctypes.POINTER(Meeting), whole]
     cache = [pointer, pointer, whole, long]
     end = [pointer, ctypes.POINTER(Meeting), long, long, whole]
     library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, *end]
-    library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole, whole]
+    library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole]
     library.eyas_phases.restype = library.eyas_turned.restype = library.eyas_joined.restype = long
     library.eyas_computed_again.restype = long
     return library
@@ -245,22 +245,29 @@ class RowPlan(NamedTuple):
     start: Tensor  # [n + 1] where a view's part of `other` begins; it ends where the next view's begins
     other: Tensor  # for each view the indices behind its prefix that it sees, ascending
     source: Tensor | None = None  # [n] a view's row, where keys are sharded
-    shard: Tensor | None = None  # [n] the shard that a view's slot is of
+    shard: Tensor | None = None  # [n] the shard that a view sees
+    base: Tensor | None = None  # [n] where the shard's first block of rows begins in the slot
     first: Tensor | None = None  # [N + 1] where a row's views begin, which ascend by shard
     shards: int = 0  # of all keys; 0: they are not sharded
+    shift: int = 62  # a block has 2 ** shift rows
+    apart: int = 0  # rows from one block of a shard to its next
 
     def shape(self, heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
         """The kernel's plan for rows of `stride` numbers over keys [.., slots, k, capacity, d]."""
         sizes = (len(self.home), len(self.slot), heads, kv_heads, keys.shape[-1], stride, keys.shape[-2])
-        parts = (self.home, self.place, self.source, self.slot, self.prefix, self.start, self.other, self.shard, self.first)
-        return Plan(*sizes, *(None if part is None else part.data_ptr() for part in parts), self.shards)
+        placed = (self.home, self.place, self.source, self.slot, self.prefix, self.start, self.other)
+        pointers = (None if part is None else part.data_ptr() for part in (*placed, self.shard, self.base, self.first))
+        return Plan(*sizes, *pointers, self.shards, self.shift, self.apart)
 
 
 class Meeting(ctypes.Structure):
     """native.c's `meeting`: where states are while layers run over sharded keys."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("views", "lse")),
+        ("pieces", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("piece", "piece_size", "order")),
+        ("block", ctypes.c_long),
+        ("states", ctypes.c_void_p),
         ("own", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in ("low", "size", "sent")),
         ("others", ctypes.c_long),
@@ -277,21 +284,11 @@ def joined(states: Tensor, firsts: Tensor, wanted: tuple[Tensor, Tensor], shards
     count, rows, heads, state = states.shape
     low, size = wanted
     made = states.new_empty(len(low), rows, heads, state)
-    plan = Plan(rows, 0, heads, heads, state - 1, 0, 0, *[None] * 9, shards)
-    numbers = (each.data_ptr() for each in (low, size, made))
-    meeting = Meeting(None, None, len(low), *numbers, count, firsts.data_ptr(), states.data_ptr())
-    settled(library().eyas_join(plan, meeting, True, threads()), states, firsts, wanted, made)
+    plan = Plan(rows, 0, heads, heads, state - 1, 0, 0, *[None] * 10, shards, 0, 0)
+    given = (count, firsts.data_ptr(), None, None, 0, states.data_ptr())
+    meeting = Meeting(*given, len(low), *(each.data_ptr() for each in (low, size, made)), 0, None, None)
+    settled(library().eyas_join(plan, meeting, threads()), states, firsts, wanted, made)
     return made
-
-
-def joined_views(plan: RowPlan, out: Tensor, lse: Tensor, wanted: tuple[Tensor, Tensor], sent: Tensor) -> None:
-    """What views of shards left, float32 out [n, H * d] and lse [n, H], joined to states of the subtrees `wanted` (as in `joined`): float32
-    sent [m, R, H, d + 1], which may have room for more of them."""
-    heads = lse.shape[1]
-    low, size = wanted
-    shape = plan.shape(heads, heads, 0, sent[..., :-1])
-    meeting = Meeting(out.data_ptr(), lse.data_ptr(), len(low), *(each.data_ptr() for each in (low, size, sent)), 0, None, None)
-    settled(library().eyas_join(shape, meeting, False, threads()), plan, out, lse, wanted, sent)
 
 
 def attends(keys: Tensor) -> bool:
@@ -304,11 +301,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pla
 
     Returns [n, q*d] in q's number format; all sums are float32. `lse`: float32 [n, q], to be filled with the log-sum-exps of the scores.
     """
-    _, heads, d = q.shape
-    rows = torch.cat([q, k, v], 1).float()
-    out = torch.empty(len(plan.slot), heads * d, dtype=torch.float32, device="cpu")
-    shape = plan.shape(heads, k.shape[1], rows.shape[1] * d, keys)
-    pointers = (rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32, out.data_ptr())
-    lagging = library().eyas_attention(shape, *pointers, None if lse is None else lse.data_ptr(), threads())
-    settled(lagging, plan, rows, keys, values, out, lse)
+    out = torch.empty(len(plan.slot), q.shape[1] * q.shape[2], dtype=torch.float32, device="cpu")
+    attend(torch.cat([q, k, v], 1).float(), q.shape[1], keys, values, plan, out, lse, None)
     return out.to(q.dtype)
+
+
+def attend(
+    rows: Tensor, heads: int, keys: Tensor, values: Tensor, plan: RowPlan, out: Tensor | None, lse: Tensor | None, meeting: Meeting | None
+) -> None:
+    """As `attention`, with q, k and v side by side in float32 rows [N, q + k + k, d], of which `heads` are q's. With `meeting` it is its
+    `sent` that is filled, with states of the subtrees that it names."""
+    shape = plan.shape(heads, (rows.shape[1] - heads) // 2, rows.shape[1] * rows.shape[2], keys)
+    pointers = (rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32)
+    filled = (None if each is None else each.data_ptr() for each in (out, lse))
+    lagging = library().eyas_attention(shape, *pointers, *filled, meeting, threads())
+    settled(lagging, plan, rows, keys, values, out, lse)

@@ -7,7 +7,9 @@ Axes: R rows of the pass, H query heads, d head width.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,13 @@ from torch import Tensor
 from eyas.kernels import native
 from eyas.kernels.attention import Attend, NativeAttention, PassAttention, attention_with_lse
 from eyas.model.rows import Segment
-from eyas.parallel.cache import ShardedCache, row_plan, seen_mask
-from eyas.parallel.schedules import Exchange, NativeJoin, in_shares
+from eyas.parallel.cache import ShardedCache, keys_seen, row_plan
+from eyas.parallel.schedules import Exchange, NativeJoin, Subtree, in_shares
 from eyas.parallel.states import State, empty
+
+ROWS = 16  # of a pass, which look at a shard's keys one after the other, so that these come from memory once; the kernel takes no more
+TASKS = 32  # of a layer's attention at least, where that can be: fewer leave threads without work at its end
+FEW = 4  # rows up to which keys are read in the order in which they lie, since little else hides the time that this takes
 
 
 class ShardedAttention(NativeAttention):
@@ -28,34 +34,48 @@ class ShardedAttention(NativeAttention):
         self.exchange, self.counts = exchange, [segment.count for segment in segments]
         self.views = [cache.view(segment) for segment in segments]
         self.cache, self.lses, self.plans = cache.inner, None, {}
-        self.rows = row_plan(self.views, self.counts, cache.layout.shards)
+        self.layout, self.rows = cache.layout, row_plan(self.views, self.counts, cache)
         self.meeting: native.Meeting | None = None
 
     def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
         if self.meeting is None:
-            self.prepare(heads, self.cache.keys.shape[-1])
+            self.prepare(heads, kv_heads, self.cache.keys.shape[-1])
         return super().plan(heads, kv_heads, stride)
 
-    def prepare(self, heads: int, width: int) -> None:
+    def prepare(self, heads: int, kv_heads: int, width: int) -> None:
         """Make room for the states of a layer."""
-        exchange, rows, views = self.exchange, sum(self.counts), len(self.rows.slot)
+        exchange, rows = self.exchange, sum(self.counts)
         alone, state = exchange.peers.count == 1, (rows, heads, width + 1)
         self.schedule = exchange.schedule(4 * rows * heads * (width + 1))
-        self.out, self.lse = torch.empty(views, heads, width), torch.empty(views, heads)
-        self.sent = torch.full((0 if alone else exchange.most, *state), float("-inf"))
         own, everyone = ([], []) if alone else (exchange.own, self.schedule.subtrees)
-        self.received = torch.empty(len(everyone), *state)
-        self.low, self.size, self.shard = (
-            torch.tensor(numbers, dtype=torch.int64)
-            for numbers in ([low for low, _ in own], [size for _, size in own], [low for low, _ in everyone])
-        )
-        self.meeting = native.Meeting(
-            *(part.data_ptr() for part in (self.out, self.lse)),
-            len(own),
-            *(part.data_ptr() for part in (self.low, self.size, self.sent)),
-            len(everyone),
-            *(part.data_ptr() for part in (self.shard, self.received)),
-        )
+        self.sent = torch.full((0 if alone else exchange.most, *state), float("-inf"))
+        self.received, self.shard = torch.empty(len(everyone), *state), torch.tensor([low for low, _ in everyone], dtype=torch.int64)
+        self.meeting = native.Meeting(*self.looking(kv_heads, state, own), len(everyone), self.shard.data_ptr(), self.received.data_ptr())
+
+    def looking(self, kv_heads: int, state: tuple[int, int, int], own: list[Subtree]) -> tuple[Any, ...]:
+        """The kernel's facts of how attention leaves this process's states, in `sent`; of one process, which has all, `own` is empty."""
+        pieces, order, block = self.pieces(kv_heads)
+        self.states = self.sent if pieces == own else torch.empty(len(pieces), *state)
+        lows_and_sizes = ([part[end] for part in parts] for parts in (pieces, own) for end in (0, 1))
+        self.numbers = [torch.tensor(each, dtype=torch.int64) for each in (*lows_and_sizes, order)]
+        piece, piece_size, low, size, in_turn = (each.data_ptr() for each in self.numbers)
+        return len(pieces), piece, piece_size, in_turn, block, self.states.data_ptr(), len(own), low, size, self.sent.data_ptr()
+
+    def pieces(self, kv_heads: int) -> tuple[list[Subtree], list[int], int]:
+        """The subtrees of shards that tasks look at, ascending, the order in which they are taken, and how many rows of the pass a task
+        has. No bit depends on them."""
+        exchange, rows = self.exchange, sum(self.counts)
+        there = sorted({int(shard) for view in self.views for shard in view.shards})
+        if rows <= FEW:
+            found = [(shard, 1) for shard in there]
+        else:
+            most = 1 << max(0, (exchange.shards * kv_heads * -(-rows // ROWS) // TASKS).bit_length() - 1)
+            parts = [part for low, size in exchange.own for part in self.layout.subtrees(low, low + size, most)]
+            found = [(low, size) for low, size in parts if bisect_left(there, low) < bisect_left(there, low + size)]
+        block = ROWS
+        while block > FEW and kv_heads * len(found) * -(-rows // block) < TASKS:
+            block //= 2
+        return found, sorted(range(len(found)), key=lambda place: self.layout.mirrored(found[place][0])), block
 
     def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
         if self.exchange.peers.count == 1:
@@ -78,10 +98,10 @@ class ShardedAttention(NativeAttention):
             states = torch.cat([out.view(-1, H, d), lse[..., None]], -1)
             nothing, known, start, first = empty(R, H, d, states), dict[tuple[int, int], State](), 0, 0
             for view, count in zip(self.views, self.counts, strict=True):
-                of_view = states[first : first + count * len(view.slots)].view(count, len(view.slots), H, d + 1)
+                of_view = states[first : first + count * len(view.shards)].view(count, len(view.shards), H, d + 1)
                 for number, shard in enumerate(view.shards):
-                    known.setdefault((shard, 1), nothing.clone())[start : start + count] = of_view[:, number]
-                start, first = start + count, first + count * len(view.slots)
+                    known.setdefault((int(shard), 1), nothing.clone())[start : start + count] = of_view[:, number]
+                start, first = start + count, first + count * len(view.shards)
             return self.exchange.joined(known, nothing)[..., :d].reshape(R, H * d).to(q.dtype)
 
         return attend
@@ -98,20 +118,19 @@ class SharedOutAttention(ShardedAttention):
         self.share = -(-segment.count // peers.count)
         self.mine = slice(peers.rank * self.share, min((peers.rank + 1) * self.share, segment.count))
 
-    def prepare(self, heads: int, width: int) -> None:
-        exchange, own, rows = self.exchange, self.exchange.own, self.mine.stop - self.mine.start
-        level = exchange.schedules["gather"].levels[0]
+    def prepare(self, heads: int, kv_heads: int, width: int) -> None:
+        exchange, rows = self.exchange, self.mine.stop - self.mine.start
+        level, state = exchange.schedules["gather"].levels[0], (sum(self.counts), heads, width + 1)
         self.level, self.heads = level, heads
-        self.sent = torch.full((exchange.most, sum(self.counts), heads, width + 1), float("-inf"))
+        self.sent = torch.full((exchange.most, *state), float("-inf"))
+        self.look = native.Meeting(*self.looking(kv_heads, state, exchange.own), 0, None, None)
         self.received = torch.empty(len(level.given), rows, heads, width + 1)
-        self.wanted = torch.tensor([low for low, _ in own]), torch.tensor([size for _, size in own])
         self.shard = torch.tensor([low for low, _ in level.given])
-        self.meeting = native.Meeting(
-            None, None, len(own), None, None, None, len(level.given), self.shard.data_ptr(), self.received.data_ptr()
-        )
-        nothing, none = torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        nothing = [0, None, None, None, 0, None, len(exchange.own), None, None, None]  # attention is not the layers' here
+        self.meeting = native.Meeting(*nothing, len(level.given), self.shard.data_ptr(), self.received.data_ptr())
+        zeros, none = torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         self.all, home = self.rows, torch.full((rows,), -1)  # their keys are written with all the others
-        self.rows = native.RowPlan(home, nothing[1:], none, none, nothing[:1], none, none, none, nothing, self.exchange.shards)
+        self.rows = native.RowPlan(home, zeros[1:], none, none, zeros[:1], none, none, none, none, zeros, self.exchange.shards)
 
     def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
         begin, library = 0, native.library()
@@ -129,10 +148,8 @@ class SharedOutAttention(ShardedAttention):
         sent = packed([q, k.to(keys.dtype), v.to(keys.dtype)], self.share)  # keys and values as the cache rounds them
         everyone = peers.gather(sent, "queries").flatten(0, 1)[: sum(self.counts)]
         widths = [(heads * d, torch.float32), (kv_heads * d, keys.dtype), (kv_heads * d, keys.dtype)]
-        q, k, v = (part.unflatten(1, (-1, d)) for part in unpacked(everyone, widths))
-        lse = torch.empty(len(self.all.slot), heads)
-        out = native.attention(q, k, v, keys, values, self.all, lse)
-        native.joined_views(self.all, out, lse, self.wanted, self.sent)
+        rows = torch.cat([part.float().unflatten(1, (-1, d)) for part in unpacked(everyone, widths)], 1)
+        native.attend(rows, heads, keys, values, self.all, None, None, self.look)
         states = self.level.picked(peers.scatter(in_shares(self.sent, peers.count), "states").flatten(0, 1))
         self.received.copy_(states[:, : self.received.shape[1]])
 
@@ -155,7 +172,7 @@ class PlainShardedAttention:
     def __init__(self, cache: ShardedCache, segments: Sequence[Segment], exchange: Exchange) -> None:
         self.exchange, self.counts = exchange, [segment.count for segment in segments]
         self.views = [cache.view(segment) for segment in segments]
-        self.cache = cache.inner
+        self.sharded, self.cache = cache, cache.inner
 
     def layer(self, layer: int) -> Attend:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -164,13 +181,13 @@ class PlainShardedAttention:
             R, H, d = q.shape
             nothing, known, start = empty(R, H, d, q), dict[tuple[int, int], State](), 0
             for view, count in zip(self.views, self.counts, strict=True):
-                rows = slice(start, start + count)
-                for number, (slot, shard) in enumerate(zip(view.slots, view.shards, strict=True)):
-                    held, mine = view.held[number], view.rows[number]
-                    end = held + len(mine)
-                    keys[slot, :, held:end], values[slot, :, held:end] = (each[rows][mine].transpose(0, 1) for each in (k, v))
-                    seen = seen_mask(view, number, count).to(q.device)
-                    out, lse = attention_with_lse(q[rows], keys[slot, :, :end], values[slot, :, :end], seen)
+                rows, slot, end = slice(start, start + count), view.slot, view.held + len(view.rows)
+                keys[slot, :, view.held : end], values[slot, :, view.held : end] = (
+                    each[rows][view.rows].transpose(0, 1) for each in (k, v)
+                )
+                for shard, *told in keys_seen(view, self.sharded):
+                    places, seen = (each.to(q.device) for each in told)
+                    out, lse = attention_with_lse(q[rows], keys[slot].index_select(1, places), values[slot].index_select(1, places), seen)
                     state = torch.cat([out.view(count, H, d), lse[..., None]], -1)
                     known.setdefault((shard, 1), nothing.clone())[rows] = state
                 start += count

@@ -18,14 +18,15 @@ class Layout:
     """`shards`, a power of two, and `block`: positions that go to one shard before the next one's turn."""
 
     shards: int = 64
-    block: int = 64
+    block: int = 256
 
     def __post_init__(self) -> None:
         for name, value in (("shards", self.shards), ("block", self.block)):
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 16:
                 raise EyasError(f"{name} must be a whole number from 1 to {1 << 16}, not {value}")
-        if self.shards & (self.shards - 1):
-            raise EyasError(f"shards must be a power of two, not {self.shards}: states of shards meet along a binary tree")
+            if value & (value - 1):
+                why = {"shards": "states of shards meet along a binary tree", "block": "the kernel finds a row's place by its bits"}
+                raise EyasError(f"{name} must be a power of two, not {value}: {why[name]}")
 
     def shard_of(self, position: int) -> int:
         return self.mirrored(position // self.block % self.shards)
@@ -46,11 +47,12 @@ class Layout:
             raise EyasError(f"{count} processes share {self.shards} shards; give --shards at least {count}")
         return self.shards * rank // count, self.shards * (rank + 1) // count
 
-    def subtrees(self, low: int, high: int) -> list[tuple[int, int]]:
-        """The shards [low, high) as complete subtrees of the tree over all shards, ascending: (first shard, size)."""
+    def subtrees(self, low: int, high: int, most: int = 1 << 16) -> list[tuple[int, int]]:
+        """The shards [low, high) as complete subtrees of the tree over all shards, ascending: (first shard, size). `most`, a power of two:
+        how many shards one has at most."""
         found = []
         while low < high:
-            size = low & -low or self.shards
+            size = min(low & -low or self.shards, most)
             while low + size > high:
                 size //= 2
             found.append((low, size))

@@ -181,7 +181,7 @@ def test_busy_machine(found, monkeypatch):
 def test_tree_attention(found):
     told = found("tree_attention")
     assert [(row["processes"], row["context"], row["rows"]) for row in told["passes"]] == [(2, 300, 1), (2, 300, 4)]
-    held = 172  # of 300 positions in blocks of 64, those of three whole blocks at most
+    held = 256  # of 300 positions those of a whole block, in one of the two
     for row in told["passes"]:
         assert row["collectives_a_layer"] == 1
         assert row["tree_bytes"] == 8 * row["rows"] * 4 * (8 + 1) * 4, "layers, rows, heads, a state of width 8, float32"
@@ -194,6 +194,13 @@ def test_tree_attention(found):
     assert PACKET / drafted["tau"] < drafted["bytes_a_token"] <= most, "trees are smaller where a text is about to end"
     assert [(row["processes"], row["kind"]) for row in told["memory"]] == [(1, "tree"), (1, "ring"), (2, "tree"), (2, "ring")]
     assert all(0 < row["keys_mb"] <= row["room_mb"] for row in told["memory"])
+
+
+def test_sharded_speed(found):
+    """One process with shards and without, and two: each passes over as many keys."""
+    rows = found("sharded_speed")
+    assert [(row["context"], row["rows"]) for row in rows] == [(300, 1), (300, 4)]
+    assert all(row[f"{way}_ms"] > 0 for row in rows for way in ("whole", "shards", "processes"))
 
 
 def test_tree_attention_network(found):

@@ -26,7 +26,7 @@ def test_torchrun_writes_the_text_of_one_process(models, run, tmp_path):
     status, out, _ = run(*words, "--json")
     alone = json.loads(out)
     assert status == 0 and alone["context_parallel"] | {"passes": 0} == {
-        "processes": 1, "shards": 64, "block": 64, "passes": 0, "collectives": 0, "messages": 0, "bytes": 0, "seconds_waited": 0,
+        "processes": 1, "shards": 64, "block": 256, "passes": 0, "collectives": 0, "messages": 0, "bytes": 0, "seconds_waited": 0,
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "eyas", *map(str, words), "--json"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})

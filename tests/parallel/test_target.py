@@ -15,7 +15,7 @@ from tests.tiny import tiny_target
 
 PARENTS = [-1, 0, 0, 1, 1, 2, 3]
 DEPTHS = [0, 1, 1, 2, 2, 2, 3]
-LAYOUTS = [Layout(8, 4), Layout(4, 3), Layout(64, 2), Layout(2, 16)]
+LAYOUTS = [Layout(8, 4), Layout(4, 2), Layout(64, 2), Layout(2, 16)]
 
 
 def target(dtype: torch.dtype, bits: int = 16):
@@ -106,7 +106,7 @@ def test_more_rows_at_one_position_than_there_was_room_for():
 
 
 def test_a_prefix_is_copied_and_a_text_is_cut():
-    model = sharded(target(torch.float32), Layout(4, 3))
+    model = sharded(target(torch.float32), Layout(4, 2))
     one, other = model.new_cache(2, 60), model.new_cache(2, 60)
     model(chain_rows(0, prompt(30, 1), 0), one)
     one.keep(0, range(30))
@@ -122,7 +122,7 @@ def test_a_prefix_is_copied_and_a_text_is_cut():
 
 
 def test_what_was_done_to_a_cache_is_not_kept_for_others_once_a_pass_was_run():
-    model = sharded(target(torch.float32), Layout(4, 3))
+    model = sharded(target(torch.float32), Layout(4, 2))
     cache = model.new_cache(1, 60)
     for position in range(20):
         model(chain_rows(0, [7], position), cache)
