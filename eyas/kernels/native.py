@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eyas.config import cache_dir
+from eyas.kernels import pages
 from eyas.kernels.grouped import GROUP, Grouped, grouped
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -200,7 +201,7 @@ def packed(weight_OI: Tensor, bits: int = 16, rounded: bool = False) -> Packed:
         blocks = padded.to(torch.bfloat16).view(-1, 16, inputs // 2, 2).transpose(1, 2).contiguous()
     else:
         blocks = records(grouped(padded, bits))
-    return Packed(blocks, bits, inputs, outputs, rounded)
+    return Packed(pages.laid(blocks), bits, inputs, outputs, rounded)
 
 
 def records(weights: Grouped) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eyas.kernels import captured, native
+from eyas.kernels import captured, native, pages
 from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.model.attention import PlainAttention
 from eyas.model.rows import Segment
@@ -31,8 +31,7 @@ class Slabs:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pooled: bool = False) -> None:
         with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled slabs outlive the call that made them
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)
-            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self.keys, self.values = (pages.zeros(shape, dtype, device) for _ in range(2))
         self.pooled = pooled
         self.graphs: dict[tuple[object, ...], captured.Graph] = {}
 
