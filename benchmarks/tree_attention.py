@@ -245,7 +245,7 @@ def forked(count: int, work: Callable[[int], Any]) -> list[Any]:
     forks = multiprocessing.get_context("fork")
 
     def one(rank: int, end: Any) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count), "EYAS_BOARD": "0"}
         torch.set_num_threads(1)  # its other threads do not survive a fork
         with torch.inference_mode():
             end.send(work(rank))

@@ -193,7 +193,7 @@ class Worker:
 def work(rank: int, count: int, network: Any, port: int, target: Target, jobs: Any) -> None:
     network.enter(rank)
     os.environ |= {"MASTER_ADDR": network.address, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ["GLOO_SOCKET_IFNAME"] = network.device
+    os.environ |= {"GLOO_SOCKET_IFNAME": network.device, "EYAS_BOARD": "0"}  # as between machines
     torch.set_num_threads(1)  # its other threads do not survive a fork
     worker = Worker(target, Peers.join(timeout=300))
     jobs.send(None)

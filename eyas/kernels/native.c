@@ -9,6 +9,7 @@
  * Weights lie packed in blocks of 16 outputs, so that one broadcast input meets 16 outputs and no sum crosses lanes; within a block pairs of
  * inputs lie side by side, [in / 2][16][2]. The innermost loops, some rows by some blocks, are in native_avx2.h and native_avx512.h. */
 #include <immintrin.h>
+#include <limits.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -47,6 +48,8 @@ typedef void inner(const void *x, const float *scale, const float *sums, const v
 #endif
 
 #include "team.h"
+
+#include "board.h"
 
 /* One row of in numbers to int16 (nearest, ties to even) with the sum of each group; returns its scale. in is a multiple of 32. */
 static float quantise_row(const float *x, int16_t *q, float *sums, long in) {

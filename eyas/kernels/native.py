@@ -32,7 +32,7 @@ from eyas.kernels import pages
 from eyas.kernels.grouped import GROUP, Grouped, grouped
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = tuple(SOURCE.with_name(name) for name in ("native.c", "team.h", "native_avx2.h", "native_avx512.h"))
+PARTS = tuple(SOURCE.with_name(name) for name in ("native.c", "team.h", "board.h", "native_avx2.h", "native_avx512.h"))
 FLAGS = ["-O3", "-fPIC", "-pthread"]
 
 
@@ -84,6 +84,8 @@ def kernel() -> ctypes.CDLL | None:
     library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole]
     library.eyas_phases.restype = library.eyas_turned.restype = library.eyas_joined.restype = long
     library.eyas_computed_again.restype = long
+    library.eyas_post.argtypes = [pointer, ctypes.c_uint32]
+    library.eyas_await.argtypes = [pointer, ctypes.c_uint32, long, long]
     return library
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from eyas.config import EyasError
+from eyas.parallel.board import Board, shared
 
 IDLE = timedelta(hours=48)  # how long a process waits for the next pass
 PACKET = 2048  # bytes of a message's first part; most messages have no other
@@ -55,6 +56,7 @@ class Peers:
         self.bytes: Counter[str] = Counter()  # received
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.control: Any = None  # the group in which the first process tells the others what comes
+        self.board: Board | None = None  # where all are of one machine: how bytes on the CPU pass
 
     @classmethod
     def join(cls, device: str = "cpu", timeout: float = 60.0) -> Peers:
@@ -68,6 +70,8 @@ class Peers:
             raise EyasError(f"not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s") from None
         peers = cls(distributed.get_rank(), distributed.get_world_size(), timeout)
         peers.control = control
+        if os.environ.get("EYAS_BOARD", "1") != "0":
+            peers.board = shared(peers.rank, peers.count, timeout, peers.everyones)
         return peers
 
     @property
@@ -76,10 +80,13 @@ class Peers:
 
     def gather(self, state: Tensor, name: str = "gather", group: Group | None = None) -> Tensor:
         """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`."""
-        count = self.count if group is None else group.count
-        began, everyone = time.perf_counter(), state.new_empty(count * state.numel())
+        count, began = self.count if group is None else group.count, time.perf_counter()
         try:
-            GATHER(everyone, state.flatten(), group=None if group is None else group.handle)
+            if self.board and group is None and state.device.type == "cpu":
+                everyone = self.board.gather(state.flatten().view(torch.uint8)).view(state.dtype)
+            else:
+                everyone = state.new_empty(count * state.numel())
+                GATHER(everyone, state.flatten(), group=None if group is None else group.handle)
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, state.nbytes * (count - 1), began)
@@ -111,6 +118,13 @@ class Peers:
         if self.count == 1:
             return message
         began, packed = time.perf_counter(), pickle.dumps(message) if self.first else b""
+        if self.board:
+            try:
+                packed = self.board.tell(packed, IDLE.total_seconds())
+            except RuntimeError as error:
+                raise self.lost(error) from None
+            self.seen("tell", len(packed), began)
+            return pickle.loads(packed)
         first = torch.zeros(PACKET, dtype=torch.uint8)
         body = torch.frombuffer(bytearray(len(packed).to_bytes(8, "little") + packed), dtype=torch.uint8)
         first[: min(len(body), PACKET)] = body[:PACKET]
@@ -190,5 +204,7 @@ class Peers:
         return [rank for rank in range(self.count) if not self.store.check([f"eyas/well/{rank}"])]
 
     def leave(self) -> None:
+        if self.board:
+            self.board.close()
         if self.count > 1 and distributed.is_initialized():
             distributed.destroy_process_group()

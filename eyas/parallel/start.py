@@ -1,6 +1,7 @@
 """Processes begin to share a text's keys: they meet, see that they are alike, and all but the first follow.
 
-`EYAS_SCHEDULE` names one of schedules.py's for all passes. Knows directories, versions and the kernel; knows nothing of passes.
+`EYAS_SCHEDULE` names one of schedules.py's for all passes; with `EYAS_BOARD=0` processes of one machine use the network too.
+Knows directories, versions and the kernel; knows nothing of passes.
 """
 
 from __future__ import annotations
