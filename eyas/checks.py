@@ -8,13 +8,41 @@ Knows values and their names; knows no setting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, cast
 
 
 class EyasError(ValueError):
     """An error a user can mend: the message is one line that says what is wrong and what to do."""
+
+
+# How a RuntimeError says that memory is wanting: PyTorch's allocator on a CPU, C++ itself, torch.OutOfMemoryError, CUDA's libraries.
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|bad_alloc|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+WANTED = re.compile(r"to allocate (\d+(?:\.\d+)?)\.? (bytes|[KMGTP]iB)")
+
+
+@contextmanager
+def within_memory(way_out: str) -> Iterator[None]:
+    """Raise `EyasError` in one line where the block runs out of memory, the machine's or a GPU's. `way_out`: what the user may lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        wanted = WANTED.search(str(error))
+        number = f" ({float(wanted[1]):,g} {wanted[2]} more were wanted)" if wanted else ""
+        where = "the GPU" if "cuda" in f"{type(error).__name__} {error}".lower() else "this machine"
+        raise EyasError(f"{where} is out of memory{number}; {way_out}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None)
 
 
 LARGEST_SIZE = 1 << 24  # the largest width or vocabulary that is believed

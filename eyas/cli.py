@@ -12,10 +12,14 @@ import threading
 from collections.abc import Sequence
 
 from eyas import plugins
+from eyas.checks import within_memory
 from eyas.commands.parser import parser
 from eyas.config import EyasError
 
 MODULES = {"import": "import_draft"}  # commands whose name no module may have
+SMALLER = "free some, or ask for less: a smaller model or --precision, shorter texts, smaller trees, fewer answers at a time"
+SMALLER_TRAINING = "free some, or ask for less: fewer --workers, or with `eyas train` a smaller --draft-vocab or --set tokens_per_batch=320"
+TRAINING = ("train", "new-draft", "ablate", "compare")  # commands that train
 
 
 def terminated(number: int, frame: object) -> None:
@@ -43,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arguments = command_first(arguments)
         plugins.load([*options.first, *options.plugins])
         module = MODULES.get(options.command, options.command.replace("-", "_"))
-        return importlib.import_module(f"eyas.commands.{module}").run(options) or 0
+        with within_memory(SMALLER_TRAINING if options.command in TRAINING else SMALLER):
+            return importlib.import_module(f"eyas.commands.{module}").run(options) or 0
     except EyasError as error:
         print(f"eyas: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from eyas.checks import is_number
+from eyas.checks import is_number, within_memory
 from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Settings, TreeShape, cache_dir, short
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "eagle3"  # the method a draft is taken for where its files name none
 BUNDLED = Path(__file__).parent / "bundled"
+
+SMALLER = "use a smaller batch, tree or context, or precision='int8' or 'q4'"  # where memory is wanting
 
 Watch = Callable[[RoundRecord], None]
 
@@ -107,10 +109,11 @@ def load(
     if drafted:
         kind = METHODS[kind_of(drafted)].decoding()
         kind.check(drafted, target_config(directory))  # before the target's weights are read: a draft that does not fit is refused at once
-    model = load_target(directory, precision, device or "cpu")
-    if context_parallel:
-        model = begin(model, directory, precision, Layout(shards), Peers.join(device or "cpu", peer_timeout))
-    return Engine(model, load_tokenizer(directory), directory, drafted, precision)
+    with within_memory("use a smaller model, or precision='int8' or 'q4'"):
+        model = load_target(directory, precision, device or "cpu")
+        if context_parallel:
+            model = begin(model, directory, precision, Layout(shards), Peers.join(device or "cpu", peer_timeout))
+        return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
 
 def without_draft(directory: Path, precision: str) -> Engine:
@@ -179,8 +182,13 @@ class Engine:
         return self.makers[method]()
 
     def use_draft_model(self, model: TargetModel) -> None:
-        """Let method draft-model guess with this smaller model, of the same vocabulary, instead of the target's first layers."""
+        """Let method draft-model guess with this smaller model, of the same vocabulary, instead of the target's first layers. It may be
+        fresh from the disk, or an engine's own target (`eyas.load(..).target`), which keeps its precision. Raises `EyasError` for what is
+        no loaded model, and for another vocabulary."""
+        if not hasattr(model, "new_cache"):
+            raise EyasError(f"a draft model is a loaded one, as eyas.load(..).target gives it, not {short(model)}")
         module = cast("Any", METHODS["draft-model"].decoding())
+        module.check_vocabulary(model, self.target.config.vocab_size)
         self.makers["draft-model"] = partial(module.ModelDrafter, prepared(model, self.precision), self.target.config.vocab_size)
 
     @property
@@ -308,7 +316,8 @@ class Engine:
         of it."""
         sequences, decoder = self.sequences(prompt, request, n), self.decoder(request, watch)
         try:
-            yield from decoder.run_all(sequences, request.batch)
+            with within_memory(SMALLER):
+                yield from decoder.run_all(sequences, request.batch)
         finally:  # a stream may be closed early; what its rounds taught the planner is kept all the same
             if self.plans and decoder.plan.planner:
                 self.plans.save()

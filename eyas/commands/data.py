@@ -72,6 +72,7 @@ def own_words(studied: Studied, seed_prompts: str | None, regenerate: str | None
         seeded_share=SelfPlay.seeded_share if key else 0.0,
         regenerate=bool(regenerate),
         chat_template_kwargs=studied.chat_template_kwargs,
+        read=studied.read_sha256,
     )
     return OwnWords(template, play, questions, studied.directory)
 

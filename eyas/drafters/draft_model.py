@@ -30,8 +30,7 @@ class ModelDrafter:
     wants: tuple[int, ...] = ()
 
     def __init__(self, model: TargetModel, vocab_size: int) -> None:
-        if model.config.vocab_size != vocab_size:
-            raise EyasError(f"the draft model has {model.config.vocab_size} tokens, the target {vocab_size}; they must share a vocabulary")
+        check_vocabulary(model, vocab_size)
         self.model = model
         self.waiting: dict[int, list[int]] = {}
 
@@ -81,6 +80,12 @@ class ModelDrafter:
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         return out.logits
+
+
+def check_vocabulary(model: TargetModel, vocab_size: int) -> None:
+    """Raise `EyasError` for a model of another vocabulary than the target's, which has `vocab_size` tokens."""
+    if model.config.vocab_size != vocab_size:
+        raise EyasError(f"the draft model has {model.config.vocab_size} tokens, the target {vocab_size}; they must share a vocabulary")
 
 
 def alone(target: TargetModel) -> ModelDrafter:

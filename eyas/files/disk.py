@@ -115,7 +115,8 @@ def file_hash(path: Path) -> str:
 
 
 def directory_hash(directory: Path) -> str:
-    """sha256 over the weight files of a directory (of the file itself where there is one)."""
+    """sha256 over the weight files of a directory (of the file itself where there is one), and over nothing else: a model that was saved
+    again is the same."""
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
     hashes = [file_hash(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

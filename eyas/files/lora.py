@@ -17,6 +17,7 @@ from eyas.config import EyasError, cache_dir
 from eyas.files.disk import atomic_directory, directory_hash, file_hash, read_json
 from eyas.files.hf_config import first_line
 from eyas.files.notes import note
+from eyas.files.tokenizer import tokenizer_hash
 
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")
@@ -50,6 +51,7 @@ def merged_adapter(directory: Path, find: Callable[[str], Path]) -> Path:
     except EyasError as error:
         raise EyasError(f"{what}; its base cannot be had: {error}") from None
     parts = [file_hash(directory / ADAPTER), file_hash(directory / WEIGHTS), directory_hash(base), file_hash(base / "config.json")]
+    parts += [tokenizer_hash(directory), tokenizer_hash(base)]
     final = cache_dir() / "targets" / f"lora-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
     if not (final / "config.json").exists():
         note(f"merging {directory} onto {base} (once; kept in {final})")

@@ -5,8 +5,10 @@ Knows directories, hub names, GGUF files and number formats; knows nothing of to
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from eyas.files.lora import is_adapter, merged_adapter
 from eyas.files.notes import note
 from eyas.files.target_weights import EMBEDDING, HEAD, target_tensors
 from eyas.files.tensors import load_strictly
+from eyas.files.tokenizer import tokenizer_hash
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 
@@ -100,6 +103,14 @@ def load_target(directory: Path, precision: str = PRECISIONS[0], device: str | t
         target.lm_head.weight = target.model.embed_tokens.weight
     load_strictly(target, tensors, f"target {directory}")
     return target
+
+
+def reading_hash(directory: Path) -> str:
+    """sha256 of what decides, beside its weights, what a target computes and says: its config, as it is understood here (whole, where
+    transformers runs the target), and the files of its tokenizer and its chat template."""
+    understood = asdict(own_config(directory)) if has_own_blocks(directory) else read_json(directory / "config.json")
+    config = json.dumps(understood, sort_keys=True, default=str)
+    return hashlib.sha256((config + tokenizer_hash(directory)).encode()).hexdigest()
 
 
 def stored_format(directory: Path) -> str | None:

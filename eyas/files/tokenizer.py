@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eyas.config import EyasError
-from eyas.files.disk import read_json
+from eyas.files.disk import file_hash, read_json
 
 CUT_SHORT = 4096  # bytes under which no tokenizer.json describes a tokenizer of any use
 NAMES = ("tokenizer", "special_tokens", "vocab", "merges", "spiece", "sentencepiece", "tiktoken", "tekken")  # how its files' names begin
@@ -38,6 +38,12 @@ def chat_template_hash(directory: Path) -> str | None:
     """sha256 of a model's chat template; None where it has none."""
     template = chat_template_of(directory)
     return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """sha256 over the files of a directory that say how text becomes tokens and tokens text, chat templates included."""
+    files = sorted(path for path in directory.iterdir() if path.name.startswith((*NAMES, "chat_template")) and path.is_file())
+    return hashlib.sha256("".join(path.name + file_hash(path) for path in files).encode()).hexdigest()
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -275,8 +275,10 @@ class AdaptedTarget(nn.Module):
         return False
 
     def prepare(self, bits: int = 16) -> AdaptedTarget:
-        """Pack the head; logits are float32 from here on, whatever the weights are. Call once, after loading. `bits` must be 16, since the
-        layers stay as transformers made them."""
+        """Pack the head; logits are float32 from here on, whatever the weights are. A model that is prepared stays as it is. `bits` must
+        be 16, since the layers stay as transformers made them."""
+        if self.product.kind != "loose":
+            return self
         assert bits == 16, "a target of transformers' has no weights of fewer bits"
         self.product.pack(torch.float64 if self.dtype == torch.float64 else torch.float32)
         if self.lm_head.weight is not self.embedding:

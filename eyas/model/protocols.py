@@ -53,7 +53,7 @@ class TargetModel(Protocol):
     def head(self) -> Callable[[Tensor], Tensor]: ...  # last hidden states [N, H] -> logits [N, V]
 
     def prepare(self, bits: int = 16) -> TargetModel:
-        """Pack weights for inference. Call once, after loading."""
+        """Pack weights for inference. A model that is prepared stays as it is."""
         ...
 
     def threads(self) -> AbstractContextManager[None]:

@@ -105,7 +105,9 @@ class Target(nn.Module):
 
     def prepare(self, bits: int = 16) -> Target:
         """Pack weights for inference; logits are float32 from here on. `bits`: 16, or 8 or 4 for weights of so few bits (the head has at
-        least 8). Call once."""
+        least 8). A model that is prepared stays as it is."""
+        if self.head.kind != "loose":
+            return self
         pack(self.model, bits)
         if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = ("input_layernorm", "post_attention_layernorm")

@@ -16,7 +16,7 @@ from typing import cast
 
 from eyas.config import EyasError
 from eyas.files.disk import directory_hash
-from eyas.files.target import BITS
+from eyas.files.target import BITS, reading_hash
 from eyas.kernels.native import kernel_name
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
@@ -24,7 +24,8 @@ from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.target import ShardedTarget, follow
 
-ALIKE = ("version of eyas", "target", "precision", "kernel", "layout", "schedule")  # else a process's part of the sums would be another
+# What processes must share, else a process's part of the sums would be another.
+ALIKE = ("version of eyas", "target", "target's config or tokenizer", "precision", "kernel", "layout", "schedule")
 
 
 def check_shareable(model: TargetModel) -> Target:
@@ -46,7 +47,8 @@ def begin(model: TargetModel, directory: Path, precision: str, layout: Layout, p
     and exit when it ends. Raises `EyasError` in every process where one is not like the first."""
     model, schedule = check_shareable(model), os.environ.get("EYAS_SCHEDULE", "auto")
     if peers.count > 1:
-        peers.agree((version("eyas"), directory_hash(directory)[:16], precision, kernel_name(), str(layout), schedule), ALIKE)
+        hashes = (directory_hash(directory)[:16], reading_hash(directory)[:16])
+        peers.agree((version("eyas"), *hashes, precision, kernel_name(), str(layout), schedule), ALIKE)
     target = ShardedTarget(model, layout, peers, schedule)
     if peers.first:
         return cast("TargetModel", target)  # what it does not have itself it has from the target it wraps

@@ -23,7 +23,7 @@ import eyas
 from eyas.config import PRECISIONS, EyasError, TargetConfig, TrainSettings, TreeShape, check_taps, default_taps
 from eyas.files.disk import directory_hash, read_json
 from eyas.files.eagle3_files import check_fits, config_from_file, load_draft
-from eyas.files.target import load_target, target_config
+from eyas.files.target import load_target, reading_hash, target_config
 from eyas.files.tokenizer import chat_template_hash
 from eyas.kernels.linear import capability
 from eyas.methods import METHODS
@@ -46,7 +46,8 @@ class Studied:
 
     directory: Path
     config: TargetConfig
-    sha256: str
+    sha256: str  # of its weights
+    read_sha256: str  # of its config and its tokenizer
     taps: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] | None = None  # variables that its chat template is given, if any
 
@@ -56,13 +57,14 @@ class Studied:
         config = target_config(directory)
         layers = config.num_hidden_layers
         chosen = usual_taps(layers) if taps is None else check_taps(taps, layers)
-        return cls(directory, config, directory_hash(directory), chosen, chat_template_kwargs or None)
+        return cls(directory, config, directory_hash(directory), reading_hash(directory), chosen, chat_template_kwargs or None)
 
     def facts(self) -> dict[str, Any]:
         """What training.json says of the target, and of the machine, versions and date of the run."""
         return {
             "target": self.directory.name,
             "target_sha256": self.sha256,
+            "target_read_sha256": self.read_sha256,
             "chat_template_sha256": chat_template_hash(self.directory),
             "chat_template_kwargs": self.chat_template_kwargs,
             "taps_are_inputs_of_layers": list(self.taps),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -54,10 +54,11 @@ class SelfPlay:
     per_shard: int = 8  # conversations in a file: a kill loses at most these and those in flight; under 16 MB for small targets
     version: int = 4
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template, if any; `template` shows what they do
+    read: str = ""  # hash of the target's config and tokenizer
 
     def digest(self) -> str:
         """Ten hex digits of a hash of all settings."""
-        told = {name: value for name, value in asdict(self).items() if name != "chat_template_kwargs" or value is not None}
+        told = {name: value for name, value in asdict(self).items() if name not in ("chat_template_kwargs", "read") or value}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -114,7 +115,8 @@ class Writer:
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.target_argmax = torch.full((slots, self.capacity), -1, dtype=torch.int32)
         self.openings = [template.tokens(text) for text in settings.openings]
-        self.root = int(settings.digest(), 16)  # other settings write other conversations, so their folders may train together
+        # Other settings write other conversations, so their folders may train together; those of another tokenizer may not.
+        self.root = int(replace(settings, read="").digest(), 16)
         # Every conversation begins with the same tokens: they are read once, and their rows copied to each slot.
         opening = template.before[:-1]
         self.opening = target.new_cache(1, max(1, len(opening)))

@@ -153,6 +153,8 @@ def check_shards(folder: Path, settings: SelfPlay) -> None:
     """Shards of other settings may train together, but only where the same target, template and taps wrote them, in the same form."""
     found, wanted = settings_of_folder(folder), json.loads(json.dumps(asdict(settings)))
     different = [name for name in ("target", "template", "taps", "version") if found.get(name) != wanted[name]]
+    if found.get("read") not in (None, "", wanted["read"]):  # not every folder says it
+        different.append("the target's config or tokenizer")
     if different:
         raise EyasError(f"{folder} was written by another target or in another way ({', '.join(different)} differ); leave it out")
 

@@ -47,6 +47,7 @@ FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # the
 SAME_FACTS = {  # facts that a run and its resumption must share -> how a difference is told
     "method": "another method",
     "target_sha256": "another target",
+    "target_read_sha256": "another config or tokenizer of the target",
     "taps_are_inputs_of_layers": "other taps",
     "chat_template_kwargs": "other chat-template-kwargs",
 }

@@ -131,9 +131,9 @@ def test_a_model_without_a_chat_template_writes_plain_text_and_says_so(tmp_path,
 
 def test_what_an_evaluation_asks_is_left_out_of_training(cache, tmp_path):
     """Every self-written conversation whose question meets a prompt of the file; training.json says how many."""
-    folder = shards(cache)[0].parent
+    folder = cache / "cache" / "selfplay" / Path(told(cache, "first")["data"]["shards"][0]).parent
     template = Template(byte_tokenizer(), (257,))
-    examples = shard_examples(shards(cache), 1024)
+    examples = shard_examples(sorted(folder.glob("*.safetensors")), 1024)
     asked = [turn[:14] for example in examples for turn in questions(example, template)]  # a given opening; behind it may be no text
     texts = [(byte_tokenizer().decode(turn), turn) for turn in asked]
     opening = next(text for text, turn in texts if text.strip() == text and template.tokens(text) == turn and len(turn) == 14)

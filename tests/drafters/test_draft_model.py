@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from eyas.config import EyasError, Sampling, TreeShape
 from eyas.decode.drafter import TreeRequest
@@ -12,8 +15,10 @@ from eyas.decode.sampling import Noise, draw
 from eyas.decode.sequence import Result, result_of
 from eyas.drafters import draft_model
 from eyas.drafters.draft_model import ModelDrafter
+from eyas.engine import Engine
+from eyas.files.target import load_target
 from eyas.model.rows import chain_rows
-from tests.tiny import tiny_target
+from tests.tiny import byte_tokenizer, tiny_target
 
 V = 53
 TARGET = tiny_target()
@@ -112,6 +117,41 @@ def test_a_forgotten_sequence_leaves_no_trace():
     assert trees[0] == trees[1]
 
 
+SHARED = "the draft model has 53 tokens, the target 54; they must share a vocabulary"
+
+
 def test_another_vocabulary_is_refused():
-    with pytest.raises(EyasError, match="the draft model has 53 tokens, the target 54; they must share a vocabulary"):
+    with pytest.raises(EyasError, match=SHARED):
         ModelDrafter(TARGET, 54)
+    with pytest.raises(EyasError, match=SHARED):
+        an_engine(vocab_size=54).use_draft_model(TARGET)
+
+
+def an_engine(**changes) -> Engine:
+    return Engine(tiny_target(prepare=False, **changes), byte_tokenizer(), Path("tiny"), None, "fp32")
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_a_draft_model_may_be_fresh_or_an_engines_own_target(prepare):
+    engine = an_engine()
+    settings = {"seed": 1, "max_new_tokens": 16, "ignore_eos": True}
+    plain = engine.generate([3, 4, 5], method="plain", **settings)
+    engine.use_draft_model(tiny_target(prepare=prepare))
+    found = engine.generate([3, 4, 5], method="draft-model", tree="chain:3", **settings)
+    assert found.tokens == plain.tokens and found.tau > 3, "a draft model that is the target is always right"
+
+
+def test_a_target_of_transformers_may_be_prepared_before_it_drafts(tmp_path):
+    sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).save_pretrained(tmp_path)
+    model = load_target(tmp_path, "fp32").prepare()
+    assert model.prepare() is model
+    engine = an_engine()
+    engine.use_draft_model(model)
+    assert len(engine.generate([3, 4, 5], method="draft-model", tree="chain:2", max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+@pytest.mark.parametrize("given", ["owner/draft", Path("draft"), None])
+def test_what_is_no_loaded_model_is_one_line(given):
+    with pytest.raises(EyasError, match=r"a draft model is a loaded one, as eyas\.load\(\.\.\)\.target gives it, not "):
+        an_engine().use_draft_model(given)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -17,15 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eyas.config import EyasError
 from eyas.files import tensors
-from eyas.files.disk import atomic_directory, file_hash, read_json, recover_directory
+from eyas.files.disk import atomic_directory, directory_hash, file_hash, read_json, recover_directory
 from eyas.files.gguf import GGUF_NAMES, GGUF_TOP, convert_gguf, gguf_to_hugging_face, halves_from_pairs
-from eyas.files.target import target_config
+from eyas.files.target import reading_hash, target_config
 from eyas.files.tensors import INDEX, WRAPPERS, load_strictly, read_tensors, save_tensors
 from eyas.files.untrusted import tensors_of
 from eyas.model.rows import chain_rows
 from eyas.model.target import Target
 from tests.files.test_gguf_tokenizer import fields
-from tests.tiny import randomize, tiny_config, tiny_target
+from tests.tiny import randomize, save_tiny_target, tiny_config, tiny_target
 
 QWEN = {"model_type": "llama", **{name: value for name, value in vars(tiny_config()).items() if value not in (None, ())}}
 
@@ -522,3 +523,25 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
         (work / "new").write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "new").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        (lambda folder: edit_json(folder / "config.json", rope_theta=5000.0), True),
+        (lambda folder: edit_json(folder / "config.json", transformers_version="9.9"), False),
+        (lambda folder: edit_json(folder / "tokenizer_config.json", add_prefix_space=True), True),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"), True),
+        (lambda folder: (folder / "README.md").write_text("a card"), False),
+    ],
+)
+def test_what_a_target_reads_by_counts_beside_its_weights(tmp_path, change, counts):
+    """A run is not resumed, and kept text not taken, under another config or tokenizer; the weights' own hash says that it is the same."""
+    directory = save_tiny_target(tmp_path / "target")
+    before, weights = reading_hash(directory), directory_hash(directory)
+    change(directory)
+    assert (reading_hash(directory) != before) is counts and directory_hash(directory) == weights
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -342,6 +342,9 @@ def test_an_adapter_is_merged_onto_its_base_once(tmp_path, monkeypatch, capsys):
     tensors = adapter(tmp_path / "adapter", base)
     merged = target_directory(tmp_path / "adapter")
     assert "merging" in capsys.readouterr().err and target_directory(tmp_path / "adapter") == merged
+    (base / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text() + " ")
+    again = target_directory(tmp_path / "adapter")
+    assert again != merged and (again / "chat_template.jinja").read_text().endswith(" ")
     assert (merged / "tokenizer_config.json").exists() and len(byte_tokenizer()) == target_config(merged).vocab_size
 
     def by_hand(weights):

@@ -284,9 +284,10 @@ def test_a_template_is_cut_under_the_variables_it_is_given():
 
 
 def test_variables_of_the_template_name_another_folder_and_none_the_same_as_ever():
-    told = {name: value for name, value in asdict(SETTINGS).items() if name != "chat_template_kwargs"}
+    told = {name: value for name, value in asdict(SETTINGS).items() if name not in ("chat_template_kwargs", "read")}
     assert SETTINGS.digest() == hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
     assert replace(SETTINGS, chat_template_kwargs={"enable_thinking": False}).digest() != SETTINGS.digest()
+    assert replace(SETTINGS, read="another tokenizer").digest() != SETTINGS.digest()
 
 
 def test_a_template_that_hides_the_question_is_refused():

@@ -16,7 +16,7 @@ from eyas.train import shards as on_disk
 from eyas.train import writers
 from eyas.train.features import shard_examples
 from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
-from eyas.train.shards import PATTERN, Counts, Folder, claim_folder, counts_of, data_folder, write_shards
+from eyas.train.shards import PATTERN, Counts, Folder, check_shards, claim_folder, counts_of, data_folder, write_shards
 from eyas.train.writers import Limit, write_own_data
 from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target
 from tests.train import writing
@@ -193,6 +193,16 @@ def test_a_folder_of_another_form_is_refused_before_anything_is_written(tmp_path
     claim_folder(tmp_path / "data", replace(settings, answer_top_p=0.5))
     with pytest.raises(EyasError, match="holds self-written data of other settings"):
         write_own_data(directory, tmp_path / "data", settings, (), Limit(tokens=10), 1, lambda count: None)
+
+
+def test_text_of_other_tokens_or_another_config_is_not_taken_for_the_targets_own(tmp_path):
+    """A folder that does not say under which it was written, as those of earlier versions, is taken."""
+    claim_folder(tmp_path / "of-today", replace(SETTINGS, read="one"))
+    claim_folder(tmp_path / "earlier", SETTINGS)
+    check_shards(tmp_path / "of-today", replace(SETTINGS, read="one"))
+    check_shards(tmp_path / "earlier", replace(SETTINGS, read="one"))
+    with pytest.raises(EyasError, match=r"another target or in another way \(the target's config or tokenizer differ\)"):
+        check_shards(tmp_path / "of-today", replace(SETTINGS, read="another"))
 
 
 def test_a_short_writing_keeps_fewer_conversations_in_flight():
