@@ -30,7 +30,7 @@ from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
-from eyas.parallel.target import ShardedTarget
+from eyas.parallel.target import NONE, ShardedTarget
 
 Timed = Callable[[], float]  # seconds of a pass
 
@@ -67,7 +67,8 @@ def together(target: TargetModel, peers: Peers, context: int, count: int) -> dic
     sharded = ShardedTarget(target, Layout(), peers)
     cache = sharded.made(1, context + count)
     filled(cache, context)
-    return {"processes": partial(timed, target, rows_behind(context, count), cache)}
+    wanted = None if peers.first else NONE  # the first process alone wants logits
+    return {"processes": partial(timed, target, rows_behind(context, count), cache, (), wanted)}
 
 
 @torch.inference_mode()

@@ -30,6 +30,8 @@ from eyas.parallel.schedules import Exchange
 
 SPARED = 64  # rows; what is measured stands in docs/tree-attention.md
 
+NONE = slice(0, 0)  # of a pass's rows: those whose logits a process wants that draws nothing
+
 
 class ShardedTarget:
     """A target like the one it wraps, but for its caches. In the first process each pass is told to the others before it runs."""
@@ -99,7 +101,7 @@ class ShardedTarget:
         if everyone is not None:
             hidden, *others = unpacked(everyone.flatten(0, 1)[: len(rows.tokens)], [(part.shape[1], part.dtype) for part in parts])
             features = others[0] if others else None
-        return self.target.output(hidden, features, taps, logits_of if self.peers.first else slice(-1, None))
+        return self.target.output(hidden, features, taps, logits_of if self.peers.first else NONE)
 
     def shares_out(self, rows: Rows) -> bool:
         """Whether each process computes a share of these rows alone: a part of one prompt, by the native kernel, which computes a row to
@@ -169,7 +171,7 @@ def run_passes(target: ShardedTarget) -> None:
         caches[number].follow(told)
         segments = [Segment(slot, count, whole_mask(mask, count)) for slot, count, mask in masks]
         rows = Rows(torch.from_numpy(tokens).long(), torch.from_numpy(positions).long(), segments)
-        target.run(rows, caches[number], taps, slice(-1, None))
+        target.run(rows, caches[number], taps, NONE)
 
 
 def whole_mask(mask: np.ndarray | None, count: int) -> Tensor | None:
