@@ -1,8 +1,8 @@
 """Memory that the processes of one machine share, where each leaves what the others read: gathers and messages without a network.
 
-Measured with two processes on two Zen 4 cores: 19 us for the states of a row, where gloo over loopback takes 850. Two areas take turns, so
-a process writes while others may still read what it left before. A process that ends is noticed within a moment, by its own handle; one that
-is stopped, by the time it takes. Knows bytes, counters and processes of this machine; knows nothing of what is passed.
+Measured with two processes on two Zen 4 cores: 19 us for the states of a row, where gloo over loopback takes 850. Two areas take turns,
+so a process writes while others may still read what it left before. A process that ends is noticed within a moment, by its own handle;
+one that is stopped, by the time it takes. Knows bytes, counters and processes of this machine; knows nothing of what is passed.
 """
 
 from __future__ import annotations
