@@ -10,7 +10,7 @@ from typing import Any
 
 from eyas.config import EyasError, TargetConfig
 from eyas.files.disk import read_json
-from eyas.files.ends import end_of_turn_ids
+from eyas.files.ends import end_of_turn_ids, listed
 from eyas.files.hf_config import context_length, nested, stored_config
 
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types whose whole memory is keys and values under a mask
@@ -109,8 +109,15 @@ def adapted_config(directory: Path) -> TargetConfig:
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rope_scaling={key: value for key, value in rope.items() if key != "partial_rotary_factor"} if known else None,
         tie_word_embeddings=bool(of("tie_word_embeddings", default=False)),
-        eos_token_ids=end_of_turn_ids(directory, of("eos_token_id"), sizes["vocab_size"]),  # the class knows one where the file has none
+        eos_token_ids=end_of_turn_ids(directory, ends_said(directory, of("eos_token_id")), sizes["vocab_size"]),
     )
+
+
+def ends_said(directory: Path, of_text: Any) -> list[int]:
+    """The ids that config.json says end an answer: those of the text's config (whose class knows one where the file has none), and those of
+    a model around it, which is where transformers looks."""
+    path = directory / "config.json"
+    return [*listed(of_text, path), *listed(read_json(path).get("eos_token_id"), path)]
 
 
 def setting(config: Any, name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, Gemma3Config
 
 import eyas
 from eyas.config import EyasError
@@ -69,6 +69,19 @@ def test_config_generation_config_and_tokenizer_each_have_their_say(tmp_path):
 )
 def test_the_template_says_what_it_writes_after_an_answer(tmp_path, template, end):
     assert ends(target(tmp_path, template=template)) == {BASE, IDS["</s>"], *([IDS[end]] if end else [])}
+
+
+def test_a_model_around_the_text_says_ends_too(tmp_path):
+    """As Gemma 3 does, whose text config names none."""
+    Gemma3Config(eos_token_id=[4, 6]).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["eos_token_id"] == [4, 6]
+    raw["text_config"].pop("eos_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ends(tmp_path) == {1, 4, 6}  # 1: what the class of the text's config has
+    raw["text_config"]["eos_token_id"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ends(tmp_path) == {4, 6, 9}
 
 
 def test_the_default_one_of_several_templates_counts(tmp_path):
