@@ -26,6 +26,7 @@ from common import DEV, engine_for, options, parsed, rounded, save, target_for
 from torch import Tensor, distributed
 
 from eyas.bench.prompts import read_prompts
+from eyas.config import EyasError
 from eyas.engine import Engine
 from eyas.files.target import load_target, prepared
 from eyas.kernels import native
@@ -39,6 +40,7 @@ from eyas.parallel.peers import Peers
 from eyas.parallel.states import empty, meet
 from eyas.parallel.target import ShardedTarget
 
+PATIENT = 600.0  # seconds in which processes answer: filling a cache takes a busy machine long
 TREES = {4: "3x2x2", 16: "15x4x4", 64: "63x6x8"}  # by rows: the nodes, and the root
 
 
@@ -130,7 +132,7 @@ class Ring:
 
 def passes(_: int, target: Target, context: int, rows: int) -> dict[str, Any]:
     """A pass of this many rows behind a text of this length, and its first layer's attention as a ring."""
-    peers = Peers.join()
+    peers = Peers.join(timeout=PATIENT)
     cache, layers = ShardedTarget(target, Layout(), peers).made(1, context + rows), target.config.num_hidden_layers
     filled(cache, context)
     target(tree_of(rows, context), cache)
@@ -201,7 +203,7 @@ def tokens(_: int, load: Callable[[], Engine], prompts: Sequence[str], rows: Seq
 
 def memory(_: int, target: Target, kind: str, context: int, rows: int) -> dict[str, Any]:
     """The peak of this process, beyond what it had when it was forked and when it had met the others, for a pass of the tree or a ring."""
-    before, peers, given = peak_mb(), Peers.join(), tree_of(rows, context)
+    before, peers, given = peak_mb(), Peers.join(timeout=PATIENT), tree_of(rows, context)
     met, sharded = peak_mb(), ShardedTarget(target, Layout(), peers)
     if kind == "tree":
         cache = sharded.made(1, context + rows)
@@ -240,7 +242,8 @@ def free_port() -> int:
 
 
 def forked(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work` returns in each of so many processes, which can meet as those of `torchrun` do; None for one that ends before."""
+    """What `work` returns in each of so many processes, which can meet as those of `torchrun` do; None for one that ends before.
+    Raises `EyasError` where the first one does."""
     port = free_port()
     forks = multiprocessing.get_context("fork")
 
@@ -263,6 +266,8 @@ def forked(count: int, work: Callable[[int], Any]) -> list[Any]:
             found.append(None)
     for worker in workers:
         worker.join()
+    if found[0] is None:
+        raise EyasError("a process of this run ended before its time; what it said is above")
     return found
 
 
@@ -270,15 +275,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--processes", default="2,4,8", help="of passes")
     parser.add_argument("--contexts", default="4096,16384,131072", help="of passes")
-    parser.add_argument("--rows", default="1,16,64")
+    parser.add_argument("--rows", default="1,16", help="of passes")
+    parser.add_argument("--trees", default="16,64", help="rows of the trees with which texts are written")
     parser.add_argument(
         "--memory", type=int, default=65536, help="context for which memory is taken, in one process and the first two numbers of them"
     )
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--length", type=int, default=128, help="tokens of each text")
-    small = {"processes": "2", "contexts": "300", "rows": "1,4", "memory": 300, "prompts": 1, "length": 4}
+    small = {"processes": "2", "contexts": "300", "rows": "1,4", "trees": "4", "memory": 300, "prompts": 1, "length": 4}
     given = parsed(parser, words, **small)
-    processes, contexts, rows = ([int(each) for each in text.split(",")] for text in (given.processes, given.contexts, given.rows))
+    listed = (given.processes, given.contexts, given.rows, given.trees)
+    processes, contexts, rows, trees = ([int(each) for each in text.split(",")] for text in listed)
     prompts = [item.prompt for item in read_prompts(DEV)[0]][: given.prompts]
     target = prepared(load_target(target_for(given), "bf16"), "bf16")
     assert isinstance(target, Target)
@@ -293,7 +300,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for count, context, many in itertools.product(processes, contexts, rows):
         note("passes", forked(count, partial(passes, target=target, context=context, rows=many))[:1])
     load = partial(engine_for, given, context_parallel=True)
-    note("tokens", forked(2, partial(tokens, load=load, prompts=prompts, rows=rows[1:], length=given.length))[0])
+    note("tokens", forked(2, partial(tokens, load=load, prompts=prompts, rows=trees, length=given.length))[0])
     for count, kind in itertools.product((1, *processes[:2]), ("tree", "ring")):
         of_each = forked(count, partial(memory, target=target, kind=kind, context=given.memory, rows=rows[1]))
         note("memory", [max(of_each, key=lambda row: row["more_mb"])])
