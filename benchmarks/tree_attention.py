@@ -46,14 +46,12 @@ TREES = {4: "3x2x2", 16: "15x4x4", 64: "63x6x8"}  # by rows: the nodes, and the 
 
 def filled(cache: ShardedCache, context: int) -> None:
     """Let the cache hold a text of this many tokens, with keys drawn at random: as many as a block, over and over."""
-    draw, held = torch.Generator().manual_seed(1 + cache.low), cache.part(context)
-    block = 4 * cache.layout.block
+    draw, held, block = torch.Generator().manual_seed(1 + cache.low), cache.part(context), cache.layout.block
     for slab in (cache.keys, cache.values):
         some = torch.randn(slab[:, 0, :, :block].shape, generator=draw).to(slab.dtype)
         for start in range(0, held, block):
             slab[:, 0, :, start : min(start + block, held)] = some[:, :, : held - start]
-    cache.inner.lengths[0] = held
-    cache.lengths[0] = context
+    cache.lengths[0], cache.inner.lengths[0] = context, held
 
 
 def tree_of(rows: int, context: int) -> Rows:
@@ -75,7 +73,9 @@ class Ring:
         self.peers, self.held, self.turns, self.bytes = peers, held, peers.count, 0
         self.sends = True  # False: it attends over its own keys so many turns, which takes the time that attention takes
         self.packed = torch.ones(shape[0], 2, shape[1], max(held), shape[2], dtype=dtype)
-        self.coming = [torch.empty_like(self.packed[0]) for _ in range(min(2, peers.count - 1))]
+        self.coming = [torch.empty_like(self.packed[0]) for _ in range(3 if peers.count > 1 else 0)]
+        self.ahead: list[tuple[Any, Tensor]] = []  # what may come already, and where to
+        self.left = self.number = 0
         self.segment: Segment | None = None
 
     def filled(self, cache: ShardedCache) -> Ring:
@@ -88,7 +88,7 @@ class Ring:
 
     def of(self, segment: Segment) -> Ring:
         """The attention of a pass of these rows."""
-        self.segment = segment
+        self.segment, self.left = segment, len(self.packed) * (self.peers.count - 1)
         return self
 
     def layer(self, layer: int) -> Attend:
@@ -106,17 +106,26 @@ class Ring:
         state, here = empty(*q.shape, torch.empty(0)), self.packed[layer]
         rank, count = self.peers.rank, self.peers.count
         for turn in range(self.turns):
-            going = []
-            if self.sends and turn + 1 < self.turns:
-                coming = self.coming[turn % 2]
-                going = [distributed.isend(here, (rank + 1) % count), distributed.irecv(coming, (rank - 1) % count)]
+            sends = self.sends and turn + 1 < self.turns
+            if sends:
+                going, (received, coming) = distributed.isend(here, (rank + 1) % count), self.next()
             state = meet(state, self.part(q, here, self.held[(rank - turn) % count]))
-            for each in going:
-                each.wait()
-            if going:
+            if sends:
+                going.wait()
+                received.wait()
                 here = coming
                 self.bytes += here.nbytes
         return state
+
+    def next(self) -> tuple[Any, Tensor]:
+        """What comes next, and where it will be; from here on the one after it may come too."""
+        self.left = self.left or self.peers.count - 1  # of one layer alone
+        while len(self.ahead) < min(2, self.left):
+            coming = self.coming[self.number % len(self.coming)]
+            self.ahead.append((distributed.irecv(coming, (self.peers.rank - 1) % self.peers.count), coming))
+            self.number += 1
+        self.left -= 1
+        return self.ahead.pop(0)
 
     def part(self, q: Tensor, packed: Tensor, held: int) -> Tensor:
         """The state of q over one process's keys."""
@@ -216,7 +225,7 @@ def memory(_: int, target: Target, kind: str, context: int, rows: int) -> dict[s
         keys, room = ring.packed.nbytes, ring.packed.nbytes + sum(each.nbytes for each in ring.coming)
     sizes = {"weights_mb": before, "meeting_mb": met - before, "keys_mb": keys / 1e6, "room_mb": room / 1e6, "more_mb": peak_mb() - met}
     peers.leave()
-    return {"processes": peers.count, "kind": kind, "context": context, "rows": rows, **rounded(sizes, 1)}
+    return {"processes": peers.count, "kind": kind, "context": context, "rows": rows, **rounded(sizes, 2)}
 
 
 def evenly(context: int, count: int) -> list[int]:

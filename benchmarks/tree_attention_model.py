@@ -24,23 +24,21 @@ from eyas.view.pictures import pyplot
 # ---- gloo over TCP, as measured ----
 
 
-def gloo_gather(count: int, size: float, latency: float, rate: float) -> float:
-    """Seconds of gloo's all-gather of `size` bytes a process, in a ring (gloo/allgather.cc): each hop is asked for once the one before is
-    there, and what is asked for comes a latency later. Bytes go in two halves, the second on its way while the first is passed on."""
-    turn = max(size / rate, 2 * latency + size / 2 / rate)
-    return (count - 2) * turn + 2 * latency + size / rate if count > 1 else 0.0
-
-
 def tree_pass(alone: float, layers: int, count: int, size: float, latency: float, rate: float) -> float:
-    """Seconds of a pass that takes `alone` without a network: a gather of `size` bytes a process a layer, and the first one's word."""
-    return alone + layers * gloo_gather(count, size, latency, rate) + math.ceil(math.log2(count)) * latency
+    """Seconds of a pass that takes `alone` without a network and in each layer gathers `size` bytes a process: each sends them to all
+    others, who wait for them already."""
+    return alone + layers * (latency + (count - 1) * size / rate) + beginning(count, latency)
 
 
 def ring_pass(rest: float, part: float, layers: int, count: int, size: float, latency: float, rate: float) -> float:
     """The same for a ring that passes on `size` bytes of keys and values of a layer. `part`: attention over one process's keys of a layer;
     `rest`: of a pass without attention."""
-    turn = max(part, 2 * latency + size / rate)
-    return rest + layers * (part + (count - 1) * turn) + math.ceil(math.log2(count)) * latency
+    return rest + layers * (part + (count - 1) * max(part, latency + size / rate)) + beginning(count, latency)
+
+
+def beginning(count: int, latency: float) -> float:
+    """The first process tells what pass comes, on along a binary tree; and the first message is asked for once the pass begins."""
+    return (math.ceil(math.log2(count)) + 1) * latency
 
 
 # ---- GPUs, by constants of others ----

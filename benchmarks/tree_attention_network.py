@@ -122,7 +122,7 @@ def namespaces(count: int) -> Iterator[Namespaces]:
 class AtOnce(Peers):
     """Peers that answer at once with this process's own states: a pass without a network."""
 
-    def gather(self, state: Tensor, name: str = "", group: Group | None = None) -> Tensor:
+    def gather(self, state: Tensor, name: str = "", group: Group | None = None, more: bool = False) -> Tensor:
         return state.expand(self.count, *state.shape)
 
 

@@ -84,7 +84,7 @@ class ShardedAttention(NativeAttention):
         begin, phases, joined, join = 0, native.library().eyas_phases(), native.library().eyas_joined(), NativeJoin(self.exchange.shards)
         for layer in range(layers):
             yield begin, layer * phases + joined
-            self.received.copy_(self.schedule.carry(self.sent, join))
+            self.received.copy_(self.schedule.carry(self.sent, join, layer + 1 < layers))
             begin = layer * phases + joined
         yield begin, -1
 

@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -47,6 +48,31 @@ class Group(NamedTuple):
     handle: Any  # as torch.distributed knows it
 
 
+class Coming:
+    """A gather whose parts the other processes may send from now on.
+
+    gloo asks a sender for a message once somebody waits for it, and its own all-gather goes round in a ring: 2 (N - 1) times the network's
+    delay. Here each process sends its part to all others at once, and where they waited before it was there, that is one delay.
+    """
+
+    def __init__(self, like: Tensor, name: str, group: Any) -> None:
+        """`like`: of the shape of a part; `name`: that by which messages of one gather are told from another's."""
+        self.ranks: list[int] = distributed.get_process_group_ranks(group or distributed.group.WORLD)
+        self.own, self.how = self.ranks.index(distributed.get_rank()), {"group": group, "tag": zlib.crc32(name.encode()) % 1000}
+        self.everyone = like.new_empty(len(self.ranks), *like.shape)
+        self.others = [*range(self.own + 1, len(self.ranks)), *range(self.own)]  # each begins with another one
+        self.waiting = [distributed.irecv(self.everyone[place], self.ranks[place], **self.how) for place in self.others]
+
+    def come(self, state: Tensor) -> Tensor:
+        """[count, ..], once all parts are there; `state`: this process's."""
+        self.everyone[self.own] = state
+        self.waiting += [distributed.isend(self.everyone[self.own], self.ranks[place], **self.how) for place in self.others]
+        for each in self.waiting:
+            assert each is not None, "this process is one of the group"
+            each.wait()
+        return self.everyone
+
+
 class Peers:
     """This process's rank among those that share the keys."""
 
@@ -55,6 +81,7 @@ class Peers:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()  # received
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.coming: dict[str, Coming] = {}  # by name, a gather that was announced
         self.control: Any = None  # the group in which the first process tells the others what comes
         self.board: Board | None = None  # where all are of one machine: how bytes on the CPU pass
 
@@ -78,15 +105,22 @@ class Peers:
     def first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, state: Tensor, name: str = "gather", group: Group | None = None) -> Tensor:
-        """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`."""
-        count, began = self.count if group is None else group.count, time.perf_counter()
+    def gather(self, state: Tensor, name: str = "gather", group: Group | None = None, more: bool = False) -> Tensor:
+        """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`.
+        `more`: the next gather of this name is of the same shape, in all of them; then what it brings may come before it is asked for."""
+        count, handle = self.count if group is None else group.count, None if group is None else group.handle
+        began = time.perf_counter()
         try:
             if self.board and group is None and state.device.type == "cpu":
                 everyone = self.board.gather(state.flatten().view(torch.uint8)).view(state.dtype)
+            elif state.device.type == "cpu":
+                coming = self.coming.pop(name, None) or Coming(state, name, handle)
+                if more:
+                    self.coming[name] = Coming(state, name, handle)
+                everyone = coming.come(state)
             else:
                 everyone = state.new_empty(count * state.numel())
-                GATHER(everyone, state.flatten(), group=None if group is None else group.handle)
+                GATHER(everyone, state.flatten(), group=handle)
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, state.nbytes * (count - 1), began)

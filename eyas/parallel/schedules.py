@@ -69,21 +69,22 @@ class Schedule(NamedTuple):
         """Of which subtrees `carry` gives the states; they are all shards together."""
         return [self.whole] if self.shares else self.levels[-1].given
 
-    def carry(self, sent: Tensor, joined: Joiner) -> Tensor:
-        """The states [subtrees, R, H, d + 1] of all processes together, from this one's [most, R, H, d + 1], which ends in empty ones."""
+    def carry(self, sent: Tensor, joined: Joiner, more: bool = False) -> Tensor:
+        """The states [subtrees, R, H, d + 1] of all processes together, from this one's [most, R, H, d + 1], which ends in empty ones.
+        `more`: those of another layer's same rows come next."""
         rows, first = sent.shape[1], self.levels[0]
         for level, most in zip(self.levels, [*(level.most for level in self.levels[1:]), 1], strict=True):
             if self.shares and level is first:
                 everyone = self.peers.scatter(in_shares(sent, level.count), f"{level.name} scatter", level.group)
             else:
-                everyone = self.peers.gather(sent, level.name, level.group)
+                everyone = self.peers.gather(sent, level.name, level.group, more)
             states = level.picked(everyone.flatten(0, 1))
             if level is self.levels[-1] and not self.shares:
                 return states
             states = joined(states, level.given, level.wanted)
             nothing = empty(*states.shape[1:3], states.shape[3] - 1, states)
             sent = torch.cat([states, nothing.expand(most - len(states), -1, -1, -1)])
-        return self.peers.gather(sent[0], f"{first.name} rows", first.group).flatten(0, 1)[None, :rows]
+        return self.peers.gather(sent[0], f"{first.name} rows", first.group, more).flatten(0, 1)[None, :rows]
 
 
 def in_shares(sent: Tensor, count: int) -> Tensor:

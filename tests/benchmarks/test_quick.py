@@ -224,12 +224,12 @@ def test_tree_attention_model(found):
     assert lines["NVLi", 128, 16]["two-level_ms"] < lines["NVLi", 128, 1]["two-level_ms"], "a tree of guesses pays for the network"
 
 
-def test_the_model_of_a_gather_is_that_of_its_hops():
+def test_the_model_of_a_pass_counts_its_messages():
     model = script("tree_attention_model")
-    assert model.gloo_gather(1, 100, 1.0, 100.0) == 0
-    assert model.gloo_gather(2, 100, 1.0, 100.0) == 2 + 1, "asked for, sent, and its bytes"
-    assert model.gloo_gather(4, 100, 0.0, 100.0) == 3, "with no latency, the bytes of three others"
-    assert model.gloo_gather(4, 0, 1.0, 100.0) == 6
+    assert model.tree_pass(0, layers=1, count=2, size=0, latency=1, rate=100) == 3, "told, asked for, sent"
+    assert model.tree_pass(5, layers=10, count=4, size=100, latency=0, rate=100) == 5 + 30, "the bytes of three others in each layer"
+    assert model.ring_pass(5, 2, layers=10, count=4, size=100, latency=0, rate=100) == 5 + 80, "attention over all keys hides the bytes"
+    assert model.ring_pass(5, 0, layers=10, count=4, size=100, latency=1, rate=100) == 5 + 60 + 3
 
 
 def test_gpu_tree_attention(found):

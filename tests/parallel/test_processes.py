@@ -169,3 +169,19 @@ def test_a_process_that_is_lost_is_named_and_the_others_end(sent, words, tmp_pat
     os.kill(ids[2], signal.SIGKILL)
     for process in ids:
         os.waitpid(process, 0)
+
+
+def test_a_gather_that_was_announced_brings_what_is_sent_next_and_no_other_ones():
+    def work(rank):
+        os.environ["EYAS_BOARD"] = "0"  # as between machines
+        peers = Peers.join(timeout=30)
+        found = []
+        for layer in range(3):
+            for name in ("states", "rows"):
+                mine = torch.full((2,), 100.0 * layer + 10 * rank + len(name))
+                found.append(peers.gather(mine, name, more=layer < 2)[:, 0].tolist())
+        peers.leave()
+        return found, peers.calls["states"], peers.bytes["states"]
+
+    expected = [[100.0 * layer + 10 * rank + size for rank in range(3)] for layer in range(3) for size in (6, 4)]
+    assert processes.run(3, work) == [(expected, 3, 3 * 2 * 8)] * 3
