@@ -19,6 +19,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from eyas import cli
 from eyas.commands import new_draft
 from eyas.commands.output import terminal
+from eyas.files.disk import recover_directory
 from eyas.train import card, forecast, writers
 from eyas.train import trainer as training
 from tests.commands.words import environment
@@ -146,6 +147,7 @@ def test_a_killed_run_goes_on_where_it_was(target, place, monkeypatch):
     killed_when(lambda: (out / training.CHECKPOINT).exists())
     shards = sorted(place.glob("cache/selfplay/*/*.safetensors"))
     assert first.items() <= {path.name: path.stat().st_mtime_ns for path in shards}.items(), "what was written is not written again"
+    recover_directory(out)  # a kill may fall between the two renames of a save
     before = torch.load(out / training.CHECKPOINT, weights_only=True)["progress"]
     assert not json.loads((out / new_draft.RUN).read_text())["finished"]
 
@@ -157,7 +159,7 @@ def test_a_killed_run_goes_on_where_it_was(target, place, monkeypatch):
     assert cli.main(command) == 0
     told = json.loads((out / "training.json").read_text())
     assert resumed == [before["steps"]] and told["steps"] >= before["steps"] > 0
-    assert told["minutes"] >= before["minutes"] > 0, "the time that was spent counts"
+    assert told["minutes"] >= round(before["minutes"], 2) and before["minutes"] > 0, "the time that was spent counts"
     assert told["data"]["shards"] == [f"{path.parent.name}/{path.name}" for path in shards]
     assert json.loads((out / new_draft.RUN).read_text())["finished"]
 

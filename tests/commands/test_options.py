@@ -9,6 +9,7 @@ import pytest
 
 import eyas
 from eyas.commands.parser import parser
+from tests.tiny import save_tiny_target
 
 COMMANDS = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
 
@@ -64,3 +65,27 @@ def test_one_name_serves_in_all_commands():
     for words in (["new-draft", "m"], ["new-draft", "--target", "m"]):
         assert parser().parse_args([*words, "--hours", "1", "--out", "x"]).model == "m"
     assert parser().parse_args(["new-draft", "--hours", "1", "--out", "x"]).model is None
+
+
+@pytest.mark.parametrize("name", ["demo", "plan", "compare", "import", "serve-command", "doctor", "generate", "trace"])
+def test_every_command_that_renders_a_template_hands_it_the_variables(models, refused_last, tmp_path, name):
+    """The template says itself that it reads no such variable."""
+    draft = {"import": [models / "draft", "--out", models / "no"], "doctor": [models / "draft"], "generate": ["hi"], "trace": ["hi"]}
+    words = draft.get(name, [models / "draft", "--engine", "vllm"] if name == "serve-command" else [])
+    drafted = ["--draft", models / "draft"] if name in ("demo", "plan", "trace") else []
+    target = save_tiny_target(tmp_path / "deep", num_hidden_layers=7) if name == "compare" else models / "target"
+    asked = ["--target", target, "--chat-template-kwargs", '{"mood": "calm"}']
+    said = refused_last(name, *words, *drafted, *asked)
+    assert said == "eyas: the chat template reads no variable mood; leave it out of chat-template-kwargs"
+
+
+@pytest.fixture
+def refused_last(run):
+    """Run a command that must be refused, whatever it says of its progress before; its last line."""
+
+    def command(*words) -> str:
+        status, _, err = run(*words)
+        assert status == 2
+        return err.splitlines()[-1]
+
+    return command
