@@ -12,10 +12,11 @@ Axes: N rows, H model width, q/k heads, d head width, n rows of one segment, t k
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,14 @@ IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits",
 # ---- attention over the cache ----
 
 
+class Distribution(NamedTuple):
+    """How a layer makes shares of its scores."""
+
+    scaling: float
+    softcap: float | None = None  # scores are capped (Gemma 2)
+    sinks_q: Tensor | None = None  # [q] the score of a sink that takes probability and is no key (GPT-OSS)
+
+
 class LayeredCache(Cache):
     """A cache whose layers each have their own number and width of heads, and which holds the position of every row. A layer's tensors are
     made when it first writes."""
@@ -50,6 +59,10 @@ class LayeredCache(Cache):
         self.positions = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
         self.lengths = [0] * slots
         self.capacity, self.dtype, self.device = capacity, dtype, device
+
+    def reading(self, rows: Rows, taps: Sequence[int]) -> Pass:
+        """A pass over this cache, for transformers to run."""
+        return LayeredPass(rows, self, taps)
 
     def place(self, slot: int, positions_n: Tensor) -> Tensor:
         """Note the positions of n tentative rows; returns the positions [length + n] of all rows that the slot then holds."""
@@ -96,51 +109,72 @@ class LayeredCache(Cache):
         self.lengths[slot] = length
 
 
-class Pass:
-    """One pass while transformers runs it: which rows belong to which sequence, their positions, and the features that are tapped."""
+class Pass(ABC):
+    """One pass while transformers runs it: which rows belong to which sequence, their positions, and the features that are tapped. What a
+    cache holds of the keys, and where, its own passes know."""
 
-    def __init__(self, rows: Rows, cache: LayeredCache, taps: Sequence[int]) -> None:
-        self.cache, self.taps = cache, set(taps)
+    def __init__(self, rows: Rows, taps: Sequence[int]) -> None:
+        self.taps = set(taps)
         self.features: list[Tensor] = []  # [N, H] each
         self.read: set[int] = set()  # layers that have attended
         # one number more than there are segments: the last one is where the last segment ends
         starts = itertools.accumulate((segment.count for segment in rows.segments), initial=0)
         self.parts = [(segment, slice(start, start + segment.count)) for start, segment in zip(starts, rows.segments, strict=False)]
         self.q_positions = [rows.positions[part] for _, part in self.parts]
-        self.k_positions = [cache.place(segment.slot, rows.positions[part]) for segment, part in self.parts]
 
     def sight(self, allowed: Callable[..., Tensor]) -> Sight:
         """Which rows see which, where transformers' mask function (batch, head, query's index, key's index -> bool) allows it and the
         tree's mask does. Raises `EyasError` for a model whose rows see later ones."""
-        zero = torch.zeros((), dtype=torch.int64, device=self.cache.device)
+        zero = torch.zeros((), dtype=torch.int64, device=self.q_positions[0].device)
         if bool(allowed(zero, zero, zero, zero + 1)):
             raise EyasError("this model's rows see later ones, as an encoder's do; choose a causal model")
-        masks = []
-        for (segment, _), q_n, k_t in zip(self.parts, self.q_positions, self.k_positions, strict=True):
-            among = causal_mask(segment.count) if segment.mask is None else segment.mask
-            seen_nt = behind_prefix(among.cpu(), len(k_t) - among.shape[1]).to(self.cache.device)
-            seen_nt = seen_nt & allowed(zero, zero, q_n[:, None], k_t[None])
-            masks.append(None if bool(seen_nt.all()) else seen_nt)
-        return Sight(self, masks)
+        return Sight(self, self.masks(lambda q_n, k_t: allowed(zero, zero, q_n[:, None], k_t[None])))
 
-    def attend(
-        self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Tensor | None], distribution: dict[str, Any]
-    ) -> Tensor:
-        """The attention [N, q, d] of one layer: each segment's rows over the rows of its slot, the segment's own included."""
+    @abstractmethod
+    def masks(self, allowed: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
+        """For each segment what its rows see, as `attend` will read it. `allowed`: which of these positions [n] may see which [t], by
+        transformers' rule, bool [n, t]."""
+
+    def attend_once(self, layer: int, *given: Any) -> Tensor:
+        """`attend`. Raises `EyasError` for a layer that has attended in this pass."""
         if layer in self.read:
             raise EyasError("this model runs one layer several times a pass, and eyas keeps one set of keys for each; choose another")
         self.read.add(layer)
+        return self.attend(layer, *given)
+
+    @abstractmethod
+    def attend(self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Any], how: Distribution) -> Tensor:
+        """The attention [N, q, d] of one layer: each segment's rows over the rows of its slot, the segment's own included."""
+
+
+class LayeredPass(Pass):
+    """A pass over a `LayeredCache`. A segment's mask is bool [n, t] over its slot's rows, or None where its rows see all of them."""
+
+    def __init__(self, rows: Rows, cache: LayeredCache, taps: Sequence[int]) -> None:
+        super().__init__(rows, taps)
+        self.cache = cache
+        self.k_positions = [cache.place(segment.slot, rows.positions[part]) for segment, part in self.parts]
+
+    def masks(self, allowed: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
+        masks: list[Tensor | None] = []
+        for (segment, _), q_n, k_t in zip(self.parts, self.q_positions, self.k_positions, strict=True):
+            among = causal_mask(segment.count) if segment.mask is None else segment.mask
+            seen_nt = behind_prefix(among.cpu(), len(k_t) - among.shape[1]).to(self.cache.device) & allowed(q_n, k_t)
+            masks.append(None if bool(seen_nt.all()) else seen_nt)
+        return masks
+
+    def attend(self, layer: int, q_qNd: Tensor, k_kNd: Tensor, v_kNd: Tensor, masks: list[Any], how: Distribution) -> Tensor:
         out = q_qNd.new_empty(q_qNd.shape[1], q_qNd.shape[0], v_kNd.shape[2])
         for (segment, part), seen_nt in zip(self.parts, masks, strict=True):
             keys, values = self.cache.write(layer, segment.slot, k_kNd[:, part].transpose(0, 1), v_kNd[:, part].transpose(0, 1))
-            out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, **distribution).transpose(0, 1)
+            out[part] = masked_attention(q_qNd[:, part], keys, values, seen_nt, how).transpose(0, 1)
         return out
 
 
 class Sight:
     """What layers are handed as their mask. They pass it on as it is, and `attention` reads it."""
 
-    def __init__(self, of: Pass, masks: list[Tensor | None]) -> None:
+    def __init__(self, of: Pass, masks: list[Any]) -> None:
         self.of, self.masks = of, masks
 
     def __getitem__(self, parts: tuple[slice, ...]) -> Sight:
@@ -152,24 +186,42 @@ class Sight:
 RUNNING: ContextVar[Pass | None] = ContextVar("the pass that transformers is running", default=None)
 
 
-def masked_attention(
-    q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None, scaling: float, softcap: float | None, sinks_q: Tensor | None
-) -> Tensor:
-    """Attention of n rows over t keys, [q, n, d]: scores capped (Gemma 2), with a sink that takes probability (GPT-OSS)."""
-    heads, n, d = q_qnd.shape
-    q = q_qnd.reshape(k_ktd.shape[0], -1, n, d)  # [key heads, heads of a group, n, d]: a group shares one key head
+def masked_attention(q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None, how: Distribution) -> Tensor:
+    """Attention of n rows over t keys, [q, n, d]."""
+    heads, n, _ = q_qnd.shape
+    if how.softcap is None and how.sinks_q is None:
+        q, k, v = by_group(q_qnd, k_ktd, v_ktd)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_nt, scale=how.scaling).reshape(heads, n, -1)
+    scores, v = scores_of(q_qnd, k_ktd, v_ktd, seen_nt, how)
+    if how.sinks_q is not None:
+        scores = torch.cat([scores, how.sinks_q.to(scores.dtype).view(*scores.shape[:2], 1, 1).expand(-1, -1, n, 1)], -1)
+    return (scores.softmax(-1)[..., : k_ktd.shape[1]].to(v.dtype) @ v).reshape(heads, n, -1)
+
+
+def masked_state(q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor, how: Distribution) -> tuple[Tensor, Tensor]:
+    """What `masked_attention` over some of the keys leaves, in float32 or wider: its output [q, n, d], and the log-sum-exps [q, n] of its
+    scores; 0 and -inf for a row that sees none. A sink is no key, so it is not in it."""
+    heads, n, _ = q_qnd.shape
+    scores, v = scores_of(q_qnd, k_ktd, v_ktd, seen_nt, how)
+    lse = scores.logsumexp(-1)
+    shares = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return (shares @ v.to(shares.dtype)).reshape(heads, n, -1), lse.reshape(heads, n)
+
+
+def by_group(q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [key heads, heads of a group, n, d], keys and values [key heads, heads of a group, t, d]: a group shares one key head."""
+    q = q_qnd.reshape(k_ktd.shape[0], -1, *q_qnd.shape[1:])
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_ktd, v_ktd))
-    if softcap is None and sinks_q is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_nt, scale=scaling).reshape(heads, n, -1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(wide) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if seen_nt is not None:
-        scores = scores.masked_fill(~seen_nt, float("-inf"))
-    if sinks_q is not None:
-        scores = torch.cat([scores, sinks_q.to(wide).view(*q.shape[:2], 1, 1).expand(-1, -1, n, 1)], -1)
-    return (scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v).reshape(heads, n, -1)
+    return q, k, v
+
+
+def scores_of(q_qnd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None, how: Distribution) -> tuple[Tensor, Tensor]:
+    """Scores [key heads, heads of a group, n, t] in float32 or wider, -inf where a row does not see a key; and the values beside them."""
+    q, k, v = by_group(q_qnd, k_ktd, v_ktd)
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * how.scaling
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    return scores if seen_nt is None else scores.masked_fill(~seen_nt, float("-inf")), v
 
 
 def attention(
@@ -189,10 +241,10 @@ def attention(
         raise EyasError("this model's layers make a mask of their own, so no tree mask can be handed in; choose another")
     if unknown := sorted(name for name, given in others.items() if given is not None and name not in IGNORED):
         raise EyasError(f"this model's attention takes {', '.join(unknown)}, which eyas does not compute; choose another")
-    distribution = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap, "sinks_q": s_aux}
+    how = Distribution(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     layer = module.layer_idx
     assert isinstance(layer, int), "transformers numbers the layers that attend"
-    return attention_mask.of.attend(layer, query[0], key[0], value[0], attention_mask.masks, distribution)[None], None
+    return attention_mask.of.attend_once(layer, query[0], key[0], value[0], attention_mask.masks, how)[None], None
 
 
 def mask(mask_function: Callable[..., Tensor], **others: Any) -> Sight:
@@ -303,7 +355,7 @@ class AdaptedTarget(nn.Module):
         """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:
         the rows whose logits are wanted (None: all)."""
         rows = rows.on(self.device)
-        running = Pass(rows, cache, taps)
+        running = cache.reading(rows, taps)
         outer = RUNNING.set(running)
         try:
             out = self.trunk(

@@ -8,8 +8,9 @@ nothing of messages between processes or of layers.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +18,15 @@ from torch import Tensor
 
 from eyas.kernels import native
 from eyas.kernels.attention import PassAttention
+from eyas.model.adapter import LayeredCache
 from eyas.model.cache import Cache, KVCache, Slabs
 from eyas.model.rows import Segment
 from eyas.parallel.layout import Layout
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Inner = TypeVar("Inner", KVCache, LayeredCache)
 SPARE = 64  # rows of a slot beyond its part of a text: those of a tree may all lie here
 
 
@@ -36,23 +42,12 @@ class View(NamedTuple):
     seen: list[np.ndarray]  # [P] bool [R, others]: which rows see which of these
 
 
-class ShardedCache(Cache):
-    """The rows that lie here of the texts of all slots."""
+class Shards(Cache, Generic[Inner]):
+    """The rows that lie here of the texts of all slots, in one inner cache."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        slots: int,
-        capacity: int,
-        kind: tuple[torch.dtype, torch.device],
-        layout: Layout,
-        held: tuple[int, int],
-        attend: Callable[[ShardedCache, Sequence[Segment], int], PassAttention],
-    ) -> None:
-        """`shape`: layers, key heads and their width; `held`: the shards [low, high) of this process; `attend`: makes a pass's attention of
-        this cache, its segments and the number of query heads that share a key head."""
-        self.layout, self.low, self.high, self.attend = layout, *held, attend
-        self.shape, self.kind = shape, kind
+    def __init__(self, slots: int, capacity: int, layout: Layout, held: tuple[int, int]) -> None:
+        """`held`: the shards [low, high) of this process."""
+        self.layout, self.low, self.high = layout, *held
         self.lengths, self.capacity = [0] * slots, capacity
         self.mirror = np.array([layout.mirrored(number) for number in range(layout.shards)])  # the shard whose turn it is, and back
         turns = self.mirror[self.low : self.high]
@@ -62,9 +57,9 @@ class ShardedCache(Cache):
         self.tentative: dict[int, list[int]] = {}  # by slot: the rows of the last pass with keys here
         self.told: list[tuple[str, int, list[int]]] = []  # what was done to it since it was last asked
 
-    def made(self, room: int) -> KVCache:
-        layers, kv_heads, width = self.shape
-        return KVCache(layers, len(self.lengths), room, kv_heads, width, *self.kind)
+    @abstractmethod
+    def made(self, room: int) -> Inner:
+        """An inner cache of as many slots, with this many rows each."""
 
     @property
     def count(self) -> int:
@@ -81,18 +76,6 @@ class ShardedCache(Cache):
         """How many rows of a text of this length lie here."""
         return int(self.held(np.array(length)).sum())
 
-    @property
-    def slabs(self) -> Slabs:
-        return self.inner.slabs
-
-    @property
-    def keys(self) -> Tensor:
-        return self.inner.keys
-
-    @property
-    def values(self) -> Tensor:
-        return self.inner.values
-
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         self.told.append(("keep", slot, list(rows)))
         place = {row: index for index, row in enumerate(self.tentative.pop(slot, []))}
@@ -107,13 +90,9 @@ class ShardedCache(Cache):
     def clear(self, slot: int) -> None:
         self.cut(slot, 0)
 
-    def copy_prefix(self, other: ShardedCache, source: int, slot: int, length: int) -> None:
+    def copy_prefix(self, other: Self, source: int, slot: int, length: int) -> None:
         self.inner.copy_prefix(other.inner, source, slot, self.part(length))
         self.lengths[slot] = length
-
-    def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
-        assert lses is None, "states are what meets here"
-        return self.attend(self, segments, group)
 
     def follow(self, told: Sequence[tuple[str, int, list[int]]]) -> None:
         """Do what was done to another process's part."""
@@ -157,6 +136,45 @@ class ShardedCache(Cache):
         self.inner = larger
 
 
+class ShardedCache(Shards[KVCache]):
+    """The shards of a target of ours."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        slots: int,
+        capacity: int,
+        kind: tuple[torch.dtype, torch.device],
+        layout: Layout,
+        held: tuple[int, int],
+        attend: Callable[[ShardedCache, Sequence[Segment], int], PassAttention],
+    ) -> None:
+        """`shape`: layers, key heads and their width; `held`: as in `Shards`; `attend`: makes a pass's attention of this cache, its
+        segments and the number of query heads that share a key head."""
+        self.shape, self.kind, self.attend = shape, kind, attend
+        super().__init__(slots, capacity, layout, held)
+
+    def made(self, room: int) -> KVCache:
+        layers, kv_heads, width = self.shape
+        return KVCache(layers, len(self.lengths), room, kv_heads, width, *self.kind)
+
+    @property
+    def slabs(self) -> Slabs:
+        return self.inner.slabs
+
+    @property
+    def keys(self) -> Tensor:
+        return self.inner.keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.inner.values
+
+    def attention(self, segments: Sequence[Segment], group: int, lses: list[Tensor] | None = None) -> PassAttention:
+        assert lses is None, "states are what meets here"
+        return self.attend(self, segments, group)
+
+
 def row_plan(views: Sequence[View], counts: Sequence[int], cache: ShardedCache) -> native.RowPlan:
     """The kernel's plan of a pass over shards: for each row a view of each shard that may hold a key it sees. `counts`: rows of each
     segment, in order."""
@@ -185,7 +203,7 @@ def row_plan(views: Sequence[View], counts: Sequence[int], cache: ShardedCache) 
     return native.RowPlan(*whole, shards=cache.layout.shards, shift=block.bit_length() - 1, apart=cache.count * block)
 
 
-def keys_seen(view: View, cache: ShardedCache) -> Iterator[tuple[int, Tensor, Tensor]]:
+def keys_seen(view: View, cache: Shards[Any]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each shard of a view: the places in the slot of the t keys that its R rows see, and which row sees which: bool [R, t]."""
     block, apart = cache.layout.block, cache.count * cache.layout.block
     for number, shard in enumerate(view.shards):

@@ -19,7 +19,6 @@ from eyas.files.disk import directory_hash
 from eyas.files.target import BITS, reading_hash
 from eyas.kernels.native import kernel_name
 from eyas.model.protocols import TargetModel
-from eyas.model.target import Target
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.target import ShardedTarget, follow
@@ -28,17 +27,15 @@ from eyas.parallel.target import ShardedTarget, follow
 ALIKE = ("version of eyas", "target", "target's config or tokenizer", "precision", "kernel", "layout", "schedule")
 
 
-def check_shareable(model: TargetModel) -> Target:
+def check_shareable(model: TargetModel) -> TargetModel:
     """Raise `EyasError`, with one line that says why, for a target whose keys cannot lie in several processes yet."""
-    told = None
-    if not isinstance(model, Target):
-        told = "this model runs through transformers"
-    elif model.config.sliding_window is not None and model.config.sliding_window < model.config.max_position_embeddings:
-        told = f"this model sees {model.config.sliding_window} positions at a time, so few keys are needed"
+    window, told = model.config.sliding_window if model.blocks else None, None
+    if window is not None and window < model.config.max_position_embeddings:
+        told = f"this model sees {window} positions at a time, so few keys are needed"
     elif model.device.type != "cpu":
         told = f"this is on {model.device.type}"
-    if told or not isinstance(model, Target):
-        raise EyasError(f"--context-parallel is for Llama-shaped models with full attention on CPUs so far; {told}")
+    if told:
+        raise EyasError(f"--context-parallel is for models with full attention on CPUs so far; {told}")
     return model
 
 

@@ -22,8 +22,9 @@ from eyas.config import EyasError
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 from eyas.model.target import Output, Target
+from eyas.parallel.adapted import ShardedLayeredCache
 from eyas.parallel.attention import SharedOutAttention, attention_over, packed, unpacked
-from eyas.parallel.cache import ShardedCache
+from eyas.parallel.cache import ShardedCache, Shards
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.schedules import Exchange
@@ -44,7 +45,7 @@ class ShardedTarget:
         self.exchange = Exchange(layout, peers, schedule)
         self.held = layout.range_of(peers.rank, peers.count)
         self.numbers = itertools.count()
-        self.named: weakref.WeakKeyDictionary[ShardedCache, int] = weakref.WeakKeyDictionary()
+        self.named: weakref.WeakKeyDictionary[Shards[Any], int] = weakref.WeakKeyDictionary()
         self.gone: list[int] = []  # caches that are no more, which the others have yet to hear
         self.passes = 0
         if peers.first and peers.count > 1:
@@ -64,7 +65,7 @@ class ShardedTarget:
         self.target = self.target.prepare(bits)
         return self
 
-    def new_cache(self, slots: int, capacity: int) -> ShardedCache:
+    def new_cache(self, slots: int, capacity: int) -> ShardedCache | ShardedLayeredCache:
         number = next(self.numbers)
         self.peers.tell(("cache", number, slots, capacity))
         cache = self.made(slots, capacity)
@@ -72,13 +73,15 @@ class ShardedTarget:
         weakref.finalize(cache, self.gone.append, number).atexit = False
         return cache
 
-    def made(self, slots: int, capacity: int) -> ShardedCache:
+    def made(self, slots: int, capacity: int) -> ShardedCache | ShardedLayeredCache:
         config, kind = self.target.config, (self.target.dtype, self.target.device)
+        if self.target.blocks is None:  # they are transformers'
+            return ShardedLayeredCache(config.num_hidden_layers, slots, capacity, kind, self.layout, self.held, self.exchange)
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         return ShardedCache(shape, slots, capacity, kind, self.layout, self.held, partial(attention_over, self.exchange))
 
     def __call__(self, rows: Rows, cache: Any, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
-        if not isinstance(cache, ShardedCache):
+        if not isinstance(cache, Shards):
             return self.target(rows, cache, taps, logits_of)
         told, cache.told = cache.told, []
         gone, self.gone[:] = [*self.gone], []
@@ -89,7 +92,7 @@ class ShardedTarget:
         self.passes += 1
         return self.run(rows, cache, taps, logits_of)
 
-    def run(self, rows: Rows, cache: ShardedCache, taps: Sequence[int], logits_of: Tensor | slice | None) -> Output:
+    def run(self, rows: Rows, cache: Any, taps: Sequence[int], logits_of: Tensor | slice | None) -> Output:
         """One pass, which all processes run at once. What it gives is whole in the first process alone."""
         if not self.shares_out(rows):
             return self.target(rows, cache, taps if self.peers.first else (), logits_of)
@@ -156,7 +159,7 @@ def follow(target: ShardedTarget) -> None:
 
 
 def run_passes(target: ShardedTarget) -> None:
-    caches: dict[int, ShardedCache] = {}
+    caches: dict[int, ShardedCache | ShardedLayeredCache] = {}
     while True:
         what, *words = target.peers.tell()
         if what == "stop":

@@ -23,7 +23,6 @@ def test_a_model_with_full_attention_is_taken():
     [
         (lambda: tiny_target(sliding_window=8), "sees 8 positions at a time"),
         (lambda: tiny_target(prepare=False).to("meta"), "on meta"),
-        (lambda: object(), "runs through transformers"),
     ],
 )
 def test_another_is_refused_in_one_line(model, words):
