@@ -43,10 +43,27 @@ class Board:
     def gather(self, own: Tensor) -> Tensor:
         """Every process's bytes [count, n], in the order of ranks, from this one's [n]. Raises `RuntimeError` where one does not come."""
         if len(own) <= ROOM:
-            return self.exchanged(own)
-        return torch.cat([self.exchanged(part) for part in own.split(ROOM)], 1)
+            return self.exchanged(own).clone()
+        return torch.cat([self.exchanged(part).clone() for part in own.split(ROOM)], 1)
+
+    def scatter(self, parts: Tensor) -> Tensor:
+        """This process's part [count, n] of every process's `parts` [count, n]. Raises as `gather` does."""
+        found = []
+        for some in parts.split(ROOM // self.count, 1):
+            found.append(self.exchanged(some.flatten()).view(self.count, self.count, -1)[:, self.rank].clone())
+        return torch.cat(found, 1)
+
+    def collect(self, own: Tensor) -> Tensor | None:
+        """`gather` in the first process; the others read nothing, and have None."""
+        areas = []
+        for part in own.split(ROOM):
+            area = self.exchanged(part)
+            if self.rank == 0:
+                areas.append(area.clone())
+        return torch.cat(areas, 1) if areas else None
 
     def exchanged(self, own: Tensor) -> Tensor:
+        """What every process left, to be read before the next exchange."""
         area = self.areas[: self.count, self.turn % 2, : len(own)]
         area[self.rank] = own
         self.turn += 1
@@ -54,7 +71,7 @@ class Board:
         for rank in range(self.count):
             if rank != self.rank:
                 self.wait(rank, rank, self.turn, self.timeout)
-        return area.clone()
+        return area
 
     def tell(self, message: bytes, patience: float) -> bytes:
         """The first process's message, in all; the others wait for it `patience` seconds. Raises `RuntimeError` where one does not come."""

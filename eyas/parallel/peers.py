@@ -128,10 +128,14 @@ class Peers:
 
     def collect(self, tensor: Tensor, name: str) -> Tensor | None:
         """In the first process [count, ..]: every process's tensor of this shape, in the order of ranks; None in the others."""
-        began = time.perf_counter()
-        everyone = tensor.new_empty(self.count, *tensor.shape) if self.first else None
+        began, everyone = time.perf_counter(), None
         try:
-            distributed.gather(tensor, None if everyone is None else list(everyone.unbind(0)))
+            if self.board and tensor.device.type == "cpu":
+                left = self.board.collect(tensor.flatten().view(torch.uint8))
+                everyone = None if left is None else left.view(tensor.dtype).view(self.count, *tensor.shape)
+            else:
+                everyone = tensor.new_empty(self.count, *tensor.shape) if self.first else None
+                distributed.gather(tensor, None if everyone is None else list(everyone.unbind(0)))
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, tensor.nbytes * (self.count - 1) if self.first else 0, began)
@@ -139,9 +143,13 @@ class Peers:
 
     def scatter(self, parts: Tensor, name: str = "scatter", group: Group | None = None) -> Tensor:
         """[count, ..]: this process's part of every process's `parts` [count, ..], of one shape, in the order of ranks."""
-        began, everyone = time.perf_counter(), torch.empty_like(parts, memory_format=torch.contiguous_format)
+        began, parts = time.perf_counter(), parts.contiguous()
         try:
-            distributed.all_to_all_single(everyone, parts.contiguous(), group=None if group is None else group.handle)
+            if self.board and group is None and parts.device.type == "cpu":
+                everyone = self.board.scatter(parts.flatten(1).view(torch.uint8)).view(parts.dtype).view(parts.shape)
+            else:
+                everyone = torch.empty_like(parts)
+                distributed.all_to_all_single(everyone, parts, group=None if group is None else group.handle)
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, parts.nbytes // len(parts) * (len(parts) - 1), began)

@@ -30,6 +30,12 @@ def passed(monkeypatch, room: int, on: bool) -> tuple[list, dict]:
             draw = torch.Generator().manual_seed(10 * turn + rank)
             found.append(peers.gather(torch.randn(2, 7, generator=draw)).tolist())
             found.append(peers.tell({"turn": turn, "words": "hawk " * (turn * 40)} if rank == 0 else None))
+            parts = torch.arange(15, dtype=torch.int32).view(3, 5) + turn
+            own = peers.scatter(parts + 100 * rank)
+            assert own.tolist() == [(parts[rank] + 100 * other).tolist() for other in range(3)], "each has its part of everybody's"
+            everyones = peers.collect(parts + 100 * rank, "collect")
+            assert (everyones is None) == (rank > 0)
+            assert everyones is None or everyones.tolist() == [(parts + 100 * other).tolist() for other in range(3)]
         found.append(peers.gather(torch.full((3,), rank, dtype=torch.bfloat16)).tolist())
         peers.leave()
         return found, dict(peers.bytes)
@@ -44,6 +50,7 @@ def test_bytes_pass_by_memory_as_they_pass_by_network_in_parts_too(monkeypatch):
     found, size = passed(monkeypatch, board.ROOM, True)
     assert found == passed(monkeypatch, 24, True)[0] == passed(monkeypatch, board.ROOM, False)[0]
     assert size["gather"] == MANY * 2 * 14 * 4 + 2 * 3 * 2, "what the two others left"
+    assert size["scatter"] == MANY * 2 * 5 * 4 and size["collect"] == MANY * 2 * 15 * 4
     assert set(Path("/dev/shm").glob("eyas-*")) == before, "no file stays"
 
 
@@ -53,10 +60,7 @@ def test_a_process_that_has_ended_is_known_before_anybody_waits_for_it():
         os._exit(0)
     handle = os.pidfd_open(child)
     try:
-        for _ in range(1000):
-            if board.ended(handle):
-                break
-            os.sched_yield()
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays to be waited for
         assert board.ended(handle)
     finally:
         os.close(handle)
