@@ -165,35 +165,48 @@ def table(taus: Mapping[int, float], keys: int, counts: Sequence[int]) -> list[d
 
 
 def draw(found: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Left: measured seconds over the model's. Right: the model's milliseconds a token over devices."""
+    """For each network the milliseconds a token over devices that the model gives; before them measured ones over the model's, if any."""
     plt = pyplot()
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "eyas", "font.size": 9})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for kind, colour in (("tree", "tab:blue"), ("ring", "tab:orange")):
-        points = [(each["model_ms"], each["measured_ms"]) for each in measured if each["kind"] == kind]
-        if points:
-            left.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.7, label=f"{kind}, measured")
-    ends = [min((each["model_ms"] for each in measured), default=1), max((each["model_ms"] for each in measured), default=10)]
-    left.plot(ends, ends, color="grey", linewidth=1, label="as the model says")
-    left.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="grey", alpha=0.15, label="within 20%")
-    left.set(xscale="log", yscale="log", xlabel="model, ms a pass", ylabel="measured, ms a pass", title="2 to 4 processes, gloo, 1 Gbit/s")
-    ways = [("ring", 1, "ring, plain", "tab:orange", "-"), ("best", 1, "tree, plain", "tab:blue", "-")]
-    more = sorted({each["rows"] for each in found} - {1})
-    ways += [("best", rows, f"tree, draft tree of {rows} rows", "tab:green", style) for rows, style in zip(more, ("-", "--"), strict=False)]
-    for way, rows, label, colour, style in ways:
-        lines = [each for each in found if each["rows"] == rows and each["network"].startswith("NVLink")]
-        seconds = [each["ring_ms"] if way == "ring" else min(each[f"{name}_ms"] for name in SCHEDULES) for each in lines]
-        right.plot([each["devices"] for each in lines], seconds, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    right.set(xscale="log", yscale="log", xlabel="H200s (8 to a node)", ylabel="ms a token", title="8B target, a million keys: calculated")
-    counts = sorted({each["devices"] for each in found})
-    right.set_xticks(counts, [str(count) for count in counts], minor=False)
-    right.minorticks_off()
-    for axes in (left, right):
+    figure, panels = plt.subplots(1, len(NETWORKS) + bool(measured), figsize=(5 * (len(NETWORKS) + bool(measured)), 4))
+    for axes, name in zip(panels[::-1], list(NETWORKS)[::-1], strict=False):
+        draw_calculated(axes, [each for each in found if each["network"] == name])
+        axes.set_title(name)
+    if measured:
+        draw_measured(panels[0], measured)
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def draw_calculated(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The ring without guesses, and the tree by the best schedule, without and with."""
+    counts = [each["devices"] for each in lines if each["rows"] == 1]
+    ring = [each["ring_ms"] for each in lines if each["rows"] == 1]
+    axes.plot(counts, ring, color="tab:orange", marker="o", markersize=3, label="ring")
+    for rows, colour in zip(sorted({each["rows"] for each in lines}), ("tab:blue", "tab:green", "tab:red"), strict=False):
+        some = [each for each in lines if each["rows"] == rows]
+        label = "tree" if rows == 1 else f"tree, {rows} rows a pass, {some[0]['tau']:g} tokens"
+        best = [min(each[f"{way}_ms"] for way in SCHEDULES) for each in some]
+        axes.plot(counts, best, color=colour, marker="o", markersize=3, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="H200s", ylabel="ms a token, calculated")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+
+
+def draw_measured(axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
+    for kind, colour in (("tree", "tab:blue"), ("ring", "tab:orange")):
+        points = [(each["model_ms"], each["measured_ms"]) for each in measured if each["kind"] == kind]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.7, label=f"{kind}, measured")
+    ends = [min(each["model_ms"] for each in measured), max(each["model_ms"] for each in measured)]
+    axes.plot(ends, ends, color="grey", linewidth=1, label="as the model says")
+    axes.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="grey", alpha=0.15, label="within 20%")
+    axes.set(
+        xscale="log", yscale="log", xlabel="model, ms a pass", ylabel="measured, ms a pass", title="2 to 4 processes, TCP at a chosen delay"
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:

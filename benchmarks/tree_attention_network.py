@@ -290,6 +290,23 @@ def line_of(kind: str, alone: dict[str, float], over: dict[str, float], said: fl
     }
 
 
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: milliseconds a pass, measured and as the model says, of the tree and of the ring."""
+    about = ("processes", "context", "rows", "delay_ms")
+    lines = [
+        "| processes | context | rows | delay, ms | latency, ms | tree, ms (model) | ring, ms (model) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for tree in found:
+        if tree["kind"] == "ring":
+            continue
+        ring = [each for each in found if each["kind"] == "ring" and all(each[name] == tree[name] for name in about)]
+        times = [f"{each['measured_ms']:.0f} ({each['model_ms']:.0f})" for each in (tree, *ring)]
+        cells = [f"{tree['processes']}", f"{tree['context']:,}", f"{tree['rows']}", f"{tree['delay_ms']}", f"{tree['latency_ms']}"]
+        lines.append("| " + " | ".join([*cells, *times, *["not timed"] * (2 - len(times))]) + " |")
+    return lines
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--processes", default="2,3,4")
@@ -297,7 +314,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="1,16")
     parser.add_argument("--delays", default="0.05,0.5,5", help="milliseconds, one way")
     parser.add_argument("--rate", type=float, default=125.0, help="MB a second that a process can send")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ring-repeats", type=int, default=1)
     parser.add_argument("--ring-most", type=int, default=262144, help="rows times context up to which the ring is timed too")
     small = {"processes": "2", "contexts": "300", "rows": "1,4", "delays": "0", "repeats": 1}
@@ -315,6 +332,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 print(json.dumps(line), flush=True)
                 found.append(line)
                 save({"rate_mb": given.rate, "torch": torch.__version__, "rows": found}, given.out)
+    print("\n".join(table(found)))
     off = [abs(each["model_over_measured"] - 1) for each in found]
     print(f"{sum(each <= 0.2 for each in off)} of {len(off)} lines within 20%, median {100 * statistics.median(off):.0f}% off")
 
