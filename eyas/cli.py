@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from eyas import plugins
+from eyas import launched, plugins
 from eyas.checks import within_memory
 from eyas.commands.parser import parser
 from eyas.config import EyasError
@@ -24,6 +24,10 @@ TRAINING = ("train", "new-draft", "ablate", "compare")  # commands that train
 
 def terminated(number: int, frame: object) -> None:
     """A polite end from outside (`timeout`, a service manager) is Ctrl-C's: what there is is saved."""
+    if launched.count() > 1:
+        launched.ended_by_torchrun = True
+        if launched.follows:  # the first one is to find missing what is lost, and no other
+            return
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
@@ -45,21 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plugins.load_inherited()
         options = parser().parse_args(arguments)
         options.arguments = command_first(arguments)
+        launched.check(options.command, getattr(options, "context_parallel", False))
         plugins.load([*options.first, *options.plugins])
         module = MODULES.get(options.command, options.command.replace("-", "_"))
         with within_memory(SMALLER_TRAINING if options.command in TRAINING else SMALLER):
             return importlib.import_module(f"eyas.commands.{module}").run(options) or 0
     except EyasError as error:
-        print(f"eyas: {error}", file=sys.stderr)
+        launched.say(f"eyas: {error}")
         return 2
     except KeyboardInterrupt:
-        print("\neyas: interrupted", file=sys.stderr)
+        if launched.rank() == 0:  # the others end with it
+            launched.say("\neyas: ended by torchrun, whose report says why" if launched.ended_by_torchrun else "\neyas: interrupted")
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     except OSError as error:  # no space, no permission: where no better words were found closer to it
-        print(f"eyas: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        launched.say(f"eyas: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return 2
 
 

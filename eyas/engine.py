@@ -31,7 +31,7 @@ from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
 from eyas.model.protocols import TargetModel
 from eyas.parallel.layout import Layout
-from eyas.parallel.peers import Peers
+from eyas.parallel.peers import Peers, check_timeout
 from eyas.parallel.start import begin
 
 if TYPE_CHECKING:
@@ -104,15 +104,17 @@ def load(
     target.
     """
     check_device(device or "cpu")
-    directory = target_directory(target)
+    check_timeout(peer_timeout)
+    layout, directory = Layout(shards), target_directory(target)
     drafted = draft_directory(draft, directory)
     if drafted:
         kind = METHODS[kind_of(drafted)].decoding()
         kind.check(drafted, target_config(directory))  # before the target's weights are read: a draft that does not fit is refused at once
     with within_memory("use a smaller model, or precision='int8' or 'q4'"):
+        peers = Peers.join(device or "cpu", peer_timeout) if context_parallel else None
         model = load_target(directory, precision, device or "cpu")
-        if context_parallel:
-            model = begin(model, directory, precision, Layout(shards), Peers.join(device or "cpu", peer_timeout))
+        if peers:
+            model = begin(model, directory, precision, layout, peers)
         return Engine(model, load_tokenizer(directory), directory, drafted, precision)
 
 

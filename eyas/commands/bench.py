@@ -13,7 +13,7 @@ from rich.table import Table
 from eyas.bench.prompts import PromptItem, fitting, read_prompts
 from eyas.bench.report import print_result
 from eyas.bench.speed import Method, parse_methods, run_bench
-from eyas.commands.common import check_request, engine_from, request_from, settled
+from eyas.commands.common import check_request, engine_from, request_from, settled, sharing
 from eyas.commands.output import progress, result_file, terminal, write_result
 from eyas.config import GREEDY, EyasError, Request
 from eyas.engine import Engine
@@ -25,6 +25,8 @@ SHOWN = 5  # complaints about a file before only their number is told
 def run(options: argparse.Namespace) -> int:
     methods, request = parse_methods(options.methods), request_from(options)
     if options.peers:
+        if options.context_parallel:
+            raise EyasError("--peers measures other engines too, which share no keys out; drop --peers or --context-parallel")
         return peers(options, request)
     for method in methods:
         check_request(method.request(request))
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     items, unfit = fitting(engine, items, request)
     complain(options.prompts, [*complaints, *unfit])
     result = with_progress(engine, items, methods, request)
-    result["conditions"] |= facts_of_options(options, methods, len(complaints) + len(unfit))
+    result["conditions"] |= facts_of_options(options, methods, len(complaints) + len(unfit)) | sharing(engine)
     print_result(result, terminal())
     if out:
         write_result(out, result)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from eyas import launched
 from eyas.commands.common import conversation_from, engine_from, settings_from, settled, without_a_draft
 from eyas.commands.generate import tell
 from eyas.config import EyasError
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"eyas: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
+            if launched.count() > 1:  # torchrun ends all processes
+                raise
             print("\n[stopped]", file=sys.stderr)
         messages.append({"role": "assistant", "content": "".join(said)})
         turn += 1

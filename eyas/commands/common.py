@@ -22,6 +22,7 @@ from eyas.files.embedded import LAYERS, VOCABULARY
 from eyas.files.generation_config import FILE
 from eyas.files.target import from_hub, load_target, target_directory
 from eyas.methods import method_named
+from eyas.parallel.target import ShardedTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,6 +174,11 @@ def engine_from(options: argparse.Namespace) -> Engine:
     if getattr(options, "draft_model", None):
         engine.use_draft_model(load_target(target_directory(options.draft_model), options.precision, options.device or "cpu"))
     return engine
+
+
+def sharing(engine: Engine) -> dict[str, Any]:
+    """What a result says of keys that were shared out, under `context_parallel`; nothing without that option."""
+    return {"context_parallel": engine.target.facts()} if isinstance(engine.target, ShardedTarget) else {}
 
 
 def without_a_draft(engine: Engine, options: argparse.Namespace) -> str | None:

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from eyas.commands.common import conversation_from, engine_from, settings_from, settled, without_a_draft
+from eyas.commands.common import conversation_from, engine_from, settings_from, settled, sharing, without_a_draft
 from eyas.config import EyasError, Request, short
 from eyas.decode.logprobs import TokenLogprobs
 from eyas.decode.prompt import Prompt
 from eyas.decode.sequence import Result, Sequence, result_of
 from eyas.engine import Engine
-from eyas.parallel.target import ShardedTarget
 
 JSON_KEYS = ("text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason")
 
@@ -33,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     try:
         tell(engine.stream(prompt, request), without_a_draft(engine, options))
-    except KeyboardInterrupt:
-        print()  # what was written stays
+    except (KeyboardInterrupt, EyasError):
+        print(flush=True)  # what was written stays, and what is said of its end has a line of its own
         raise
     return 0
 
@@ -59,8 +58,7 @@ def finished(engine: Engine, prompt: Prompt, request: Request, options: argparse
 def as_json(engine: Engine, request: Request, result: Result) -> dict[str, Any]:
     found = {key: getattr(result, key) for key in JSON_KEYS}
     found["generation_config"] = {"used": dict(request.defaulted), "not_done": engine.generation_config.not_done}
-    if isinstance(engine.target, ShardedTarget):
-        found["context_parallel"] = engine.target.facts()
+    found |= sharing(engine)
     if result.logprobs is not None:
         found["logprobs"] = [logprobs_json(engine, told) for told in result.logprobs]
     return found

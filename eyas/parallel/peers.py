@@ -7,37 +7,40 @@ ranks and tensors; knows nothing of keys or of passes.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pickle
+import re
 import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
+from eyas import launched
 from eyas.config import EyasError
 from eyas.parallel.board import Board, shared
+from eyas.parallel.presence import Presence
 
 IDLE = timedelta(hours=48)  # how long a process waits for the next pass
 PACKET = 2048  # bytes of a message's first part; most messages have no other
 GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)  # its name from torch 2.13 on
-NAMED = 2.0  # seconds in which processes that are well say so, after one was not heard
 
 
-def join_group(device: str, timeout: timedelta) -> bool:
-    """Meet the other processes, where `torchrun` started several; False where this one is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def join_group(device: str, timeout: timedelta, **where: Any) -> bool:
+    """Meet the other processes, where `torchrun` started several; False where this one is alone. `where`: the store to meet at, and this
+    process's rank among how many, where the environment's is not meant."""
+    if launched.count() == 1:
         return False
     if not distributed.is_initialized():
         # Defaults of this module's functions hold the process group of the moment it is first imported (optimisers import it). If that
         # is after `init_process_group`, the group and its threads outlive `leave`, and such a thread can abort the process at its end.
         importlib.import_module("torch.distributed.nn.functional")
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, **where)
     return True
 
 
@@ -73,6 +76,11 @@ class Coming:
         return self.everyone
 
 
+def check_timeout(seconds: float) -> None:
+    if not 0 < seconds < IDLE.total_seconds():
+        raise EyasError(f"peer-timeout must be above 0 seconds and below two days, not {seconds:g}")
+
+
 class Peers:
     """This process's rank among those that share the keys."""
 
@@ -84,21 +92,30 @@ class Peers:
         self.coming: dict[str, Coming] = {}  # by name, a gather that was announced
         self.control: Any = None  # the group in which the first process tells the others what comes
         self.board: Board | None = None  # where all are of one machine: how bytes on the CPU pass
+        self.presence: Presence | None = None  # of several: who is there
+        self.asked = 0  # how often each said something to all
 
     @classmethod
     def join(cls, device: str = "cpu", timeout: float = 60.0) -> Peers:
-        """Meet the other processes, where `torchrun` started several; else this one is alone."""
+        """Meet the other processes, where `torchrun` started several; else this one is alone. Raises `EyasError` where one does not come
+        within `timeout` seconds."""
+        if launched.count() == 1:
+            return cls(timeout=timeout)
+        peers = cls(launched.rank(), launched.count(), timeout)
+        peers.presence = presence = Presence(peers.rank, peers.count, timeout)
+        presence.meet("came")
         try:
-            if not join_group(device, timedelta(seconds=timeout)):
-                return cls(timeout=timeout)
+            store = distributed.distributed_c10d.PrefixStore("group", presence.store)
+            join_group(device, timedelta(seconds=timeout), store=store, rank=peers.rank, world_size=peers.count)
             distributed.barrier()
-            control = distributed.new_group(backend="gloo", timeout=IDLE)
-        except RuntimeError:
-            raise EyasError(f"not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s") from None
-        peers = cls(distributed.get_rank(), distributed.get_world_size(), timeout)
-        peers.control = control
+            wait = timedelta(seconds=timeout) if peers.first else IDLE  # a message leaves once the others ask for it
+            peers.control = distributed.new_group(backend="gloo", timeout=wait)
+            distributed.barrier()
+        except RuntimeError as error:
+            raise peers.lost(error) from None
         if os.environ.get("EYAS_BOARD", "1") != "0":
             peers.board = shared(peers.rank, peers.count, timeout, peers.everyones)
+        presence.together = True
         return peers
 
     @property
@@ -159,6 +176,8 @@ class Peers:
         """The first process's message, in all."""
         if self.count == 1:
             return message
+        if self.presence and not self.calls["tell"]:  # one may load for longer than another
+            self.presence.ready()
         began, packed = time.perf_counter(), pickle.dumps(message) if self.first else b""
         if self.board:
             try:
@@ -196,7 +215,7 @@ class Peers:
 
     def agree(self, facts: Sequence[str], names: Sequence[str]) -> None:
         """Raise `EyasError` in every process where one differs from the first in a fact, such as the version of eyas."""
-        if self.count == 1:
+        if self.presence is None:
             return
         everyone = self.everyones(list(facts))
         for rank, found in enumerate(everyone):
@@ -205,48 +224,55 @@ class Peers:
                     raise EyasError(f"process {rank + 1} of {self.count} has another {name} ({one}) than the first ({first})")
 
     def everyones(self, fact: Any) -> list[Any]:
-        """What each process says, in the order of ranks."""
-        everyone: list[Any] = [None] * self.count
-        distributed.all_gather_object(everyone, fact, group=self.control)
-        return everyone
+        """What each process says, in the order of ranks: numbers, strings and lists of them."""
+        assert self.presence is not None, "one process has nobody to ask"
+        self.asked += 1
+        return [json.loads(each) for each in self.presence.meet(f"fact {self.asked}", json.dumps(fact))]
+
+    def waits(self) -> list[float]:
+        """How many seconds each process waited for states so far; called in all."""
+        own = round(self.waited, 3)
+        return self.everyones(own) if self.presence else [own]
+
+    @property
+    def waited(self) -> float:
+        """For how many seconds this process waited for others' states so far."""
+        return sum(seconds for name, seconds in self.seconds.items() if name != "tell")
 
     def group(self, ranks: Sequence[int]) -> Group:
         """These processes; called in all processes, for the same groups in one order."""
-        return Group(len(ranks), distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout)))
-
-    @property
-    def store(self) -> Any:
-        """The store that `torchrun` keeps for its processes."""
-        return distributed.distributed_c10d._get_default_store()
+        try:
+            return Group(len(ranks), distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout)))
+        except RuntimeError as error:
+            raise self.lost(error) from None
 
     def end(self) -> None:
         """Say that the first process ends, to those that will find it gone."""
-        if self.count > 1:
-            with suppress(RuntimeError):
-                self.store.set("eyas/ended", b"1")
+        if self.presence:
+            self.presence.end()
+
+    def see_off(self) -> None:
+        """Wait for the others to end. Raises `EyasError` where one does not."""
+        if self.presence:
+            self.presence.see_off()
+
+    @property
+    def well(self) -> bool:
+        """Whether none was found lost, and nothing broken off."""
+        return self.presence is None or not (self.presence.found or self.presence.interrupted)
 
     def ended(self) -> bool:
-        with suppress(RuntimeError):
-            return self.store.check(["eyas/ended"])
-        return False
+        return self.presence is not None and self.presence.ended()
 
     def lost(self, error: RuntimeError) -> EyasError:
-        """Which processes do not answer. Those that do say so in the store."""
-        missing = [0]  # where the store is gone too
-        with suppress(RuntimeError):
-            self.store.set(f"eyas/well/{self.rank}", b"1")
-            until = time.monotonic() + NAMED
-            while (missing := self.unheard()) and time.monotonic() < until:
-                time.sleep(0.05)
-        who = ", ".join(str(rank + 1) for rank in missing) or "one"
-        slow = "time" in str(error).lower()
-        return EyasError(f"process {who} of {self.count} {f'did not answer within {self.timeout:g} s' if slow else 'is gone'}")
-
-    def unheard(self) -> list[int]:
-        return [rank for rank in range(self.count) if not self.store.check([f"eyas/well/{rank}"])]
+        """The error that says which processes do not answer."""
+        assert self.presence is not None, "one process misses nobody"
+        return self.presence.missed(re.search("timed out|timeout|more time", str(error), re.IGNORECASE) is not None)
 
     def leave(self) -> None:
         if self.board:
             self.board.close()
-        if self.count > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if self.presence:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+            self.presence.leave()

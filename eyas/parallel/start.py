@@ -7,13 +7,12 @@ Knows directories, versions and the kernel; knows nothing of passes.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
+from eyas import launched
 from eyas.config import EyasError
 from eyas.files.disk import directory_hash
 from eyas.files.target import BITS, reading_hash
@@ -43,18 +42,17 @@ def begin(model: TargetModel, directory: Path, precision: str, layout: Layout, p
     """The target with its caches sharded over the processes. In all but the first this does not return: they follow the first one's passes
     and exit when it ends. Raises `EyasError` in every process where one is not like the first."""
     model, schedule = check_shareable(model), os.environ.get("EYAS_SCHEDULE", "auto")
-    if peers.count > 1:
-        hashes = (directory_hash(directory)[:16], reading_hash(directory)[:16])
-        peers.agree((version("eyas"), *hashes, precision, kernel_name(), str(layout), schedule), ALIKE)
-    target = ShardedTarget(model, layout, peers, schedule)
-    if peers.first:
-        return cast("TargetModel", target)  # what it does not have itself it has from the target it wraps
-    if threading.current_thread() is threading.main_thread():  # Ctrl-C reaches all processes; the first one's end is the others'
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
+        if peers.count > 1:
+            hashes = (directory_hash(directory)[:16], reading_hash(directory)[:16])
+            peers.agree((version("eyas"), *hashes, precision, kernel_name(), str(layout), schedule), ALIKE)
+        target = ShardedTarget(model, layout, peers, schedule)
+        if peers.first:
+            return cast("TargetModel", target)  # what it does not have itself it has from the target it wraps
         follow(target.prepare(BITS.get(precision, 16)))
     except EyasError as error:
-        print(f"eyas: {error}", file=sys.stderr)
+        if peers.first:
+            raise
+        launched.say(f"eyas: {error}")
         sys.exit(2)
     sys.exit(0)

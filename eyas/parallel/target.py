@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
+import sys
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eyas import launched
 from eyas.config import EyasError
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
@@ -47,9 +51,9 @@ class ShardedTarget:
         self.numbers = itertools.count()
         self.named: weakref.WeakKeyDictionary[Shards[Any], int] = weakref.WeakKeyDictionary()
         self.gone: list[int] = []  # caches that are no more, which the others have yet to hear
-        self.passes = 0
+        self.passes, self.began = 0, time.monotonic()
         if peers.first and peers.count > 1:
-            atexit.register(self.stop)
+            atexit.register(self.at_exit)
 
     def __getattr__(self, name: str) -> Any:
         if name == "target":
@@ -115,12 +119,24 @@ class ShardedTarget:
         return number - -(-number // count) >= self.spared and number > (count - 1) ** 2  # else some would have none
 
     def stop(self) -> None:
-        """Let the others end. Called once, when the first process ends."""
-        atexit.unregister(self.stop)
+        """Let the others end. Called once, when the first process ends. Raises `EyasError` where one does not end."""
+        atexit.unregister(self.at_exit)
         self.peers.end()
-        with suppress(EyasError, RuntimeError):
-            self.peers.tell(("stop",))
-        self.peers.leave()
+        try:
+            if self.peers.well:
+                with suppress(RuntimeError):
+                    self.peers.tell(("stop",))
+                self.peers.see_off()
+        finally:
+            self.peers.leave()
+
+    def at_exit(self) -> None:
+        try:
+            self.stop()
+        except EyasError as error:
+            launched.say(f"eyas: {error}")
+            sys.stdout.flush()
+            os._exit(2)  # else torchrun would wait for the others
 
     def lies(self, position: int) -> tuple[int, int]:
         """The shard of a position, and the process (counted from 1) that holds it."""
@@ -132,8 +148,15 @@ class ShardedTarget:
         return sum(self.layout.held(length, shard) > 0 for shard in range(self.layout.shards))
 
     def facts(self) -> dict[str, Any]:
-        """How the keys lay and what passed between the processes so far, for a result."""
+        """How the keys lay and what passed between the processes so far, for a result. In the first process alone: it asks the others how
+        long they waited (None where they cannot answer). `slow_process`: one that the others waited for, where they did so for a tenth of
+        the time; counted from 1."""
         peers, (carried, size) = self.peers, self.peers.carried
+        waits: list[float | None] = [round(peers.waited, 3), *[None] * (peers.count - 1)]
+        if peers.well:
+            with suppress(EyasError):  # one may be lost just now; the text is there all the same
+                peers.tell(("waits",))
+                waits = [*peers.waits()]
         return {
             "processes": peers.count,
             "shards": self.layout.shards,
@@ -142,8 +165,15 @@ class ShardedTarget:
             "collectives": carried,
             "messages": peers.calls["tell"],
             "bytes": size + peers.bytes["tell"],
-            "seconds_waited": round(sum(peers.seconds.values()), 3),
+            "seconds_waited": waits,
+            "slow_process": slow_process([each for each in waits if each is not None], time.monotonic() - self.began),
         }
+
+
+def slow_process(waits: Sequence[float], seconds: float) -> int | None:
+    """The process that waited least, where each other waited for a tenth of the time more: it is what they waited for."""
+    least, *others = sorted(waits)
+    return waits.index(least) + 1 if others and others[0] - least > seconds / 10 else None
 
 
 def follow(target: ShardedTarget) -> None:
@@ -164,6 +194,9 @@ def run_passes(target: ShardedTarget) -> None:
         what, *words = target.peers.tell()
         if what == "stop":
             return
+        if what == "waits":
+            target.peers.waits()
+            continue
         if what == "cache":
             number, slots, capacity = words
             caches[number] = target.made(slots, capacity)
