@@ -138,6 +138,7 @@ class Presence:
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """Before all have met, the first one may be no more and have told nobody."""
         if not self.together:
+            self.interrupted = True  # for `meet`, where the exception came in a place that swallows it
             raise KeyboardInterrupt
 
     # ---- signs of life ----
@@ -256,7 +257,7 @@ class Presence:
                 raise self.lost([0], "gone") from None
             if not waiting:
                 return [self.store.get(f"{what}/{rank}").decode() for rank in range(self.count)]
-            if self.ended():
+            if self.ended() or (self.interrupted and not self.first):
                 self.leave()
                 sys.exit(0)
             if lost := [rank for rank in silence.beyond(self.timeout) if rank in waiting]:
