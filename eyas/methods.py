@@ -65,7 +65,7 @@ class Method:
 
 # Where one draft serves several methods, the first of them is the default.
 METHODS: dict[str, Method] = {
-    "eagle3-lookup": Method("eyas.drafters.merged", draft="eagle3"),
+    "eagle3-lookup": Method("eyas.drafters.copying", draft="eagle3"),
     "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
     "eagle2": Method("eyas.drafters.eagle2", draft="eagle1"),
     "eagle1": Method("eyas.drafters.eagle1", "eyas.train.eagle1", draft="eagle1", static=True),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from eyas.config import Sampling, TreeShape
+from eyas.decode.copying import CopyLaw
 from eyas.decode.tree import Tree
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class TreeRequest:
     covered: float = 0.0  # chance that another drafter's guess at the root's child is right
     # (R paths of tokens below the root, logits [R, D] after them, each token's column or None) -> logits as the target's will be processed
     processed: Callable[[Sequence[Sequence[int]], Tensor, Tensor | None], Tensor] | None = None
+    copied: Callable[[Sequence[int]], CopyLaw | None] | None = None  # path below the root -> what followed this context before
     draws: Callable[[int, int], Tensor] | None = None  # (node, count) -> noise [count] to draw children with; None: take the likeliest
 
 

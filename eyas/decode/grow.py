@@ -83,10 +83,11 @@ def grow_levels(
         for request, growth, frontier, logits_RD, rows, kept in parts:
             if frontier:
                 before = len(growth.tokens)
+                paths = [growth.path(node) for node in frontier] if request.processed or request.copied else []
                 if request.processed:
-                    paths = [growth.path(node) for node in frontier]
                     logits_RD = request.processed(paths, logits_RD, vocab.columns() if vocab else None)
-                growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab))
+                laws = [request.copied(path) for path in paths] if request.copied else None
+                growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab, laws))
                 kept.update(zip(frontier, rows, strict=True))
                 if planner:
                     planner.record_level(growth, frontier, before)

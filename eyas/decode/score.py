@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import Sampling
+from eyas.decode.copying import CopyLaw, mixed
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.sampling import allowed
 from eyas.model.vocab import DraftVocab
@@ -30,14 +31,36 @@ class Children(NamedTuple):
     distributions: list[Tensor] | None = None  # [V] each, where the tokens were drawn from them without replacement
 
 
-def children(request: TreeRequest, level: int, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
-    """The children of R nodes at depth `level`, from the draft's logits there. Without `vocab` the draft's ids are the target's."""
+def children(
+    request: TreeRequest,
+    level: int,
+    nodes: Sequence[int],
+    logits_RD: Tensor,
+    vocab: DraftVocab | None,
+    laws: Sequence[CopyLaw | None] | None = None,
+) -> Children:
+    """The children of R nodes at depth `level`, from the draft's logits there, and where there is a copy law from both. Without `vocab` the
+    draft's ids are the target's."""
     if request.draws is not None and request.shape.fixed:
-        return drawn_children(request, nodes, logits_RD, vocab)
-    noise = request.noise(request.position + level + 1) if request.noise else None
-    noise = noise if noise is None or vocab is None else noise[vocab.ids]
-    values, ids = best_children(log_scores(logits_RD, request.sampling, noise), request.shape.top_k)
-    return Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), values.tolist())
+        return drawn_children(request, nodes, logits_RD, vocab)  # from the draft's own law alone: the verifier counts on it
+    noise_V = request.noise(request.position + level + 1) if request.noise else None
+    noise_D = noise_V if noise_V is None or vocab is None else noise_V[vocab.ids]
+    noisy_RD = noisy(logits_RD, request.sampling, noise_D)
+    scores_RD = noisy_RD.log_softmax(-1)
+    values, ids = best_children(scores_RD, request.shape.top_k)
+    found = Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), values.tolist())
+    for row, law in enumerate(laws or ()):
+        if law is not None:
+            tokens = torch.tensor([*law.following])
+            columns = vocab.columns()[tokens] if vocab else tokens
+            known = scores_RD[row, columns.clamp(min=0)].tolist()
+            scores = dict(zip(found.tokens[row], found.log_scores[row], strict=True))
+            scores |= {token: score for token, score, column in zip(law.following, known, columns.tolist(), strict=True) if column >= 0}
+            whole = 0.0 if noise_V is None else float(noisy_RD[row].logsumexp(-1))
+            noise = dict(zip(law.following, [0.0] * len(tokens) if noise_V is None else noise_V[tokens].tolist(), strict=True))
+            best = mixed(law, scores, whole, noise, request.shape.top_k)
+            found.tokens[row][:], found.log_scores[row][:] = [token for token, _ in best], [score for _, score in best]
+    return found
 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
@@ -54,18 +77,23 @@ def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor
 
 
 def log_scores(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:
-    """The log scores [R, D] of all children: log softmax(log q + noise), where q is the draft's distribution at the target's temperature
-    and with loosened filters.
+    """The log scores [R, D] of all children: log softmax(log q + noise).
 
     Without noise (greedy, or a verifier that draws with other randomness) they are log q, as SafeAILab has it.
     """
+    return noisy(logits_RD, sampling, noise_D).log_softmax(-1)
+
+
+def noisy(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None) -> Tensor:
+    """log q + noise, where q is the draft's distribution at the target's temperature and with loosened filters; without noise, log q up to
+    a constant."""
     scores = logits_RD if logits_RD.dtype == torch.float64 else logits_RD.float()
     scores = scores if sampling.greedy else scores / sampling.temperature
     if not sampling.greedy:
         scores = loosely_filtered(scores, sampling).log_softmax(-1)
     if noise_D is not None:
         scores = scores + noise_D.to(scores.device, scores.dtype)
-    return scores.log_softmax(-1)
+    return scores
 
 
 def loosely_filtered(scores_RD: Tensor, sampling: Sampling) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from eyas.config import PLAIN, Sampling, TreeShape
+from eyas.decode.copying import USUAL
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.tree import Tree
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.drafters.lookup import USUAL, LookupDrafter
-from eyas.drafters.merged import MergedDrafter
+from eyas.drafters.lookup import LookupDrafter
 from eyas.model.rows import chain_rows
 from tests.tiny import tiny_draft, tiny_target
 
@@ -40,7 +41,7 @@ class Noted:
 
 def asked(text: list[int], shape: TreeShape = SHAPE) -> tuple[Noted, Tree]:
     draft = Noted()
-    merged = MergedDrafter(draft)
+    merged = CopyingDrafter(draft)
     merged.reserve(1, 100)
     merged.observe(0, text, None)
     return draft, merged.propose([TreeRequest(0, text[-1], len(text) - 1, shape, Sampling(), None)])[0]
@@ -61,7 +62,7 @@ def test_a_long_match_leaves_the_draft_alone():
 def test_look_up_goes_as_deep_as_there_are_nodes_and_no_deeper_than_the_text():
     text = [*range(100, 140), 1, *range(100, 112)]
     for deepest, depth in ((None, SHAPE.levels), (50, SHAPE.nodes - 1), (4, 4), (1, 1)):
-        merged = MergedDrafter(Noted())
+        merged = CopyingDrafter(Noted())
         merged.reserve(1, 100)
         merged.observe(0, text, None)
         shape = SHAPE if deepest is None else TreeShape(SHAPE.nodes, min(SHAPE.depth, deepest - 1), SHAPE.top_k)
@@ -76,7 +77,7 @@ def test_nothing_found_is_the_drafts_own_tree():
 
 def test_the_draft_hears_all_that_is_committed():
     draft = Noted()
-    merged = MergedDrafter(draft)
+    merged = CopyingDrafter(draft)
     merged.reserve(2, 100)
     merged.observe(1, [1, 2], "features")
     merged.forget(1)
@@ -90,7 +91,7 @@ def test_a_draft_left_alone_for_some_rounds_grows_the_tree_it_would_have_grown()
     features = target(chain_rows(0, text, 0), target.new_cache(1, 64), network.config.taps).features
 
     def grown(pauses: bool) -> Tree:
-        merged = MergedDrafter(Eagle3Drafter(network, vocab))
+        merged = CopyingDrafter(Eagle3Drafter(network, vocab))
         merged.reserve(1, 100)
         for length in range(16, len(text) + 1) if pauses else [len(text)]:
             start = 0 if length == 16 or not pauses else length - 1
@@ -108,7 +109,7 @@ def test_what_a_match_is_worth_is_counted_in_the_text():
     lookup.reserve(2, 100)
     lookup.observe(0, [1, 2, 3] * 20, None)  # every match is right
     lookup.observe(1, [token for other in range(10, 40) for token in (1, 2, other)], None)  # none is
-    for known in lookup.indexes.values():
-        lookup.read(known)
-    chances = [lookup.indexes[sequence].chance(2) for sequence in (0, 1)]
-    assert chances[1] < USUAL[2] / 2 and lookup.indexes[0].chance(40) > USUAL[12]
+    for text in lookup.texts.values():
+        text.read()
+    chances = [lookup.texts[sequence].chance(2) for sequence in (0, 1)]
+    assert chances[1] < USUAL[2] / 2 and lookup.texts[0].chance(40) > USUAL[12]

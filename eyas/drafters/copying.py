@@ -1,7 +1,7 @@
-"""EAGLE-3 with look-up: one tree holds what the draft guesses and what followed the same tokens before, and one pass verifies both.
+"""A drafter that copies as well: at every node of its tree the copy law joins its own, and behind the tree's leaves copying goes on alone.
 
-Where a long match says what comes next the draft is not used: its passes would cost more than they add. It reads the text it missed when
-it is next needed. Knows two drafters by what they propose; knows neither's insides.
+Where a long match says what comes next the drafter is not used: its passes would cost more than they add. It reads the text it missed when
+it is next needed. Knows the copy law, and a drafter by what it proposes; knows neither's insides.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from eyas.drafters.lookup import LookupDrafter
 from eyas.model.draft import DraftNetwork
 from eyas.model.vocab import DraftVocab
 
-SURE = math.log(0.8)  # where look-up's best guess has this chance or more, and no planner weighs it, the draft is not used
+SURE = math.log(0.8)  # where copying's best guess has this chance or more, and no planner weighs it, the draft is not used
 
 
-class MergedDrafter:
-    """Merges another drafter's tree with look-up's."""
+class CopyingDrafter:
+    """Another drafter, whose trees hold what followed the same tokens before, too."""
 
     def __init__(self, draft: Drafter) -> None:
         self.draft, self.lookup = draft, LookupDrafter()
@@ -44,11 +44,12 @@ class MergedDrafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = [self.found(request) for request in requests]
-        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(requests, found, strict=True)])
+        asked = [replace(request, copied=self.lookup.texts[request.sequence].law) for request in requests]
+        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(asked, found, strict=True)])
         return [both(request, one, other) for request, one, other in zip(requests, drafted, found, strict=True)]
 
     def found(self, request: TreeRequest) -> Tree:
-        """Look-up's tree. Its guesses cost no pass of the draft, so it may be as deep as the shape has nodes."""
+        """Copying's own tree. Its guesses cost no pass of the draft, so it may be as deep as the shape has nodes."""
         nodes = request.shape.nodes
         return self.lookup.look_up(request, min(nodes - 1, request.deepest or request.shape.levels))
 
@@ -61,8 +62,8 @@ def both(request: TreeRequest, one: Tree, other: Tree) -> Tree:
 
 
 def ask(request: TreeRequest, found: Tree) -> TreeRequest:
-    """The request that the draft gets, given look-up's tree. A planner is told the chance of look-up's best guess; without a planner
-    the draft is asked for nothing where that guess is sure."""
+    """The request that the draft gets, given copying's tree. A planner is told the chance of its best guess; without a planner the draft is
+    asked for nothing where that guess is sure."""
     if len(found) == 1:
         return request
     best = max(found.scores[1:])
@@ -71,5 +72,5 @@ def ask(request: TreeRequest, found: Tree) -> TreeRequest:
     return replace(request, covered=math.exp(best))
 
 
-def drafter(network: DraftNetwork, vocab: DraftVocab) -> MergedDrafter:
-    return MergedDrafter(Eagle3Drafter(network, vocab))
+def drafter(network: DraftNetwork, vocab: DraftVocab) -> CopyingDrafter:
+    return CopyingDrafter(Eagle3Drafter(network, vocab))
