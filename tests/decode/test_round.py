@@ -18,10 +18,10 @@ from eyas.decode import sampling as noise_of
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import derived_seed, distribution
 from eyas.decode.sequence import Result, result_of
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
-from eyas.drafters.merged import MergedDrafter
 from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.rows import chain_rows
@@ -41,7 +41,7 @@ def eagle3(target):
 
 def merged(target):
     """EAGLE-3's tree and look-up's in one pass."""
-    return MergedDrafter(eagle3(target))
+    return CopyingDrafter(eagle3(target))
 
 
 def itself(target):

@@ -23,10 +23,10 @@ from eyas.decode.sampling import Noise
 from eyas.decode.sequence import Sequence, result_of
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
-from eyas.drafters.merged import MergedDrafter
 from eyas.engine import Engine
 from eyas.kernels.captured import Graph
 from eyas.model.rows import chain_rows
@@ -38,8 +38,8 @@ LONG = tiny_target(max_position_embeddings=2048)
 TREE, CHAIN = TreeShape.parse("8x2x3"), TreeShape.parse("chain:3")
 
 
-def merged(target) -> MergedDrafter:
-    return MergedDrafter(Eagle3Drafter(*tiny_draft(target)))
+def merged(target) -> CopyingDrafter:
+    return CopyingDrafter(Eagle3Drafter(*tiny_draft(target)))
 
 
 def repeated_less(strength: float) -> LogitsProcessor:

@@ -16,10 +16,10 @@ from eyas.decode.plan.calibration import RECENT_NODES, Calibration
 from eyas.decode.plan.planner import MAX_TREE, PROBE_ROUNDS, Planner
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Tree
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.drafters.lookup import LookupDrafter
-from eyas.drafters.merged import MergedDrafter
 from eyas.model.rows import chain_rows
 from tests.tiny import tiny_draft, tiny_target
 
@@ -260,7 +260,7 @@ def eagle3_with_a_text(texts: list[list[int]]) -> tuple[Eagle3Drafter, list[Tree
 DRAFTERS = {
     "eagle3": lambda: Eagle3Drafter(*tiny_draft(TARGET)),
     "lookup": LookupDrafter,
-    "merged": lambda: MergedDrafter(Eagle3Drafter(*tiny_draft(TARGET))),
+    "merged": lambda: CopyingDrafter(Eagle3Drafter(*tiny_draft(TARGET))),
     "itself": lambda: ModelDrafter(TARGET, TARGET.config.vocab_size),
 }
 
