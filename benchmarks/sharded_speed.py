@@ -3,8 +3,9 @@
     python benchmarks/sharded_speed.py [--contexts 1024,8192,65536] [--rows 1,16,256] [--repeats 15] [--processes 2] [--out F.json]
 
 Caches of the embedded target are filled with random keys, so a context of any length costs memory and no prompt. One process has as many
-threads as there are processes in the other, which have one each. All three take turns: a pass without shards, one with shards, one of all
-processes; what is given is the median of each and, turn by turn, the median ratios.
+threads as there are processes in the other, which have one each. All take turns: a pass without shards, one with shards, one of all
+processes, and of a prompt's part one of all processes each of which computes every row; what is given is the median of each and, turn by
+turn, the median ratios.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
-from eyas.parallel.target import NONE, ShardedTarget
+from eyas.parallel.target import NONE, SPARED, ShardedTarget
 
 Timed = Callable[[], float]  # seconds of a pass
+PROMPT = 128  # rows from which on a pass is a part of a prompt, and no tree
 
 
 def timed(run: Callable[..., Any], *given: Any) -> float:
@@ -43,7 +45,7 @@ def timed(run: Callable[..., Any], *given: Any) -> float:
 
 def rows_behind(context: int, count: int) -> Rows:
     """A tree of guesses, or from 128 rows on a part of a prompt."""
-    if count < 128:
+    if count < PROMPT:
         return tree_of(count, context)
     return Rows(torch.arange(count), torch.arange(context, context + count), [Segment(0, count)])
 
@@ -63,12 +65,12 @@ def alone(target: TargetModel, context: int, count: int) -> dict[str, Timed]:
 
 
 def together(target: TargetModel, peers: Peers, context: int, count: int) -> dict[str, Timed]:
-    """Passes of one of several processes."""
-    sharded = ShardedTarget(target, Layout(), peers)
-    cache = sharded.made(1, context + count)
+    """Passes of one of several processes; those of a prompt's part also without sharing its rows out."""
+    sharded, whole = (ShardedTarget(target, Layout(), peers, spared=spared) for spared in (SPARED, 1 << 30))
+    cache, rows = sharded.made(1, context + count), rows_behind(context, count)
     filled(cache, context)
     wanted = None if peers.first else NONE  # the first process alone wants logits
-    return {"processes": partial(timed, target, rows_behind(context, count), cache, (), wanted)}
+    return {name: partial(timed, each.run, rows, cache, (), wanted) for name, each in (("processes", sharded), ("replicated", whole))}
 
 
 @torch.inference_mode()
@@ -114,12 +116,14 @@ def line(one: Workers, several: Workers, context: int, rows: int, repeats: int) 
     for workers in (one, several):
         workers.ask((context, rows))
     for turn in range(repeats + 2):
-        names = in_turn(("whole", "shards", "processes"), turn)
-        turns.append({name: (several if name == "processes" else one).ask(name) * 1e3 for name in names})
+        names = in_turn(("whole", "shards", "processes", *(("replicated",) if rows >= PROMPT else ())), turn)
+        turns.append({name: (one if name in ("whole", "shards") else several).ask(name) * 1e3 for name in names})
     turns = turns[2:]  # the first passes meet cold memory
     found = {f"{name}_ms": round(median(turn[name] for turn in turns), 2) for name in turns[0]}
     ratios = {"whole_over_shards": ("whole", "shards"), "shards_over_processes": ("shards", "processes")}
     ratios["whole_over_processes"] = ("whole", "processes")
+    if rows >= PROMPT:
+        ratios["replicated_over_processes"] = ("replicated", "processes")
     return {
         "context": context,
         "rows": rows,

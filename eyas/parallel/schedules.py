@@ -32,7 +32,7 @@ from eyas.parallel.states import State, empty, join
 Subtree = tuple[int, int]  # first shard, size
 Joiner = Callable[[Tensor, Sequence[Subtree], Sequence[Subtree]], Tensor]  # states [n, ..] of subtrees -> [m, ..] of larger ones
 SCHEDULES = ("auto", "gather", "scatter", "nodes", "nodes-scatter")
-LARGE = 1 << 20  # bytes that a gather may bring a process; beyond, the rows are shared out (docs/tree-attention.md says what was measured)
+LARGE = 1 << 20  # bytes that a gather may bring a process; beyond, the rows are shared out: two messages of fewer bytes. Not measured
 
 
 @dataclass(frozen=True)

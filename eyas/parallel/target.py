@@ -33,7 +33,7 @@ from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers
 from eyas.parallel.schedules import Exchange
 
-SPARED = 64  # rows; what is measured stands in docs/tree-attention.md
+SPARED = 64  # rows of a pass; benchmarks/sharded_speed.py measures what sharing out brings
 
 NONE = slice(0, 0)  # of a pass's rows: those whose logits a process wants that draws nothing
 
