@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from eyas.kernels.attention import Attend, grouped_attention
+from eyas.kernels.attention import Attend, PassAttention, grouped_attention
 
 if TYPE_CHECKING:
-    from eyas.model.cache import KVCache, Slabs
+    from eyas.model.cache import Slabs
     from eyas.model.rows import Segment
 
 ROWS = (1, 8, 16, 32, 64)  # padding costs hardly anything; a pass of more rows spends its time in products, not in launches
@@ -33,11 +33,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Fixed(NamedTuple):
+    """One sequence's pass in fixed shapes, as its cache lays it out: R rows, of which the last ones may pad."""
+
+    window: int  # how many keys are read
+    places: Tensor  # [R] int64: at which index of the slab each row's key goes
+    masks: tuple[Tensor, ...]  # what else says which rows see which keys, in shapes that R and the window settle
+    attention: Callable[..., PassAttention]  # of slabs, and of places and masks on their device; holds no cache, or it would never go
+
+
+class FixedCache(Protocol):
+    """What a pass in fixed shapes asks of a cache."""
+
+    @property
+    def slabs(self) -> Slabs: ...
+
+    def fixed(self, segment: Segment, rows: int, group: int) -> Fixed:
+        """How the rows of a segment lie in a pass of `rows`. `group`: query heads that share a key head."""
+        ...
+
+
 class StaticAttention:
     """Attention of R rows over the first keys of a cache of one sequence. `places_R` says at which index of the slab each row's key goes,
     `seen_RW` which keys of the window it sees."""
 
-    def __init__(self, slabs: Slabs, group: int, places_R: Tensor, seen_RW: Tensor) -> None:
+    def __init__(self, slabs: Slabs, places_R: Tensor, seen_RW: Tensor, *, group: int) -> None:
         self.slabs, self.places, self.window = slabs, places_R, seen_RW.shape[1]
         bias_RW = torch.zeros(seen_RW.shape, dtype=slabs.keys.dtype, device=seen_RW.device).masked_fill_(~seen_RW, float("-inf"))
         self.bias = bias_RW.repeat(group, 1)
@@ -94,47 +114,51 @@ class Graph:
         return self.outputs
 
 
-def fits(cache: KVCache, segments: Sequence[Segment]) -> bool:
+def fits(cache: FixedCache, segments: Sequence[Segment]) -> bool:
     """Whether a pass may run in fixed shapes: one sequence, in a cache from a pool, and few rows."""
     return cache.slabs.pooled and len(segments) == 1 and segments[0].count <= ROWS[-1]
 
 
+def padded(count: int) -> int:
+    """How many rows a pass of `count` rows has in fixed shapes."""
+    return next(size for size in ROWS if size >= count)
+
+
 def fixed_pass(
-    run: Run, key: tuple, group: int, cache: KVCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
+    run: Run, key: tuple, group: int, cache: FixedCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The outputs [N, ...] of `run` for these rows, in fixed shapes. `tokens` and `positions` [N] are on the CPU, `others` [N, ...] on the
     device.
 
     `key`: everything besides the shapes that the graph depends on; `group`: query heads for each key head.
     """
-    count, length = segment.count, cache.lengths[segment.slot]
-    assert length + count <= cache.capacity, f"the cache holds {cache.capacity} rows, {length + count} wanted"
-    rows = next(size for size in ROWS if size >= count)
-    window = window_of(length + count, cache.capacity + 1)
-    laid, seen = torch.zeros(3, rows, dtype=torch.int64), layout_seen(segment, length, rows, window)
-    laid[0] = cache.capacity  # padding goes to the spare row
-    laid[:, :count] = torch.stack([torch.arange(length, length + count), tokens, positions])
-    graphs, key = cache.slabs.graphs, (*key, rows, window)
+    count = segment.count
+    rows = padded(count)
+    fixed = cache.fixed(segment, rows, group)
+    laid = torch.zeros(3, rows, dtype=torch.int64)
+    laid[0] = fixed.places
+    laid[1:, :count] = torch.stack([tokens, positions])
+    graphs, key = cache.slabs.graphs, (*key, rows, fixed.window)
     if key not in graphs:
-        graphs[key] = graph_of(run, group, cache.slabs, laid, seen, others)
-    graph = graphs[key]
-    graph.inputs[0].copy_(laid, non_blocking=True)
-    graph.inputs[1].copy_(seen, non_blocking=True)
-    for held, given in zip(graph.inputs[2:], others, strict=True):
-        held[:count].copy_(given)
+        graphs[key] = graph_of(run, fixed, cache.slabs, laid, others)
+    graph, given = graphs[key], (laid, *fixed.masks)
+    for held, new in zip(graph.inputs, given, strict=False):
+        held.copy_(new, non_blocking=True)
+    for held, new in zip(graph.inputs[len(given) :], others, strict=True):
+        held[:count].copy_(new)
     return tuple(part if part is None else part[:count].clone() for part in graph())
 
 
-def graph_of(run: Run, group: int, slabs: Slabs, laid: Tensor, seen: Tensor, others: Sequence[Tensor]) -> Graph:
+def graph_of(run: Run, fixed: Fixed, slabs: Slabs, laid: Tensor, others: Sequence[Tensor]) -> Graph:
     """A graph of `run` with inputs of its own, shaped like this pass's. `run` must hold no cache, or its slabs would never be idle."""
-    rows, device = laid.shape[1], slabs.keys.device
+    rows, device, masks, attention = laid.shape[1], slabs.keys.device, len(fixed.masks), fixed.attention
 
-    def whole(laid: Tensor, seen: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    def whole(laid: Tensor, *further: Tensor) -> tuple[Tensor | None, ...]:
         places, tokens, positions = laid
-        return run(tokens, positions, StaticAttention(slabs, group, places, seen), *others)
+        return run(tokens, positions, attention(slabs, places, *further[:masks]), *further[masks:])
 
     with torch.inference_mode(False):  # made inside a round, they may be written to outside one
-        inputs = [laid.to(device, copy=True), seen.to(device, copy=True)]  # a first run writes where this pass will
+        inputs = [each.to(device, copy=True) for each in (laid, *fixed.masks)]  # a first run writes where this pass will
         inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, device=device) for each in others]
     return Graph(whole, inputs)
 

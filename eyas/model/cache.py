@@ -10,6 +10,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,6 +101,16 @@ class KVCache(Cache):
         if native.attends(self.keys):
             return NativeAttention(self, segments, lses)
         return PlainAttention(self, segments, group, lses)
+
+    def fixed(self, segment: Segment, rows: int, group: int) -> captured.Fixed:
+        """How a segment's rows lie in a pass of `rows` in fixed shapes; padding goes to the slabs' spare row."""
+        count, length = segment.count, self.lengths[segment.slot]
+        assert length + count <= self.capacity, f"the cache holds {self.capacity} rows, {length + count} wanted"
+        window = captured.window_of(length + count, self.capacity + 1)
+        places = torch.full((rows,), self.capacity)
+        places[:count] = torch.arange(length, length + count)
+        masks = (captured.layout_seen(segment, length, rows, window),)
+        return captured.Fixed(window, places, masks, partial(captured.StaticAttention, group=group))
 
     def write(self, layer: int, slot: int, k_nhd: Tensor, v_nhd: Tensor) -> tuple[Tensor, Tensor]:
         """Put n tentative rows behind the committed ones; returns the slot's keys and values [heads, length + n, head_dim]."""
