@@ -31,7 +31,7 @@ from eyas.files.untrusted import Fields
 from eyas.methods import METHODS, method_named, trained
 from eyas.model.protocols import TargetModel
 from eyas.parallel.layout import Layout
-from eyas.parallel.peers import Peers, check_timeout
+from eyas.parallel.peers import Peers, check_timeout, place_of
 from eyas.parallel.start import begin
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def load(
     """
     check_device(device or "cpu")
     check_timeout(peer_timeout)
+    place, _ = place_of(device or "cpu") if context_parallel else (device or "cpu", "")
     layout, directory = Layout(shards), target_directory(target)
     drafted = draft_directory(draft, directory)
     if drafted:
@@ -112,7 +113,7 @@ def load(
         kind.check(drafted, target_config(directory))  # before the target's weights are read: a draft that does not fit is refused at once
     with within_memory("use a smaller model, or precision='int8' or 'q4'"):
         peers = Peers.join(device or "cpu", peer_timeout) if context_parallel else None
-        model = load_target(directory, precision, device or "cpu")
+        model = load_target(directory, precision, place)
         if peers:
             model = begin(model, directory, precision, layout, peers)
         return Engine(model, load_tokenizer(directory), directory, drafted, precision)

@@ -107,7 +107,7 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
         default=PRECISIONS[0],
         help="of the weights (default %(default)s); int8, q4: smaller and faster, rounded",
     )
-    command.add_argument("--device", default=None, help="cpu (default) or cuda")
+    command.add_argument("--device", default=None, help="cpu (default), cuda, or one CUDA device by its number: cuda:1")
     if tree:
         command.add_argument(
             "--tree", default=Request.tree, help="NODESxDEPTHxTOPK (60x7x10), chain:K, or auto (default): planned each round"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROWS = (1, 8, 16, 32, 64)  # padding costs hardly anything; a pass of more rows spends its time in products, not in launches
 WINDOW = 512  # keys of the smallest window; slabs have a multiple of it
+RUNS = 3  # how often making a graph on CUDA runs its function: twice before the capture, and in it
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
 Run = Callable[..., tuple[Tensor | None, ...]]
@@ -96,11 +97,12 @@ class Graph:
                 stream = side_stream(self.device)
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):  # what PyTorch makes on first use must exist before the capture
-                    for _ in range(2):
+                    for _ in range(RUNS - 1):
                         run(*inputs)
                 torch.cuda.current_stream().wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=stream):
+                # of this thread alone: another may ask events or take memory meanwhile, as nccl's does
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.outputs = run(*inputs)
             self.run = None  # it holds the slabs, which hold this graph: nothing of the circle would be freed
 

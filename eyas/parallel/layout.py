@@ -58,3 +58,18 @@ class Layout:
             found.append((low, size))
             low += size
         return found
+
+
+@dataclass(frozen=True)
+class Together:
+    """What meets where each of `shards` processes has one state, over all of its keys: every process, in order, as a shard of its own."""
+
+    shards: int
+
+    def range_of(self, rank: int, count: int) -> tuple[int, int]:
+        """The processes [low, high) of one of `count` equal parts: of single processes, or of nodes."""
+        return self.shards * rank // count, self.shards * (rank + 1) // count
+
+    def subtrees(self, low: int, high: int) -> list[tuple[int, int]]:
+        """States of neighbours are taken at once, so any range is one."""
+        return [(low, high - low)]

@@ -29,9 +29,30 @@ from eyas.parallel.presence import Presence
 IDLE = timedelta(hours=48)  # how long a process waits for the next pass
 PACKET = 2048  # bytes of a message's first part; most messages have no other
 GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)  # its name from torch 2.13 on
+LATER = 30.0  # seconds after which PyTorch ends a process whose nccl message did not come, when we should have said so long since
 
 
-def join_group(device: str, timeout: timedelta, **where: Any) -> bool:
+def place_of(device: str) -> tuple[str, str]:
+    """This process's device, and what carries messages between the processes: "gloo" or "nccl".
+
+    "cuda" is a CUDA device for each process, by its number on this machine. A numbered one, such as "cuda:0", is for all processes here;
+    nccl does not take two processes on one device, so their messages go through host memory. Raises `EyasError` where there are more
+    processes than devices.
+    """
+    if not device.startswith("cuda") or launched.count() == 1:
+        return device, "gloo"
+    if ":" in device:
+        return device, "gloo"
+    here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", launched.count())), torch.cuda.device_count()
+    if here > cards:
+        raise EyasError(
+            f"{here} processes were started on this machine, which has {cards} CUDA device{'s' * (cards != 1)}; start one for each device, "
+            "or give --device cuda:0, and all share that one (slower: their messages go through host memory)"
+        )
+    return f"cuda:{os.environ.get('LOCAL_RANK', launched.rank())}", "nccl"
+
+
+def join_group(backend: str, timeout: timedelta, **where: Any) -> bool:
     """Meet the other processes, where `torchrun` started several; False where this one is alone. `where`: the store to meet at, and this
     process's rank among how many, where the environment's is not meant."""
     if launched.count() == 1:
@@ -40,7 +61,7 @@ def join_group(device: str, timeout: timedelta, **where: Any) -> bool:
         # Defaults of this module's functions hold the process group of the moment it is first imported (optimisers import it). If that
         # is after `init_process_group`, the group and its threads outlive `leave`, and such a thread can abort the process at its end.
         importlib.import_module("torch.distributed.nn.functional")
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, **where)
+        distributed.init_process_group(backend, timeout=timeout, **where)
     return True
 
 
@@ -90,23 +111,30 @@ class Peers:
         self.bytes: Counter[str] = Counter()  # received
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.coming: dict[str, Coming] = {}  # by name, a gather that was announced
-        self.control: Any = None  # the group in which the first process tells the others what comes
+        self.backend = "gloo"
+        self.graphs: dict[Any, list[Counter[str]]] = {}  # what a pass of captured messages counts
+        self.control: Any = None  # the group in which the first process tells the others what comes; always gloo
         self.board: Board | None = None  # where all are of one machine: how bytes on the CPU pass
         self.presence: Presence | None = None  # of several: who is there
         self.asked = 0  # how often each said something to all
 
     @classmethod
     def join(cls, device: str = "cpu", timeout: float = 60.0) -> Peers:
-        """Meet the other processes, where `torchrun` started several; else this one is alone. Raises `EyasError` where one does not come
-        within `timeout` seconds."""
+        """Meet the other processes, where `torchrun` started several; else this one is alone. `device`: as in `place_of`. Raises
+        `EyasError` where one does not come within `timeout` seconds."""
         if launched.count() == 1:
             return cls(timeout=timeout)
         peers = cls(launched.rank(), launched.count(), timeout)
+        device, peers.backend = place_of(device)
+        wait = timedelta(seconds=timeout)
+        if peers.backend == "nccl":
+            torch.cuda.set_device(device)
+            wait += timedelta(seconds=LATER)
         peers.presence = presence = Presence(peers.rank, peers.count, timeout)
         presence.meet("came")
         try:
             store = distributed.distributed_c10d.PrefixStore("group", presence.store)
-            join_group(device, timedelta(seconds=timeout), store=store, rank=peers.rank, world_size=peers.count)
+            join_group(peers.backend, wait, store=store, rank=peers.rank, world_size=peers.count)
             distributed.barrier()
             wait = timedelta(seconds=timeout) if peers.first else IDLE  # a message leaves once the others ask for it
             peers.control = distributed.new_group(backend="gloo", timeout=wait)
@@ -126,22 +154,22 @@ class Peers:
         """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`.
         `more`: the next gather of this name is of the same shape, in all of them; then what it brings may come before it is asked for."""
         count, handle = self.count if group is None else group.count, None if group is None else group.handle
-        began = time.perf_counter()
+        began, sent = time.perf_counter(), self.sent(state)
         try:
-            if self.board and group is None and state.device.type == "cpu":
-                everyone = self.board.gather(state.flatten().view(torch.uint8)).view(state.dtype)
-            elif state.device.type == "cpu":
-                coming = self.coming.pop(name, None) or Coming(state, name, handle)
+            if self.board and group is None and sent.device.type == "cpu":
+                everyone = self.board.gather(sent.flatten().view(torch.uint8)).view(sent.dtype)
+            elif sent.device.type == "cpu":
+                coming = self.coming.pop(name, None) or Coming(sent, name, handle)
                 if more:
-                    self.coming[name] = Coming(state, name, handle)
-                everyone = coming.come(state)
+                    self.coming[name] = Coming(sent, name, handle)
+                everyone = coming.come(sent)
             else:
                 everyone = state.new_empty(count * state.numel())
                 GATHER(everyone, state.flatten(), group=handle)
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, state.nbytes * (count - 1), began)
-        return everyone.view(count, *state.shape)
+        return everyone.to(state.device).view(count, *state.shape)
 
     def collect(self, tensor: Tensor, name: str) -> Tensor | None:
         """In the first process [count, ..]: every process's tensor of this shape, in the order of ranks; None in the others."""
@@ -160,17 +188,55 @@ class Peers:
 
     def scatter(self, parts: Tensor, name: str = "scatter", group: Group | None = None) -> Tensor:
         """[count, ..]: this process's part of every process's `parts` [count, ..], of one shape, in the order of ranks."""
-        began, parts = time.perf_counter(), parts.contiguous()
+        began, sent = time.perf_counter(), self.sent(parts.contiguous())
         try:
-            if self.board and group is None and parts.device.type == "cpu":
-                everyone = self.board.scatter(parts.flatten(1).view(torch.uint8)).view(parts.dtype).view(parts.shape)
+            if self.board and group is None and sent.device.type == "cpu":
+                everyone = self.board.scatter(sent.flatten(1).view(torch.uint8)).view(sent.dtype).view(sent.shape)
             else:
-                everyone = torch.empty_like(parts)
-                distributed.all_to_all_single(everyone, parts, group=None if group is None else group.handle)
+                everyone = torch.empty_like(sent)
+                distributed.all_to_all_single(everyone, sent, group=None if group is None else group.handle)
         except RuntimeError as error:
             raise self.lost(error) from None
         self.seen(name, parts.nbytes // len(parts) * (len(parts) - 1), began)
-        return everyone
+        return everyone.to(parts.device)
+
+    def sent(self, tensor: Tensor) -> Tensor:
+        """Where a message's tensor must lie: gloo's in host memory."""
+        return tensor if self.backend == "nccl" else tensor.cpu()
+
+    # ---- messages on a CUDA device ----
+
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold the messages of a pass."""
+        return self.count == 1 or self.backend == "nccl"
+
+    def mark(self) -> tuple[Counter[str], Counter[str]]:
+        """What was counted so far: messages, bytes."""
+        return Counter(self.calls), Counter(self.bytes)
+
+    def replayed(self, mark: tuple[Counter[str], Counter[str]], key: Any, runs: int) -> None:
+        """Count the messages of a pass that ran as a graph since `mark`. Making the graph ran it `runs` times here, and counted them; a
+        replay sends as many as one of those, unseen. `key`: what their number depends on."""
+        since = [now - then for now, then in zip((self.calls, self.bytes), mark, strict=True)]
+        if since[0]:
+            self.graphs[key] = [Counter({name: number // runs for name, number in each.items()}) for each in since]
+        elif key in self.graphs:
+            self.calls.update(self.graphs[key][0])
+            self.bytes.update(self.graphs[key][1])
+
+    def settle(self) -> None:
+        """Wait until the device has done what was launched. gloo says that a process is lost where it is; nccl's messages are on the
+        device, which would wait on: here that is an error once `timeout` is over."""
+        if self.backend != "nccl":
+            return
+        done, until = torch.cuda.Event(), time.monotonic() + self.timeout
+        done.record()
+        while not done.query():
+            if time.monotonic() > until:
+                raise self.lost(RuntimeError("timeout"))
+
+    # ---- what is told ----
 
     def tell(self, message: Any = None) -> Any:
         """The first process's message, in all."""
@@ -274,5 +340,8 @@ class Peers:
             self.board.close()
         if self.presence:
             if distributed.is_initialized():
-                distributed.destroy_process_group()
+                if self.backend == "nccl" and not self.well:  # the usual end would wait for messages that do not come
+                    distributed.distributed_c10d._abort_process_group()
+                else:
+                    distributed.destroy_process_group()
             self.presence.leave()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eyas.config import EyasError
 from eyas.kernels import native
-from eyas.parallel.layout import Layout
+from eyas.parallel.layout import Layout, Together
 from eyas.parallel.peers import Group, Peers
 from eyas.parallel.states import State, empty, join
 
@@ -97,7 +97,7 @@ def in_shares(sent: Tensor, count: int) -> Tensor:
 class Exchange:
     """All that passes between processes while layers run: which states this one has, and the schedule for rows of any number."""
 
-    def __init__(self, layout: Layout, peers: Peers, schedule: str = "auto") -> None:
+    def __init__(self, layout: Layout | Together, peers: Peers, schedule: str = "auto") -> None:
         """`schedule`: one of `SCHEDULES`, the same in all processes. Called in all of them at once. Raises `EyasError` for another word,
         and where there are no nodes to go by."""
         if schedule not in SCHEDULES:
@@ -168,7 +168,7 @@ def processes_of_a_node(peers: Peers) -> int | None:
     return None if counts or not 1 < count < peers.count or peers.count % count else count
 
 
-def node_levels(layout: Layout, peers: Peers, of_node: int, parts: Sequence[Sequence[Subtree]]) -> list[Level]:
+def node_levels(layout: Layout | Together, peers: Peers, of_node: int, parts: Sequence[Sequence[Subtree]]) -> list[Level]:
     """First the processes of each node, then those of all nodes that have one place in theirs. `parts`: what each process has."""
     nodes, (node, place) = peers.count // of_node, divmod(peers.rank, of_node)
     made = [layout.subtrees(*layout.range_of(number, nodes)) for number in range(nodes)]  # V * (node * L) // (M * L) is V * node // M

@@ -37,6 +37,17 @@ def join(known: Mapping[tuple[int, int], State], low: int, size: int) -> State |
     return meet(first, second)
 
 
+def merged(states: Tensor) -> State:
+    """The state over the keys of all states [parts, .., d + 1], taken together at once: a few launches however many there are, in an order
+    of the library's."""
+    lse = states[..., -1:]
+    most = lse.amax(0)
+    most = most.masked_fill(most == float("-inf"), 0.0)  # where nothing was seen: else inf - inf
+    weights = (lse - most).exp()
+    total = weights.sum(0)
+    return torch.cat([(weights * states[..., :-1]).sum(0) / total.clamp(min=1.0), most + total.log()], -1)
+
+
 def empty(rows: int, heads: int, width: int, like: Tensor) -> State:
     """States [rows, heads, width + 1] of rows that have seen no key."""
     state = like.new_zeros(rows, heads, width + 1)

@@ -32,7 +32,11 @@ class Ranks:
     @classmethod
     def join(cls, device: str = "cpu") -> Ranks:
         """Meet the other processes, where `torchrun` started several."""
-        return cls(distributed.get_rank(), distributed.get_world_size()) if join_group(device, WAIT) else cls()
+        return (
+            cls(distributed.get_rank(), distributed.get_world_size())
+            if join_group("nccl" if device.startswith("cuda") else "gloo", WAIT)
+            else cls()
+        )
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one message."""
