@@ -84,12 +84,10 @@ def in_turn(items: Sequence[T], number: int) -> list[T]:
 # ---- what is measured ----
 
 
-def engine_for(
-    given: argparse.Namespace, precision: str = PRECISIONS[0], draft: str | None = None, context_parallel: bool = False
-) -> Engine:
-    """The embedded target with the bundled draft, or another; under --quick the tiny ones."""
+def engine_for(given: argparse.Namespace, precision: str = PRECISIONS[0], draft: str | None = None, **more: Any) -> Engine:
+    """The embedded target with the bundled draft, or another; under --quick the tiny ones. `more`: what else `eyas.load` takes."""
     models = {"target": tiny().target, "draft": tiny().draft} if given.quick else {"draft": draft}
-    return eyas.load(**models, precision=precision, context_parallel=context_parallel)
+    return eyas.load(**models, precision=precision, **more)
 
 
 def target_for(given: argparse.Namespace) -> Path:

@@ -250,14 +250,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def forked(count: int, work: Callable[[int], Any]) -> list[Any]:
+def forked(count: int, work: Callable[[int], Any], board: bool = False) -> list[Any]:
     """What `work` returns in each of so many processes, which can meet as those of `torchrun` do; None for one that ends before.
-    Raises `EyasError` where the first one does."""
+    `board`: what they send may pass in shared memory, else over the network. Raises `EyasError` where the first one ends before."""
     port = free_port()
     forks = multiprocessing.get_context("fork")
 
     def one(rank: int, end: Any) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count), "EYAS_BOARD": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ["EYAS_BOARD"] = str(int(board))
         torch.set_num_threads(1)  # its other threads do not survive a fork
         with torch.inference_mode():
             end.send(work(rank))

@@ -196,6 +196,33 @@ def test_tree_attention(found):
     assert all(0 < row["keys_mb"] <= row["room_mb"] for row in told["memory"])
 
 
+def test_sharded_sameness(tmp_path):
+    """Every way to write, once; what was kept of a run that was ended is not written again, and a token that differs is seen."""
+    state, out = tmp_path / "kept", tmp_path / "found"
+
+    def found() -> dict:
+        script("sharded_sameness").main(["--quick", "--state", str(state), "--out", str(out)])
+        return json.loads(out.read_text())
+
+    told = found()
+    assert [(row["method"], row["temperature"]) for row in told["rows"]] == [
+        (method, temperature) for method in ("plain", "eagle3", "eagle3-lookup") for temperature in (0, 1)
+    ]
+    assert all(row["texts"] == 2 and row["tokens"] > 2 for row in told["rows"])
+    if native.kernel() is not None:
+        assert [row["different"] for row in told["rows"]] == [0] * 6
+    *lines, last = state.read_text().splitlines(keepends=True)
+    batch, processes, texts = json.loads(lines[0])
+    texts[1][-1] += 1
+    state.write_text("".join([json.dumps([batch, processes, texts]) + "\n", *lines[1:], last[:20]]))
+    again = found()
+    assert len(state.read_text().splitlines()) == len(lines) + 1, "the line that was cut off"
+    assert [row["different"] for row in again["rows"]] == [
+        told["rows"][0]["different"] + 1,
+        *(row["different"] for row in told["rows"][1:]),
+    ]
+
+
 def test_sharded_speed(found):
     """One process with shards and without, and two: each passes over as many keys."""
     rows = found("sharded_speed")
