@@ -125,6 +125,9 @@ class AtOnce(Peers):
     def gather(self, state: Tensor, name: str = "", group: Group | None = None, more: bool = False) -> Tensor:
         return state.expand(self.count, *state.shape)
 
+    def everyones(self, fact: Any) -> list[Any]:
+        return [fact] * self.count
+
 
 class Worker:
     """One of the processes. Each job is asked of all, and each answers; in most all take part."""
