@@ -49,18 +49,39 @@ def children(
     scores_RD = noisy_RD.log_softmax(-1)
     values, ids = best_children(scores_RD, request.shape.top_k)
     found = Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), values.tolist())
-    for row, law in enumerate(laws or ()):
-        if law is not None:
-            tokens = torch.tensor([*law.following])
-            columns = vocab.columns()[tokens] if vocab else tokens
-            known = scores_RD[row, columns.clamp(min=0)].tolist()
-            scores = dict(zip(found.tokens[row], found.log_scores[row], strict=True))
-            scores |= {token: score for token, score, column in zip(law.following, known, columns.tolist(), strict=True) if column >= 0}
-            whole = 0.0 if noise_V is None else float(noisy_RD[row].logsumexp(-1))
-            noise = dict(zip(law.following, [0.0] * len(tokens) if noise_V is None else noise_V[tokens].tolist(), strict=True))
-            best = mixed(law, scores, whole, noise, request.shape.top_k)
-            found.tokens[row][:], found.log_scores[row][:] = [token for token, _ in best], [score for _, score in best]
+    if laws is not None and any(laws):
+        join_laws(found, laws, scores_RD, noisy_RD, noise_V, vocab)
     return found
+
+
+def join_laws(
+    found: Children,
+    laws: Sequence[CopyLaw | None],
+    scores_RD: Tensor,
+    noisy_RD: Tensor,
+    noise_V: Tensor | None,
+    vocab: DraftVocab | None,
+) -> None:
+    """Let the children of each node that has a copy law be those of the draft's law and this one together, as many as there were. One
+    look into the tensors serves all nodes."""
+    rows = [row for row, law in enumerate(laws) if law is not None]
+    tokens = [token for law in laws if law is not None for token in law.following]
+    owners = [row for row, law in enumerate(laws) if law is not None for _ in law.following]
+    ids = torch.tensor(tokens)
+    columns = vocab.columns()[ids] if vocab else ids
+    known = scores_RD[owners, columns.clamp(min=0)].tolist()
+    noise = [0.0] * len(tokens) if noise_V is None else noise_V[ids].tolist()
+    wholes = [0.0] * len(rows) if noise_V is None else noisy_RD[rows].logsumexp(-1).tolist()
+    each = iter(zip(columns.tolist(), known, noise, strict=True))
+    for row, whole in zip(rows, wholes, strict=True):
+        law, scores, noise_of = laws[row], dict(zip(found.tokens[row], found.log_scores[row], strict=True)), dict[int, float]()
+        assert law is not None
+        for token in law.following:
+            column, score, noise_of[token] = next(each)
+            if column >= 0:
+                scores[token] = score
+        best = mixed(law, scores, whole, noise_of, len(found.tokens[row]))
+        found.tokens[row][:], found.log_scores[row][:] = [token for token, _ in best], [score for _, score in best]
 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:
