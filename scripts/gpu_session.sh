@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys. A stage has seconds of its
+# own and ends with them; what it printed by then is kept, and the next begins. A result that is there is not made again.
+# Run: scripts/gpu_session.sh [--tiny] OUT_DIRECTORY [STAGE ..]
+#      (all stages by default; --tiny rehearses them on a CPU). Needs no network, no package but those of eyas[test], and no installation.
+set -uo pipefail
+tiny=() device=cuda
+[ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu; shift; }
+out=$(mkdir -p "${1:?an output directory}" && cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.." || exit
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+until=$((SECONDS + 540)) wanted=" $* " failed=0
+
+stage() { # name seconds result command ..
+    local name=$1 most=$2 result=$out/$3 began=$SECONDS left=$((until - SECONDS)) code
+    shift 3
+    [ "$wanted" = "  " ] || [[ $wanted == *" $name "* ]] || return 0
+    [ -s "$result" ] && { echo "$name: there already" | tee -a "$out/session.txt"; return 0; }
+    [ "$left" -gt 10 ] || { echo "$name: no time left" | tee -a "$out/session.txt"; failed=1; return 0; }
+    timeout -k 5 $((most < left ? most : left)) "$@" >"$out/$name.log" 2>&1
+    code=$?
+    [ "$code" = 0 ] || { failed=1; rm -f "$result"; }
+    echo "$name: exit $code after $((SECONDS - began)) s" | tee -a "$out/session.txt"
+    tail -n 12 "$out/$name.log"
+}
+
+{
+    date -u +%FT%TZ
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no GPU"
+    python3 -c 'import torch, transformers; print("torch", torch.__version__, "cuda", torch.version.cuda, "transformers", transformers.__version__)'
+} | tee -a "$out/session.txt"
+
+stage tests 150 tests.xml python3 -m pytest -q -p no:cacheprovider -m gpu --junit-xml "$out/tests.xml" tests/test_gpu.py tests/parallel/test_gpu_shards.py
+stage round 200 round.json python3 benchmarks/gpu_round.py "${tiny[@]}" --device "$device" --out "$out/round.json"
+stage tree 160 tree.json python3 benchmarks/gpu_tree_attention.py "${tiny[@]}" --device "$device" --out "$out/tree.json"
+exit $failed
