@@ -169,7 +169,10 @@ def settled(engine: Engine, options: argparse.Namespace, method: str | None = No
 
 
 def engine_from(options: argparse.Namespace) -> Engine:
-    shared = {name: getattr(options, name) for name in ("context_parallel", "shards", "peer_timeout") if hasattr(options, name)}
+    names = ("context_parallel", "shards", "peer_timeout")
+    shared = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    if more := [f"--{name.replace('_', '-')}" for name in shared if name != names[0] and not shared[names[0]]]:
+        raise EyasError(f"{' and '.join(more)} {'go' if len(more) > 1 else 'goes'} with --context-parallel; add it, or leave this out")
     engine = load(options.target, options.draft, options.device, options.precision, **shared)
     if getattr(options, "draft_model", None):
         engine.use_draft_model(load_target(target_directory(options.draft_model), options.precision, options.device or "cpu"))

@@ -121,11 +121,9 @@ def context_parallel(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keys shared out over the processes that torchrun started; how many these are changes no bit of the text, but sharding does",
     )
+    command.add_argument("--shards", type=int, help="virtual shards, a power of two (default 64); they decide rounding")
     command.add_argument(
-        "--shards", type=int, default=64, help="virtual shards, a power of two (default %(default)s); they decide rounding"
-    )
-    command.add_argument(
-        "--peer-timeout", type=float, default=60.0, metavar="S", help="seconds after which a process that does not answer is lost (60)"
+        "--peer-timeout", type=float, metavar="S", help="seconds after which a process that does not answer is lost (default 60)"
     )
 
 

@@ -44,7 +44,7 @@ class Layout:
     def range_of(self, rank: int, count: int) -> tuple[int, int]:
         """The shards [low, high) of one of `count` processes. Raises `EyasError` where there are more processes than shards."""
         if count > self.shards:
-            raise EyasError(f"{count} processes share {self.shards} shards; give --shards at least {count}")
+            raise EyasError(f"{count} processes share {self.shards} shards; give --shards {1 << (count - 1).bit_length()} or more")
         return self.shards * rank // count, self.shards * (rank + 1) // count
 
     def subtrees(self, low: int, high: int, most: int = 1 << 16) -> list[tuple[int, int]]:

@@ -101,7 +101,7 @@ class Exchange:
         """`schedule`: one of `SCHEDULES`, the same in all processes. Called in all of them at once. Raises `EyasError` for another word,
         and where there are no nodes to go by."""
         if schedule not in SCHEDULES:
-            raise EyasError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+            raise EyasError(f"schedule (EYAS_SCHEDULE) must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
         self.peers, self.shards, self.asked, count = peers, layout.shards, schedule, peers.count
         parts = [layout.subtrees(*layout.range_of(rank, count)) for rank in range(count)]
         self.own, self.most = parts[peers.rank], max(map(len, parts))

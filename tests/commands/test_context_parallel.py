@@ -63,3 +63,8 @@ def test_several_processes_are_refused_where_they_make_no_sense(refused, monkeyp
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
     assert refused(*words).startswith(told)
+
+
+def test_options_of_shards_go_with_the_option_that_makes_them(models, run):
+    status, _, told = run("generate", "hi", "--target", models / "target", "--shards", "8")
+    assert status == 2 and told == "eyas: --shards goes with --context-parallel; add it, or leave this out\n"

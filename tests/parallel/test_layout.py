@@ -49,7 +49,7 @@ def test_every_process_has_its_share_of_a_text_of_any_length(count, length):
         (lambda: Layout(0), "whole number"),
         (lambda: Layout(8, 0), "block"),
         (lambda: Layout(8, 3), "block must be a power of two, not 3"),
-        (lambda: Layout(4).range_of(0, 5), "5 processes share 4 shards; give --shards at least 5"),
+        (lambda: Layout(4).range_of(0, 5), "5 processes share 4 shards; give --shards 8 or more"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(make, words):

@@ -70,7 +70,7 @@ def test_rows_are_shared_out_where_that_saves_bytes_of_many_rows(monkeypatch):
 
 
 def test_a_schedule_that_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(EyasError, match=r"schedule must be one of auto, gather, .* not 'ring'"):
+    with pytest.raises(EyasError, match=r"schedule \(EYAS_SCHEDULE\) must be one of auto, gather, .* not 'ring'"):
         Exchange(LAYOUT, Peers(), "ring")
     monkeypatch.setattr(Peers, "everyones", lambda peers, fact: [fact] * peers.count)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

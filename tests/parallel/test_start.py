@@ -33,5 +33,5 @@ def test_another_is_refused_in_one_line(model, words):
 
 def test_a_schedule_of_another_name_is_refused(monkeypatch):
     monkeypatch.setenv("EYAS_SCHEDULE", "ring")
-    with pytest.raises(EyasError, match=r"schedule must be one of auto, .* not 'ring'"):
+    with pytest.raises(EyasError, match=r"schedule \(EYAS_SCHEDULE\) must be one of auto, .* not 'ring'"):
         begin(tiny_target(), Path(), "fp32", Layout(), Peers())
