@@ -33,7 +33,7 @@ from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
 
 SHAPE = ("fc_norm", "norm_output", "draft_layers")
-EAGLE_3 = ("top_layer_only", "random_head", *SHAPE)
+EAGLE_3 = ("top_layer_only", "random_head", "induction", *SHAPE)
 MOST = {"tokens": 10**12, "steps": 10**12, "minutes": 10**6, "self_play": 10**12, "workers": 1024}
 MOST_HEADS = {"medusa": 16, "mtp": 16}  # that their drafts may have, so that they can be read
 ONLY_OF = dict.fromkeys(EAGLE_3, "eagle3") | {"token_left_out": "eagle1"}

@@ -108,12 +108,16 @@ class DraftNetwork(nn.Module):
 
     def fuse(self, features_NF: Tensor) -> Tensor:
         """g [N, H] from the features of all taps, side by side: low, middle and high (EAGLE-3, inference pipeline)."""
+        return self.fuse_product(self.normed(features_NF))
+
+    def normed(self, features_NF: Tensor) -> Tensor:
+        """The features as fc reads them: normed, where the draft does so."""
         if self.config.norm_before_fc:
             features_NF = self.input_norm(features_NF)
         if self.config.fc_norm:
             parts = features_NF.chunk(len(self.fc_norm), -1)
             features_NF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
-        return self.fuse_product(features_NF)
+        return features_NF
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         table_VH = self.embed_tokens.weight if self.config.own_embedding else self.embedding[0]

@@ -33,6 +33,7 @@ from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import TreeTau
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, StateSource, TargetStates
+from eyas.train.induction import begin_with_induction
 from eyas.train.parallel import ALONE, Ranks
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Run, Trainer
@@ -104,13 +105,17 @@ def build(setup: Setup) -> Trainer:
         network, vocab = earlier_draft(setup.start, target, setup.taps, settings)
     network.to(target.device)
     tell(setup, kept, held_out, vocab)
+    teacher = Teacher.of(target, vocab, torch.float32)
+    source = setup.source or TargetStates(target.prepare(), setup.taps)
+    if settings.induction and isinstance(network, DraftNetwork):
+        copy_from_the_beginning(setup, network, vocab, kept, source)
     run = Run(
         network=network,
         vocab=vocab,
-        teacher=Teacher.of(target, vocab, torch.float32),
+        teacher=teacher,
         examples=kept,
         held_out=held_out,
-        source=setup.source or TargetStates(target.prepare(), setup.taps),
+        source=source,
         settings=settings,
         out=setup.out,
         facts=setup.facts,
@@ -157,6 +162,14 @@ def new_draft(
     return METHODS[method].training().new_network(target, taps, vocab, settings), vocab
 
 
+def copy_from_the_beginning(setup: Setup, network: DraftNetwork, vocab: DraftVocab, kept: list[Example], source: StateSource) -> None:
+    """Set the induction head; where that cannot be done, training goes on without, and it is said why."""
+    why = begin_with_induction(network, vocab, kept, source, setup.settings.seed)
+    if why is not None:
+        setup.say(f"training begins without an induction head: {why}")
+    setup.ranks.share(list(network.parameters()))
+
+
 def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], settings: TrainSettings) -> tuple[DraftNetwork, DraftVocab]:
     """The weights of a draft to train further, with its own vocabulary; its shape must be what the settings ask for."""
     check_earlier(directory, target.config, taps, settings)
@@ -165,6 +178,8 @@ def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], s
 
 def check_earlier(directory: Path, target: TargetConfig, taps: tuple[int, ...], settings: TrainSettings) -> None:
     """Raise `EyasError`, from the draft's config alone, where its shape is not what the settings ask for."""
+    if settings.induction:
+        raise EyasError("an induction head is what a new draft begins with: in a trained one it made guesses worse; leave out induction")
     config = config_from_file(directory)
     check_fits(config, target)
     pairs = (

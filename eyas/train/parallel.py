@@ -47,6 +47,14 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by the first process's: fits differ in their last bits from machine to machine, and all must train one draft."""
+        with torch.no_grad():
+            if not self.first:
+                for tensor in tensors:
+                    tensor.zero_()
+            self.sum(tensors)
+
     def agree(self, value: float, device: torch.device) -> float:
         """The first process's value, for all: clocks differ, and all must stop at the same step."""
         if self.count == 1:
