@@ -169,13 +169,15 @@ def set_group(network: DraftNetwork, dims: Tensor, code_RH: Tensor, key_RH: Tens
     k, v = (product.weight.unflatten(0, (groups, d)) for product in (layer.k_proj, layer.v_proj))  # [groups, d, 2H]
     o = layer.o_proj.weight.unflatten(1, (groups, heads, d))  # [H, groups, heads, d]
     group = int((v.square().sum((1, 2)) * o.square().sum((0, 2, 3))).argmin())
+    # the product alone is given; shared out otherwise, steps of one size would undo the smaller factor
+    share = (v[group].norm() * out_Hk.norm() / (o[:, group].norm() * value_kH.norm())).sqrt()
     for weight in (q[group], k[group], v[group], o[:, group]):
         weight.zero_()
     sharp = MATCH * d**0.5 / len(dims) / network.rotary.attention_scale**2  # without it a match scores about R / sqrt(d)
     q[group][:, dims, :width] = (sharp * code_RH).to(dtype)
     k[group][dims, width:] = key_RH.to(dtype)
-    v[group][: len(value_kH), :width] = value_kH.to(dtype)
-    o[:, group, :, : len(value_kH)] = (out_Hk / heads).to(dtype)[:, None]
+    v[group][: len(value_kH), :width] = (share * value_kH).to(dtype)
+    o[:, group, :, : len(value_kH)] = (out_Hk / share / heads).to(dtype)[:, None]
 
 
 def embedded(network: DraftNetwork, tokens: Tensor) -> Tensor:

@@ -98,6 +98,17 @@ def test_one_group_and_the_low_columns_change_and_nothing_else():
     assert groups == heads == outputs and len(groups) == 1
 
 
+def test_its_values_and_its_output_are_as_large_as_each_other_as_they_were():
+    """Steps of training have one size for all weights: of two factors the much smaller one would be gone at once."""
+    network, vocab, source = begun(**WIDE)
+    before = network.midlayer.self_attn.v_proj.weight.clone()
+    assert begin_with_induction(network, vocab, repeating(40, 25, seed=2), source) is None
+    value, output = (getattr(network.midlayer.self_attn, f"{name}_proj").weight for name in "vo")
+    row = int((value != before).nonzero()[0, 0]) // 32 * 32
+    sizes = value[row : row + 32].norm(), output[:, 2 * row : 2 * row + 64].norm()
+    assert 0.1 < sizes[0] / sizes[1] < 10
+
+
 def test_the_same_text_and_seed_give_the_same_head():
     (one, vocab, source), (other, _, _) = begun(**WIDE), begun(**WIDE)
     for network in (one, other):
