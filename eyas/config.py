@@ -309,6 +309,9 @@ class Settings(TypedDict, total=False):
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...]
 
 
+PRODUCTS = ("auto", "fp32", "bf16")  # of training; "auto": bf16 on CUDA, on a CPU whichever a measured second finds quicker
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How a draft is trained; each default is the one that measured best here (docs/architecture.md says how)."""
@@ -338,7 +341,7 @@ class TrainSettings:
     tree_every: int = 4  # every so many measurements tau is measured in real rounds with trees too; 0: never
     patience: int = 5  # measurements in a row clearly under the best (over-fitting, not noise) that end the training; 0: none
     checkpoint_minutes: float = 5.0
-    autocast: bool = False  # products in bfloat16 over float32 weights; on CUDA alone
+    products: str = "auto"  # a name in PRODUCTS: what matrices are multiplied in, over float32 weights
     top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and in use
     random_head: bool = False  # for a control: the draft's head begins at random instead of with the target's
     induction: bool = False  # a new EAGLE-3 draft begins with an attention head that copies (train/induction.py)
@@ -348,7 +351,9 @@ class TrainSettings:
     draft_layers: int = 1  # decoder layers of an EAGLE-3 draft; vLLM and SGLang run drafts of several, others of one
 
     def __post_init__(self) -> None:
-        """Raise `EyasError` for a number that no training could use."""
+        """Raise `EyasError` for a value that no training could use."""
+        if self.products not in PRODUCTS:
+            raise EyasError(f"products must be one of {', '.join(PRODUCTS)}, not {short(self.products)}")
         for name, (least, most) in RANGES.items():
             default = type(self).__dataclass_fields__[name].default
             values = getattr(self, name) if isinstance(default, tuple) else [getattr(self, name)]

@@ -16,7 +16,7 @@ from eyas.commands.train import budget_from, method_of, setting, settings_of, ta
 from eyas.config import EyasError, TrainSettings
 from eyas.files.target import check_device, load_target, target_config, target_directory
 from eyas.train.ablate import BASE, Trained, Variant, told, trained
-from eyas.train.build import Setup, Studied, check_autocast, hold_out, usual_taps
+from eyas.train.build import Setup, Studied, check_products, hold_out, usual_taps
 from eyas.train.features import Example, ShardStates, StateSource, TapsOf, TargetStates
 from eyas.train.shards import settings_of_folder
 
@@ -87,7 +87,7 @@ def variants_from(options: argparse.Namespace) -> list[Variant]:
 
 
 def base_settings(options: argparse.Namespace, vocab_size: int) -> TrainSettings:
-    usual = {"held_out": HELD_OUT, "autocast": options.device.startswith("cuda")}
+    usual = {"held_out": HELD_OUT, "products": "bf16" if options.device.startswith("cuda") else "fp32"}  # the same for every variant
     usual["draft_vocab_size"] = min(TrainSettings.draft_vocab_size, vocab_size)
     return settings_of(method_of(options), usual | dict(map(setting, options.common)))
 
@@ -96,7 +96,7 @@ def check_variants(options: argparse.Namespace, variants: list[Variant], base: T
     """Raise `EyasError`, before anything is trained, for settings that do not go together."""
     for variant in variants:
         settings = settings_of(method_of(options), {**vars(base), **variant.settings})
-        check_autocast(settings, options.device)
+        check_products(settings, options.device)
         if settings.draft_vocab_size > vocab_size:
             raise EyasError(f"a draft vocabulary of {settings.draft_vocab_size} is larger than the target's {vocab_size}; ask for less")
 

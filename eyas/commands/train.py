@@ -19,7 +19,7 @@ from eyas.commands.data import evaluation_prompts, from_conversations, from_self
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
-from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
+from eyas.config import PRODUCTS, SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
 from eyas.files.eagle3_files import check_fits, config_from_file
@@ -27,7 +27,7 @@ from eyas.files.target import check_device, load_target, target_config, target_d
 from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
 from eyas.train import trainer as training
-from eyas.train.build import TREE, Setup, Studied, build, check_autocast, check_earlier, earlier_facts, with_trees
+from eyas.train.build import TREE, Setup, Studied, build, check_earlier, check_products, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
@@ -156,13 +156,12 @@ def settings_from(options: argparse.Namespace) -> TrainSettings:
         "unroll_steps": steps,
         "learning_rate": options.learning_rate,
         "seed": options.seed,
-        "autocast": options.device.startswith("cuda"),
     }
     if (begun := begun_with(options)) is not None:
         named |= {"draft_vocab_size": begun.draft_vocab_size, **{name: getattr(begun, name) for name in SHAPE}}
     named |= {} if options.draft_vocab is None else {"draft_vocab_size": options.draft_vocab}
     settings = settings_of(method, named | dict(map(setting, options.set)))
-    check_autocast(settings, options.device)
+    check_products(settings, options.device)
     return settings
 
 
@@ -209,8 +208,8 @@ def setting(text: str) -> tuple[str, Any]:
         raise EyasError(
             f"--set {text}: {name} is {TrainSettings.__dataclass_fields__[name].default!r} by default; give one like it"
         ) from None
-    if name == "loss" and found not in LOSSES:
-        raise EyasError(f"--set {text}: loss must be one of {', '.join(LOSSES)}")
+    if name in (choices := {"loss": tuple(LOSSES), "products": PRODUCTS}) and found not in choices[name]:
+        raise EyasError(f"--set {text}: {name} must be one of {', '.join(choices[name])}")
     return name, found
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.kernels import grouped, native
+from eyas.kernels.lowered import part_of_thread
 
 PACKED_FOR_ROWS = 8  # oneDNN packs weights for a number of rows; verification passes have about this many
 
@@ -52,7 +53,8 @@ def sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
 class Dense:
     """y = x W^T + b for the stacked rows of one or several `nn.Linear`; x [N, in] -> y [N, sum of out].
 
-    Until `pack` is called it reads the layers as they are, so a module that trains sees every new weight.
+    Until `pack` is called it reads the layers as they are, so a module that trains sees every new weight. A thread that trains in bfloat16
+    on a CPU computes it so (lowered.py).
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
@@ -103,6 +105,8 @@ class Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is None:
+            if (part := part_of_thread.get()) is not None:
+                return part.product(self.layers, x)
             outputs = [layer(x) for layer in self.layers]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if isinstance(self.weight, native.Packed):

@@ -97,7 +97,7 @@ class Setup:
 def build(setup: Setup) -> Trainer:
     """The trainer of a run, ready to `run` or `resume`."""
     target, settings = setup.target, setup.settings
-    check_autocast(settings, target.device.type)
+    check_products(settings, target.device.type)
     kept, held_out = hold_out(setup.examples, settings) if setup.held_out is None else (setup.examples, setup.held_out)
     if setup.start is None:
         network, vocab = new_draft(target, setup.taps, kept, settings, setup.method)
@@ -127,9 +127,9 @@ def build(setup: Setup) -> Trainer:
     return Trainer(run)
 
 
-def check_autocast(settings: TrainSettings, device: str) -> None:
-    if settings.autocast and not device.startswith("cuda"):
-        raise EyasError(f"autocast trains in bfloat16 on CUDA alone; on {device} leave it out")
+def check_products(settings: TrainSettings, device: str) -> None:
+    if settings.products == "bf16" and not device.startswith(("cpu", "cuda")):
+        raise EyasError(f"products=bf16 trains on CPUs and on CUDA; on {device} leave it out")
 
 
 def tell(setup: Setup, kept: list[Example], held_out: list[Example], vocab: DraftVocab) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import EyasError
+from eyas.kernels import lowered
 
 CHUNK = 512  # rows of logits held at once; more is slower (the rows leave the cache) and less pays the overhead more often
 DECAY = 3.0  # in lk-lambda the cross-entropy weighs exp(-DECAY * acceptance) (arXiv 2602.23881)
@@ -123,23 +124,33 @@ class HeadLoss(torch.autograd.Function):
         weight_N: Tensor,
         rule: Rule,
         share_D: Tensor | None,
+        low: bool,
     ) -> tuple[Tensor, Tensor]:
         dx, dhead = torch.empty_like(x_NH), torch.empty_like(head_DH) if ctx.needs_input_grad[1] else None
         terms = torch.empty_like(weight_N)
+        narrow = torch.bfloat16 if low else head_DH.dtype
+        head_DH = head_DH.to(narrow)
+        likely_R = teacher_RD.argmax(-1) if low else None
         for start in range(0, x_NH.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            x, teacher, weight = x_NH[rows], teacher_RD[teacher_of_N[rows]], weight_N[rows, None]
-            logits = x @ head_DH.t()
+            x, teacher, weight = x_NH[rows].to(narrow), teacher_RD[teacher_of_N[rows]], weight_N[rows, None]
+            logits = x @ head_DH.t() if likely_R is None else lowered.logits(x, head_DH, likely_R[teacher_of_N[rows]])
             if share_D is not None:
                 logits += share_D
             log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
             loss, dlogits = rule(log_q, log_q.exp(), teacher)
             terms[rows] = weight[:, 0] * loss
-            dlogits.mul_(weight)
-            torch.mm(dlogits, head_DH, out=dx[rows])
+            dlogits = dlogits.mul_(weight).to(narrow)
+            if low:
+                dx[rows] = dlogits @ head_DH
+            else:
+                torch.mm(dlogits, head_DH, out=dx[rows])
             if dhead is None:
                 continue
-            if start == 0:
+            if low:
+                share = dlogits.t() @ x
+                dhead = dhead.copy_(share) if start == 0 else dhead.add_(share)
+            elif start == 0:
                 torch.mm(dlogits.t(), x, out=dhead)
             else:
                 dhead.addmm_(dlogits.t(), x)
@@ -152,7 +163,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         if dloss != 1:  # 1 where the gradient is of the loss itself, as it mostly is: then both are right already
             dx, dhead = dx * dloss, None if dhead is None else dhead * dloss
-        return dx, dhead, None, None, None, None, None
+        return dx, dhead, None, None, None, None, None, None
 
 
 def head_loss(
@@ -169,7 +180,8 @@ def head_loss(
     Row n's teacher is `teacher_RD[teacher_of_N[n]]`. N must not be 0. With `columns` only those tokens are computed, and each counts for as
     many as it stands for: the head is the largest product, and most tokens matter to no row of a batch.
     """
+    low = lowered.part_of_thread.get() is not None
     if columns is None:
-        return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss], None)
+        return HeadLoss.apply(x_NH, head_DH, teacher_RD, teacher_of_N, weight_N, LOSSES[loss], None, low)
     teacher = teacher_RD[:, columns.ids] * columns.weight
-    return HeadLoss.apply(x_NH, head_DH[columns.ids], teacher, teacher_of_N, weight_N, LOSSES[loss], columns.weight.log())
+    return HeadLoss.apply(x_NH, head_DH[columns.ids], teacher, teacher_of_N, weight_N, LOSSES[loss], columns.weight.log(), low)

@@ -6,10 +6,12 @@ Knows the target's head and the steps from it to the logits; knows nothing of dr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from eyas.kernels.lowered import logits, part_of_thread
 from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
 
@@ -33,15 +35,29 @@ class Teacher:
         member = vocab.member().to(head.device)
         return cls(head[vocab.ids].to(dtype), member, cut, target.logit_scale, target.logit_softcap)
 
-    def distribution(self, hidden_MH: Tensor) -> Tensor:
-        """The target's distributions [M, D] over the draft vocabulary, from last hidden states [M, H]."""
-        logits = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
+    @cached_property
+    def narrow_DH(self) -> Tensor:
+        return self.head_DH.bfloat16()
+
+    @cached_property
+    def place_V(self) -> Tensor:
+        """The draft's id of each target token, int64 [V]; of one outside the draft vocabulary, some other's."""
+        return (self.member_V.cumsum(0) - 1).clamp_min(0)
+
+    def distribution(self, hidden_MH: Tensor, argmax_M: Tensor | None = None) -> Tensor:
+        """The target's distributions [M, D] over the draft vocabulary, from last hidden states [M, H]. With the ids of the target's
+        likeliest tokens the product is in bfloat16 where the thread's others are; that is exact enough where these tokens are in the draft
+        vocabulary, and other rows teach nothing."""
+        if argmax_M is None or part_of_thread.get() is None:
+            logits_MD = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
+        else:
+            logits_MD = logits(hidden_MH.bfloat16(), self.narrow_DH, self.place_V[argmax_M.clamp_min(0)])
         if self.bias_D is not None:
-            logits += self.bias_D
-        logits *= self.scale
+            logits_MD += self.bias_D
+        logits_MD *= self.scale
         if self.softcap is not None:
-            logits = self.softcap * (logits / self.softcap).tanh()
-        return logits.softmax(-1)
+            logits_MD = self.softcap * (logits_MD / self.softcap).tanh()
+        return logits_MD.softmax(-1)
 
     def within(self, argmax_M: Tensor) -> Tensor:
         """Whether the target's likeliest token is in the draft vocabulary, bool [M]. `argmax_M`: ids of these tokens."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from eyas.config import EyasError, TrainSettings
 from eyas.files.disk import atomic_directory
+from eyas.kernels.linear import cpu_multiplies_bfloat16
+from eyas.kernels.lowered import Matrices, Part, lowered
 from eyas.methods import METHODS
 from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import DraftModule
@@ -43,7 +45,11 @@ MEASURED = 7  # steps of the chain that is measured, for a draft that trains one
 EXPLODED = 10  # a loss this many times that of a draft that knows nothing ends the run
 LIKELIEST = 8  # the likeliest tokens of each distribution are always among a batch's columns: this many
 CLEARLY = 0.05  # a measurement whose accepted drafts lie this share under the best counts as over-fitting
+COMPARED = 1.0  # seconds for which a step's gradients are taken in either number format, in turn, to choose between them
+GAIN = 0.95  # bfloat16 is chosen where it takes less than this share of float32's time
+LARGE = 1 << 20  # parameters of a draft below which products are too small for the choice to matter: float32, unmeasured
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # the files a run writes into its directory
+MAY_CHANGE = ("checkpoint_minutes", "products")  # settings in which a run and its resumption may differ
 SAME_FACTS = {  # facts that a run and its resumption must share -> how a difference is told
     "method": "another method",
     "target_sha256": "another target",
@@ -124,6 +130,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
+        self.matrices = Matrices()  # in bfloat16, of the step under way
         self.progress = Progress()
         self.tree_tau = run.tree_tau
         self.best: dict[str, Tensor] = {}  # the weights with the highest held-out tau so far, once measured
@@ -164,10 +171,10 @@ class Trainer:
         """The share that these examples, one worker's part of a batch, have in its gradients and in its losses by step. Workers run at
         once, so none writes to `.grad`."""
         device, settings = self.network.device, self.settings
-        with device, torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):  # new tensors are made where the draft is
+        with device, self.products() as part:  # new tensors are made where the draft is
             batch, states = make_batch(examples, self.source, self.network)
             taught, teacher_of = batch.taught()
-            distribution = self.teacher.distribution(states.hidden[taught])
+            distribution = self.teacher.distribution(states.hidden[taught], states.target_argmax[taught])
             drawn = settings.sampled_columns
             columns = choose_columns(distribution, LIKELIEST, drawn, self.progress.steps) if drawn else None
             within = self.teacher.within(states.target_argmax)
@@ -175,7 +182,39 @@ class Trainer:
             loss, losses = self.teaching.loss(
                 self.network, batch, Supervision(distribution, teacher_of, within, *steps, rule, columns, seed)
             )
+        if part is not None:
+            return part.gradients(loss, self.parameters), losses
         return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True)), losses
+
+    @contextmanager
+    def products(self) -> Iterator[Part | None]:
+        """Within the block this thread's products are computed as the settings say. On a CPU in bfloat16 they belong to a part, which then
+        gives the gradients."""
+        low, device = self.settings.products == "bf16", self.network.device.type
+        if low and device == "cpu":
+            with lowered(self.matrices) as part:
+                yield part
+        else:
+            with torch.autocast(device, torch.bfloat16, enabled=low):
+                yield None
+
+    def settle(self, gradients: Callable[[], object]) -> None:
+        """Choose what products are computed in, where that is left open. `gradients` takes those of the batch at hand."""
+        device = self.network.device
+        low = device.type == "cuda"
+        if device.type == "cpu" and cpu_multiplies_bfloat16() and sum(each.numel() for each in self.parameters) >= LARGE:
+            taken: dict[str, list[float]] = {"fp32": [], "bf16": []}
+            started = time.monotonic()
+            while len(taken["bf16"]) < 2 or time.monotonic() - started < COMPARED:
+                for products, seconds in taken.items():
+                    self.settings, before = replace(self.settings, products=products), time.monotonic()
+                    gradients()
+                    seconds.append(time.monotonic() - before)
+            least = {products: round(min(seconds), 4) for products, seconds in taken.items()}
+            self.facts["products_seconds"] = least
+            low = least["bf16"] < GAIN * least["fp32"]
+        low = self.ranks.agree(low, device) > 0
+        self.settings = replace(self.settings, products="bf16" if low else "fp32")
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
         """One step of the optimiser on a batch; `spent`: the share of the budget that is used. Returns the mean loss of each unroll step,
@@ -188,7 +227,13 @@ class Trainer:
         counts = [sum(int((depth > step).sum()) for depth in depths) for step in range(self.settings.unroll_steps)]
         own = slice(self.ranks.rank, None, self.ranks.count)  # this process's parts of the batch
         each = (parts[own], depths[own], repeat(counts), repeat(rule), numbers[own])
-        results = list((self.pool.map if self.pool else map)(self.gradients, *each))
+
+        def gradients() -> list[tuple[list[Tensor], list[Tensor]]]:
+            return list((self.pool.map if self.pool else map)(self.gradients, *each))
+
+        if self.settings.products == "auto":
+            self.settle(gradients)
+        results = gradients()
         zero = torch.zeros((), device=self.network.device)
         losses = [sum((found[step] for _, found in results), zero) for step in range(self.settings.unroll_steps)]
         for index, parameter in enumerate(self.parameters):
@@ -204,6 +249,7 @@ class Trainer:
             raise EyasError(self.explosion(examples))
         with undisturbed():
             self.optimiser.step()
+            self.matrices.clear()
             self.progress.steps += 1
             self.progress.slots += counts[0]
             self.progress.unrolled += sum(counts)
@@ -352,17 +398,19 @@ class Trainer:
         """Go on from the checkpoint in `out`, or from `state`, where the checkpoint has been read already. Raises `EyasError` where
         settings, method, target, taps or vocabulary differ, and names the differences.
 
-        With as many workers and the same budget this equals a run that never stopped, to the last bit, unless the budget counts minutes.
-        A run that spent its budget may go on to a larger one; its learning rate then rises again.
+        With as many workers, the same budget and the same products this equals a run that never stopped, to the last bit, unless the budget
+        counts minutes. Where products are left open, they stay as they were chosen. A run that spent its budget may go on to a larger one;
+        its learning rate then rises again.
         """
         if not state:
             assert self.out is not None, "a run that saves nothing has no checkpoint"
             state = read_checkpoint(self.out)
         ours, theirs, usual = asdict(self.settings), state["settings"], asdict(TrainSettings())
+        before = theirs.get("products") or ("bf16" if theirs.get("autocast") else "fp32")  # earlier runs had autocast, on CUDA
         told = [
             f"{key} {theirs.get(key, usual[key])} there, {ours[key]} here"
             for key in ours
-            if theirs.get(key, usual[key]) != ours[key] and key != "checkpoint_minutes"
+            if theirs.get(key, usual[key]) != ours[key] and key not in MAY_CHANGE
         ]
         told += [what for key, what in SAME_FACTS.items() if state["facts"].get(key, self.facts.get(key)) != self.facts.get(key)]
         if not told and not torch.equal(state["vocab"], self.vocab.ids):  # the head's rows would stand for other tokens
@@ -370,6 +418,9 @@ class Trainer:
         if told:
             raise EyasError(f"{self.out} was trained otherwise ({'; '.join(told)}); resume with the same or choose another --out")
         self.network.load_state_dict(state["weights"])
+        if self.settings.products == "auto":  # what was chosen stays, whatever a second would find now
+            self.settings = replace(self.settings, products=before)
+            self.facts |= {key: value for key, value in state["facts"].items() if key == "products_seconds"}
         self.best = state["best"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])

@@ -130,7 +130,8 @@ def test_gpu_round(found):
 
 def test_training_speed(found):
     told = found("training_speed")
-    assert told["steps"] == 2 and told["share"] > 0 and told["mflop_per_slot"] > 0
+    assert told["steps"] == 2 and told["bf16_over_fp32"] > 0
+    assert all(told[products]["share"] > 0 and told[products]["mflop_per_slot"] > 0 for products in ("fp32", "bf16"))
 
 
 def test_generation_speed(found):

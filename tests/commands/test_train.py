@@ -10,16 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from eyas.config import TrainSettings
+from eyas.commands.train import ONLY_OF
+from eyas.config import PRODUCTS, TrainSettings
 from eyas.files import disk
 from eyas.files.eagle3_files import config_from_file
 from eyas.methods import METHODS, trained
 from eyas.train import trainer as training
+from eyas.train.losses import LOSSES
 from tests.commands.words import GOOD, contents, generate, train
 from tests.tiny import CHATML
 
@@ -254,6 +257,7 @@ def test_any_setting_of_training_can_be_named(models, run, data, tmp_path):
         ("speed=9", "there is no setting 'speed'; there are unroll_steps, "),
         ("clip=much", "clip is 1.0 by default; give one like it"),
         ("loss=best", "loss must be one of soft, lk-alpha, lk-lambda"),
+        ("products=fp16", "products must be one of auto, fp32, bf16"),
         ("fc_norm=maybe", "fc_norm is False by default; give one like it"),
     ],
 )
@@ -262,9 +266,25 @@ def test_a_setting_that_does_not_exist_is_one_line(models, run, data, tmp_path, 
     assert status == 2 and err.startswith(f"eyas: --set {text}: {said}") and err.count("\n") == 1
 
 
-def test_autocast_on_a_cpu_is_one_line(models, refused, data, tmp_path):
-    line = refused(*train(models, tmp_path / "draft", data, "--set", "autocast=true"))
-    assert line == "autocast trains in bfloat16 on CUDA alone; on cpu leave it out"
+FLAGS = [name for name, default in asdict(TrainSettings()).items() if isinstance(default, bool)]
+CHOICES = [("eagle3", "soft", "auto"), ("eagle1", "lk-alpha", "bf16"), ("medusa", "lk-lambda", "bf16"), ("mtp", "soft", "bf16")]
+CHOICES += [("eagle3", "lk-alpha", "bf16"), ("eagle3", "lk-lambda", "fp32")]
+
+
+@pytest.mark.parametrize(("method", "loss", "products"), CHOICES)
+def test_every_choice_that_set_offers_trains_whatever_the_cpu_has(models, run, data, tmp_path, method, loss, products):
+    """All of a method's flags are set; those of others are refused in one line."""
+    assert {name for _, name, _ in CHOICES} == set(LOSSES) and {name for *_, name in CHOICES} == set(PRODUCTS)
+    words = [*train(models, tmp_path / "draft", data, "--method", method, "--steps", "1", "--unroll", "2"), "--set", "tree_every=0"]
+    own = [name for name in FLAGS if ONLY_OF[name] == method]
+    for name in set(FLAGS) - set(own):
+        status, _, err = run(*words, "--set", f"{name}=true")
+        assert status == 2 and err == f"eyas: --set {name} is for method {ONLY_OF[name]}, not for {method}\n"
+    flags = [word for name in own for word in ("--set", f"{name}=true")]
+    status, _, err = run(*words, *flags, "--set", f"loss={loss}", "--set", f"products={products}")
+    assert status == 0, err
+    chosen = json.loads((tmp_path / "draft" / "training.json").read_text())["settings"]["products"]
+    assert chosen == products if products != "auto" else chosen in PRODUCTS[1:]
 
 
 def test_what_a_run_begins_with_and_stays_apart_from_is_checked_first(models, refused, data, tmp_path, monkeypatch):
