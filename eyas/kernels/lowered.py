@@ -76,7 +76,7 @@ class Part:
         """The gradients of a loss that was computed in this part, in the parameters' own number format."""
         reached = [uses.reached for uses in self.uses.values() if uses.reached.requires_grad]
         found = torch.autograd.grad(loss, [*parameters, *reached], allow_unused=True)[: len(parameters)]
-        of_matrices: dict[nn.Parameter, Tensor] = {}
+        of_matrices: dict[Tensor, Tensor] = {}
         for layers, uses in self.uses.items():
             if uses.pairs:
                 parts = uses.gradient().split([layer.out_features for layer in layers])
