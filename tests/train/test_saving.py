@@ -6,7 +6,7 @@ import errno
 import json
 import resource
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_training_json_tells_how_the_draft_came_about(tmp_path):
     trainer.run(Budget(steps=2), silent)
     told = json.loads((tmp_path / "training.json").read_text())
     assert {key: told[key] for key in FACTS} == FACTS
-    assert told["settings"] == json.loads(json.dumps(asdict(SETTINGS)))
+    assert told["settings"] == json.loads(json.dumps(asdict(replace(SETTINGS, products="fp32"))))  # a tiny draft: nothing is measured
     assert told["steps"] == 2 and told["slots"] == trainer.progress.slots and told["hours"] == round(told["minutes"] / 60, 3)
     (point,) = told["curve"]
     assert point.keys() == {"step", "slots", "minutes", "tau", "accept_1", "accept_2", "accept_3", "accept_4"} and point["tau"] >= 1
