@@ -13,9 +13,10 @@ import pickle
 import re
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from datetime import timedelta
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from eyas.parallel.presence import Presence
 
 IDLE = timedelta(hours=48)  # how long a process waits for the next pass
 PACKET = 2048  # bytes of a message's first part; most messages have no other
+PASSES = 1000  # whose seconds are remembered
 GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)  # its name from torch 2.13 on
 LATER = 30.0  # seconds after which PyTorch ends a process whose nccl message did not come, when we should have said so long since
 
@@ -110,6 +112,8 @@ class Peers:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()  # received
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.work: deque[float] = deque(maxlen=PASSES)  # seconds of each pass between its messages
+        self.since = 0.0  # when the last message was there
         self.coming: dict[str, Coming] = {}  # by name, a gather that was announced
         self.backend = "gloo"
         self.graphs: dict[Any, list[Counter[str]]] = {}  # what a pass of captured messages counts
@@ -154,7 +158,7 @@ class Peers:
         """[count, ..]: the tensor of this shape of every process, or of every one of `group`, in the order of ranks. Counted by `name`.
         `more`: the next gather of this name is of the same shape, in all of them; then what it brings may come before it is asked for."""
         count, handle = self.count if group is None else group.count, None if group is None else group.handle
-        began, sent = time.perf_counter(), self.sent(state)
+        sent, began = self.sent(state), time.perf_counter()
         try:
             if self.board and group is None and sent.device.type == "cpu":
                 everyone = self.board.gather(sent.flatten().view(torch.uint8)).view(sent.dtype)
@@ -188,7 +192,7 @@ class Peers:
 
     def scatter(self, parts: Tensor, name: str = "scatter", group: Group | None = None) -> Tensor:
         """[count, ..]: this process's part of every process's `parts` [count, ..], of one shape, in the order of ranks."""
-        began, sent = time.perf_counter(), self.sent(parts.contiguous())
+        sent, began = self.sent(parts.contiguous()), time.perf_counter()
         try:
             if self.board and group is None and sent.device.type == "cpu":
                 everyone = self.board.scatter(sent.flatten(1).view(torch.uint8)).view(sent.dtype).view(sent.shape)
@@ -277,7 +281,13 @@ class Peers:
     def seen(self, what: str, size: int, began: float) -> None:
         self.calls[what] += 1
         self.bytes[what] += size
-        self.seconds[what] += time.perf_counter() - began
+        now = time.perf_counter()
+        self.seconds[what] += now - began
+        if what == "tell":  # of the pass that comes, if one does
+            self.work.append(0.0)
+        elif self.work and self.backend == "gloo":  # nccl's messages are not there yet
+            self.work[-1] += began - self.since
+        self.since = now
 
     def agree(self, facts: Sequence[str], names: Sequence[str]) -> None:
         """Raise `EyasError` in every process where one differs from the first in a fact, such as the version of eyas."""
@@ -295,15 +305,21 @@ class Peers:
         self.asked += 1
         return [json.loads(each) for each in self.presence.meet(f"fact {self.asked}", json.dumps(fact))]
 
-    def waits(self) -> list[float]:
-        """How many seconds each process waited for states so far; called in all."""
-        own = round(self.waited, 3)
-        return self.everyones(own) if self.presence else [own]
+    def waits(self) -> list[tuple[float, float]]:
+        """For how many seconds each process waited for states so far, and how many a pass takes it; called in all."""
+        own = round(self.waited, 3), self.worked
+        return [(waited, worked) for waited, worked in self.everyones(own)] if self.presence else [own]
 
     @property
     def waited(self) -> float:
         """For how many seconds this process waited for others' states so far."""
         return sum(seconds for name, seconds in self.seconds.items() if name != "tell")
+
+    @property
+    def worked(self) -> float:
+        """Seconds that a late pass took this process itself, until its last message: the median. What the first process does between passes
+        is no part of it."""
+        return median([each for each in self.work if each] or [0.0])
 
     def group(self, ranks: Sequence[int]) -> Group:
         """These processes; called in all processes, for the same groups in one order."""

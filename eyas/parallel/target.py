@@ -212,14 +212,14 @@ class ShardedTarget:
 
     def facts(self) -> dict[str, Any]:
         """How the keys lay and what passed between the processes so far, for a result. In the first process alone: it asks the others how
-        long they waited (None where they cannot answer). `slow_process`: one that the others waited for, where they did so for a tenth of
-        the time; counted from 1."""
+        long they waited (None where they cannot answer). `slow_process`: the one that the others wait for, counted from 1."""
         peers, (carried, size) = self.peers, self.peers.carried
-        waits: list[float | None] = [round(peers.waited, 3), *[None] * (peers.count - 1)]
+        known = [(round(peers.waited, 3), 0.0)]
         if peers.well:
             with suppress(EyasError):  # one may be lost just now; the text is there all the same
                 peers.tell(("waits",))
-                waits = [*peers.waits()]
+                known = peers.waits()
+        waits: list[float | None] = [waited for waited, _ in known]
         return {
             "processes": peers.count,
             "shards": self.layout.shards,
@@ -228,15 +228,16 @@ class ShardedTarget:
             "collectives": carried,
             "messages": peers.calls["tell"],
             "bytes": size + peers.bytes["tell"],
-            "seconds_waited": waits,
-            "slow_process": slow_process([each for each in waits if each is not None], time.monotonic() - self.began),
+            "seconds_waited": [*waits, *[None] * (peers.count - len(waits))],
+            "slow_process": slow_process([worked for _, worked in known]),
         }
 
 
-def slow_process(waits: Sequence[float], seconds: float) -> int | None:
-    """The process that waited least, where each other waited for a tenth of the time more: it is what they waited for."""
-    least, *others = sorted(waits)
-    return waits.index(least) + 1 if others and others[0] - least > seconds / 10 else None
+def slow_process(worked: Sequence[float]) -> int | None:
+    """The process, counted from 1, that a pass takes half as long again as any other; None where there is no such. All compute as much, so
+    the others wait for it."""
+    *others, most = sorted(worked)
+    return worked.index(most) + 1 if others and most > 1.5 * others[-1] else None
 
 
 def follow(target: ShardedTarget) -> None:

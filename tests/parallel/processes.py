@@ -42,7 +42,7 @@ def start(count: int, work: Callable[[int], Any]) -> tuple[list[int], list[Conne
     return ids, ends
 
 
-def result(end: Connection, seconds: float = 60.0) -> Any:
+def result(end: Connection, seconds: float = 200.0) -> Any:
     """What a process found; an error it ended with; None where it was killed."""
     if not end.poll(seconds):
         return TimeoutError("a process neither ended nor answered")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eyas import launched
-from eyas.parallel import presence
+from eyas.parallel import peers, presence
 from eyas.parallel.presence import Silence, named
 from eyas.parallel.target import slow_process
 
@@ -35,9 +35,35 @@ def test_silence_is_counted_in_time_in_which_this_process_ran(monkeypatch):
     assert silence.beyond(3.0) == [], "the other may have been stopped with it"
 
 
-@pytest.mark.parametrize(("waits", "slow"), [([0.5, 4.0, 4.2], 1), ([4.0, 3.9, 0.1], 3), ([4.0, 3.9, 3.8], None), ([2.0], None)])
-def test_the_process_that_all_others_wait_for_is_slow(waits, slow):
-    assert slow_process(waits, 10.0) == slow
+@pytest.mark.parametrize(
+    ("worked", "slow"),
+    [
+        ([4.2, 0.5, 0.6], 1),
+        ([0.5, 0.4, 0.9], 3),
+        ([0.5, 0.4, 0.6], None),
+        ([0.5, 0.9], 2),
+        ([0.5, 0.6], None),
+        ([2.0], None),
+        ([0.0, 0.0], None),
+    ],
+)
+def test_the_process_that_all_others_wait_for_is_slow(worked, slow):
+    assert slow_process(worked) == slow
+
+
+def test_what_the_first_process_does_between_passes_is_not_its_part_of_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now[0])
+    found = peers.Peers(0, 2)
+    for _ in range(3):
+        now[0] += 50.0  # it drafts
+        found.seen("tell", 1, now[0])
+        for _ in range(4):
+            now[0] += 2.0
+            began, now[0] = now[0], now[0] + 7.0  # the other lets it wait
+            found.seen("gather", 1, began)
+    found.seen("tell", 1, now[0])  # what is told may be no pass
+    assert found.worked == 4 * 2.0 and found.waited == 3 * 4 * 7.0
 
 
 def test_processes_of_one_machine_say_a_line_once_and_torchrun_can_quote_it(tmp_path, monkeypatch, capsys):

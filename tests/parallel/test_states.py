@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from torch.testing import assert_close
 
+from eyas.kernels import native
 from eyas.kernels.attention import attention_with_lse
+from eyas.parallel.layout import Layout
+from eyas.parallel.schedules import NativeJoin
 from eyas.parallel.states import empty, join, meet
 
 R, H, D, KEYS = 3, 4, 6, 29
@@ -67,3 +71,25 @@ def test_what_saw_no_key_changes_no_bit():
     seen = {key: each for key, each in known.items() if not torch.isinf(each[..., -1]).all()}
     assert len(seen) < len(known) and torch.equal(join(seen, 0, 8), join(known, 0, 8))
     assert join({}, 0, 8) is None
+
+
+@pytest.mark.skipif(native.kernel() is None, reason="there is no kernel here")
+def test_the_kernels_states_may_meet_in_any_order_up_to_rounding_and_in_one_order_to_the_last_bit():
+    for spread in (1.0, 3000.0):
+        known, whole = parts(8, spread)
+        states = torch.stack([*known.values()]).float()
+        every = [(number, 1) for number in range(8)]
+        (wanted,) = NativeJoin(8)(states, every, [(0, 8)])
+        assert_close(wanted[..., :D].double(), whole, rtol=1e-4, atol=1e-5)
+        orders = set()
+        for seed in range(40):
+            draw, left = random.Random(seed), [*states]
+            while len(left) > 1:
+                pair = [left.pop(draw.randrange(len(left))) for _ in range(2)]
+                left += NativeJoin(2)(torch.stack(pair), [(0, 1), (1, 1)], [(0, 2)])
+            assert_close(left[0], wanted, rtol=1e-4, atol=1e-5)
+            orders.add(tuple(left[0].flatten().tolist()))
+        assert len(orders) > 1 or spread > 1, "so the order is not indifferent where several keys count"
+        for count in range(1, 9):  # whoever joins what, if it is along the tree
+            own = [subtree for rank in range(count) for subtree in Layout(8).subtrees(*Layout(8).range_of(rank, count))]
+            assert torch.equal(NativeJoin(8)(NativeJoin(8)(states, every, own), own, [(0, 8)])[0], wanted)
