@@ -30,11 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json or options.n is not None:
         finished(engine, prompt, request, options)
         return 0
-    try:
-        tell(engine.stream(prompt, request), without_a_draft(engine, options))
-    except (KeyboardInterrupt, EyasError):
-        print(flush=True)  # what was written stays, and what is said of its end has a line of its own
-        raise
+    tell(engine.stream(prompt, request), without_a_draft(engine, options))
     return 0
 
 
@@ -74,15 +70,20 @@ def logprobs_json(engine: Engine, told: TokenLogprobs) -> dict[str, Any]:
 def tell(pieces: Iterable[str | Result], note: str | None = None) -> None:
     """Print an answer as it comes, its last line ended as every line is, and then its summary, and a note on it."""
     end = ""
-    for piece in pieces:
-        if isinstance(piece, str):
-            end = piece[-1:] or end
-            print(piece, end="", flush=True)
-        else:
-            print(end="" if end == "\n" else "\n", flush=True)
-            print(f"[{summary(piece)}]", file=sys.stderr)
-            if note:
-                print(f"[{note}]", file=sys.stderr)
+    try:
+        for piece in pieces:
+            if isinstance(piece, str):
+                end = piece[-1:] or end
+                print(piece, end="", flush=True)
+            else:
+                print(end="" if end == "\n" else "\n", flush=True)
+                print(f"[{summary(piece)}]", file=sys.stderr)
+                if note:
+                    print(f"[{note}]", file=sys.stderr)
+    except (KeyboardInterrupt, EyasError):
+        if end not in ("", "\n"):
+            print(flush=True)  # what was written stays, and what is said of its end has a line of its own
+        raise
 
 
 def summary(result: Result) -> str:

@@ -114,6 +114,7 @@ CAUSES = {  # words of a refusal -> the cause it is
     "draft vocabulary": "vocabulary",
     "trained for another target": "another target",
     "damaged": "damaged file",
+    "not finite": "not finite",
 }
 
 
