@@ -201,11 +201,17 @@ def draw_measured(axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
     for kind, colour in (("tree", "tab:blue"), ("ring", "tab:orange")):
         points = [(each["model_ms"], each["measured_ms"]) for each in measured if each["kind"] == kind]
         axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.7, label=f"{kind}, measured")
+    counts = ", ".join(map(str, sorted({each["processes"] for each in measured})))
+    title = f"{counts} processes, TCP at a chosen delay"
     ends = [min(each["model_ms"] for each in measured), max(each["model_ms"] for each in measured)]
     axes.plot(ends, ends, color="grey", linewidth=1, label="as the model says")
     axes.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="grey", alpha=0.15, label="within 20%")
     axes.set(
-        xscale="log", yscale="log", xlabel="model, ms a pass", ylabel="measured, ms a pass", title="2 to 4 processes, TCP at a chosen delay"
+        xscale="log",
+        yscale="log",
+        xlabel="model, ms a pass",
+        ylabel="measured, ms a pass",
+        title=f"{counts} processes, TCP at a chosen delay",
     )
 
 
