@@ -211,7 +211,7 @@ def draw_measured(axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
         yscale="log",
         xlabel="model, ms a pass",
         ylabel="measured, ms a pass",
-        title=f"{counts} processes, TCP at a chosen delay",
+        title=title,
     )
 
 
