@@ -305,17 +305,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pla
     Returns [n, q*d] in q's number format; all sums are float32. `lse`: float32 [n, q], to be filled with the log-sum-exps of the scores.
     """
     out = torch.empty(len(plan.slot), q.shape[1] * q.shape[2], dtype=torch.float32, device="cpu")
-    attend(torch.cat([q, k, v], 1).float(), q.shape[1], keys, values, plan, out, lse, None)
+    attend(torch.cat([q, k, v], 1).float(), q.shape[1], keys, values, plan, (out, lse))
     return out.to(q.dtype)
 
 
 def attend(
-    rows: Tensor, heads: int, keys: Tensor, values: Tensor, plan: RowPlan, out: Tensor | None, lse: Tensor | None, meeting: Meeting | None
+    rows: Tensor,
+    heads: int,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    filled: tuple[Tensor | None, Tensor | None] = (None, None),
+    meeting: Meeting | None = None,
+    kept: object = None,
 ) -> None:
-    """As `attention`, with q, k and v side by side in float32 rows [N, q + k + k, d], of which `heads` are q's. With `meeting` it is its
-    `sent` that is filled, with states of the subtrees that it names."""
+    """As `attention`, with q, k and v side by side in float32 rows [N, q + k + k, d], of which `heads` are q's. `filled`: out and lse, or
+    with `meeting` neither: then it is its `sent` that is filled, with states of the subtrees that it names. `kept`: what has the memory to
+    which `meeting` points; a thread that lags may read it after this call."""
     shape = plan.shape(heads, (rows.shape[1] - heads) // 2, rows.shape[1] * rows.shape[2], keys)
     pointers = (rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float32)
-    filled = (None if each is None else each.data_ptr() for each in (out, lse))
-    lagging = library().eyas_attention(shape, *pointers, *filled, meeting, threads())
-    settled(lagging, plan, rows, keys, values, out, lse)
+    outputs = (None if each is None else each.data_ptr() for each in filled)
+    lagging = library().eyas_attention(shape, *pointers, *outputs, meeting, threads())
+    settled(lagging, plan, rows, keys, values, filled, kept)

@@ -149,7 +149,7 @@ class SharedOutAttention(ShardedAttention):
         everyone = peers.gather(sent, "queries").flatten(0, 1)[: sum(self.counts)]
         widths = [(heads * d, torch.float32), (kv_heads * d, keys.dtype), (kv_heads * d, keys.dtype)]
         rows = torch.cat([part.float().unflatten(1, (-1, d)) for part in unpacked(everyone, widths)], 1)
-        native.attend(rows, heads, keys, values, self.all, None, None, self.look)
+        native.attend(rows, heads, keys, values, self.all, meeting=self.look, kept=self)
         states = self.level.picked(peers.scatter(in_shares(self.sent, peers.count), "states").flatten(0, 1))
         self.received.copy_(states[:, : self.received.shape[1]])
 
