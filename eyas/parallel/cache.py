@@ -68,9 +68,7 @@ class Shards(Cache, Generic[Inner]):
 
     def held(self, lengths: np.ndarray) -> np.ndarray:
         """How many rows of texts of these lengths [..] lie in each of the P shards held here: [.., P]."""
-        block, turn = self.layout.block, self.layout.block * self.layout.shards
-        whole, rest = np.divmod(lengths[..., None], turn)
-        return whole * block + np.clip(rest - self.starts, 0, block)
+        return self.layout.rows_of(lengths, self.starts)
 
     def part(self, length: int) -> int:
         """How many rows of a text of this length lie here."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from eyas.config import EyasError
 
 
@@ -38,8 +40,12 @@ class Layout:
 
     def held(self, length: int, shard: int) -> int:
         """How many of the first `length` positions lie in a shard."""
-        turn = self.block * self.shards
-        return length // turn * self.block + min(max(length % turn - self.mirrored(shard) * self.block, 0), self.block)
+        return int(self.rows_of(np.array(length), np.array([self.mirrored(shard) * self.block]))[0])
+
+    def rows_of(self, lengths: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """How many of the first `lengths` [..] positions lie in each of P shards, whose first blocks begin at `begins` [P]: [.., P]."""
+        whole, rest = np.divmod(lengths[..., None], self.block * self.shards)
+        return whole * self.block + np.clip(rest - begins, 0, self.block)
 
     def range_of(self, rank: int, count: int) -> tuple[int, int]:
         """The shards [low, high) of one of `count` processes. Raises `EyasError` where there are more processes than shards."""

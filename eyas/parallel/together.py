@@ -82,8 +82,7 @@ class TogetherCache(ShardedCache):
 
 def most(layout: Layout, count: int, length: int) -> int:
     """Rows of a text of `length` in that of `count` processes which has most of them."""
-    whole, rest = divmod(length, layout.block * layout.shards)
-    held = whole * layout.block + np.clip(rest - begins(layout), 0, layout.block)
+    held = layout.rows_of(np.array(length), begins(layout))
     return int(np.add.reduceat(held, [layout.range_of(rank, count)[0] for rank in range(count)]).max())
 
 
