@@ -25,7 +25,8 @@ from eyas.files.target import load_target, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train.build import Setup, build
 from eyas.train.features import Example, ShardStates, shard_examples
-from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import Writer
 from eyas.train.shards import PATTERN, save_shard
 from eyas.train.template import Template
 from eyas.train.trainer import Trainer

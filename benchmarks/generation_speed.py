@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from eyas.config import default_taps
 from eyas.files.target import load_target, target_config
 from eyas.files.tokenizer import load_tokenizer
-from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.template import Template
 from eyas.train.writers import writing_precision
 

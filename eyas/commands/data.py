@@ -25,7 +25,7 @@ from eyas.train.build import Studied
 from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
 from eyas.train.decontaminate import all_grams, decontaminated, meets
 from eyas.train.features import Example, document_examples, shard_examples
-from eyas.train.selfplay import Asked, SelfPlay
+from eyas.train.questions import Asked, SelfPlay
 from eyas.train.shards import PATTERN, Counts, check_shards, counts_of, data_folder, settings_of_folder
 from eyas.train.template import Template
 from eyas.train.writers import Limit, nothing_kept, write_own_data

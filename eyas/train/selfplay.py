@@ -7,66 +7,21 @@ Knows the target and the template; knows nothing of files (shards.py), processes
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eyas.decode.sampling import derived_seed, uniforms
+from eyas.decode.sampling import uniforms
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
-from eyas.train.openings import OPENINGS
+from eyas.train.questions import Asked, Beginning, Questions, SelfPlay
 from eyas.train.template import Template
 
-T = TypeVar("T")
 SLOTS = 64  # conversations in flight for each worker: with more the products gain nothing and the keys leave the CPU's cache
-
-
-@dataclass(frozen=True)
-class SelfPlay:
-    """The settings that decide the text (the number format does too, see writers.py); a folder of shards carries them as its key."""
-
-    target: str  # hash of the target's weights
-    template: str  # the chat template around a question, as text
-    taps: tuple[int, ...]
-    seed: int = 0
-    seed_prompts: str = ""  # name of a file of user turns and a hash of them, if any
-    seeded_share: float = 0.2  # share of conversations that take their questions from that file
-    regenerate: bool = False  # instead: conversation i asks all the questions of entry i of that file, and nothing else is asked
-    # Left to itself a model asks much the same way; a given first word or two lead it to other kinds of task.
-    openings: tuple[str, ...] = OPENINGS
-    opening_share: float = 0.5  # share of the target's own questions that begin with an opening
-    question_top_p: float = 0.95
-    # Drawn evenly. Most users decode near greedy; but greedy answers to alike questions are alike, and teach little after the first.
-    answer_temperatures: tuple[float, ...] = (0.0, 0.7, 0.7, 1.0, 1.0)
-    answer_top_p: float = 0.98
-    turns: tuple[int, ...] = (1, 1, 1, 2, 3)  # numbers of questions of a conversation, drawn evenly
-    longest_question: int = 160  # tokens
-    longest_answer: int = 400  # tokens
-    longest: int = 1024  # tokens of a conversation, its template's included
-    loop_gram: int = 16  # an answer is cut where it repeats this many tokens in a row
-    candidates: int = 64  # a token is drawn from this many likeliest ones
-    per_shard: int = 8  # conversations in a file: a kill loses at most these and those in flight; under 16 MB for small targets
-    version: int = 4
-    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template, if any; `template` shows what they do
-    read: str = ""  # hash of the target's config and tokenizer
-
-    def digest(self) -> str:
-        """Ten hex digits of a hash of all settings."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("chat_template_kwargs", "read") or value}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
-
-
-class Asked(NamedTuple):
-    """Questions that a user brings for one conversation. `system` None: the template's own system message."""
-
-    turns: tuple[str, ...]
-    system: str | None = None
 
 
 @dataclass
@@ -74,9 +29,7 @@ class Conversation:
     """One conversation while it is written."""
 
     index: int  # its number among all conversations of the run
-    seed: int
-    temperature: float  # of its answers; questions have 1
-    turns: int  # questions it may have
+    start: Beginning
     tokens: list[int]  # those that the target has read
     waiting: list[int]  # the tokens after them: known, but not yet read by the target
     read: int  # number of tokens the target has read
@@ -86,6 +39,7 @@ class Conversation:
     looped: bool = False  # whether its answer was cut because it repeats itself
     answers: list[range] = field(default_factory=list)  # positions of the finished answers, their end-of-turn tokens included
     grams: set[tuple[int, ...]] = field(default_factory=set)  # runs of `loop_gram` tokens in the answer under way
+    repeated: int = 0  # tokens that ended such a run a second time
 
     def numbers(self) -> list[int]:
         """For each token the number of the answer it belongs to, or -1."""
@@ -93,6 +47,10 @@ class Conversation:
         for number, places in enumerate(self.answers):
             found[places.start : places.stop] = [number] * len(places)
         return found
+
+    def last_answer(self) -> list[int]:
+        """The tokens of its last answer, without the one that ended it."""
+        return self.tokens[self.answers[-1].start : self.answers[-1].stop - 1]
 
 
 class Finished(NamedTuple):
@@ -107,16 +65,14 @@ class Finished(NamedTuple):
 class Writer:
     """Keeps `slots` conversations in flight; what a conversation says is a function of (settings, index) alone."""
 
-    def __init__(self, target: TargetModel, template: Template, settings: SelfPlay, questions: Sequence[Asked], slots: int) -> None:
-        self.target, self.template, self.settings, self.questions = target, template, settings, questions
+    def __init__(self, target: TargetModel, template: Template, settings: SelfPlay, given: Sequence[Asked], slots: int) -> None:
+        self.target, self.template, self.settings = target, template, settings
         self.capacity = min(settings.longest, target.config.max_position_embeddings)
+        self.questions = Questions(template, settings, given, self.capacity)
         self.cache = target.new_cache(slots, self.capacity)
         width = (len(settings.taps) + 1) * target.config.hidden_size
         self.handed_over = torch.empty(slots, self.capacity, width, dtype=torch.bfloat16)
         self.target_argmax = torch.full((slots, self.capacity), -1, dtype=torch.int32)
-        self.openings = [template.tokens(text) for text in settings.openings]
-        # Other settings write other conversations, so their folders may train together; those of another tokenizer may not.
-        self.root = int(replace(settings, read="").digest(), 16)
         # Every conversation begins with the same tokens: they are read once, and their rows copied to each slot.
         opening = template.before[:-1]
         self.opening = target.new_cache(1, max(1, len(opening)))
@@ -127,44 +83,44 @@ class Writer:
 
     def write(self, indices: Iterator[int]) -> Iterator[tuple[int, Finished | None]]:
         """Write the conversations of these indices, and yield (index, conversation) as each ends; None for a conversation whose answers are
-        too short."""
-        rows = {slot: self.begin(slot, index) for slot, index in zip(range(self.cache.slots), indices, strict=False)}
+        too short. Of a shard's indices none may be left out: a conversation may ask about the text of the one before it."""
+        runs = self.runs(indices)
+        waiting = dict(zip(range(self.cache.slots), runs, strict=False))
+        rows = {slot: self.begin(slot, run.pop(0)) for slot, run in waiting.items()}
         while rows:
             for slot, outcome in list(self.step(rows)):
                 yield rows[slot].index, outcome
-                index = next(indices, None)
-                if index is None:
-                    del rows[slot]
+                text = outcome.row.last_answer() if outcome and not outcome.row.looped else []
+                run = waiting[slot] = waiting[slot] or next(runs, [])
+                if run:
+                    rows[slot] = self.begin(slot, run.pop(0), text)
                 else:
-                    rows[slot] = self.begin(slot, index)
+                    del rows[slot]
 
-    def begin(self, slot: int, index: int) -> Conversation:
+    def runs(self, indices: Iterator[int]) -> Iterator[list[int]]:
+        """The indices, each with those that follow it: they are written one after the other in one slot."""
+        run: list[int] = []
+        for index in indices:
+            if run and not self.questions.follows(index):
+                yield run
+                run = []
+            run.append(index)
+        if run:
+            yield run
+
+    def begin(self, slot: int, index: int, text: Sequence[int] = ()) -> Conversation:
         """Begin conversation `index` in `slot`: with the template's opening, then a given question or the first words of one, where the
-        conversation has such."""
-        settings, template, seed = self.settings, self.template, derived_seed(self.root, index)
-        u_share, u_question, u_temperature, u_turns, u_opening, u_which = uniforms(seed, 2**32, 6)
-        temperature = pick(settings.answer_temperatures, u_temperature)
-        turns = pick(settings.turns, u_turns) if template.again else 1
-        asked: Asked | None = None
-        if settings.regenerate:
-            asked = self.questions[index]
-            turns = len(asked.turns)
-        elif self.questions and u_share < settings.seeded_share:
-            asked = pick(self.questions, u_question)
-            asked = Asked(asked.turns[:turns], asked.system)
-        before, opened = template.before, len(template.before) - 1
-        if asked is not None and asked.system is not None and template.chat:
-            before, opened = template.before_with(asked.system), 0
+        conversation has such. `text`: of the conversation before it."""
+        start = self.questions.begin(index, text)
+        before, opened = start.before, 0 if start.own_system else len(start.before) - 1
         self.cache.copy_prefix(self.opening, 0, slot, opened)
         self.handed_over[slot, :opened] = self.opening_states[:opened]
         self.target_argmax[slot] = -1
-        row = Conversation(index, seed, temperature, turns, before[:opened], before[opened:], opened, len(before))
-        if asked is not None:
-            row.asked = asked.turns
+        waiting = before[opened:] + start.text
+        row = Conversation(index, start, before[:opened], waiting + start.words, opened, opened + len(waiting), start.asked)
+        if row.asked:
             self.ask(row)
-        elif u_opening < settings.opening_share:
-            row.waiting = row.waiting + pick(self.openings, u_which)
-        if not template.chat:
+        elif start.whole or not self.template.chat:
             self.open_answer(row)
         return row
 
@@ -217,13 +173,13 @@ class Writer:
         number keyed by (the conversation's seed, position)."""
         settings = self.settings
         asking = torch.tensor([row.asking for row in rows])
-        temperature = torch.tensor([1.0 if row.asking else row.temperature for row in rows])
+        temperature = torch.tensor([1.0 if row.asking else row.start.temperature for row in rows])
         values, ids = logits.float().topk(min(settings.candidates, logits.shape[-1]), -1)
         distribution = (values / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
         above = distribution.cumsum(-1) - distribution
         top_p = torch.where(asking, settings.question_top_p, settings.answer_top_p)
         distribution = distribution.masked_fill(above >= top_p[:, None], 0.0)
-        u = torch.tensor([uniforms(row.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
+        u = torch.tensor([uniforms(row.start.seed, row.read + len(row.waiting), 1)[0] for row in rows], dtype=torch.float32)
         place = (distribution.cumsum(-1) <= (u * distribution.sum(-1))[:, None]).sum(-1).clamp_max(distribution.shape[-1] - 1)
         place = torch.where(temperature > 0, place, 0)  # at temperature 0 the likeliest, however near the second is
         return ids.gather(1, place[:, None])[:, 0].tolist()
@@ -240,13 +196,14 @@ class Writer:
                 return False
             return token in self.template.ends or drawn > settings.longest_question or full
         gram = (*row.tokens[-settings.loop_gram + 1 :], token)
-        row.looped = drawn >= settings.loop_gram and gram in row.grams
+        row.repeated += drawn >= settings.loop_gram and gram in row.grams
+        row.looped = row.repeated > row.start.spare
         row.grams.add(gram)
         if not (row.looped or token in self.template.ends or drawn >= settings.longest_answer or full):
             return False
         row.answers.append(range(row.part, row.read + 1))
         again = self.template.again
-        if row.looped or len(row.answers) >= row.turns or not again or token != again[0]:
+        if row.looped or len(row.answers) >= row.start.turns or not again or token != again[0]:
             return True
         if row.read + len(again) + 16 > self.capacity:
             return True
@@ -267,8 +224,3 @@ class Writer:
         states = self.handed_over[slot, : row.read]
         width = len(self.settings.taps) * self.target.config.hidden_size
         return Finished(row, states[:, :width].clone(), states[:, width:].clone(), self.target_argmax[slot, : row.read].clone())
-
-
-def pick(items: Sequence[T], u: float) -> T:
-    """One of the items, chosen by a uniform number `u` in (0, 1)."""
-    return items[int(u * len(items))]

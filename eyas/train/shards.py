@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eyas.config import EyasError, cache_dir
-from eyas.train.selfplay import Finished, SelfPlay, Writer
+from eyas.train.questions import SelfPlay
+from eyas.train.selfplay import Finished, Writer
 
 PATTERN = "[0-9]" * 8 + ".safetensors"
 
@@ -38,7 +39,7 @@ def save_shard(path: Path, conversations: Sequence[Finished | None], width: int,
         "tokens": torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),
         "answers": torch.tensor([number for row in rows for number in row.numbers()], dtype=torch.int32),
-        "temperatures": torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+        "temperatures": torch.tensor([row.start.temperature for row in rows], dtype=torch.float32),
         "features": torch.cat([nothing.new_empty(0, taps * width), *(finished.features for finished in kept)]),
         "hidden": torch.cat([nothing, *(finished.hidden for finished in kept)]),
         "favourites": torch.cat([torch.empty(0, dtype=torch.int32), *(finished.target_argmax for finished in kept)]),
@@ -164,7 +165,7 @@ def check_shards(folder: Path, settings: SelfPlay) -> None:
 
 def write_shards(writer: Writer, folder: Folder, numbers: Iterator[int]) -> Iterator[int]:
     """Write the shards of these numbers, and yield the number of each once it is written. Conversations in flight may belong to several."""
-    settings, questions = writer.settings, len(writer.questions)
+    settings, questions = writer.settings, len(writer.questions.given)
     last = questions if settings.regenerate else None
     held: dict[int, dict[int, Finished | None]] = {}
 

@@ -18,6 +18,8 @@ from eyas.files.tokenizer import encoded
 
 PROBE = "\ue001question\ue001"  # private-use characters: stand in for turns while the template shows where it puts them
 SAID = "\ue002answer\ue002"
+SPACES = ("\u0120", "\u2581")  # how tokenizers write the space before a word
+LONG_WORD = 6  # letters
 PLAIN_TEXT = "plain text, no chat template"
 
 
@@ -55,6 +57,18 @@ class Template:
 
     def tokens(self, text: str) -> list[int]:
         return encoded(self.tokenizer, text, add_special_tokens=False)["input_ids"]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def words(self) -> list[int]:
+        """The tokens that are a whole long word, or a name, behind a space; none for a tokenizer that does not mark spaces."""
+        found = []
+        for piece, number in sorted(self.tokenizer.get_vocab().items(), key=lambda each: each[1]):
+            word = piece[1:]
+            if piece[:1] in SPACES and word.isascii() and word.isalpha() and len(word) >= (LONG_WORD if word.islower() else LONG_WORD - 2):
+                found.append(number)
+        return found
 
     def rendered(self, question: str, system: str | None = None) -> str:
         turns = [{"role": "system", "content": system}] if system is not None else []

@@ -27,7 +27,8 @@ from eyas.decode.memory import free_bytes
 from eyas.files.target import target_config
 from eyas.kernels import native
 from eyas.kernels.linear import cpu_multiplies_bfloat16
-from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import Counts, Folder, claim_folder, write_shards
 from eyas.train.template import Template
 

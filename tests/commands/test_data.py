@@ -15,7 +15,7 @@ from eyas.config import EyasError, TrainSettings
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train.build import Studied, hold_out
 from eyas.train.features import Example
-from eyas.train.selfplay import Asked
+from eyas.train.questions import Asked
 from eyas.train.template import Template
 from tests.tiny import CHATML
 

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from eyas.train.conversations import Document, draft_vocabulary
 from eyas.train.features import Example, ShardStates, TargetStates, document_examples, shard_examples
-from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import Writer
 from eyas.train.shards import save_shard
 from eyas.train.template import Template
 from eyas.train.unroll import loss_anchors
@@ -96,7 +97,7 @@ def test_answers_cover_the_answer_and_nothing_else(shards):
     paths, made = shards
     template = Template(byte_tokenizer(), target().config.eos_token_ids)
     for example, finished in zip(shard_examples(paths, max_length=1024), made):
-        assert example.tokens == finished.row.tokens and example.greedy == (finished.row.temperature == 0)
+        assert example.tokens == finished.row.tokens and example.greedy == (finished.row.start.temperature == 0)
         first = finished.row.answers[0].start
         assert example.answers == [-1] * first + [0] * (len(example.tokens) - first)
         assert example.tokens[first - len(template.after) : first] == template.after

@@ -16,7 +16,8 @@ from transformers.utils import chat_template_utils
 from eyas.config import PLAIN, EyasError, Sampling
 from eyas.decode.generate import Decoder
 from eyas.model.target import Target
-from eyas.train.selfplay import Asked, Finished, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import Finished, Writer
 from eyas.train.template import Template
 from tests.tiny import CHATML, byte_tokenizer, tiny_target
 from tests.train import writing
@@ -103,7 +104,7 @@ def test_several_turns_follow_the_template_and_every_answer_is_marked():
 
 
 def test_answers_at_temperature_0_are_plain_greedy_decoding():
-    greedy = [finished for finished in forty() if finished.row.temperature == 0]
+    greedy = [finished for finished in forty() if finished.row.start.temperature == 0]
     assert 4 < len(greedy) < 20
     prompts = [finished.row.tokens[: finished.row.answers[0].start] for finished in greedy]
     texts = []
@@ -124,13 +125,13 @@ def test_at_temperature_0_a_near_tie_goes_to_the_better_one():
     logits[:, 5], logits[:, 9] = 7.00001, 7.0
     rows = [writer.begin(0, index) for index in range(40)]
     for row in rows:
-        row.asking, row.temperature = False, 0.0
+        row.asking, row.start.temperature = False, 0.0
     assert writer.choose(logits, rows) == [5] * 40
 
 
 def test_the_questions_distribution_is_the_targets_within_top_p():
     """Every token sampled at temperature 1 lies in the nucleus of the target's distribution, and many are not its likeliest."""
-    sampled = [finished for finished in forty() if finished.row.temperature == 1.0]
+    sampled = [finished for finished in forty() if finished.row.start.temperature == 1.0]
     total = likeliest = 0
     for finished in sampled:
         logits = finished.hidden.double() @ tiny_head().T  # hidden states were cut to bfloat16, hence the slack below
@@ -171,7 +172,7 @@ def test_a_finished_slot_is_taken_by_the_next_conversation_at_once():
     begun, widths = [], []
     begin, step = writer.begin, writer.step
 
-    def counted_begin(slot, index):
+    def counted_begin(slot, index, text=()):
         begun.append(index)
         return begin(slot, index)
 

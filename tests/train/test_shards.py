@@ -15,7 +15,8 @@ from eyas.files.disk import directory_hash
 from eyas.train import shards as on_disk
 from eyas.train import writers
 from eyas.train.features import shard_examples
-from eyas.train.selfplay import SLOTS, Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import PATTERN, Counts, Folder, check_shards, claim_folder, counts_of, data_folder, write_shards
 from eyas.train.writers import Limit, write_own_data
 from tests.tiny import byte_tokenizer, save_tiny_target, tiny_target

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from typing import Any
 
 import torch
 
 from eyas.files.target import load_target
 from eyas.files.tokenizer import load_tokenizer
 from eyas.train import writers
-from eyas.train.selfplay import Asked, SelfPlay, Writer
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.selfplay import Writer
 from eyas.train.shards import write_shards
 from eyas.train.template import Template
 from tests.tiny import byte_tokenizer
 
 TAPS = (1, 2, 4)
 END = 257  # <|im_end|> of the byte tokenizer
-SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,))
+ASKED_PLAINLY: dict[str, Any] = {"task_share": 0.0, "system_share": 0.0, "topic_share": 0.0, "loop_share": 0.0}
+SETTINGS = SelfPlay("tiny", "chat", TAPS, longest_question=16, longest_answer=36, turns=(1,), **ASKED_PLAINLY)
 QUESTIONS = [Asked(("How can a hawk see?",)), Asked(("Why do owls fly at night and not by day?",))]
 
 
