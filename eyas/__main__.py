@@ -2,6 +2,10 @@
 
 import sys
 
-from eyas.cli import main
+from eyas import launched
 
-sys.exit(main())
+if __name__ == "__main__":
+    launched.end_at_once()  # before anything that takes time
+    from eyas.cli import main
+
+    sys.exit(main())

@@ -42,6 +42,7 @@ def command_first(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    launched.end_at_once()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)
@@ -58,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launched.say(f"eyas: {error}")
         return 2
     except KeyboardInterrupt:
-        if launched.rank() == 0:  # the others end with it
-            launched.say("\neyas: ended by torchrun, whose report says why" if launched.ended_by_torchrun else "\neyas: interrupted")
-        return 130
+        return launched.say_interrupted()
     except BrokenPipeError:
         sys.stderr.close()
         return 0

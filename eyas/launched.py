@@ -1,11 +1,14 @@
-"""What `torchrun` tells the processes that it starts, and what they tell it. Knows variables of the environment and one folder."""
+"""What `torchrun` tells the processes that it starts, and what they tell it; and what Ctrl-C does until they have met. Knows variables of
+the environment, signals and one folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,8 @@ from eyas.checks import EyasError
 SHARED = ("generate", "chat", "bench", "trace")  # commands that share keys out under --context-parallel
 ended_by_torchrun = False  # whether it asked this process to end, because of another or of a signal of its own
 follows = False  # whether this process ends with the first one, and not before it has met it
+met = False  # whether this process has met the others
+INTERRUPTED = 130  # the status of a process that Ctrl-C ended
 
 
 def count() -> int:
@@ -27,10 +32,33 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def end_at_once() -> None:
+    """Until they have met, Ctrl-C ends each of several processes where it stands, and none misses another: nothing is written by then. The
+    first thing that a process does. An exception could be swallowed where modules are imported, or wait for a call that waits itself."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if count() > 1 and in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def interrupted(number: int, frame: object) -> None:
+    if met:
+        raise KeyboardInterrupt
+    os._exit(say_interrupted())
+
+
+def say_interrupted() -> int:
+    """The status of a process that was interrupted. The first one says so; the others end with it."""
+    if rank() == 0:
+        say("\neyas: ended by torchrun, whose report says why" if ended_by_torchrun else "\neyas: interrupted")
+    return INTERRUPTED
+
+
 def check(command: str, context_parallel: bool) -> None:
     """Raise `EyasError` for a command that makes nothing of several processes."""
     global follows
     follows = context_parallel and rank() > 0
+    if not context_parallel and signal.getsignal(signal.SIGINT) is interrupted:  # they meet in another way, as `train` does, or not at all
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if count() == 1 or context_parallel or command == "train" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     if command in SHARED:
@@ -53,7 +81,7 @@ def say(line: str) -> None:
         with suppress(OSError):
             Path(noted).write_text(json.dumps({"message": told}))
         try:
-            (Path(noted).parent.parent / hashlib.sha256(line.encode()).hexdigest()).touch(exist_ok=False)
+            (Path(noted).parent.parent / hashlib.sha256(line.strip().encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:  # no such folder: said once too often is better than not at all

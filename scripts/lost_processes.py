@@ -1,6 +1,7 @@
 """Kill, stop and interrupt the processes of `torchrun -m eyas generate --context-parallel` at random moments, and count what users see.
 
-    python scripts/lost_processes.py [--trials 20] [--what kill,stop,ctrl-c] [--processes 3] [--timeout 8] [--jobs 2] [--real]
+    python scripts/lost_processes.py [--trials 20] [--what kill,stop,ctrl-c] [--when early,late] [--processes 3] [--timeout 8] [--jobs 2]
+        [--real]
 
 Each trial is a run of torchrun's on a tiny target. SIGKILL and SIGSTOP go to one process, each rank so many times; Ctrl-C goes to
 torchrun's process group, as from a terminal. Half of the moments lie before the first text (meeting, loading, reading the prompt), half
@@ -46,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=20, help="moments for each rank and kind")
     parser.add_argument("--what", default=",".join(SIGNALS))
+    parser.add_argument("--when", default="early,late", help="before the first text, behind it")
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=8.0, help="--peer-timeout of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="trials at once")
@@ -53,11 +55,11 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="start every process anew")
     parser.add_argument("--out", type=Path, help="JSON of all trials")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
+    draw, moments = random.Random(options.seed), options.when.split(",")
     with tempfile.TemporaryDirectory(prefix="eyas-lost-") as name:
         world = World(Path(name), options.processes, options.timeout, options.real)
         trials = [
-            (what, rank, number % 2 == 1, draw.random())
+            (what, rank, moments[number % len(moments)] == "late", draw.random())
             for number in range(options.trials)
             for what in options.what.split(",")
             for rank in ([0] if what == "ctrl-c" else range(options.processes))
@@ -144,12 +146,9 @@ def torchrun(words: list[str]) -> object:
 
     def started(self: object, args: tuple[str, ...], env: dict[str, str]) -> Forked:
         words = list(args[args.index("eyas") + 1 :])
-
-        def work() -> object:
-            Path(f"{env[MARK]}.{env['RANK']}.pid").write_text(str(os.getpid()))
-            return cli.main(words)
-
-        return Forked(lambda: in_environment(env, None, None, work))
+        process = Forked(lambda: in_environment(env, None, None, lambda: cli.main(words)))
+        Path(f"{env[MARK]}.{env['RANK']}.pid").write_text(str(process.pid))  # a signal while it forks would be lost in Python's hooks
+        return process
 
     SubprocessHandler._popen = started  # pyright: ignore[reportAttributeAccessIssue]
     return run.main(words)
@@ -187,7 +186,7 @@ def marked(run: Run) -> dict[int, int]:
 
 
 def noted(run: Run) -> dict[int, int]:
-    """The same of processes that were forked: their environment in /proc is their parent's, so they leave a note."""
+    """The same of processes that were forked: their environment in /proc is their parent's, so there is a note."""
     notes = run.out.parent.glob(f"{run.mark}.*.pid")
     pids = {int(note.read_text() or 0): int(note.name.split(".")[1]) for note in notes}
     return {pid: rank for pid, rank in pids.items() if lives(pid)}
@@ -215,8 +214,7 @@ class World:
         save_tiny_target(folder / "target", num_hidden_layers=8, intermediate_size=64, max_position_embeddings=2048)
         save_tiny_draft(folder / "draft", folder / "target", taps=None)
         self.before, self.behind = 20.0, 5.0
-        run, began = self.start(), time.monotonic()
-        self.note(run, began)
+        self.note(run := self.start())
         self.whole = run.text().rstrip(b"\n")
         assert run.process.returncode == 0 and self.whole, run.said()[-3000:]
         print(f"left alone: {len(self.whole)} bytes; text begins after {self.before:.1f} s and takes {self.behind:.1f} s", flush=True)
@@ -248,8 +246,17 @@ class World:
                 process = Forked(lambda: in_environment(there, *files, lambda: torchrun(command)))
         return Run(process, mark, out, err)
 
-    def note(self, run: Run, began: float) -> None:
-        """How long it takes to the first text, and from there to the end."""
+    def all_begun(self, run: Run) -> float:
+        """When all processes had begun, torchrun's table of them included: interrupted while it starts them, it forgets those there are,
+        and they end because it is gone."""
+        while run.process.poll() is None and len(run.alive()) < self.processes:
+            time.sleep(0.02)
+        time.sleep(0.03)
+        return time.monotonic()
+
+    def note(self, run: Run) -> None:
+        """How long it takes from there to the first text, and from the first text to the end."""
+        began = self.all_begun(run)
         while run.process.poll() is None and not run.text():
             time.sleep(0.05)
         before = time.monotonic() - began
@@ -269,14 +276,12 @@ class World:
             run.process.wait()
 
     def tried(self, run: Run, what: str, rank: int, late: bool, share: float) -> dict[str, Any]:
-        began = time.monotonic()
         if late:
             while run.process.poll() is None and not run.text():
                 time.sleep(0.02)
-            self.before = 0.7 * self.before + 0.3 * (time.monotonic() - began)
+        else:
+            self.all_begun(run)
         time.sleep(share * (self.behind if late else self.before))
-        while run.process.poll() is None and not run.text() and len(run.alive()) < self.processes:
-            time.sleep(0.02)
         pid, stage, sent = run.alive().get(rank), self.stage(run, rank), time.monotonic()
         with suppress(ProcessLookupError):
             if what == "ctrl-c":

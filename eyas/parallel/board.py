@@ -13,7 +13,7 @@ import select
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,18 @@ def shared(rank: int, count: int, timeout: float, everyones: Callable[[Any], lis
     """The board of `count` processes, called in all of them; `everyones` tells each what all say. None where they are not all of one
     machine, or it cannot share memory in this way."""
     able = native.kernel() is not None and hasattr(os, "pidfd_open") and os.access(PLACE, os.W_OK)
-    file = None
-    if rank == 0 and able:
-        with suppress(OSError), tempfile.NamedTemporaryFile(prefix="eyas-", dir=PLACE, delete=False) as made:
-            file = Path(made.name)
-            os.posix_fallocate(made.fileno(), 0, size_of(count))
-    told = everyones((os.getpid(), None if file is None else str(file)))
-    board = None
-    with suppress(OSError, ValueError):
-        if able and told[0][1] is not None:
-            watch = {other: os.pidfd_open(number) for other, (number, _) in enumerate(told) if other != rank}
-            board = Board(Path(told[0][1]), rank, count, timeout, watch)
-    whole = all(everyones(board is not None))
-    if file is not None:
-        file.unlink(missing_ok=True)  # the memory stays as long as a process has it
+    with ExitStack() as until_all_have_it:
+        handle = None
+        if rank == 0 and able:
+            with suppress(OSError):  # it has no name that could stay, wherever processes end: others open it by its maker's handle
+                made = until_all_have_it.enter_context(tempfile.TemporaryFile(dir=PLACE))
+                os.posix_fallocate(made.fileno(), 0, size_of(count))
+                handle = made.fileno()
+        told = everyones((os.getpid(), handle))
+        board = None
+        with suppress(OSError, ValueError):
+            if able and told[0][1] is not None:
+                watch = {other: os.pidfd_open(number) for other, (number, _) in enumerate(told) if other != rank}
+                board = Board(Path("/proc/{}/fd/{}".format(*told[0])), rank, count, timeout, watch)
+        whole = all(everyones(board is not None))
     return board if whole else None

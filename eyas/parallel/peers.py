@@ -147,7 +147,7 @@ class Peers:
             raise peers.lost(error) from None
         if os.environ.get("EYAS_BOARD", "1") != "0":
             peers.board = shared(peers.rank, peers.count, timeout, peers.everyones)
-        presence.together = True
+        launched.met = True
         return peers
 
     @property

@@ -8,6 +8,7 @@ out says so in the store, so that all name the same. Knows ranks, signals and th
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import signal
 import socket
@@ -65,15 +66,15 @@ class Presence:
     def __init__(self, rank: int, count: int, timeout: float) -> None:
         self.rank, self.count, self.timeout = rank, count, timeout
         self.slow = f"did not answer within {timeout:g} s"
-        self.store = self.connected()  # of the main thread; a call that waits holds a connection
-        self.beats, self.naming = 0, threading.Lock()
-        self.together = self.ending = self.found = self.interrupted = False  # since all met; the first ends; one is lost; Ctrl-C
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        keeps = self.first and not launched.agent_keeps_store()
+        self.of_main, self.of_thread = self.connected(keeps), self.connected(False)
+        self.naming = threading.Lock()
+        self.ending = self.found = self.interrupted = self.left = False  # the first ends; one is lost; Ctrl-C; this one has ended
         self.asked_to_end = time.monotonic() if launched.follows and launched.ended_by_torchrun else None
         self.here, self.there = socket.socketpair()
-        self.here.setblocking(False)
-        self.left = False
-        self.thread = threading.Thread(target=self.watch, args=(self.connected(),), daemon=True)
-        self.signals()
+        if threading.current_thread() is threading.main_thread():
+            self.signals()
         self.thread.start()
         atexit.register(self.leave)
 
@@ -85,13 +86,17 @@ class Presence:
     def others(self) -> list[int]:
         return [rank for rank in range(self.count) if rank != self.rank]
 
-    def connected(self) -> Any:
-        """A connection to the store, under names of this run."""
-        own = self.first and not launched.agent_keeps_store() and not hasattr(self, "store")
+    @property
+    def store(self) -> Any:
+        """A call that waits holds a connection, so the thread has its own."""
+        return self.of_thread if threading.current_thread() is self.thread else self.of_main
+
+    def connected(self, keeps: bool) -> Any:
+        """A connection to the store, under names of this run. `keeps`: this process keeps the store."""
         where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=self.timeout)
         try:
-            store = TCPStore(where, port, None, own, wait, wait_for_workers=False, multi_tenant=True)
+            store = TCPStore(where, port, None, keeps, wait, wait_for_workers=False, multi_tenant=True)
         except RuntimeError:
             raise EyasError(f"process {self.rank + 1} of {self.count} cannot reach {where}:{port}, where processes meet") from None
         return PrefixStore(f"eyas/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -99,94 +104,102 @@ class Presence:
     # ---- signals ----
 
     def signals(self) -> None:
-        """Ctrl-C reaches all processes: the first one ends the text, its end is the others'."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if not self.first:
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.there.setblocking(False)
+        signal.set_wakeup_fd(self.there.fileno(), warn_on_full_buffer=False)  # the thread hears of them, wherever this one waits
+        if callable(self.before[signal.SIGINT]):
             signal.signal(signal.SIGINT, self.interrupt)
-            signal.signal(signal.SIGTERM, lambda number, frame: None)  # the thread hears of it, wherever this one waits
-            self.there.setblocking(False)
-            signal.set_wakeup_fd(self.there.fileno(), warn_on_full_buffer=False)
-            return
-        interrupted, terminated = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-
-        def once(number: int, frame: FrameType | None) -> None:
-            if self.ending:
-                return
-            self.interrupted = True
-            for each in (signal.SIGINT, signal.SIGTERM):  # torchrun hands on what the terminal sent already
-                signal.signal(each, signal.SIG_IGN)
-            if callable(interrupted):
-                interrupted(number, frame)
-
-        def asked(number: int, frame: FrameType | None) -> None:
-            """torchrun ends all where one is lost, and where it is asked to end itself."""
-            if self.ending or self.naming.locked():
-                return
-            if lost := self.silent():
-                raise self.lost(lost, "gone")
-            if callable(terminated):
-                terminated(number, frame)
-            else:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGTERM)
-
-        if callable(interrupted):
-            signal.signal(signal.SIGINT, once)
-        signal.signal(signal.SIGTERM, asked)
+        signal.signal(signal.SIGTERM, self.terminate if self.first else lambda number, frame: None)
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Before all have met, the first one may be no more and have told nobody."""
-        if not self.together:
-            self.interrupted = True  # for `meet`, where the exception came in a place that swallows it
-            raise KeyboardInterrupt
+        """Ctrl-C, which reaches all. Before all have met each ends where it stands; then the first one ends the text, and its end is the
+        others'. Whoever was interrupted calls nobody lost."""
+        if self.ending:
+            return
+        self.interrupted = True
+        if launched.met and not self.first:
+            return
+        for each in self.before:  # one is enough; torchrun may send another
+            signal.signal(each, signal.SIG_IGN)
+        if not launched.met:
+            self.end()
+        self.as_before(signal.SIGINT, frame)
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """torchrun ends all where one is lost, and where it is asked to end itself."""
+        if self.ending or self.naming.locked():
+            return
+        if lost := self.silent():
+            raise self.lost(lost, "gone")
+        self.as_before(signal.SIGTERM, frame)
+
+    def as_before(self, number: signal.Signals, frame: FrameType | None) -> None:
+        """What the signal did in this process before there were others."""
+        before = self.before[number]
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     # ---- signs of life ----
 
-    def watch(self, store: Any) -> None:
+    def watch(self) -> None:
         """In a thread of its own: give signs of life, and end this process where its main thread may wait for what does not come."""
+        try:
+            self.give_signs()
+        except KeyboardInterrupt:
+            self.end_soon(launched.INTERRUPTED)
+
+    def give_signs(self) -> None:
         silence, narrowed = Silence(self.others), False
-        while True:
-            if self.together and not narrowed:  # later a process that is not heard in a pass is missed there
+        for beat in itertools.count():
+            if launched.met and not narrowed:  # later a process that is not heard in a pass is missed there
                 silence, narrowed = Silence([] if self.first else [0]), True
             try:
-                self.beats += 1
-                store.set(f"beat/{self.rank}", str(self.beats))
-                silence.look(self.signs(store, silence.seen))
-                if not self.first and store.check(["ended"]):
+                self.store.set(f"beat/{self.rank}", str(beat))
+                silence.look(self.signs(silence.seen))
+                if not self.first and self.store.check(["ended"]):
                     self.end_soon(0)
-                if not self.first and store.check(["verdict"]):
-                    self.end_soon(ENDED, self.lost([], "gone", store))
+                if not self.first and self.store.check(["verdict"]):
+                    self.end_soon(ENDED, self.lost([], "gone"))
             except RuntimeError:
                 self.without_store()
                 return
             if lost := silence.beyond(self.timeout):
-                self.end_soon(ENDED, self.lost(lost, self.slow, store), 0.0)
+                self.end_soon(ENDED, self.lost(lost, self.slow), 0.0)
             if self.asked_to_end is not None and time.monotonic() - self.asked_to_end > NAMED + GRACE:
                 lost = silence.beyond(NAMED)
-                self.end_soon(ENDED, self.lost(lost, "gone", store) if lost else None, 0.0)
-            if self.woken():
+                self.end_soon(ENDED, self.lost(lost, "gone") if lost else None, 0.0)
+            self.listen()
+            if self.left:
                 return
 
-    def woken(self) -> bool:
-        """Wait for the next beat, or a signal. True where it is time to leave."""
+    def listen(self) -> None:
+        """Wait for the next beat, or a signal."""
         self.here.settimeout(BEAT)
         with suppress(TimeoutError, OSError):
             told = self.here.recv(64)
-            if signal.SIGTERM in told and self.asked_to_end is None:
+            if signal.SIGTERM in told and not self.first and self.asked_to_end is None:
                 self.asked_to_end = time.monotonic()
-        return self.left
+            if signal.SIGINT in told and not launched.met:
+                self.interrupted = True
+                raise KeyboardInterrupt
 
     def end_soon(self, status: int, error: EyasError | None = None, grace: float = GRACE) -> None:
         """Leave the main thread a moment to end by itself: it may wait in a call that cannot be broken off."""
         until = time.monotonic() + grace
         while not self.left and time.monotonic() < until:
             time.sleep(POLL)
-        if not self.left:
-            if error:
-                launched.say(f"eyas: {error}")
-            self.part()
-            os._exit(status)
+        if self.left:
+            return
+        if status == launched.INTERRUPTED:
+            launched.say_interrupted()
+            self.end()
+        elif error:
+            launched.say(f"eyas: {error}")
+        self.part()
+        os._exit(status)
 
     def without_store(self) -> None:
         """Whoever kept the store is no more."""
@@ -195,18 +208,18 @@ class Presence:
         else:
             self.end_soon(ENDED, self.lost([0], "gone"))
 
-    def signs(self, store: Any, ranks: Iterable[int]) -> dict[int, bytes]:
+    def signs(self, ranks: Iterable[int]) -> dict[int, bytes]:
         found = {}
         for rank in ranks:
             key = f"beat/{rank}"
-            found[rank] = store.get(key) if store.check([key]) else b""
+            found[rank] = self.store.get(key) if self.store.check([key]) else b""
         return found
 
     def silent(self) -> list[int]:
         """Which other processes give no sign of life from now on."""
         with suppress(RuntimeError):
-            before = self.signs(self.store, self.others)
-            return self.left_of(self.others, lambda rank: self.signs(self.store, [rank])[rank] != before[rank])
+            before = self.signs(self.others)
+            return self.left_of(self.others, lambda rank: self.signs([rank])[rank] != before[rank])
         return [0]  # the store was the first one's
 
     def left_of(self, ranks: list[int], done: Callable[[int], bool]) -> list[int]:
@@ -232,12 +245,15 @@ class Presence:
                     lost = self.left_of(self.others, lambda rank: self.store.check([f"missed/{rank}"]))
             return self.lost(lost, self.slow if slow else "gone")
 
-    def lost(self, ranks: list[int], what: str, store: Any = None) -> EyasError:
-        """The error that names them, the same in all processes: the first to find out says it in the store."""
-        self.found, store = True, store or self.store
+    def lost(self, ranks: list[int], what: str) -> EyasError:
+        """The error that names them, the same in all processes: the first to find out says it in the store. Raises `KeyboardInterrupt` in
+        a process that was interrupted: the others were too."""
+        self.found = True
+        if self.interrupted:
+            raise KeyboardInterrupt
         line = named(ranks, self.count, what) if ranks else "a connection between processes broke"
         try:
-            line = store.compare_set("verdict", "", line).decode()
+            line = self.store.compare_set("verdict", "", line).decode()
         except RuntimeError:
             line = "torchrun is gone" if launched.agent_keeps_store() else named([0], self.count, "gone")
         return EyasError(line)
@@ -250,14 +266,15 @@ class Presence:
         silence = Silence(range(self.count))
         waiting = list(range(self.count))
         while True:
+            ended = not self.first and self.ended()  # before the others are looked at: it ends once it knows what all said
             try:
                 waiting = [rank for rank in waiting if not self.store.check([f"{what}/{rank}"])]
-                silence.look(self.signs(self.store, silence.seen))
+                silence.look(self.signs(silence.seen))
             except RuntimeError:
                 raise self.lost([0], "gone") from None
             if not waiting:
                 return [self.store.get(f"{what}/{rank}").decode() for rank in range(self.count)]
-            if self.ended() or (self.interrupted and not self.first):
+            if ended:
                 self.leave()
                 sys.exit(0)
             if lost := [rank for rank in silence.beyond(self.timeout) if rank in waiting]:
@@ -273,6 +290,8 @@ class Presence:
 
     def end(self) -> None:
         """Say that the first process ends, to those that will find it gone."""
+        if not self.first or self.ending:
+            return
         self.ending = True
         with suppress(RuntimeError):
             self.store.set("ended", "1")
@@ -298,9 +317,10 @@ class Presence:
     def leave(self) -> None:
         if self.left:
             return
+        self.end()
         self.part()
         self.left = True
-        if threading.current_thread() is threading.main_thread() and not self.first:
+        if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
         with suppress(OSError):
             self.there.send(b"\0")

@@ -46,12 +46,22 @@ def passed(monkeypatch, room: int, on: bool) -> tuple[list, dict]:
 
 
 def test_bytes_pass_by_memory_as_they_pass_by_network_in_parts_too(monkeypatch):
-    before = set(Path("/dev/shm").glob("eyas-*"))
     found, size = passed(monkeypatch, board.ROOM, True)
     assert found == passed(monkeypatch, 24, True)[0] == passed(monkeypatch, board.ROOM, False)[0]
     assert size["gather"] == MANY * 2 * 14 * 4 + 2 * 3 * 2, "what the two others left"
     assert size["scatter"] == MANY * 2 * 5 * 4 and size["collect"] == MANY * 2 * 15 * 4
-    assert set(Path("/dev/shm").glob("eyas-*")) == before, "no file stays"
+
+
+def test_no_file_can_stay_wherever_a_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "PLACE", tmp_path)
+    seen: list[list[Path]] = []
+
+    def everyones(fact):
+        seen.append(list(tmp_path.iterdir()))
+        return [fact]
+
+    assert board.shared(0, 1, 5.0, everyones) is not None
+    assert seen == [[], []]
 
 
 def test_a_process_that_has_ended_is_known_before_anybody_waits_for_it():
