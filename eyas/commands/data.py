@@ -20,6 +20,7 @@ from eyas.commands.output import progress
 from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
 from eyas.files.chat_data import Conversation
 from eyas.files.chat_template import check_read
+from eyas.files.disk import file_hash
 from eyas.files.tokenizer import check_known, encoded, load_tokenizer
 from eyas.train.build import Studied
 from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
@@ -28,6 +29,7 @@ from eyas.train.features import Example, document_examples, shard_examples
 from eyas.train.questions import Asked, SelfPlay
 from eyas.train.shards import PATTERN, Counts, check_shards, counts_of, data_folder, settings_of_folder
 from eyas.train.template import Template
+from eyas.train.texts import check_text, text_examples
 from eyas.train.writers import Limit, nothing_kept, write_own_data
 
 MOST_CAUSES = 8  # why conversations were skipped: so many causes are named
@@ -300,6 +302,20 @@ def slow_start(words: OwnWords) -> Callable[[int, Console], None]:
     return note
 
 
+def from_text(
+    options: argparse.Namespace, words: OwnWords, settings: TrainSettings, before: dict[str, Any] | None
+) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of the files of self-written text, and what they are. A resumed run has the files that it began with."""
+    paths = [Path(path).expanduser().resolve() for path in dict.fromkeys(options.text)]
+    texts = [check_text(path, words.play) for path in paths]
+    told = {"texts": [{"file": path.name, "sha256": file_hash(path)} for path in paths]}
+    if before and before["facts"]["data"].get("texts") != told["texts"]:
+        raise EyasError("the run was trained on other text; resume with the same --text, or train anew into another --out")
+    counts = sum((text.counts for text in texts), Counts())
+    settled = [found for text in texts for found in text.settings]
+    return self_written(text_examples(paths, settings.max_length), counts, settled, told, words.template, options.apart)
+
+
 def shard_facts(
     shards: list[Path],
     folders: list[Path],
@@ -315,20 +331,34 @@ def shard_facts(
         if missing:
             raise EyasError(f"the run was trained on shards that are gone ({sorted(missing)[0]}, ..); train anew into another --out")
         shards = [shard for shard in shards if place_of(shard) in set(used)]
-    examples, twins = without_twins(shard_examples(shards, settings.max_length))
+    examples, counts = shard_examples(shards, settings.max_length), sum(map(counts_of, shards), Counts())
+    told = {"shards": list(map(place_of, shards))}
+    return self_written(examples, counts, [settings_of_folder(folder) for folder in folders], told, template, apart)
+
+
+def self_written(
+    examples: list[Example],
+    counts: Counts,
+    settings: list[dict[str, Any]],
+    files: dict[str, Any],
+    template: Template,
+    apart: Sequence[str],
+) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of text that the target wrote, without twins and without what an evaluation asks, and what they are. `files`: which files
+    they are from."""
+    examples, twins = without_twins(examples)
     evaluated = evaluation_prompts(apart)
     examples, met = decontaminated(examples, evaluated, template) if evaluated else (examples, 0)
     if not examples:
-        raise EyasError("the shards hold no conversation with an answer to learn from; let the target write more")
-    counts = sum(map(counts_of, shards), Counts())
+        raise EyasError("the text holds no conversation with an answer to learn from; let the target write more")
     facts = {
         "kind": "self-written",
         **asdict(counts),
         "conversations": len(examples),
         "duplicates_dropped": twins,
         **apart_facts(apart, evaluated, met),
-        "settings": [settings_of_folder(folder) for folder in folders],
-        "shards": list(map(place_of, shards)),
+        "settings": settings,
+        **files,
     }
     return examples, {"data": facts}
 

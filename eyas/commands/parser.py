@@ -123,6 +123,14 @@ def train_options(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="train on these folders of self-written shards too (or alone)",
     )
+    train.add_argument(
+        "--text",
+        metavar="F",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="train on these files of self-written text, made of shards by scripts/pack_text.py; the target reads them once more",
+    )
     template_kwargs(train)
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")

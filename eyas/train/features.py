@@ -1,4 +1,5 @@
-"""Training examples and the target's states at their tokens: from shards that self-play wrote, or from a pass of the target on the fly.
+"""Training examples and the target's states at their tokens: from shards that self-play wrote, or from a pass of the target on the fly,
+whose states may be kept.
 
 Either way an example is tokens with answer numbers, and `states` gives features [M, taps * H], last hidden states [M, H] and the target's
 likeliest tokens [M] for a list of examples. Knows documents, shards and the target's pass; knows nothing of the draft.
@@ -10,17 +11,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from eyas.decode.memory import free_bytes
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 from eyas.train.conversations import Document
+from eyas.train.shards import Written, written_in
 
 SCORED = 256  # rows whose logits over the whole vocabulary are held at once
+LEAST_ANSWER = 8  # tokens of answers that a self-written example has at least
+KEPT_SHARE = {"cuda": 0.7, "cpu": 0.5}  # share of the free memory that kept states may take; training takes the rest
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,18 @@ def shard_examples(paths: Sequence[Path], max_length: int) -> list[Example]:
     """Examples of self-written shards. The last token of each was never read by the target: it is only a label."""
     examples = []
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
-            numbers, temperatures = file.get_tensor("answers").tolist(), file.get_tensor("temperatures").tolist()
-        place = row = 0  # where a document begins among the shard's tokens, and among its states
-        for length, temperature in zip(lengths, temperatures, strict=True):
-            kept = slice(place, place + min(length, max_length))
-            if sum(number >= 0 for number in numbers[kept]) >= 8:
-                examples.append(Example(tokens[kept], numbers[kept], temperature == 0, path, row))
-            place, row = place + length, row + length - 1
+        row = 0  # where a conversation begins among the shard's states
+        for written in written_in(path):
+            examples += written_examples(written, max_length, path, row)
+            row += len(written.tokens) - 1
     return examples
+
+
+def written_examples(written: Written, max_length: int, source: Path | None = None, start: int = 0) -> list[Example]:
+    """The example that a conversation makes, cut to `max_length` tokens; none where too little of an answer is left."""
+    tokens, answers = written.tokens[:max_length], written.answers[:max_length]
+    enough = sum(number >= 0 for number in answers) >= LEAST_ANSWER
+    return [Example(tokens, answers, written.temperature == 0, source, start)] if enough else []
 
 
 class ShardStates:
@@ -108,6 +116,54 @@ class TargetStates:
         for part in asked.split(SCORED):
             target_argmax[part] = self.target.head(out.hidden[part]).argmax(-1)
         return States(out.tapped, out.hidden, target_argmax)
+
+
+class KeptStates:
+    """Another source's states, asked for once and kept in bfloat16, as shards keep them, on the device where they came to be. What does not
+    fit into `rows` rows is asked for again each time."""
+
+    def __init__(self, source: StateSource, rows: int) -> None:
+        self.source, self.rows, self.used = source, rows, 0
+        self.slabs: list[Tensor] = []  # features, hidden and target_argmax of all kept rows, once their widths are known
+        self.places: dict[int, tuple[Example, slice]] = {}  # by id; an example that is held here keeps its id
+        self.lock = Lock()  # workers ask at once
+
+    @torch.no_grad()
+    def states(self, examples: Sequence[Example]) -> States:
+        missing = [example for example in examples if id(example) not in self.places]
+        new: dict[int, list[Tensor]] = {}
+        if missing:
+            found = self.source.states(missing)
+            columns = [found.features.bfloat16(), found.hidden.bfloat16(), found.target_argmax]
+            parts = zip(*(column.split([len(example.tokens) for example in missing]) for column in columns), strict=True)
+            new = {id(example): list(part) for example, part in zip(missing, parts, strict=True)}
+            self.keep(missing, new)
+        held = [new.get(id(example)) or [slab[self.places[id(example)][1]] for slab in self.slabs] for example in examples]
+        features, hidden, target_argmax = (torch.cat(column) for column in zip(*held, strict=True))
+        return States(features, hidden, target_argmax)
+
+    def keep(self, examples: Sequence[Example], states: dict[int, list[Tensor]]) -> None:
+        """Copy the states of these examples into the slabs, as far as there is room."""
+        for example in examples:
+            part, count = states[id(example)], len(example.tokens)
+            with self.lock:
+                if self.used + count > self.rows or id(example) in self.places:
+                    continue
+                self.slabs = self.slabs or [each.new_empty(self.rows, *each.shape[1:]) for each in part]
+                place, self.used = slice(self.used, self.used + count), self.used + count
+            for slab, each in zip(self.slabs, part, strict=True):
+                slab[place] = each
+            self.places[id(example)] = (example, place)
+
+
+def kept_states(target: TargetModel, taps: Sequence[int], examples: Sequence[Example]) -> KeptStates:
+    """The states of these examples from a target that is prepared, kept as far as the memory of its device goes."""
+    device = target.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
+    wanted = sum(len(example.tokens) for example in examples)
+    row = 2 * (len(taps) + 1) * target.config.hidden_size + 8  # bytes
+    room = wanted if free is None else int(KEPT_SHARE.get(device.type, 0.5) * free) // row
+    return KeptStates(TargetStates(target, taps), min(wanted, room))
 
 
 class TapsOf:

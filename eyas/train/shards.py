@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,6 +50,26 @@ def save_shard(path: Path, conversations: Sequence[Finished | None], width: int,
     save_file(tensors, temporary, metadata={"counts": json.dumps(counted)})  # one entry, since several would have no fixed order
     os.replace(temporary, path)
     return answers
+
+
+class Written(NamedTuple):
+    """A conversation as it was written, without the target's states."""
+
+    tokens: list[int]
+    answers: list[int]  # for each token the number of its answer; -1 outside
+    temperature: float  # of its answers
+
+
+def written_in(path: Path) -> Iterator[Written]:
+    """The conversations of a shard, in its order."""
+    with safe_open(path, framework="pt") as file:
+        tokens, lengths = file.get_tensor("tokens").tolist(), file.get_tensor("lengths").tolist()
+        numbers, temperatures = file.get_tensor("answers").tolist(), file.get_tensor("temperatures").tolist()
+    start = 0
+    for length, temperature in zip(lengths, temperatures, strict=True):
+        own = slice(start, start + length)
+        yield Written(tokens[own], numbers[own], temperature)
+        start += length
 
 
 @dataclass(frozen=True)
@@ -152,12 +172,17 @@ def settings_of_folder(folder: Path) -> dict[str, Any]:
 
 def check_shards(folder: Path, settings: SelfPlay) -> None:
     """Shards of other settings may train together, but only where the same target, template and taps wrote them, in the same form."""
-    found, wanted = settings_of_folder(folder), json.loads(json.dumps(asdict(settings)))
-    different = [name for name in ("target", "template", "taps", "version") if found.get(name) != wanted[name]]
-    if found.get("read") not in (None, "", wanted["read"]):  # not every folder says it
+    check_writing(folder, settings_of_folder(folder), settings, ("target", "template", "taps", "version"))
+
+
+def check_writing(path: Path, found: Mapping[str, Any], settings: SelfPlay, names: Sequence[str]) -> None:
+    """Raise `EyasError` where what `found` says of these settings is not what `settings` say."""
+    wanted = json.loads(json.dumps(asdict(settings)))
+    different = [name for name in names if found.get(name) != wanted[name]]
+    if found.get("read") not in (None, "", wanted["read"]):  # not everything that was written says it
         different.append("the target's config or tokenizer")
     if different:
-        raise EyasError(f"{folder} was written by another target or in another way ({', '.join(different)} differ); leave it out")
+        raise EyasError(f"{path} was written by another target or in another way ({', '.join(different)} differ); leave it out")
 
 
 # ---- writing ----

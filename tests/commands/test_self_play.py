@@ -7,12 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from eyas import cli
+from eyas.files.disk import file_hash
+from eyas.kernels import native
 from eyas.train.decontaminate import questions
 from eyas.train.features import shard_examples
 from eyas.train.template import Template
+from eyas.train.texts import pack_text
+from eyas.train.writers import writing_precision
 from tests.own_cache import own_cache
 from tests.tiny import byte_tokenizer, save_tiny_target
 
@@ -143,3 +149,36 @@ def test_what_an_evaluation_asks_is_left_out_of_training(cache, tmp_path):
     assert cli.main(words(cache, "apart", "--shards", folder, *files, "--steps", "1")) == 0
     data = told(cache, "apart")["data"]
     assert data["kept_apart"]["from"] == ["eval.jsonl", "other.jsonl"] and data["kept_apart"]["dropped"] >= 1
+
+
+def test_text_without_states_trains_the_draft_that_its_shards_train(cache, capsys):
+    folder, packed = shards(cache)[0].parent, cache / "text.safetensors"
+    pack_text([folder], packed)
+    before = shards(cache)
+    assert cli.main(words(cache, "of shards", "--shards", folder, "--steps", "3", "--set", "products=fp32")) == 0
+    assert cli.main(words(cache, "of text", "--text", packed, "--steps", "3", "--set", "products=fp32")) == 0
+    assert shards(cache) == before
+    ours, theirs = (told(cache, name) for name in ("of text", "of shards"))
+    assert ours["data"]["texts"] == [{"file": "text.safetensors", "sha256": file_hash(packed)}]
+    same = ("answer_tokens", "conversations", "settings", "dropped", "looped")
+    assert [ours["data"][name] for name in same] == [theirs["data"][name] for name in same]
+    if writing_precision() == "bf16" and native.kernel() is not None:
+        files = [load_file(cache / name / "model.safetensors") for name in ("of text", "of shards")]
+        assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+
+
+def test_a_run_on_text_goes_on_with_that_text_alone(cache, capsys):
+    packed, other = cache / "text.safetensors", cache / "other.safetensors"
+    pack_text([shards(cache)[0].parent], packed)
+    with safe_open(packed, framework="pt") as file:
+        save_file(load_file(packed), other, {"text": file.metadata()["text"] + " "})
+    assert cli.main(words(cache, "goes on", "--text", packed, "--steps", "2")) == 0
+    assert cli.main(words(cache, "goes on", "--text", packed, "--steps", "4", "--resume")) == 0
+    assert told(cache, "goes on")["steps"] == 4
+    for more, said in (
+        (("goes on", "--text", other, "--steps", "5", "--resume"), "the run was trained on other text; resume with the same --text"),
+        (("both", "--text", packed, "--self-play", "99", "--steps", "1"), "--text brings text that the target wrote before"),
+    ):
+        assert cli.main(words(cache, *more)) == 2 and said in capsys.readouterr().err
+    assert cli.main(words(cache, "stranger", "--text", packed, "--steps", "1", target="other")) == 2
+    assert "was written by another target or in another way (target differ)" in capsys.readouterr().err
