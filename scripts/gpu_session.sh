@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys. A stage has seconds of its
+# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys; a draft. A stage has seconds of its
 # own and ends with them; what it printed by then is kept, and the next begins. A result that is there is not made again.
 # Run: scripts/gpu_session.sh [--tiny] OUT_DIRECTORY [STAGE ..]
-#      (all stages by default; --tiny rehearses them on a CPU). Needs no network, no package but those of eyas[test], and no installation.
+#      (tests, round and tree by default; --tiny rehearses stages on a CPU). Needs no network, no package but those of eyas[test], and no
+#      installation.
+# The stage `train` runs only where it is named, from what scripts/gpu_carry.py brought in the calls that it names. It takes TRAIN_SECONDS
+# (360) of training and about two minutes around them, so give it a call of its own; TRAIN_BATCH (4096 tokens), TRAIN_RATE (4e-3) and
+# TRAIN_WARM_UP (100 steps) may be set, and in TRAIN_MORE further words for scripts/gpu_train.py, such as "--set seed=1".
 set -uo pipefail
 tiny=() device=cuda
-[ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu; shift; }
+[ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu TRAIN_SECONDS=${TRAIN_SECONDS:-10}; shift; }
 out=$(mkdir -p "${1:?an output directory}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit
@@ -34,4 +38,7 @@ stage() { # name seconds result command ..
 stage tests 150 tests.xml python3 -m pytest -q -p no:cacheprovider -m gpu --junit-xml "$out/tests.xml" tests/test_gpu.py tests/parallel/test_gpu_shards.py
 stage round 200 round.json python3 benchmarks/gpu_round.py "${tiny[@]}" --device "$device" --out "$out/round.json"
 stage tree 160 tree.json python3 benchmarks/gpu_tree_attention.py "${tiny[@]}" --device "$device" --out "$out/tree.json"
+[[ $wanted != *" train "* ]] || stage train $((${TRAIN_SECONDS:=360} + 165)) train.json python3 scripts/gpu_train.py \
+    "${tiny[@]}" --device "$device" --out "$out" --seconds "$TRAIN_SECONDS" --batch "${TRAIN_BATCH:-4096}" \
+    --learning-rate "${TRAIN_RATE:-4e-3}" --warm-up "${TRAIN_WARM_UP:-100}" ${TRAIN_MORE:-}
 exit $failed

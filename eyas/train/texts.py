@@ -51,18 +51,23 @@ def pack_text(folders: Sequence[Path], out: Path) -> Text:
         if different := [name for name in SAME if found.get(name) != settings[0].get(name)]:
             raise EyasError(f"{folder} and {folders[0]} were not written alike ({', '.join(different)} differ); pack them apart")
     shards = [shard for folder in folders for shard in sorted(folder.glob(PATTERN))]
-    tensors = laid_end_to_end([written for shard in shards for written in written_in(shard)])
-    if not len(tensors["lengths"]):
+    conversations = [written for shard in shards for written in written_in(shard)]
+    if not conversations:
         raise EyasError(f"{', '.join(map(str, folders))} hold no conversation")
-    counts = asdict(sum(map(counts_of, shards), Counts())) | {"bytes": 0}  # those of the states that were left out
+    write_text(conversations, settings, sum(map(counts_of, shards), Counts()), out)
+    return read_facts(out)
+
+
+def write_text(conversations: Sequence[Written], settings: Sequence[dict[str, Any]], counts: Counts, out: Path) -> None:
+    """Write conversations into one file, whole or not at all. `settings`: of SelfPlay, one for each way in which they were written."""
+    told = {"settings": list(settings), "counts": asdict(counts) | {"bytes": 0}}  # which are those of states
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"text": json.dumps({"settings": settings, "counts": counts})})
+        save_file(laid_end_to_end(conversations), temporary, metadata={"text": json.dumps(told)})
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise EyasError(f"cannot write {out} ({error})") from None
-    return read_facts(out)
 
 
 def laid_end_to_end(conversations: Sequence[Written]) -> dict[str, Tensor]:
