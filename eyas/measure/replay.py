@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eyas.config import GREEDY, TreeShape
+from eyas.config import GREEDY, Sampling, TreeShape
 from eyas.decode.drafter import Drafter, TreeRequest
+from eyas.decode.sampling import Noise
 from eyas.decode.tree import Tree
 from eyas.decode.verify import walk
 from eyas.model.protocols import TargetModel
@@ -39,16 +40,24 @@ def features_of(target: TargetModel, tokens: Sequence[int], taps: Sequence[int],
 
 
 @torch.inference_mode()
-def replay(drafter: Drafter, features_N3H: Tensor, tokens: Sequence[int], prompt_length: int, shape: TreeShape) -> Replay:
-    """Run rounds with greedy trees of `shape` along these tokens, the first `prompt_length` of which are the prompt. Every draw is the
-    text's own token."""
+def replay(
+    drafter: Drafter,
+    features_N3H: Tensor,
+    tokens: Sequence[int],
+    prompt_length: int,
+    shape: TreeShape,
+    sampling: Sampling = GREEDY,
+    noise: Noise | None = None,
+) -> Replay:
+    """Run rounds with trees of `shape` along these tokens, the first `prompt_length` of which are the prompt. Every draw is the text's own
+    token. Above temperature 0 the text was drawn with `sampling` and `noise`, which the trees share."""
     tokens = list(tokens)
     drafter.reserve(1, len(tokens) + shape.nodes + (shape.depth + 1) * shape.top_k)
     position = prompt_length  # of the root: the last token committed
     drafter.observe(0, tokens[: position + 1], features_N3H[:position])
     found = Replay([], [])
     while position < len(tokens) - 1:
-        tree = drafter.propose([TreeRequest(0, tokens[position], position, shape, GREEDY, None)])[0]
+        tree = drafter.propose([TreeRequest(0, tokens[position], position, shape, sampling, noise.at if noise else None)])[0]
         following = [*tokens[position + 1 :], -1]  # no guess is right behind the end
         accepted = walk(tree, lambda row, tree=tree, following=following: following[min(tree.depths[row], len(following) - 1)])
         count = min(len(accepted.path), len(tokens) - 1 - position)

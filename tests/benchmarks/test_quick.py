@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -266,3 +267,20 @@ def test_gpu_tree_attention(found):
     assert all(row["ms"] > 0 and row["off_by"] < 0.02 for row in told["kernels"]), "parts, joined, are the whole"
     (several,) = told["processes"]
     assert several["processes"] == 2 and several["keys"] == 512 and several["off_by"] < 0.02 and several["same_bits"]
+
+
+def test_acceptance(found):
+    """Walking a draft along the target's texts finds the tau of the rounds that would have written them."""
+    told = found("acceptance")
+    assert [(row["temperature"], row["method"]) for row in told] == list(itertools.product((0, 1), ("eagle3", "eagle3-lookup")))
+    first = told[0]
+    assert first["tau"]["more_than_first"] == 0 and first["tau"]["more_interval"] == [0, 0]
+    from common import KINDS, tiny
+
+    prompts = [json.loads(line)["prompt"] for line in (tiny().root / "prompts" / KINDS["chat"]).read_text().splitlines()[:2]]
+    engine = eyas.load(target=tiny().target, draft=tiny().draft)
+    for row in told:
+        more = {"temperature": row["temperature"], "seed": 0, "max_new_tokens": 12, "generation_config": "none"}
+        results = engine.generate(prompts, method=row["method"], tree=row["tree"], **more)
+        tokens = sum(length * count for result in results for length, count in result.accepted_lengths.items())
+        assert row["tau"]["mt_bench"] == pytest.approx(tokens / sum(result.rounds for result in results), abs=0.02)
