@@ -1,6 +1,6 @@
 """What drafts' guesses are worth: tau of each draft, method and tree on the same texts, without a pass of the target for each round.
 
-    python benchmarks/acceptance.py --sets DIR [--drafts shipped,DIR] [--methods eagle3,eagle3-lookup] [--trees 60x7x10] [--temperatures 0]
+    python benchmarks/acceptance.py --sets DIR [--drafts shipped,DIR] [--methods eagle3,eagle3+copy] [--trees 60x7x10] [--temperatures 0]
 
 The target answers the first `--limit` prompts of every set once; what it wrote is kept in `--state`. Each draft then walks along these
 texts: what it would have guessed in each round, and how much of that is the text. "Before loops" leaves out what comes after a text has
@@ -147,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", type=Path, help="folder of prompt files")
     parser.add_argument("--names", default=",".join(KINDS.values()), help="of the files")
     parser.add_argument("--drafts", default=SHIPPED, help=f"directories, or {SHIPPED}")
-    parser.add_argument("--methods", default="eagle3,eagle3-lookup")
+    parser.add_argument("--methods", default="eagle3,eagle3+copy")
     parser.add_argument("--trees", default="60x7x10")
     parser.add_argument("--temperatures", default="0")
     parser.add_argument("--limit", type=int, default=20, help="prompts of a set")

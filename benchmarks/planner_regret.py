@@ -32,7 +32,7 @@ from eyas.decode.sequence import Sequence
 from eyas.engine import Engine
 
 NODES, DEPTHS, TOP_KS = (1, 2, 4, 8, 16, 32, 60), range(1, 8), (1, 2, 4, 10)
-METHOD = "eagle3-lookup"
+METHOD = "eagle3+copy"
 BEST, BEST_LATER = 5, 2  # fixed trees in the first turn of a race, and in the later ones
 TURNS = {1: 1, 2: 2, 4: 4}  # of a batch: how often all its groups of prompts are raced; of larger ones thrice
 

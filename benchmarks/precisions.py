@@ -27,7 +27,7 @@ from eyas.kernels import native
 from eyas.kernels.linear import Dense
 from eyas.model.rows import chain_rows
 
-METHOD = "eagle3-lookup"
+METHOD = "eagle3+copy"
 
 
 Way = tuple[str, str]  # a precision, and what is drafted: "plain" or a tree

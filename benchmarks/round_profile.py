@@ -28,6 +28,7 @@ from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import Engine
 from eyas.kernels import native
 from eyas.kernels.layer import NativeLayers
+from eyas.methods import COPY
 
 REPEATS = 5
 
@@ -166,19 +167,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts")
     parser.add_argument("--limit", type=int, default=5)
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--method", default="eagle3-lookup")
+    parser.add_argument("--method", default="eagle3+copy")
     parser.add_argument("--tree", default="auto")
     parser.add_argument("--max-new-tokens", type=int, default=150)
     given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, limit=2, max_new_tokens=16, tree="8x2x3")
     engine = engine_for(given, given.precision)
-    tree = {} if given.method == "plain" else {"tree": given.tree}
+    how: dict[str, Any] = {"method": given.method, "copy": given.method.endswith(COPY), "generation_config": "none"}
+    how |= {} if given.method == "plain" else {"tree": given.tree}
     for practice in PRACTICE:
-        engine.generate(practice, generation_config="none", method=given.method, max_new_tokens=min(60, given.max_new_tokens), **tree)
+        engine.generate(practice, max_new_tokens=min(60, given.max_new_tokens), **how)
     prompts = [item.prompt for item in read_prompts(given.prompts, given.limit)[0]]
     found = {"precision": given.precision, "method": given.method, "tree": given.tree}
     tell(
-        found
-        | profiled(engine, prompts, {"method": given.method, "max_new_tokens": given.max_new_tokens, "generation_config": "none", **tree}),
+        found | profiled(engine, prompts, {**how, "max_new_tokens": given.max_new_tokens}),
         given.out,
     )
 

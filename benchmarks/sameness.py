@@ -2,7 +2,7 @@
 
     python benchmarks/sameness.py FILE.jsonl .. [--precisions bf16,int8,q4] [--batch 16] [--limit 80] [--out F.json]
 
-Every prompt is answered by plain decoding and by eagle3-lookup with planned trees, in batches whose texts end at different times,
+Every prompt is answered by plain decoding and by eagle3+copy with planned trees, in batches whose texts end at different times,
 greedily and at temperature 1. No timing is taken.
 """
 
@@ -24,7 +24,7 @@ def counted(engine: Engine, prompts: Sequence[Any], batch: int, temperature: flo
         some = prompts[first : first + batch]
         settings = {"temperature": temperature, "seed": first, "max_new_tokens": longest, "generation_config": "none"}
         plain = engine.generate(some, method="plain", **settings)
-        drafted = engine.generate(some, method="eagle3-lookup", **settings)
+        drafted = engine.generate(some, method="eagle3+copy", **settings)
         tokens += sum(len(result.tokens) for result in plain)
         different += sum(a.tokens != b.tokens for a, b in zip(plain, drafted))
     return {"tokens": tokens, "texts": len(prompts), "different": different}

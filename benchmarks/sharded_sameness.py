@@ -3,7 +3,7 @@
     python benchmarks/sharded_sameness.py --prompts F.jsonl [--tokens 100000] [--processes 2,3] [--precisions bf16,q4] [--out F.json]
 
 The same batches are written by one process with `--context-parallel` and by so many processes, of one thread each: plainly, by eagle3 and
-by eagle3-lookup with planned trees, greedily and at temperature 1, until one process has written so many tokens. What is written is kept in
+by eagle3+copy with planned trees, greedily and at temperature 1, until one process has written so many tokens. What is written is kept in
 a file (`--state`, else in the cache of eyas), so a run that was ended goes on where it was. No timing is taken.
 """
 
@@ -25,9 +25,10 @@ from eyas.config import cache_dir
 from eyas.decode.sampling import NOISE_VERSION
 from eyas.files.disk import directory_hash
 from eyas.kernels.native import kernel_name
+from eyas.methods import COPY
 from eyas.parallel.target import ShardedTarget
 
-METHODS = ("plain", "eagle3", "eagle3-lookup")
+METHODS = ("plain", "eagle3", "eagle3+copy")
 Texts = list[list[int]]  # tokens of each
 
 
@@ -75,7 +76,7 @@ def write(_: int, given: Any, batches: Sequence[Batch], prompts: Sequence[Any], 
     for batch in batches:
         settings = {"temperature": batch.temperature, "seed": batch.first, "max_new_tokens": given.max_new_tokens}
         some = prompts[batch.first : batch.first + given.batch]
-        results = engine.generate(some, method=batch.method, generation_config="none", **settings)
+        results = engine.generate(some, method=batch.method, copy=batch.method.endswith(COPY), generation_config="none", **settings)
         state.add(batch, target.peers.count, [result.tokens for result in results])
     target.stop()
     return len(batches)

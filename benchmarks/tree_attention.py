@@ -193,7 +193,7 @@ def tokens(_: int, load: Callable[[], Engine], prompts: Sequence[str], rows: Seq
 
     found, layers = [], target.target.config.num_hidden_layers
     for count in (1, *rows):
-        settings = {"method": "plain"} if count == 1 else {"method": "eagle3", "tree": TREES[count]}
+        settings = {"method": "plain"} if count == 1 else {"method": "eagle3", "copy": False, "tree": TREES[count]}
         written, seen, calls, size = (counted(length + 1, **settings) - counted(1, **settings)).tolist()
         found.append(
             {

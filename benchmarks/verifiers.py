@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for temperature in map(float, given.temperatures.split(",")):
         for verifier in OF_TREES:
-            settings = {"method": given.method, "verifier": verifier, "sampling": Sampling(temperature)}
+            settings = {"method": given.method, "copy": False, "verifier": verifier, "sampling": Sampling(temperature)}
             settings["max_new_tokens"] = given.max_new_tokens
             static = best_shape(engine, settings, dev, given.nodes)
             shapes = [static] if VERIFY[verifier].draws else [TreeShape.parse(CHOSEN[given.nodes]), static]

@@ -217,7 +217,8 @@ PRECISIONS = ("bf16", "fp32", "int8", "q4")  # the first is the default
 class Request:
     """The settings of one call. One object, so that command line, Python and benchmarks cannot drift apart."""
 
-    method: str | None = None  # a name in METHODS; None: the first that the draft serves (EAGLE-3: with look-up in its tree), else plain
+    method: str | None = None  # a name in METHODS; None: the first that the draft serves, else plain
+    copy: bool | None = None  # what followed the same tokens before joins the draft's guesses; None: yes, where a draft guesses
     tree: str | TreeShape = "auto"  # a `TreeShape`, or its text; "auto": a planner sizes each tree, or the draft brings its static one
     sampling: Sampling = GREEDY
     seed: int | None = None  # what the text is drawn with; None: a fresh seed, which the result tells
@@ -246,7 +247,7 @@ class Request:
             check_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, whole=True)
 
     def check_kinds(self) -> None:
-        for name, kinds in {"method": (str, type(None)), "tree": (str, TreeShape), "sampling": (Sampling,), "verifier": (str,)}.items():
+        for name, kinds in KINDS.items():
             if not isinstance(getattr(self, name), kinds):
                 raise EyasError(f"{name} must be {HOW[name]}, not {short(getattr(self, name))}")
         for name in ("raw", "ignore_eos"):
@@ -261,7 +262,20 @@ class Request:
             raise EyasError(f"stop must be a string or several, none of them empty, not {short(self.stop)}")
 
 
-HOW = {"method": "a method's name", "tree": "a shape or its text, as '60x7x10'", "sampling": "a Sampling", "verifier": "a verifier's name"}
+KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str, type(None)),
+    "copy": (bool, type(None)),
+    "tree": (str, TreeShape),
+    "sampling": (Sampling,),
+    "verifier": (str,),
+}
+HOW = {
+    "method": "a method's name",
+    "copy": "True, False or None",
+    "tree": "a shape or its text, as '60x7x10'",
+    "sampling": "a Sampling",
+    "verifier": "a verifier's name",
+}
 
 
 class Turn(TypedDict):
@@ -284,6 +298,7 @@ class Settings(TypedDict, total=False):
     """The settings that a call takes by keyword: `Request`'s fields, and `Sampling`'s."""
 
     method: str | None
+    copy: bool | None
     tree: str | TreeShape
     sampling: Sampling
     seed: int | None

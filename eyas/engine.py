@@ -23,12 +23,13 @@ from eyas.decode.plan.store import PlanStore
 from eyas.decode.prompt import Prompt, Prompts, WrittenPrompt, checked_ids, is_many, is_token_ids, render
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
-from eyas.decode.verifiers import VERIFY, check_shape
+from eyas.decode.verifiers import VERIFY, check_shape, draws
+from eyas.drafters.copying import CopyingDrafter
 from eyas.files.generation_config import GenerationConfig, generation_config
 from eyas.files.target import check_device, load_target, prepared, target_config, target_directory
 from eyas.files.tokenizer import check_known, load_tokenizer
 from eyas.files.untrusted import Fields
-from eyas.methods import METHODS, method_named, trained
+from eyas.methods import COPY, METHODS, copies, parted, trained
 from eyas.model.protocols import TargetModel
 from eyas.parallel.layout import Layout
 from eyas.parallel.peers import Peers, check_timeout, place_of
@@ -174,15 +175,17 @@ class Engine:
 
     # ---- methods and shapes ----
 
-    def drafter(self, method: str) -> Drafter:
-        """A new drafter of this method. Raises `EyasError` for an unknown method, or one whose draft was not loaded."""
-        wanted = method_named(method).draft
+    def drafter(self, method: str, copy: bool = False) -> Drafter:
+        """A new drafter of this method, which copying joins where `copy` is True or the method is written with `+copy`. Raises `EyasError`
+        for an unknown method, or one whose draft was not loaded."""
+        method, said = parted(method)
+        wanted = METHODS[method].draft
         if method not in self.makers:
             how = "" if wanted == DEFAULT else f" --method {wanted}"
             other = f"{self.draft} is no {wanted} draft, which {method} needs"
             what = other if self.draft else f"no draft for {self.directory.name}"
             raise EyasError(f"{what}; name one with --draft, train one with `eyas train{how}`, or use --method plain")
-        return self.makers[method]()
+        return CopyingDrafter(self.makers[method]()) if copy or said else self.makers[method]()
 
     def use_draft_model(self, model: TargetModel) -> None:
         """Let method draft-model guess with this smaller model, of the same vocabulary, instead of the target's first layers. It may be
@@ -201,13 +204,16 @@ class Engine:
 
     def method_of(self, request: Request) -> str:
         """The name of the method that a request asks for, or the default one. Raises `EyasError` for an unknown method."""
-        method = request.method or self.default_method
-        method_named(method)
-        return method
+        return parted(request.method or self.default_method)[0]
+
+    def copies(self, request: Request) -> bool:
+        """Whether copying joins the trees of a request's method. Raises `EyasError` where it cannot, and is asked for."""
+        return copies(request.method or self.default_method, request.copy, draws(request.verifier, request.sampling))
 
     def shape(self, tree: str | TreeShape, method: str) -> TreeShape:
         """The largest tree that a round may grow. With "auto" a planner sizes each tree within it; a method with a static tree has its
         draft's. Raises `EyasError` for text that is no tree shape."""
+        method, _ = parted(method)
         if method == "plain":
             return PLAIN
         if isinstance(tree, TreeShape):
@@ -218,14 +224,15 @@ class Engine:
             raise EyasError(f"a tree is a shape or its text, as '60x7x10', not {short(tree)}")
         return TreeShape.parse(tree)
 
-    def planner(self, tree: str | TreeShape, method: str, sampling: Sampling) -> Planner | None:
-        """The planner that sizes the trees of one call; None where a shape was named or is the draft's own. The first call on a machine
-        times passes."""
+    def planner(self, tree: str | TreeShape, method: str, sampling: Sampling, copy: bool = False) -> Planner | None:
+        """The planner that sizes the trees of one call; None where a shape was named or is the draft's own. What it learned with copying
+        (`copy`) and without is kept apart. The first call on a machine times passes."""
+        method, said = parted(method)
         if tree != "auto" or method == "plain" or METHODS[method].static:
             return None
         if self.plans is None:
             self.plans = PlanStore(self.target, self.directory, self.draft, self.precision)
-        return self.plans.planner(method, sampling)
+        return self.plans.planner(method + COPY * bool(copy or said), sampling)
 
     # ---- generation ----
 
@@ -328,13 +335,13 @@ class Engine:
     def decoder(self, request: Request, watch: Watch | None = None) -> Decoder:
         """A decoder for one call, or for a server's whole life; it takes sequences in and out between rounds (`admit`, `step`, `abort`).
         Raises `EyasError` for an unknown verifier, one that cannot read trees of this shape, and as `drafter` does."""
-        method = self.method_of(request)
-        drafter, shape = self.drafter(method), self.shape(request.tree, method)
+        method, copy = self.method_of(request), self.copies(request)
+        drafter, shape = self.drafter(method, copy), self.shape(request.tree, method)
         if shape.growth:
             growth_named(shape.growth)
         if request.verifier in VERIFY:
             check_shape(request.verifier, shape, request.sampling)
-        decoder = Decoder(self.target, drafter, request.verifier, self.planner(request.tree, method, request.sampling))
+        decoder = Decoder(self.target, drafter, request.verifier, self.planner(request.tree, method, request.sampling, copy))
         decoder.watch = watch
         return decoder
 

@@ -52,6 +52,7 @@ class Method:
     teaching: str | None = None  # name of the module that teaches its draft, as `Teaching` says; None: it has no draft of its own
     draft: str | None = None  # the method whose drafts it decodes with, often itself; None: it needs no draft
     static: bool = False  # its tree has a static shape that comes with the draft, unless another is asked for
+    copy: bool = True  # copying may join its trees (drafters/copying.py)
 
     def decoding(self) -> Decoding:
         """Import the module that decodes."""
@@ -65,16 +66,17 @@ class Method:
 
 # Where one draft serves several methods, the first of them is the default.
 METHODS: dict[str, Method] = {
-    "eagle3-lookup": Method("eyas.drafters.copying", draft="eagle3"),
     "eagle3": Method("eyas.drafters.eagle3", "eyas.train.eagle3", draft="eagle3"),
     "eagle2": Method("eyas.drafters.eagle2", draft="eagle1"),
     "eagle1": Method("eyas.drafters.eagle1", "eyas.train.eagle1", draft="eagle1", static=True),
     "medusa": Method("eyas.drafters.medusa", "eyas.train.medusa", draft="medusa", static=True),
     "mtp": Method("eyas.drafters.mtp", "eyas.train.mtp", draft="mtp"),
     "draft-model": Method("eyas.drafters.draft_model"),
-    "lookup": Method("eyas.drafters.lookup"),
-    "plain": Method("eyas.drafters.plain"),
+    "lookup": Method("eyas.drafters.lookup", copy=False),
+    "plain": Method("eyas.drafters.plain", copy=False),
 }
+COPY = "+copy"  # behind the name of a method whose trees copying joins
+EARLIER = {"eagle3-lookup": "eagle3+copy"}  # names that some methods had, and how they are written now
 
 
 def register(name: str, method: Method) -> None:
@@ -93,6 +95,29 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise EyasError(f"method {name!r} is unknown; choose {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def parted(written: str) -> tuple[str, bool | None]:
+    """A method's name, and whether `+copy` behind it asks for copying (else None). Raises `EyasError` for a name that is not known."""
+    now = EARLIER.get(written, written)
+    name = now.removesuffix(COPY)
+    method_named(name)
+    return name, True if now != name else None
+
+
+def copies(written: str, copy: bool | None, drawn: bool = False) -> bool:
+    """Whether copying joins the trees of a method, as it is written: of every method that drafts, unless `copy` is False or the verifier
+    reads `drawn` guesses alone. Raises `EyasError` where that contradicts what is asked for."""
+    name, said = parted(written)
+    if said and copy is False:
+        raise EyasError(f"method {written} copies, and --no-copy was given too; drop one of the two")
+    if not METHODS[name].copy:
+        if copy or said:
+            raise EyasError(f"copying joins the trees of a draft, and method {name} has none; method lookup is copying alone")
+        return False
+    if drawn and (copy or said):
+        raise EyasError("copied guesses are not drawn, as this verifier needs them to be; drop --copy")
+    return copy is not False and not drawn
 
 
 def trained() -> list[str]:

@@ -22,12 +22,12 @@ for precision in bf16 int8 q4; do # passes are timed, and planners learn, before
 done
 for precision in bf16 int8 q4; do
     script "round-$precision" round_profile --prompts "$prompts/mt_bench.jsonl" --precision "$precision"
-    bench "greedy-$precision" "$prompts/mt_bench.jsonl" --precision "$precision" --methods plain,eagle3,eagle3-lookup,lookup
+    bench "greedy-$precision" "$prompts/mt_bench.jsonl" --precision "$precision" --methods plain,eagle3,eagle3+copy,lookup
 done
-bench sampled-bf16 "$prompts/mt_bench.jsonl" --temperature 1 --methods plain,eagle3,eagle3-lookup
+bench sampled-bf16 "$prompts/mt_bench.jsonl" --temperature 1 --methods plain,eagle3,eagle3+copy
 bench accept-reject "$prompts/mt_bench.jsonl" --temperature 1 --methods eagle3@60x7x10,eagle3@60x7x10+accept-reject
 for precision in bf16 int8; do
-    bench "summaries-$precision" "$here/summary_prompts.jsonl" --precision "$precision" --methods plain,eagle3,eagle3-lookup
+    bench "summaries-$precision" "$here/summary_prompts.jsonl" --precision "$precision" --methods plain,eagle3,eagle3+copy
 done
 script startup startup
 script regret-bf16 planner_regret "$prompts"

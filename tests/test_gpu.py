@@ -75,7 +75,7 @@ def test_one_sequence_is_read_by_captured_passes_call_after_call(sampling):
 def test_planned_trees_give_plain_text_on_cuda(tmp_path):
     target = save_tiny_target(tmp_path / "target")
     engine = load(target, draft=save_tiny_draft(tmp_path / "draft", target), precision="fp32", device="cuda")
-    texts = [engine.generate("a hawk", method=method, max_new_tokens=50).text for method in ("plain", "eagle3", "eagle3-lookup")]
+    texts = [engine.generate("a hawk", method=method, max_new_tokens=50).text for method in ("plain", "eagle3", "eagle3+copy")]
     assert texts == texts[:1] * 3
 
 

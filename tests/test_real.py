@@ -119,7 +119,7 @@ def test_bf16_text_of_eagle3_is_plain_text_under_the_native_kernel(bf16, tempera
     sampling = Sampling(temperature)
     plain = texts(bf16, None, PLAIN, sampling, SOME, 32)
     assert texts(bf16, bf16.drafter("eagle3"), TREE, sampling, SOME, 32) == plain
-    assert texts(bf16, bf16.drafter("eagle3-lookup"), TREE, sampling, SOME[:10], 32) == plain[:10]
+    assert texts(bf16, bf16.drafter("eagle3+copy"), TREE, sampling, SOME[:10], 32) == plain[:10]
     assert texts(bf16, bf16.drafter("lookup"), TreeShape.chain(5), sampling, SOME[:10], 32) == plain[:10]
 
 

@@ -6,12 +6,12 @@ Knows names, settings and results; trains and decodes nothing (commands/compare.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eyas.config import EyasError
-from eyas.methods import METHODS
+from eyas.methods import COPY, EARLIER, METHODS
 from eyas.view import pictures
 
 BUDGETS = (16, 60)  # target rows a round
@@ -29,6 +29,7 @@ class Row:
     like: str | None = None  # the row whose draft it decodes with
     teaches: str = ""
     also: bool = False  # an ablation or a control: not one of the methods themselves
+    copy: bool = False  # copying joins its trees
 
 
 ROWS = (
@@ -45,7 +46,13 @@ ROWS = (
     ),
     Row("eagle2", "eagle2", like="eagle1", teaches="the same draft; its confidence shapes the tree"),
     Row("eagle3", "eagle3", "eagle3", teaches="no feature loss, three layers' features, trained on its own output"),
-    Row("eagle3-lookup", "eagle3-lookup", like="eagle3", teaches="look-up's guesses in the same tree"),
+    Row(
+        "eagle3+copy",
+        "eagle3",
+        like="eagle3",
+        copy=True,
+        teaches="what followed the same tokens before joins the draft's guesses",
+    ),
     Row(
         "eagle2 without the token",
         "eagle2",
@@ -73,6 +80,11 @@ ROWS = (
         also=True,
     ),
 )
+
+
+def with_copying(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, where copying joins every method that drafts; the row that shows what it brings is left out."""
+    return [replace(row, copy=METHODS[row.method].copy) for row in rows if not row.name.endswith(COPY)]
 
 
 def trees_of(row: Row, network: Any) -> dict[int, str]:
@@ -174,7 +186,7 @@ def chosen_rows(names: str | None, quick: bool) -> Sequence[Row]:
     rows = [row for row in ROWS if row.method in METHODS]
     if names is None:
         return [row for row in rows if not (quick and row.also)]
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = [EARLIER.get(name.strip(), name.strip()) for name in names.split(",") if name.strip()]
     known = {row.name: row for row in rows}
     if unknown := [name for name in wanted if name not in known]:
         raise EyasError(f"row {unknown[0]!r} is unknown; choose {', '.join(known)}")

@@ -34,12 +34,12 @@ from eyas.view import pictures
 WORKER = Path(__file__).with_name("peer_worker.py")
 ROOM = 64  # positions behind the longest text
 CHAINS = (2, 3)  # tokens that engines draft in a row, where they draft chains
-OURS, PLAIN_BF16, PLAIN_INT8, PLAIN_Q4 = "eyas int8 eagle3-lookup", "eyas bf16 plain", "eyas int8 plain", "eyas q4 plain"
+OURS, PLAIN_BF16, PLAIN_INT8, PLAIN_Q4 = "eyas int8 eagle3+copy", "eyas bf16 plain", "eyas int8 plain", "eyas q4 plain"
 LLAMA = "llama.cpp Q4_1 plain"
 PAIRS = (  # ratios that the table ends with: (first over second)
-    ("eyas bf16 eagle3-lookup", PLAIN_BF16),
+    ("eyas bf16 eagle3+copy", PLAIN_BF16),
     (OURS, PLAIN_INT8),
-    ("eyas q4 eagle3-lookup", PLAIN_Q4),
+    ("eyas q4 eagle3+copy", PLAIN_Q4),
     (OURS, LLAMA),
     (PLAIN_INT8, LLAMA),
     (PLAIN_Q4, LLAMA),
@@ -67,7 +67,7 @@ def ours(shared: dict[str, Any], draft: str, practice: list[list[int]]) -> list[
     bits = {"bf16": 16.0, "int8": 8.5, "q4": 5.0}  # layers' weights with their scales
     found = []
     for precision, size in bits.items():
-        for method in ("plain", "eagle3-lookup"):
+        for method in ("plain", "eagle3+copy"):
             job = shared | {"draft": draft, "precision": precision, "method": method, "practice": practice}
             found.append(Contestant(f"eyas {precision} {method}", "eyas", Path(sys.executable), [size], job))
     return found

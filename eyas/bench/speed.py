@@ -21,7 +21,7 @@ from eyas.decode.prompt import Prompt
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import RoundRecord
 from eyas.engine import Engine
-from eyas.methods import method_named
+from eyas.methods import METHODS, copies, parted
 
 WARM_UP_TOKENS = 8
 ABOVE = 1.1  # a speed-up this many times tau, at the lower end of its interval, is no speed-up
@@ -30,20 +30,25 @@ Report = Callable[[int, int, str], None]  # generations done, of how many, the m
 
 
 class Method(NamedTuple):
-    """A method as a user writes it, `METHOD[@TREE][+VERIFIER]`; parts that are left out come from the request."""
+    """A method as a user writes it, `METHOD[+copy][@TREE][+VERIFIER]`; parts that are left out come from the request. Copying is off where
+    nothing asks for it: a table's `eagle3` is the draft alone."""
 
     text: str
     name: str
     tree: str | None
     verifier: str | None
+    copy: bool
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        found = re.fullmatch(r"([^@+]+)(?:@([^@+]+))?(?:\+([^@+]+))?", text)
+        found = re.fullmatch(r"([^@+]+)(\+copy)?(?:@([^@+]+))?(\+copy)?(?:\+([^@+]+))?", text)
         if not found:
-            raise EyasError(f"method {text!r} is not understood; write METHOD[@TREE][+VERIFIER], say eagle3@chain:3")
-        method = cls(text, *found.groups())
-        method_named(method.name)
+            raise EyasError(f"method {text!r} is not understood; write METHOD[+copy][@TREE][+VERIFIER], say eagle3@chain:3")
+        written, before, tree, behind, verifier = found.groups()
+        name, copy = parted(written + (before or behind or ""))
+        if copy:
+            copies(name, copy)  # an error where it cannot
+        method = cls(text, name, tree, verifier, bool(copy))
         if method.tree and method.name == "plain":
             raise EyasError(f"method {text!r}: plain decoding has no tree")
         if method.tree not in (None, "auto"):
@@ -55,7 +60,8 @@ class Method(NamedTuple):
     def request(self, base: Request) -> Request:
         """The base request by this method."""
         tree = PLAIN if self.name == "plain" else self.tree or base.tree
-        return replace(base, method=self.name, tree=tree, verifier=self.verifier or base.verifier)
+        copy = METHODS[self.name].copy and (self.copy or bool(base.copy))
+        return replace(base, method=self.name, copy=copy, tree=tree, verifier=self.verifier or base.verifier)
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -117,8 +123,8 @@ def impossible(figures: dict[str, Any]) -> bool:
     return tau is not None and interval is not None and interval[0] > ABOVE * tau
 
 
-def settings_of(plan: Request) -> dict[str, str]:
-    return {"tree": tree_name(plan.tree), "verifier": plan.verifier}
+def settings_of(plan: Request) -> dict[str, Any]:
+    return {"tree": tree_name(plan.tree), "verifier": plan.verifier, "copy": bool(plan.copy)}
 
 
 def same_draws(plan: Request, plain: Request | None) -> bool:

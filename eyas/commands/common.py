@@ -15,13 +15,13 @@ from eyas.decode.grow import growth_named
 from eyas.decode.plan.planner import MAX_TREE
 from eyas.decode.prompt import prompt_message
 from eyas.decode.rules import BLOCK
-from eyas.decode.verifiers import check_shape
+from eyas.decode.verifiers import check_shape, draws
 from eyas.engine import BUNDLED, Engine, load, make_request, without_draft
 from eyas.files.chat_data import VARIABLES, Conversation, tools_of, unread_keys
 from eyas.files.embedded import LAYERS, VOCABULARY
 from eyas.files.generation_config import FILE
 from eyas.files.target import from_hub, load_target, target_directory
-from eyas.methods import method_named
+from eyas.methods import METHODS, copies, parted
 from eyas.parallel.target import ShardedTarget
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def settings_from(options: argparse.Namespace, method: str | None = None) -> dic
         "tools": tools_from(getattr(options, "tools", None)),
     }
     settings = {name: value for name, value in settings.items() if value is not None and value is not False and value != []}
+    settings |= {} if options.copy is None else {"copy": options.copy}
     request = make_request(**settings)
     if not hasattr(options, "methods"):  # of several methods each has a tree and a verifier of its own
         check_request(request)
@@ -117,7 +118,7 @@ def method_from(options: argparse.Namespace) -> str | None:
     """The method that options name, if any; where it contradicts others, `EyasError`."""
     named, plain = getattr(options, "method", None), getattr(options, "plain", False)
     if named is not None:
-        method_named(named)
+        parted(named)
     if plain and named not in (None, "plain"):
         raise EyasError(f"--plain is the same as --method plain, and --method {named} was given too; drop one of the two")
     method = "plain" if plain else named
@@ -129,12 +130,14 @@ def method_from(options: argparse.Namespace) -> str | None:
 
 def check_request(request: Request) -> None:
     """Raise `EyasError` for what no round could do, as far as that is known before a draft is loaded."""
+    if request.method is not None:
+        copies(request.method, request.copy, draws(request.verifier, request.sampling))
     if request.method == "plain":
         return
     if request.tree == "auto":
         if request.verifier == "block":
             raise EyasError(BLOCK)
-        if request.method is not None and not method_named(request.method).static:
+        if request.method is not None and not METHODS[parted(request.method)[0]].static:
             check_shape(request.verifier, MAX_TREE, request.sampling)
         return
     shape = request.tree.checked() if isinstance(request.tree, TreeShape) else TreeShape.parse(request.tree)

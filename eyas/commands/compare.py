@@ -32,6 +32,7 @@ from eyas.bench.family import (
     titled,
     training_rows,
     trees_of,
+    with_copying,
 )
 from eyas.bench.prompts import PromptItem, read_prompts
 from eyas.bench.report import machine
@@ -44,11 +45,12 @@ from eyas.commands.output import progress, result_file, terminal, write_result
 from eyas.config import PRECISIONS, EyasError, Request, Sampling, TrainSettings, cache_dir
 from eyas.decode.drafter import Drafter
 from eyas.decode.plan import store
+from eyas.drafters.copying import CopyingDrafter
 from eyas.engine import Engine, load
 from eyas.files.disk import replace_text
 from eyas.files.target import load_target, target_directory
 from eyas.files.tensors import read_tensors
-from eyas.methods import METHODS
+from eyas.methods import COPY, METHODS
 from eyas.model.cache import KVCache
 from eyas.train import trainer as training
 from eyas.train.build import Setup, Studied, build, hold_out
@@ -111,6 +113,7 @@ class Family:
 
 def run(options: argparse.Namespace) -> int:
     rows, out = chosen_rows(options.rows, options.quick), result_file(options.out)
+    rows = with_copying(rows) if options.copy else [row for row in rows if options.copy is None or not row.copy]
     scale = QUICK if options.quick else FULL
     studied = Studied.at(target_directory(options.target), None, options.chat_template_kwargs)
     console = terminal(stderr=True)
@@ -231,7 +234,7 @@ def training_of(draft: Path) -> dict[str, Any]:
 
 def measured(family: Family, row: Row, draft: Path | None, items: list[PromptItem], name: str) -> dict[str, Any]:
     """A row's figures at both budgets, greedy and at temperature 1; read back where they were measured before."""
-    kept = family.folder / f"{slug(name)}.json"
+    kept = family.folder / f"{slug(name)}{COPY * (row.copy and not name.endswith(COPY))}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     family.console.print(f"measuring {name}", markup=False)
@@ -246,7 +249,14 @@ def measured(family: Family, row: Row, draft: Path | None, items: list[PromptIte
             raise KeyboardInterrupt
         for nodes, written in zip(BUDGETS, names_of(row, trees), strict=True):
             at[f"{nodes}, T={temperature:g}"] = {key: value for key, value in found["methods"][written].items() if key != "prompts"}
-    told = {**at[f"{BUDGETS[0]}, T=0"], "method": row.method, "at": at, "teaches": row.teaches, "prompt_count": len(items)}
+    told = {
+        **at[f"{BUDGETS[0]}, T=0"],
+        "method": row.method,
+        "copy": row.copy,
+        "at": at,
+        "teaches": row.teaches,
+        "prompt_count": len(items),
+    }
     own = parameters(draft) if draft else 0
     told |= {"draft_ms": draft_ms(engine, row, items, trees, family), "parameters": own, "memory_mb": memory_mb(engine, row, own)}
     told |= {"machine": machine(engine)} | ({"training": training_of(draft), "draft_of": row.like or row.name} if draft else {})
@@ -255,7 +265,7 @@ def measured(family: Family, row: Row, draft: Path | None, items: list[PromptIte
 
 
 def names_of(row: Row, trees: dict[int, str]) -> list[str]:
-    return ["plain"] * len(BUDGETS) if row.method == "plain" else [f"{row.method}@{trees[nodes]}" for nodes in BUDGETS]
+    return ["plain"] * len(BUDGETS) if row.method == "plain" else [f"{row.method}{COPY * row.copy}@{trees[nodes]}" for nodes in BUDGETS]
 
 
 def bench(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int, str], sampling: Sampling, family: Family) -> dict[str, Any]:
@@ -272,9 +282,16 @@ def draft_ms(engine: Engine, row: Row, items: list[PromptItem], trees: dict[int,
     """Milliseconds of drafting in a round of the smaller budget: the median over rounds of a few prompts, greedy."""
     seconds: list[float] = []
     make: Callable[[], Drafter] = engine.makers[row.method]
-    engine.makers[row.method] = lambda: cast("Drafter", Timed(make(), seconds))  # whose other members are the drafter's
+
+    def timed() -> Drafter:
+        drafter = CopyingDrafter(make()) if row.copy else make()
+        return cast("Drafter", Timed(drafter, seconds))  # whose other members are the drafter's
+
+    engine.makers[row.method] = timed
+    request = replace(request_of(family), method=row.method, tree=trees[BUDGETS[0]], copy=False)
     for item in items[:4]:
-        engine.generate(item.prompt, replace(request_of(family), method=row.method, tree=trees[BUDGETS[0]]))
+        engine.generate(item.prompt, request)
+    engine.makers[row.method] = make
     return round(1e3 * sorted(seconds)[len(seconds) // 2], 3) if seconds else 0.0
 
 
@@ -282,7 +299,6 @@ def memory_mb(engine: Engine, row: Row, own: int) -> float:
     """The megabytes of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
     drafter: Any = engine.drafter(row.method)  # its caches are no part of what a drafter has to have
     drafter.reserve(1, 1000)
-    drafter = getattr(drafter, "draft", drafter)  # look-up merged with a draft: the draft's part
     caches: list[KVCache] = getattr(drafter, "caches", [drafter.cache] if hasattr(drafter, "cache") else [])
     return round((2 * own + sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)) / 1e6, 2)
 

@@ -36,20 +36,22 @@ def run(options: argparse.Namespace) -> int:
     prompt = options.prompt or QUESTION
     console = terminal(quiet=options.json)
     shared: Any = {"max_new_tokens": options.max_new_tokens, "seed": 0, "chat_template_kwargs": options.chat_template_kwargs}
-    plain, fast = Request(method="plain", **shared), Request(method="eagle3", tree=options.tree, **shared)
+    copy = bool(options.copy)
+    plain, fast = Request(method="plain", **shared), Request(method="eagle3", copy=copy, tree=options.tree, **shared)
     for request in (plain, fast):  # the first pass of a process is slow: let neither pay for it
         engine.generate(prompt, replace(request, max_new_tokens=4))
     shown: list[Any] = [f"[bold]{escape(prompt)}[/bold]", "[dim]plain decoding, one token a pass:[/dim]"]
     console.print(*shown, sep="\n\n")
     slow_result, slow_text, _ = write_coloured(engine, prompt, plain, console)
-    heading = "[dim]EAGLE-3, same weights, [/dim][bold green]guessed by the draft and right[/bold green][dim]:[/dim]"
+    guessed = "guessed by the draft or copied, and right" if copy else "guessed by the draft and right"
+    heading = f"[dim]EAGLE-3, same weights, [/dim][bold green]{guessed}[/bold green][dim]:[/dim]"
     console.print(f"\n{heading}")
     fast_result, fast_text, nodes = write_coloured(engine, prompt, fast, console)
     tokens = engine.encode(prompt, chat_template_kwargs=options.chat_template_kwargs)
     lines = verdict(engine, tokens, slow_result, fast_result, options.precision, tree_told(options.tree, nodes))
     console.print(f"\n{lines}")
     if options.json:
-        print(json.dumps(facts(slow_result, fast_result)))
+        print(json.dumps({**facts(slow_result, fast_result), "copy": copy}))
     if picture:
         save_picture(picture, [*shown, slow_text, heading, fast_text, lines])
     return 0

@@ -53,6 +53,7 @@ def finished(engine: Engine, prompt: Prompt, request: Request, options: argparse
 
 def as_json(engine: Engine, request: Request, result: Result) -> dict[str, Any]:
     found = {key: getattr(result, key) for key in JSON_KEYS}
+    found |= {"method": engine.method_of(request), "copy": engine.copies(request)}
     found["generation_config"] = {"used": dict(request.defaulted), "not_done": engine.generation_config.not_done}
     found |= sharing(engine)
     if result.logprobs is not None:

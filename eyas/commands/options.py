@@ -114,6 +114,12 @@ def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
         )
 
 
+def copy(command: argparse.ArgumentParser, usual: str) -> None:
+    """`--copy` and `--no-copy`; `usual`: what holds without them."""
+    told = f"let what followed the same tokens earlier join the draft's guesses, or not; it changes no text (default: {usual})"
+    command.add_argument("--copy", action=argparse.BooleanOptionalAction, help=told)
+
+
 def context_parallel(command: argparse.ArgumentParser) -> None:
     """Options of the commands that can share a text's keys out over processes."""
     command.add_argument(
@@ -128,15 +134,20 @@ def context_parallel(command: argparse.ArgumentParser) -> None:
 
 
 def generation(
-    command: argparse.ArgumentParser, method: bool = True, new_tokens: int | None = None, generation_config: str = "none"
+    command: argparse.ArgumentParser,
+    method: bool = True,
+    copies: str = "with every method that drafts",
+    new_tokens: int | None = None,
+    generation_config: str = "none",
 ) -> None:
     """Options of the commands that write text. Those left out are None, so that a model's generation_config.json may have its say;
-    `new_tokens` and `generation_config`: a command's own defaults."""
+    `copies`, `new_tokens` and `generation_config`: a command's own defaults."""
     models(command)
     context_parallel(command)
     if method:
         command.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
         command.add_argument("--plain", action="store_true", help="the same as --method plain")
+    copy(command, copies)
     command.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
     sampling(command)
     template_kwargs(command)

@@ -13,6 +13,7 @@ from eyas.commands.options import (
     add,
     apart,
     conversation,
+    copy,
     disk,
     generation,
     known_methods,
@@ -58,10 +59,11 @@ def parser() -> argparse.ArgumentParser:
 def demo_options(commands: argparse._SubParsersAction) -> None:
     demo = add(commands, "demo", "one answer twice from the same weights, plain and with EAGLE-3")
     models(demo)
+    copy(demo, "the draft alone")
     demo.add_argument("--prompt", default=None, help="ask this instead of the built-in question")
     template_kwargs(demo)
     demo.add_argument("--max-new-tokens", "--max-tokens", type=int, default=160, help="of the answer at most (default %(default)s)")
-    demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens")
+    demo.add_argument("--json", action="store_true", help="print one object: same_text, tau, ratio, tokens, copy")
     demo.add_argument("--svg", metavar="F.svg", help="save what was shown as a picture")
 
 
@@ -74,7 +76,7 @@ def generate_options(commands: argparse._SubParsersAction) -> None:
     generation(generate, generation_config="auto")
     generate.add_argument("--n", type=int, metavar="N", help="write so many answers, each with a seed of its own")
     generate.add_argument("--logprobs", type=int, metavar="K", help="with --json: the log probability of each token and of the K likeliest")
-    told = "text, tokens, tau, rounds, seconds, seed, finish_reason, generation_config"
+    told = "text, tokens, tau, rounds, seconds, seed, finish_reason, method, copy, generation_config"
     generate.add_argument("--json", action="store_true", help=f"print one object (with --n one a line): {told}")
 
 
@@ -173,10 +175,10 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--limit", type=int, help="only the first so many prompts")
     bench.add_argument(
         "--methods",
-        default="plain,eagle3,eagle3-lookup,lookup",
-        metavar="METHOD[@TREE][+VERIFIER],..",
-        help=f"{known_methods()}, each with a tree or verifier of its own if wanted: plain,eagle3@chain:3,eagle3@60x7x10+accept-reject "
-        "(default %(default)s)",
+        default="plain,eagle3,eagle3+copy,lookup",
+        metavar="METHOD[+copy][@TREE][+VERIFIER],..",
+        help=f"{known_methods()}, each with copying, a tree or a verifier of its own if wanted: "
+        "plain,eagle3@chain:3,eagle3+copy,eagle3@60x7x10+accept-reject (default %(default)s)",
     )
     bench.add_argument(
         "--peers",
@@ -185,7 +187,7 @@ def bench_options(commands: argparse._SubParsersAction) -> None:
         "first use (minutes, gigabytes)",
     )
     bench.add_argument("--out", metavar="r.json", help="write the result there; with --peers and matplotlib also a picture")
-    generation(bench, method=False, new_tokens=200)
+    generation(bench, method=False, copies="where a method says +copy", new_tokens=200)
 
 
 def compare_options(commands: argparse._SubParsersAction) -> None:
@@ -197,6 +199,7 @@ def compare_options(commands: argparse._SubParsersAction) -> None:
         metavar="NAME,..",
         help="only these, and plain: medusa, 'eagle3 without fusion', .. (default: all)",
     )
+    copy(compare, "in row eagle3+copy alone")
     compare.add_argument("--prompts", metavar="F.jsonl", help="what to measure with (default: held-out questions of the target's own)")
     template_kwargs(compare)
     compare.add_argument("--out", metavar="r.json", help="write the result there, and with matplotlib a picture beside it")
@@ -238,6 +241,7 @@ def plan_options(commands: argparse._SubParsersAction) -> None:
     plan = add(commands, "plan", "what a pass costs here, and which trees pay for how many sequences")
     models(plan, tree=False)
     plan.add_argument("--method", default=None, help="any with planned trees (default: the draft's own)")
+    copy(plan, "with every method that drafts")
     plan.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     template_kwargs(plan)
     plan.add_argument("--picture", metavar="F.png", help="draw prices and gains there (needs matplotlib)")
@@ -248,7 +252,7 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
     trace.add_argument("prompt", help="a user's turn, or text to go on with under --raw")
     trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
     trace.add_argument("--rounds", type=int, default=4, help="how many rounds to tell (default %(default)s)")
-    generation(trace, method=False, new_tokens=48)
+    generation(trace, method=False, copies="the draft alone", new_tokens=48)
 
 
 def export_options(commands: argparse._SubParsersAction) -> None:

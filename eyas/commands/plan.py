@@ -15,7 +15,7 @@ from eyas.config import EyasError, Sampling
 from eyas.decode.plan.calibration import Calibration
 from eyas.decode.sequence import RoundRecord
 from eyas.engine import Engine
-from eyas.methods import METHODS
+from eyas.methods import COPY, METHODS, copies, parted
 from eyas.view.plan import reliability, save_picture, typical_rounds
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -25,21 +25,24 @@ PRACTICE_TOKENS = 100
 def run(options: argparse.Namespace) -> int:
     planned = [name for name, method in METHODS.items() if name != "plain" and not method.static]
 
-    def check(method: str) -> None:
+    def checked(written: str) -> tuple[str, bool]:
+        """The method's name, and whether copying joins it."""
+        method = parted(written)[0]
         if method not in planned:
             raise EyasError(f"method {method!r} has no trees to plan; choose {', '.join(planned)}")
+        return method, copies(written, options.copy)
 
-    check(options.method or planned[0])
+    checked(options.method or planned[0])
     picture = picture_file("--picture", options.picture)
     sampling = Sampling(options.temperature)
     engine = engine_from(options)
-    method = options.method or engine.default_method
-    if method == "plain":
+    written = options.method or engine.default_method
+    if written == "plain":
         engine.drafter("eagle3")  # says that there is no draft
-    check(method)
-    practise(engine, method, sampling, options.chat_template_kwargs)
-    planner = engine.planner("auto", method, sampling)
-    assert planner is not None  # `check` has let through no method without one
+    method, copy = checked(written)
+    practise(engine, method, copy, sampling, options.chat_template_kwargs)
+    planner = engine.planner("auto", method, sampling, copy)
+    assert planner is not None  # `checked` has let through no method without one
     rounds = typical_rounds(planner, BATCHES)
     console = terminal()
     prices = Table("rows of a pass", "milliseconds", title="What a pass costs here")
@@ -47,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
         prices.add_row(str(rows), f"{1e3 * seconds:.1f}")
     console.print(prices)
     console.print(f"a step of the draft: {1e3 * planner.steps.of(1):.2f} ms for one row, {1e3 * planner.steps.of(8):.2f} for eight\n")
-    plans = Table("sequences", "levels", "nodes each", "tokens a round each", "round, ms", "times plain", title=f"Typical rounds, {method}")
+    title = f"Typical rounds, {method}{COPY * copy}"
+    plans = Table("sequences", "levels", "nodes each", "tokens a round each", "round, ms", "times plain", title=title)
     for each in rounds:
         shape = (str(each.levels), str(each.nodes)) if each.levels else ("-", "no tree")
         plans.add_row(str(each.batch), *shape, f"{each.tokens:.2f}", f"{1e3 * each.seconds:.1f}", f"{each.gain:.2f}")
@@ -58,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def practise(engine: Engine, method: str, sampling: Sampling, variables: Mapping[str, Any] | None) -> None:
+def practise(engine: Engine, method: str, copy: bool, sampling: Sampling, variables: Mapping[str, Any] | None) -> None:
     """Answer some prompts, so that prices and chances are of rounds that were served here. `variables`: of the chat template."""
     settings: Any = {"method": method, "sampling": sampling, "seed": 0, "max_new_tokens": PRACTICE_TOKENS, "generation_config": "none"}
-    settings["chat_template_kwargs"] = variables
+    settings |= {"chat_template_kwargs": variables, "copy": copy}
     settings["raw"] = not getattr(engine.tokenizer, "chat_template", None)
     with progress() as bar:
         task, written = bar.add_task("practice", total=len(PRACTICE) * PRACTICE_TOKENS, unit="tokens at most"), 0

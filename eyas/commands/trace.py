@@ -22,6 +22,6 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     engine.drafter("eagle3")
     request = settled(engine, options, "eagle3")
-    request = replace(request, tree=SMALL) if request.tree == "auto" else request
+    request = replace(request, copy=bool(request.copy), tree=SMALL if request.tree == "auto" else request.tree)
     Story(engine, terminal()).tell(options.prompt, request, options.rounds)
     return 0

@@ -39,11 +39,16 @@ class Verifier(NamedTuple):
     draws: bool = False  # it needs trees whose nodes the draft draws, with noise of the draft's own
 
 
+def draws(verifier: str, sampling: Sampling) -> bool:
+    """Whether a verifier, if there is one of this name, reads nothing but guesses that the draft drew."""
+    return verifier in VERIFY and VERIFY[verifier].draws and not sampling.greedy
+
+
 def check_shape(verifier: str, shape: TreeShape, sampling: Sampling) -> None:
     """Raise `EyasError` for a verifier that cannot read trees of this shape."""
     if verifier == "block" and shape.nodes > 1 and (shape.top_k > 1 or not shape.fixed):
         raise EyasError(BLOCK)
-    if VERIFY[verifier].draws and not sampling.greedy and shape.nodes > 1 and not shape.fixed:
+    if draws(verifier, sampling) and shape.nodes > 1 and not shape.fixed:
         raise EyasError(DRAWN.format(verifier=verifier))
 
 

@@ -1,11 +1,14 @@
-"""A drafter that copies as well: at every node of its tree the copy law joins its own, and behind the tree's leaves copying goes on alone.
+"""Copying as a part of every method: at every node of a drafter's tree the copy law joins its own, and behind the tree's leaves copying
+goes on alone.
 
 Where a long match says what comes next the drafter is not used: its passes would cost more than they add. It reads the text it missed when
-it is next needed. Knows the copy law, and a drafter by what it proposes; knows neither's insides.
+it is next needed. Guesses that a verifier needs drawn are left as they are. Knows the copy law, and a drafter by what it proposes; knows
+neither's insides.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +16,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from eyas.config import PLAIN
+from eyas.decode.copying import CopiedText
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree, merge
-from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.drafters.lookup import LookupDrafter
-from eyas.model.draft import DraftNetwork
-from eyas.model.vocab import DraftVocab
 
+LEAST = 2  # tokens that must match where nothing else guesses
+FAINT = math.log(0.02)  # a guess less likely than this is not made
 SURE = math.log(0.8)  # where copying's best guess has this chance or more, and no planner weighs it, the draft is not used
 
 
@@ -27,31 +29,45 @@ class CopyingDrafter:
     """Another drafter, whose trees hold what followed the same tokens before, too."""
 
     def __init__(self, draft: Drafter) -> None:
-        self.draft, self.lookup = draft, LookupDrafter()
-        self.wants = draft.wants
+        self.draft, self.wants = draft, draft.wants
+        self.texts: dict[int, CopiedText] = {}
 
     def reserve(self, sequences: int, capacity: int) -> None:
         self.draft.reserve(sequences, capacity)
-        self.lookup.reserve(sequences, capacity)
+        self.texts = {sequence: CopiedText() for sequence in range(sequences)}
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         self.draft.observe(sequence, tokens, features)
-        self.lookup.observe(sequence, tokens, None)
+        self.texts[sequence].unread += tokens
 
     def forget(self, sequence: int) -> None:
         self.draft.forget(sequence)
-        self.lookup.forget(sequence)
+        self.texts[sequence] = CopiedText()
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = [self.found(request) for request in requests]
-        asked = [replace(request, copied=self.lookup.texts[request.sequence].law) for request in requests]
-        drafted = self.draft.propose([ask(request, tree) for request, tree in zip(asked, found, strict=True)])
+        drafted = self.draft.propose([self.ask(request, tree) for request, tree in zip(requests, found, strict=True)])
         return [both(request, one, other) for request, one, other in zip(requests, drafted, found, strict=True)]
 
     def found(self, request: TreeRequest) -> Tree:
         """Copying's own tree. Its guesses cost no pass of the draft, so it may be as deep as the shape has nodes."""
-        nodes = request.shape.nodes
-        return self.lookup.look_up(request, min(nodes - 1, request.deepest or request.shape.levels))
+        if request.draws is not None:
+            return Tree.root(request.root)
+        levels = min(request.shape.nodes - 1, request.deepest or request.shape.levels)
+        return copied_tree(self.texts[request.sequence], request, levels)
+
+    def ask(self, request: TreeRequest, found: Tree) -> TreeRequest:
+        """The request that the draft gets, given copying's tree. A planner is told the chance of its best guess; without a planner the
+        draft is asked for nothing where that guess is sure."""
+        if request.draws is not None:
+            return request
+        request = replace(request, copied=self.texts[request.sequence].law)
+        if len(found) == 1:
+            return request
+        best = max(found.scores[1:])
+        if request.planner is None:
+            return replace(request, shape=PLAIN) if best >= SURE else request
+        return replace(request, covered=math.exp(best))
 
 
 def both(request: TreeRequest, one: Tree, other: Tree) -> Tree:
@@ -61,16 +77,29 @@ def both(request: TreeRequest, one: Tree, other: Tree) -> Tree:
     return (other if len(one) == 1 else merge([one, other])).best(request.shape.nodes)
 
 
-def ask(request: TreeRequest, found: Tree) -> TreeRequest:
-    """The request that the draft gets, given copying's tree. A planner is told the chance of its best guess; without a planner the draft is
-    asked for nothing where that guess is sure."""
-    if len(found) == 1:
-        return request
-    best = max(found.scores[1:])
-    if request.planner is None:
-        return replace(request, shape=PLAIN) if best >= SURE else request
-    return replace(request, covered=math.exp(best))
+def copied_tree(text: CopiedText, request: TreeRequest, levels: int) -> Tree:
+    """One tree, up to `levels` deep: the likeliest nodes by the copy law alone, each expanded when its turn comes."""
+    text.read()
+    tokens, parents, depths, scores, paths = [request.root], [-1], [0], [0.0], [list[int]()]
+    waiting: list[tuple[float, int, int, int]] = []  # -score, order, parent, token
 
+    def expand(row: int) -> None:
+        law = text.law(paths[row]) if depths[row] < levels else None
+        if law is None or law.matched < LEAST:
+            return
+        ranked = sorted(law.following.items(), key=lambda each: -each[1])
+        for token, share in ranked[: request.shape.top_k]:
+            score = scores[row] + math.log(law.chance * share)
+            if score >= FAINT:
+                heapq.heappush(waiting, (-score, len(tokens) * request.shape.top_k + len(waiting), row, token))
 
-def drafter(network: DraftNetwork, vocab: DraftVocab) -> CopyingDrafter:
-    return CopyingDrafter(Eagle3Drafter(network, vocab))
+    expand(0)
+    while waiting and len(tokens) < request.shape.nodes:
+        score, _, parent, token = heapq.heappop(waiting)
+        paths.append([*paths[parent], token])
+        tokens.append(token)
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+        scores.append(-score)
+        expand(len(tokens) - 1)
+    return Tree(tokens, parents, depths, scores)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from eyas.decode.copying import CopyLaw
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.score import log_scores
 from eyas.decode.tree import Tree
@@ -26,11 +27,12 @@ class Heard:
     levels: list[list[Path]] = field(default_factory=list)  # the nodes expanded at each level, in the order of the growth
     log_q: dict[Path, Tensor] = field(default_factory=dict)  # [D] the head's own distribution behind each of them, at the temperature
     columns: Tensor | None = None  # the draft's id of each token; None: the target's
+    laws: dict[Path, CopyLaw | None] = field(default_factory=dict)  # what followed each of them before, where copying is on
 
     def own(self, path: Path, token: int) -> float:
         """The head's own probability of a token behind an expanded node, with no noise in it."""
         column = token if self.columns is None else int(self.columns[token])
-        return math.exp(float(self.log_q[path][column]))
+        return math.exp(float(self.log_q[path][column])) if column >= 0 else 0.0
 
 
 class Listener:
@@ -62,6 +64,7 @@ def listened(request: TreeRequest, heard: Heard) -> TreeRequest:
         logits_RD = request.processed(paths, logits_RD, columns) if request.processed else logits_RD
         level = [tuple(path) for path in paths]
         heard.levels.append(level)
+        heard.laws |= {path: request.copied(path) if request.copied else None for path in level}
         heard.log_q.update(zip(level, log_scores(logits_RD, request.sampling, None), strict=True))
         heard.columns = columns
         return logits_RD

@@ -93,7 +93,8 @@ class Story:
         level's nodes one step is told, behind the one told before where that was expanded, and the others are named."""
         root, told = tree.tokens[0], ()
         if not heard.levels:
-            self.say("  The draft is not asked: there is room for one token alone.")
+            why = "copying is sure of what follows" if len(tree) > 1 else "there is room for one token alone"
+            self.say(f"  The draft is not asked: {why}.")
         for number, level in enumerate(heard.levels, 1):
             told = next((path for path in level if path[:-1] == told), level[0])
             if number == 1:
@@ -119,10 +120,14 @@ class Story:
         if row is None or not children:
             return "its head guesses nothing that the tree keeps"
         own = ", ".join(f"{self.word(tree.tokens[child])} {heard.own(path, tree.tokens[child]):.2f}" for child in children)
-        if not heard.noisy:
+        law = heard.laws[path]
+        if law is not None:
+            shares = ", ".join(f"{self.word(token)} {law.chance * share:.2f}" for token, share in law.following.items())
+            own += f"; after the same {law.matched} token{'s' * (law.matched > 1)} before came {shares}"
+        if not heard.noisy and law is None:
             return f"its head guesses {own}"
-        noisy = ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
-        return f"its head guesses {own}; with the noise the target draws with: {noisy}"
+        scores = ", ".join(f"{self.word(tree.tokens[c])} {math.exp(tree.scores[c] - tree.scores[row]):.2f}" for c in children)
+        return f"its head guesses {own}; {joined(heard.noisy, law is not None)}: {scores}"
 
     def drawing(self, record: RoundRecord, text: Sequence, position: int, request: Request) -> Drawing:
         """The tree with scores; the kept path in green, each node with the target's own draw."""
@@ -169,6 +174,12 @@ class Story:
     def spelled(self, token: int) -> str:
         text = self.engine.tokenizer.decode([token])
         return text.strip() or repr(text)
+
+
+def joined(noisy: bool, copied: bool) -> str:
+    """What a node's score is made of beside the head's own guess."""
+    parts = ["both together"] * copied + ["with the noise the target draws with"] * noisy
+    return ", ".join(parts)
 
 
 def row_at(tree: Tree, path: Path) -> int | None:

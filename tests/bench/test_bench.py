@@ -184,9 +184,22 @@ def test_each_method_has_the_tree_it_names(engine):
 
 
 def test_a_method_may_name_its_tree_and_verifier():
-    assert Method.parse("eagle3@chain:3") == ("eagle3@chain:3", "eagle3", "chain:3", None)
-    assert Method.parse("draft-model@60x7x10+accept-reject")[1:] == ("draft-model", "60x7x10", "accept-reject")
-    assert Method.parse("eagle3+accept-reject")[1:] == ("eagle3", None, "accept-reject")
+    assert Method.parse("eagle3@chain:3") == ("eagle3@chain:3", "eagle3", "chain:3", None, False)
+    for text in ("eagle3+copy@chain:3+accept-reject", "eagle3@chain:3+copy+accept-reject", "eagle3-lookup@chain:3+accept-reject"):
+        assert Method.parse(text) == (text, "eagle3", "chain:3", "accept-reject", True)
+    assert Method.parse("draft-model@60x7x10+accept-reject")[1:] == ("draft-model", "60x7x10", "accept-reject", False)
+    assert Method.parse("eagle3+accept-reject")[1:] == ("eagle3", None, "accept-reject", False)
+
+
+def test_a_tables_method_copies_where_it_says_so_or_the_options_do(engine):
+    methods = parse_methods("plain,lookup,eagle3,eagle3+copy")
+    for asked, copies in ((None, [False, True]), (False, [False, True]), (True, [True, True])):
+        requests = [method.request(Request(copy=asked)) for method in methods]
+        assert [request.copy for request in requests] == [False, False, *copies]
+        assert [engine.copies(request) for request in requests] == [False, False, *copies]
+    found = bench(engine, "eagle3,eagle3+copy,lookup", tree="8x2x3")["methods"]
+    assert {text: figures["copy"] for text, figures in found.items()} == {"eagle3": False, "eagle3+copy": True, "lookup": False}
+    assert found["eagle3"]["accepted_lengths"] != found["eagle3+copy"]["accepted_lengths"]
 
 
 def test_a_method_that_another_draft_serves_is_refused_in_one_line(lines, tmp_path, capsys):
@@ -197,7 +210,9 @@ def test_a_method_that_another_draft_serves_is_refused_in_one_line(lines, tmp_pa
     assert said.startswith("eyas: ") and "is no medusa draft, which medusa needs" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["eagle3@", "eagle3@big", "eagle3+luck", "plain@chain:2", "plain,plain", ",", "@chain:3"])
+@pytest.mark.parametrize(
+    "text", ["eagle3@", "eagle3@big", "eagle3+luck", "plain@chain:2", "lookup+copy", "plain+copy", "plain,plain", ",", "@chain:3"]
+)
 def test_a_method_that_is_none_is_refused_in_one_line(text, lines, capsys):
     assert main(["bench", "--prompts", str(lines({"prompt": "x"})), "--methods", text]) == 2
     said = capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_sharded_sameness(tmp_path):
 
     told = found()
     assert [(row["method"], row["temperature"]) for row in told["rows"]] == [
-        (method, temperature) for method in ("plain", "eagle3", "eagle3-lookup") for temperature in (0, 1)
+        (method, temperature) for method in ("plain", "eagle3", "eagle3+copy") for temperature in (0, 1)
     ]
     assert all(row["texts"] == 2 and row["tokens"] > 2 for row in told["rows"])
     if native.kernel() is not None:
@@ -272,7 +272,7 @@ def test_gpu_tree_attention(found):
 def test_acceptance(found):
     """Walking a draft along the target's texts finds the tau of the rounds that would have written them."""
     told = found("acceptance")
-    assert [(row["temperature"], row["method"]) for row in told] == list(itertools.product((0, 1), ("eagle3", "eagle3-lookup")))
+    assert [(row["temperature"], row["method"]) for row in told] == list(itertools.product((0, 1), ("eagle3", "eagle3+copy")))
     first = told[0]
     assert first["tau"]["more_than_first"] == 0 and first["tau"]["more_interval"] == [0, 0]
     from common import KINDS, tiny
@@ -281,6 +281,7 @@ def test_acceptance(found):
     engine = eyas.load(target=tiny().target, draft=tiny().draft)
     for row in told:
         more = {"temperature": row["temperature"], "seed": 0, "max_new_tokens": 12, "generation_config": "none"}
-        results = engine.generate(prompts, method=row["method"], tree=row["tree"], **more)
+        copy = row["method"].endswith("+copy")
+        results = engine.generate(prompts, method=row["method"], copy=copy, tree=row["tree"], **more)
         tokens = sum(length * count for result in results for length, count in result.accepted_lengths.items())
         assert row["tau"]["mt_bench"] == pytest.approx(tokens / sum(result.rounds for result in results), abs=0.02)

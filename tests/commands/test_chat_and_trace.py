@@ -109,6 +109,18 @@ def test_trace_says_where_the_draft_is_not_asked(models, run):
     assert "The draft is not asked: there is room for one token alone." in out and "Step 1" not in out
 
 
+def test_trace_tells_what_copying_says_beside_the_head(models, run):
+    models = ["--target", models / "target", "--draft", models / "draft", "--precision", "fp32"]
+    words = ["trace", "abab" * 6, "--raw", *models, "--rounds", "8"]
+    assert "before came" not in run(*words)[1]
+    _, out, _ = run(*words, "--copy")
+    _, noisy, _ = run(*words, "--copy", "--temperature", "1", "--seed", "3")
+    assert re.search(r"; after the same \d+ tokens? before came '.*' \d\.\d\d.*; both together: ", out)
+    assert re.search(r"; both together, with the noise the target draws with: ", noisy)
+    _, repeated, _ = run("trace", "a" * 30, "--raw", *models, "--rounds", "2", "--copy", "--logit-bias", "64=100")
+    assert "The draft is not asked: copying is sure of what follows." in repeated
+
+
 def test_trace_without_a_draft_says_how_to_get_one(models, refused):
     assert refused("trace", "hi", "--target", models / "target") == (
         "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from eyas.bench.family import ROWS, chosen_rows
+from eyas.bench.family import ROWS, chosen_rows, with_copying
 from eyas.commands import compare
 from eyas.methods import METHODS, trained
 from eyas.train.trainer import Budget
@@ -37,6 +37,12 @@ def test_rows_are_all_methods_and_what_they_leave_out():
 
 def test_a_named_row_brings_plain_and_the_draft_it_needs():
     assert [row.name for row in chosen_rows("eagle2, lookup", True)] == ["plain", "lookup", "eagle1", "eagle2"]
+
+
+def test_copying_is_a_row_of_its_own_or_in_every_row_that_drafts():
+    assert [row.name for row in chosen_rows("eagle3-lookup", True)] == ["plain", "eagle3", "eagle3+copy"]
+    every = with_copying(chosen_rows(None, True))
+    assert {row.name: row.copy for row in every} == {row.name: METHODS[row.method].copy for row in chosen_rows(None, True) if not row.copy}
 
 
 def test_one_command_trains_measures_tells_and_goes_on(target, quick, run, tmp_path, monkeypatch):

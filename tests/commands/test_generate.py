@@ -54,6 +54,12 @@ def test_a_bad_option_is_one_line(models, refused, monkeypatch, words, line):
 
 BLOCK = "verifier block reads chains: --tree chain:K; for trees there is verifier traversal"
 CONTRADICTIONS = [
+    (["--plain", "--copy"], "copying joins the trees of a draft, and method plain has none; method lookup is copying alone"),
+    (["--method", "eagle3-lookup", "--no-copy"], "method eagle3-lookup copies, and --no-copy was given too; drop one of the two"),
+    (
+        ["--copy", "--method", "eagle3", "--verifier", "traversal", "--temperature", "1", "--tree", "chain:2"],
+        "copied guesses are not drawn, as this verifier needs them to be; drop --copy",
+    ),
     (["--plain", "--method", "eagle3"], "--plain is the same as --method plain, and --method eagle3 was given too; drop one of the two"),
     (["--draft-model", "x"], "--draft-model is what method draft-model guesses with; ask for that method, or drop --draft-model"),
     (["--verifier", "block", "--tree", "auto"], BLOCK),
@@ -210,16 +216,33 @@ def test_tools_and_variables_that_cannot_be_used_are_one_line(models, refused, w
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_every_method_gives_the_same_tokens(models, run, temperature):
     found = {}
-    for method in ("plain", "eagle3", "eagle3-lookup", "lookup", "draft-model"):
-        words = ["Tell me", "--seed", "7", "--temperature", temperature, "--json", "--method", method]
+    for method, *more in (["plain"], ["eagle3"], ["eagle3", "--no-copy"], ["lookup"], ["draft-model"], ["draft-model", "--no-copy"]):
+        words = ["Tell me", "--seed", "7", "--temperature", temperature, "--json", "--method", method, *more]
         status, out, err = run(*generate(models, *words))
         assert status == 0 and err == ""
-        found[method] = json.loads(out)
-        assert list(found[method]) == JSON_KEYS and found[method]["seed"] == 7
+        found[" ".join([method, *more])] = told = json.loads(out)
+        assert list(told) == JSON_KEYS and told["seed"] == 7
+        assert (told["method"], told["copy"]) == (method, method not in ("plain", "lookup") and not more)
     assert len({tuple(result["tokens"]) for result in found.values()}) == len({result["text"] for result in found.values()}) == 1
     assert found["plain"]["tau"] == 1.0 and found["eagle3"]["rounds"] <= found["plain"]["rounds"]
     short = json.loads(run(*generate(models, "Tell me", "--seed", "7", "--temperature", temperature, "--json", "--plain"))[1])
     assert short["tokens"] == found["plain"]["tokens"]
+
+
+def test_copying_is_on_unless_it_is_switched_off(models, run):
+    def rounds(*words):
+        told = json.loads(run(*generate(models, "Tell me", "--temperature", "0", "--json", "--max-new-tokens", "60", *words))[1])
+        return told["method"], told["copy"], told["rounds"]
+
+    usual = rounds()
+    assert (
+        usual
+        == rounds("--copy")
+        == rounds("--method", "eagle3")
+        == rounds("--method", "eagle3-lookup")
+        == rounds("--method", "eagle3+copy")
+    )
+    assert usual[:2] == ("eagle3", True) and rounds("--no-copy")[:2] == ("eagle3", False) and rounds("--no-copy")[2] != usual[2]
 
 
 def test_generate_streams_the_text_of_the_json_object(models, run):

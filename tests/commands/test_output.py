@@ -71,6 +71,7 @@ def test_the_demo_names_the_tree_behind_its_figures(models, run):
     planned = run(*words)[1]
     assert re.search(r"\(fp32, greedy, tree auto: planned each round, \d+\.\d nodes on average, \d+ tokens, ", planned)
     assert "(fp32, greedy, tree chain:3, " in run(*words, "--tree", "chain:3")[1]
+    assert "or copied" not in planned and "guessed by the draft or copied, and right" in run(*words, "--copy")[1]
     assert demo.tree_told("auto", [1, 4]) == "tree auto: planned each round, 2.5 nodes on average"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eyas.decode.generate import Decoder
 
-JSON_KEYS = ["text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason", "generation_config"]
+JSON_KEYS = ["text", "tokens", "tau", "rounds", "seconds", "seed", "finish_reason", "method", "copy", "generation_config"]
 TREE = "8x2x3"
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello, how are you?"}]}
 

@@ -178,6 +178,7 @@ def test_log_probabilities_are_those_of_the_paths_own_rows():
     engine = Engine(tiny_target(prepare=False, vocab_size=V), byte_tokenizer(), Path("tiny"), None, "fp32")
     engine.use_draft_model(tiny_target(prepare=False, vocab_size=V))
     settings = {"method": "draft-model", "tree": "12x2x3", "verifier": "accept-reject", "temperature": 2.0, "raw": True, "ignore_eos": True}
+    settings["copy"] = False
     result = engine.generate("aba", seed=1, logprobs=0, max_new_tokens=40, watch=lambda told: paths.append(told.accepted.path), **settings)
     assert any(path != list(range(len(path))) for path in paths), "an empty claim"
     text = [*engine.encode("aba", raw=True), *result.tokens]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
+
 from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.copying import USUAL
+from eyas.decode.copying import USUAL, CopiedText
 from eyas.decode.drafter import TreeRequest
+from eyas.decode.generate import Decoder
 from eyas.decode.tree import Tree
 from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
-from eyas.drafters.lookup import LookupDrafter
+from eyas.methods import METHODS
 from eyas.model.rows import chain_rows
 from tests.tiny import tiny_draft, tiny_target
+from tests.tiny_family import makers
 
 SHAPE = TreeShape(8, 2, 2)
 TEXT = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]
@@ -105,11 +109,42 @@ def test_a_draft_left_alone_for_some_rounds_grows_the_tree_it_would_have_grown()
 
 
 def test_what_a_match_is_worth_is_counted_in_the_text():
-    lookup = LookupDrafter()
-    lookup.reserve(2, 100)
-    lookup.observe(0, [1, 2, 3] * 20, None)  # every match is right
-    lookup.observe(1, [token for other in range(10, 40) for token in (1, 2, other)], None)  # none is
-    for text in lookup.texts.values():
+    right, wrong = CopiedText(unread=[1, 2, 3] * 20), CopiedText(unread=[token for other in range(10, 40) for token in (1, 2, other)])
+    for text in (right, wrong):
         text.read()
-    chances = [lookup.texts[sequence].chance(2) for sequence in (0, 1)]
-    assert chances[1] < USUAL[2] / 2 and lookup.texts[0].chance(40) > USUAL[12]
+    assert wrong.chance(2) < USUAL[2] / 2 and right.chance(40) > USUAL[12]
+
+
+# ---- joined to every method ----
+
+TARGET = tiny_target()
+REPEATED = [[3, 14, 15, 9, 26, 5] * 4, [7, 7, 8, 7, 7, 8, 7, 7, 8], [40, 2, 40, 2, 40, 2]]
+MAKERS = {name: make for name, make in makers().items() if METHODS[name].copy}
+LAWS = [Sampling(), Sampling(1.0), Sampling(1.0, repetition_penalty=1.2, presence_penalty=0.8, logit_bias={11: 2.0})]
+
+
+def decoded(drafter, tree: str, sampling: Sampling, batch: int | None = None):
+    *_, texts = Decoder(TARGET, drafter).run(REPEATED, TreeShape.parse(tree), sampling, range(3), 20, batch=batch)
+    return [(text.tokens, text.accepted_lengths) for text in texts]
+
+
+@pytest.mark.parametrize("sampling", LAWS, ids=["greedy", "T=1", "T=1, penalties"])
+@pytest.mark.parametrize("method", MAKERS)
+def test_copying_joins_every_method_and_changes_no_text(method, sampling):
+    """Trees grown by score and static ones, in one batch and in slots that texts take after one another."""
+    plain = [tokens for tokens, _ in decoded(None, "chain:1", sampling)]
+    for tree in ("9x3x3", "static:3.2.0.1.1.1"):
+        alone = decoded(MAKERS[method](), tree, sampling)
+        copied = decoded(CopyingDrafter(MAKERS[method]()), tree, sampling)
+        assert [tokens for tokens, _ in copied] == [tokens for tokens, _ in alone] == plain
+        assert [lengths for _, lengths in copied] != [lengths for _, lengths in alone], "copying had no part in it"
+        assert decoded(CopyingDrafter(MAKERS[method]()), tree, sampling, batch=2) == copied
+
+
+def test_guesses_that_a_verifier_needs_drawn_are_left_as_they_are():
+    draft = Noted()
+    joined = CopyingDrafter(draft)
+    joined.reserve(1, 100)
+    joined.observe(0, [*TEXT, 1, *TEXT[:9]], None)
+    request = TreeRequest(0, TEXT[8], 23, SHAPE, Sampling(1.0), None, draws=lambda node, count: None)
+    assert joined.propose([request])[0].tokens == [TEXT[8], 5, 6] and draft.asked == [SHAPE]

@@ -37,7 +37,7 @@ def test_the_text_is_plain_decodings(method, temperature, tree):
     assert [text.tokens for text in texts(MAKERS[method](), tree, sampling)] == wanted
 
 
-@pytest.mark.parametrize("method", [name for name in GUESSING if name not in ("lookup", "eagle3-lookup")])
+@pytest.mark.parametrize("method", [name for name in GUESSING if name != "lookup"])
 def test_drafting_alone_and_in_a_batch_makes_the_same_guesses(method):
     """Round by round, whichever anchors a text and its neighbours have and had: a cache that mixed sequences up would guess otherwise."""
     together = [text.accepted_lengths for text in texts(MAKERS[method](), "9x3x3", Sampling(1.0))]

@@ -68,9 +68,8 @@ def files_of(name: str) -> set[Path]:
 
 
 def gone_with(name: str) -> set[str]:
-    """Those that decode with its draft, or in whose tree it guesses, go with it."""
-    with_it = {each for each in METHODS if each == name or (METHODS[each].draft == name and METHODS[name].teaching)}
-    return with_it | ({"eagle3-lookup"} if name == "lookup" else set())
+    """Those that decode with its draft go with it."""
+    return {each for each in METHODS if each == name or (METHODS[each].draft == name and METHODS[name].teaching)}
 
 
 @pytest.fixture(scope="module")

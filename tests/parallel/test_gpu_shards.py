@@ -28,7 +28,7 @@ CALLS = [
     {"method": "plain"},
     {"method": "eagle3", "tree": "12x3x4"},
     {"method": "eagle3", "tree": "60x7x10", "temperature": 1.0},
-    {"method": "eagle3-lookup"},
+    {"method": "eagle3+copy"},
     {"method": "draft-model", "tree": "chain:3", "temperature": 1.0},
 ]
 

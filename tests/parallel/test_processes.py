@@ -30,7 +30,7 @@ CALLS = [
     {"method": "plain", "temperature": 1.0},
     {"method": "eagle3", "tree": "12x3x4"},
     {"method": "eagle3", "tree": "12x3x4", "temperature": 1.0},
-    {"method": "eagle3-lookup", "tree": "12x3x4", "temperature": 1.0, "repetition_penalty": 1.2},
+    {"method": "eagle3+copy", "tree": "12x3x4", "temperature": 1.0, "repetition_penalty": 1.2},
     {"method": "draft-model", "tree": "chain:3"},
     {"method": "eagle3", "tree": "static:3.2.0.1", "temperature": 1.0, "verifier": "traversal"},
     {"method": "lookup", "tree": "8x2x4"},

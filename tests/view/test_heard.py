@@ -25,7 +25,7 @@ def engine(tmp_path_factory) -> eyas.Engine:
 def test_the_heads_own_probability_is_the_score_without_the_noise(engine, monkeypatch, temperature, bias):
     """log score = log q + noise - a constant of the node; greedy, the score is q itself. Trees and text are those of nobody listening."""
     settings = {"method": "eagle3", "temperature": temperature, "seed": 3, "tree": "20x3x4", "max_new_tokens": 20, "raw": True}
-    settings["logit_bias"] = bias
+    settings |= {"logit_bias": bias, "copy": False}
     silent, records, checked = [], [], 0
     alone = engine.generate("How can", watch=silent.append, **settings)
     listener = Listener(engine.drafter("eagle3"))

@@ -41,7 +41,7 @@ def test_the_command_prints_prices_plans_and_reliability(tmp_path, monkeypatch, 
     assert main(["plan", "--method", "plain"]) == 2
     assert "no trees to plan" in capsys.readouterr().err
     assert main(["plan", "--method", "medusa"]) == 2
-    assert "'medusa' has no trees to plan; choose eagle3-lookup, eagle3, eagle2, mtp, draft-model, lookup" in capsys.readouterr().err
+    assert "'medusa' has no trees to plan; choose eagle3, eagle2, mtp, draft-model, lookup" in capsys.readouterr().err
 
 
 def test_reliability_is_the_mean_guess_against_the_share_that_came_true():

@@ -23,6 +23,7 @@ from eyas.decode.plan.prices import Prices
 from eyas.files.disk import replace_text
 from eyas.kernels.captured import synchronize
 from eyas.kernels.linear import capability
+from eyas.methods import EARLIER
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
@@ -47,13 +48,15 @@ class PlanStore:
         self.frozen = False  # True in a measurement: nothing is learned or saved
 
     def planner(self, method: str, sampling: Sampling) -> Planner:
-        """A planner for one call. Calls share prices, calibration and what pauses learned; a pause under way belongs to its call alone.
-        Times passes where no price is known yet."""
+        """A planner for one call by a method, written with `+copy` where copying joins it. Calls share prices, calibration and what pauses
+        learned; a pause under way belongs to its call alone. Times passes where no price is known yet."""
         if self.passes is None:
             self.passes = prices(self.known.get("passes")) or self.time()
-        name = f"{method} {'greedy' if sampling.greedy else 'sampled'}{' adjusted' * sampling.adjusted}"
+        kind = f" {'greedy' if sampling.greedy else 'sampled'}{' adjusted' * sampling.adjusted}"
+        name = method + kind
         if name not in self.planned:
-            found = self.known.get(name)
+            before = next((old for old, now in EARLIER.items() if now == method), method)
+            found = self.known.get(name, self.known.get(before + kind))
             known: dict[str, Any] = found if isinstance(found, dict) else {}
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in DRAFT_STEP_SHARE.items()})

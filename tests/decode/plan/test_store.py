@@ -50,6 +50,17 @@ def test_what_a_call_learned_the_next_process_knows(timed):
     assert again.planner("eagle3", Sampling(1.0)).calibration.chance(1, 0.9) == pytest.approx(0.9)  # other draws, other chances
 
 
+def test_what_is_learned_with_copying_and_without_is_kept_apart_and_under_its_earlier_name(timed):
+    held = new_store()
+    held.planner("eagle3", Sampling()).calibration.judge(1, [0.9], None)
+    held.planner("eagle3-lookup", Sampling()).calibration.judge(1, [0.2], 0)
+    held.save()
+    again = new_store()
+    assert again.planner("eagle3", Sampling()).calibration.chance(1, 0.9) < 0.9
+    copying = again.planner("eagle3+copy", Sampling()).calibration
+    assert copying.chance(1, 0.2) > 0.2 and copying.chance(1, 0.9) == pytest.approx(0.9)
+
+
 def test_a_measurement_learns_nothing(timed):
     _, path = timed
     held = new_store()
