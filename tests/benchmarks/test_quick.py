@@ -229,7 +229,9 @@ def test_sharded_speed(found):
     """One process with shards and without, and two: each passes over as many keys."""
     rows = found("sharded_speed")
     assert [(row["context"], row["rows"]) for row in rows] == [(300, 1), (300, 4)]
-    assert all(row[f"{way}_ms"] > 0 for row in rows for way in ("whole", "shards", "processes"))
+    assert all(row[f"{way}_ms"] > 0 for row in rows for way in ("whole", "shards", "processes", "gather", "scatter"))
+    assert [row["bytes_gathered"] for row in rows] == [4 * (8 + 1) * 4, 4 * 4 * (8 + 1) * 4], "a state for each head, from the other"
+    assert ["replicated_ms" in row for row in rows] == [False, True]
 
 
 def test_tree_attention_network(found):
