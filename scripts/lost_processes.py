@@ -10,7 +10,8 @@ nothing hangs; the status is not 0 where the text was cut; no process is left ov
 whole text begins.
 
 Without --real, torchrun and what it starts are forked from a process that has imported everything: imports take most of a real run. With
---real they are not; a moment at which that process still imports its libraries is then for torchrun alone to report, and counted apart.
+--real they are not; a moment at which that process or the first still imports its libraries is then for torchrun alone to report, and
+counted apart.
 torchrun waits 30 seconds for a stopped process before it kills it; here it is killed once the others have ended.
 """
 
@@ -322,7 +323,7 @@ class World:
         lines = [line for line in said.splitlines() if line.startswith("eyas: ")]
         wanted = "interrupted" if what == "ctrl-c" else f"process {rank + 1} of {self.processes} "
         named = len(lines) == 1 and wanted in lines[0]
-        early = stage == "importing"
+        early = stage == "importing" or lines == ["eyas: ended by torchrun, whose report says why"]
         wrong = ["hangs"] * hung + ["processes left over"] * bool(left) + ["a traceback of ours"] * bool(own_tracebacks(said))
         wrong += ["status 0 of a text that was cut"] * (status == 0 and not complete)
         wrong += ["text not as the whole one begins"] * (not self.whole.startswith(text))

@@ -75,14 +75,15 @@ def test_what_the_first_process_does_between_passes_is_not_its_part_of_them(monk
     assert found.worked == 4 * 2.0 and found.waited == 3 * 4 * 7.0
 
 
-def test_processes_of_one_machine_say_a_line_once_and_torchrun_can_quote_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in range(2):
+def test_of_the_processes_of_one_machine_the_first_to_end_says_why_and_torchrun_can_quote_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    lines = ["eyas: process 3 of 3 is gone"] * 2 + ["eyas: processes 1 and 2 of 3 are gone"]
+    for rank, line in enumerate(lines):
         (tmp_path / str(rank)).mkdir()
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
-        launched.say("eyas: process 3 of 3 is gone")
-        assert "process 3 of 3 is gone" in (tmp_path / str(rank) / "error.json").read_text()
-    assert capsys.readouterr().err == "eyas: process 3 of 3 is gone\n"
+        launched.say(line)
+        assert line in (tmp_path / str(rank) / "error.json").read_text()
+    assert capsys.readouterr().err == lines[0] + "\n"
 
 
 # ---- Ctrl-C ----
