@@ -8,6 +8,7 @@ law c meet as (1 - l) q + l c, with l the chance of c. Knows token ids; knows no
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class CopyLaw(NamedTuple):
     chance: float  # l: that the next token is one of these
     following: Mapping[int, float]  # c, by token: sums to 1
     matched: int  # tokens of the suffix
+    places: Sequence[int] = ()  # of the text where it stood before: positions just after it, latest last
 
 
 @dataclass
@@ -36,6 +38,7 @@ class CopiedText:
     places: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # pattern -> positions just after it, latest last
     right: dict[int, float] = field(default_factory=lambda: {length: share * WEIGHT for length, share in USUAL.items()})
     tried: dict[int, float] = field(default_factory=lambda: dict.fromkeys(USUAL, WEIGHT))
+    laws: dict[tuple[int, ...], CopyLaw | None] = field(default_factory=dict)  # path -> the law behind it, until more is read
 
     def chance(self, matched: int) -> float:
         """The chance that the law of a match of this many tokens is right."""
@@ -45,7 +48,8 @@ class CopiedText:
     def read(self) -> None:
         """Index the tokens that are not indexed yet; of each note first how right the law before it was."""
         for token in self.unread:
-            if (law := self.law(())) is not None:
+            law = self.law(())
+            if law is not None:
                 length = class_of(law.matched)
                 self.tried[length] += 1
                 self.right[length] += law.following.get(token, 0.0)
@@ -55,20 +59,36 @@ class CopiedText:
                     held = self.places.setdefault(tuple(self.text[-length:]), [])
                     held.append(len(self.text))
                     del held[: -OCCURRENCES - 1]  # the text's own end is one, until more is read
+            longer = self.longer(law, token)
+            self.laws = {(): longer} if longer else {}
         self.unread = []
 
     def law(self, path: Sequence[int]) -> CopyLaw | None:
         """The law behind the text that was read and a path of tokens; None where no suffix stood in the text before."""
-        end = [*self.text[-LONGEST:], *path][-LONGEST:]
+        path = tuple(path)
+        if path not in self.laws:
+            longer = self.longer(self.laws.get(path[:-1]), path[-1]) if path else None
+            self.laws[path] = longer or self.looked_up(path)
+        return self.laws[path]
+
+    def longer(self, law: CopyLaw | None, token: int) -> CopyLaw | None:
+        """The law behind one token more, where that goes on with places of the law before it: no other place can match as long."""
+        text = self.text
+        places = [place + 1 for place in law.places if text[place] == token and place + 1 < len(text)] if law else []
+        return self.law_of(min(law.matched + 1, LONGEST), places) if law and places else None
+
+    def looked_up(self, path: Sequence[int]) -> CopyLaw | None:
+        end = (*self.text[-LONGEST:], *path)[-LONGEST:]
         for length in PATTERNS:
-            if length <= len(end) and (found := self.followed(end, length)):
+            places = self.places.get(end[-length:])
+            if places and length <= len(end) and (found := self.followed(end, length, places)):
                 return found
         return None
 
-    def followed(self, end: list[int], length: int) -> CopyLaw | None:
-        """The law from the places of the context's last `length` tokens, of those where most tokens match; `end` is the context's."""
+    def followed(self, end: Sequence[int], length: int, places: Sequence[int]) -> CopyLaw | None:
+        """The law from those of the places of the context's last `length` tokens where most tokens match; `end` is the context's."""
         text, longest, best = self.text, 0, list[int]()
-        for place in self.places.get(tuple(end[-length:]), ()):
+        for place in places:
             if place == len(text):
                 continue  # nothing has followed there yet
             count, most = length, min(len(end), place)
@@ -78,13 +98,17 @@ class CopiedText:
                 longest, best = count, [place]
             elif count == longest:
                 best.append(place)
-        if not best:
-            return None
+        return self.law_of(longest, best) if best else None
+
+    def law_of(self, matched: int, places: list[int]) -> CopyLaw:
+        """The law of places where so many tokens match, latest last."""
         following: dict[int, float] = {}
-        for rank, place in enumerate(best[-OCCURRENCES:]):
-            following[text[place]] = following.get(text[place], 0.0) + 2.0**rank
-        whole = 2.0 ** min(len(best), OCCURRENCES) - 1
-        return CopyLaw(self.chance(longest), {token: weight / whole for token, weight in following.items()}, longest)
+        share = 1.0 / ((1 << min(len(places), OCCURRENCES)) - 1)
+        for place in places[-OCCURRENCES:]:
+            token = self.text[place]
+            following[token] = following.get(token, 0.0) + share
+            share *= 2
+        return CopyLaw(self.chance(matched), following, matched, places)
 
 
 def class_of(matched: int) -> int:
@@ -92,24 +116,29 @@ def class_of(matched: int) -> int:
     return matched if matched <= 8 else max(length for length in USUAL if length <= matched)
 
 
-def mixed(law: CopyLaw, scores: Mapping[int, float], whole: float, noise: Mapping[int, float], count: int) -> list[tuple[int, float]]:
-    """The `count` best of a node's children by (1 - l) q + l c: tokens and log scores, best first; of equals the lower id.
+def mixed(
+    law: CopyLaw, tokens: Sequence[int], scores: Sequence[float], known: Sequence[float], whole: float, noise: Sequence[float] | None
+) -> list[tuple[float, int]]:
+    """The best of a node's children by (1 - l) q + l c, as many as there are `tokens`: minus log scores and tokens, best first; of equals
+    the lower id.
 
-    `scores`: of the drafter's best tokens, and of all tokens of c that it knows, its own log scores: log of q e^noise less `whole`, the log
-    of the sum of q e^noise over its vocabulary. `noise`: of c's tokens; 0 where there is none. Without noise `whole` is 0.
+    `tokens` are the drafter's best, `scores` their log scores: log of q e^noise less `whole`, the log of the sum of q e^noise over its
+    vocabulary. `known`: the same of c's tokens, in their order; minus infinity where the drafter does not know one. `noise`: of c's tokens;
+    None: there is none, and `whole` is 0.
     """
-    of_draft, of_law = math.log1p(-law.chance) + whole, math.log(law.chance)
-    weights = {token: of_draft + score for token, score in scores.items()}
-    parts = [of_draft]
-    for token, share in law.following.items():
-        more = of_law + math.log(share) + noise[token]
-        weights[token] = added(weights.get(token, -math.inf), more)
-        parts.append(more)
-    total = -math.inf
-    for part in parts:
-        total = added(total, part)
-    best = sorted(weights.items(), key=lambda each: (-each[1], each[0]))[:count]
-    return [(token, min(0.0, weight - total)) for token, weight in best]
+    of_draft, shares = math.log1p(-law.chance), law.following.values()
+    if noise is None:
+        copied = [math.log(law.chance * share) for share in shares]
+    else:
+        copied = [math.log(law.chance * share) + more for share, more in zip(shares, noise, strict=True)]
+        of_draft += whole
+        most = max(of_draft, *copied)
+        total = most + math.log(sum([math.exp(part - most) for part in copied], math.exp(of_draft - most)))
+        of_draft, copied = of_draft - total, [part - total for part in copied]
+    ranked = [(-score - of_draft, token) for score, token in zip(scores, tokens, strict=True) if token not in law.following]
+    for token, score, part in zip(law.following, known, copied, strict=True):
+        insort(ranked, (-added(score + of_draft, part), token))
+    return ranked[: len(tokens)]
 
 
 def added(a: float, b: float) -> float:

@@ -7,6 +7,7 @@ draft's logits, the filters and the request; knows nothing of trees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -64,24 +65,24 @@ def join_laws(
 ) -> None:
     """Let the children of each node that has a copy law be those of the draft's law and this one together, as many as there were. One
     look into the tensors serves all nodes."""
-    rows = [row for row, law in enumerate(laws) if law is not None]
-    tokens = [token for law in laws if law is not None for token in law.following]
-    owners = [row for row, law in enumerate(laws) if law is not None for _ in law.following]
-    ids = torch.tensor(tokens)
-    columns = vocab.columns()[ids] if vocab else ids
-    known = scores_RD[owners, columns.clamp(min=0)].tolist()
-    noise = [0.0] * len(tokens) if noise_V is None else noise_V[ids].tolist()
-    wholes = [0.0] * len(rows) if noise_V is None else noisy_RD[rows].logsumexp(-1).tolist()
-    each = iter(zip(columns.tolist(), known, noise, strict=True))
-    for row, whole in zip(rows, wholes, strict=True):
-        law, scores, noise_of = laws[row], dict(zip(found.tokens[row], found.log_scores[row], strict=True)), dict[int, float]()
-        assert law is not None
-        for token in law.following:
-            column, score, noise_of[token] = next(each)
-            if column >= 0:
-                scores[token] = score
-        best = mixed(law, scores, whole, noise_of, len(found.tokens[row]))
-        found.tokens[row][:], found.log_scores[row][:] = [token for token, _ in best], [score for _, score in best]
+    columns, width = vocab.column_list() if vocab else None, scores_RD.shape[1]
+    tokens = [token for row, law in enumerate(laws) if law is not None for token in (found.tokens[row][0], *law.following)]
+    places = tokens if columns is None else [columns[token] for token in tokens]
+    owners = [row * width for row, law in enumerate(laws) if law is not None for _ in range(1 + len(law.following))]
+    indices = torch.tensor([owner + max(place, 0) for owner, place in zip(owners, places, strict=True)], device=scores_RD.device)
+    known = [score if place >= 0 else -math.inf for score, place in zip(scores_RD.take(indices).tolist(), places, strict=True)]
+    if noise_V is not None:
+        raw, noise = noisy_RD.take(indices).tolist(), noise_V.take(torch.tensor(tokens)).tolist()
+    at = 0
+    for law, its_tokens, its_scores in zip(laws, found.tokens, found.log_scores, strict=True):
+        if law is None:
+            continue
+        own = slice(at + 1, at + 1 + len(law.following))
+        # the best child tells the sum over the draft's vocabulary: its noisy logit less its log score
+        noisy_law = (raw[at] - known[at], noise[own]) if noise_V is not None else (0.0, None)
+        best = mixed(law, its_tokens, its_scores, known[own], *noisy_law)
+        its_tokens[:], its_scores[:] = [token for _, token in best], [min(0.0, -minus) for minus, _ in best]
+        at = own.stop
 
 
 def drawn_children(request: TreeRequest, nodes: Sequence[int], logits_RD: Tensor, vocab: DraftVocab | None) -> Children:

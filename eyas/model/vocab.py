@@ -17,6 +17,7 @@ class DraftVocab:
         self.ids = torch.as_tensor(target_ids, dtype=torch.int64)  # [D]
         self.vocab_size = vocab_size
         self._columns: Tensor | None = None
+        self._column_list: list[int] | None = None
         if len(self.ids) == 0 or not bool((self.ids[1:] > self.ids[:-1]).all()) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
             raise EyasError(
                 f"a draft vocabulary must be ascending target ids below {vocab_size}; this one is not (is d2t an offset table?)"
@@ -33,6 +34,12 @@ class DraftVocab:
         if self._columns is None:
             self._columns = torch.full((self.vocab_size,), -1).index_copy_(0, self.ids, torch.arange(len(self.ids)))
         return self._columns
+
+    def column_list(self) -> list[int]:
+        """`columns` as a list, which is quicker to ask for single tokens."""
+        if self._column_list is None:
+            self._column_list = self.columns().tolist()
+        return self._column_list
 
     def member(self) -> Tensor:
         """bool [V]; in files `t2d`."""

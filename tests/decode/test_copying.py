@@ -48,6 +48,22 @@ def test_the_law_is_of_the_longest_suffix_of_text_and_path_that_stood_in_the_tex
     assert found > 200
 
 
+def test_a_law_found_from_the_one_before_it_is_the_one_that_is_looked_up():
+    """Where the law before knew all places that matched."""
+    rng = random.Random(1)
+    longer = 0
+    for _ in range(400):
+        tokens, path = [rng.randrange(4) for _ in range(rng.randint(4, 18))], [rng.randrange(4) for _ in range(6)]
+        along = read(tokens)
+        for length in range(len(path) + 1):
+            law, fresh = along.law(path[:length]), read(tokens).law(path[:length])
+            matched, followed = longest_suffix(tokens, path[: length - 1]) if length else (0, [])
+            if len(followed) <= OCCURRENCES:
+                assert law == fresh
+                longer += law is not None and law.matched == matched + 1
+    assert longer > 200
+
+
 def test_a_law_is_worth_what_it_was_in_this_text():
     copied = read([1, 2, 3, 4, 5] * 12)
     assert copied.chance(8) > USUAL[8] and copied.law([]).chance == copied.chance(LONGEST)
@@ -77,5 +93,5 @@ def test_children_are_those_of_the_mixture_whatever_the_draft_knows(noisy, known
 
 
 def test_a_law_that_is_sure_leaves_no_score_above_nothing():
-    best = mixed(CopyLaw(1 - 1e-12, {3: 1.0}, 12), {3: -0.1, 4: -3.0}, 0.0, {3: 0.0}, 2)
-    assert best[0][0] == 3 and -1e-6 < best[0][1] <= 0.0 and best[1][1] < -20
+    best = mixed(CopyLaw(1 - 1e-12, {3: 1.0}, 12), [3, 4], [-0.1, -3.0], [-0.1], 0.0, None)
+    assert best[0][1] == 3 and 0.0 <= best[0][0] + 1e-6 < 2e-6 and best[1][0] > 20
