@@ -166,7 +166,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     )
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
     train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
-    train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
+    train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core; of a training on CUDA, one)")
 
 
 def bench_options(commands: argparse._SubParsersAction) -> None:

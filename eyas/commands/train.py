@@ -81,7 +81,7 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         out=out,
         facts={**facts, "method": method, **studied.facts(), **earlier_facts(start)},
         method=method,
-        workers=workers_of(options),
+        workers=options.workers or (1 if device.startswith("cuda") else workers_of(options)),  # who share a card wait for each other
         ranks=ranks,
         start=start,
         say=lambda line: console.print(line, soft_wrap=True),

@@ -21,6 +21,7 @@ from eyas.config import EyasError
 from eyas.kernels import lowered
 
 CHUNK = 512  # rows of logits held at once; more is slower (the rows leave the cache) and less pays the overhead more often
+CHUNK_CUDA = 8192  # elsewhere, where launches are the overhead and logits take memory alone
 DECAY = 3.0  # in lk-lambda the cross-entropy weighs exp(-DECAY * acceptance) (arXiv 2602.23881)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (log q, p), each [n, D] -> loss [n], in operations that autograd knows
@@ -131,8 +132,9 @@ class HeadLoss(torch.autograd.Function):
         narrow = torch.bfloat16 if low else head_DH.dtype
         head_DH = head_DH.to(narrow)
         likely_R = teacher_RD.argmax(-1) if low else None
-        for start in range(0, x_NH.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
+        chunk = CHUNK if x_NH.device.type == "cpu" else CHUNK_CUDA
+        for start in range(0, x_NH.shape[0], chunk):
+            rows = slice(start, start + chunk)
             x, teacher, weight = x_NH[rows].to(narrow), teacher_RD[teacher_of_N[rows]], weight_N[rows, None]
             logits = x @ head_DH.t() if likely_R is None else lowered.logits(x, head_DH, likely_R[teacher_of_N[rows]])
             if share_D is not None:
@@ -161,7 +163,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx, dhead = ctx.saved_tensors
-        if dloss != 1:  # 1 where the gradient is of the loss itself, as it mostly is: then both are right already
+        if dloss.device.type != "cpu" or dloss != 1:  # mostly 1: then both are right already; to look would make CUDA wait
             dx, dhead = dx * dloss, None if dhead is None else dhead * dloss
         return dx, dhead, None, None, None, None, None, None
 

@@ -15,6 +15,7 @@ from eyas.config import TrainSettings
 from eyas.drafters.medusa import MedusaNetwork, ResBlock
 from eyas.model.protocols import TargetModel
 from eyas.model.vocab import DraftVocab
+from eyas.train.comb import moved
 from eyas.train.unroll import Batch, Step, Supervision
 
 SETTINGS = {"unroll_steps": 5, "step_keep": 1.0, "step_decay": 0.8}  # the number of heads, and how much deeper ones weigh, as published
@@ -40,7 +41,8 @@ def unroll(network: MedusaNetwork, batch: Batch, steps: int, depths: Tensor | No
     for step in range(min(steps, network.levels)):
         anchors, counted = anchors[counted > step], counted[counted > step]
         if len(anchors):
-            yield Step(anchors, hidden_MH[anchors], anchors + 1 + step)
+            there = moved(anchors, hidden_MH.device)
+            yield Step(there, hidden_MH[there], there + 1 + step)
 
 
 def loss(network: MedusaNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:

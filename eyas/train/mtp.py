@@ -21,8 +21,9 @@ from eyas.model.shared_weights import FrozenHead
 from eyas.model.target import Target
 from eyas.model.transformer import RMSNorm
 from eyas.model.vocab import DraftVocab
+from eyas.train.comb import comb_over, moved
 from eyas.train.initialise import begin_as_feature
-from eyas.train.unroll import Batch, Step, Supervision, comb_attention
+from eyas.train.unroll import Batch, Step, Supervision
 
 SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # the number of modules, which all weigh the same, as published
 
@@ -44,10 +45,10 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
     counted = counted if depths is None else torch.minimum(counted, depths)
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
-    everywhere = torch.arange(len(batch.tokens))
+    everywhere = torch.arange(len(batch.tokens), device="cpu")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return comb_attention(q, k, v, (), everywhere, batch.lengths)
+        return comb_over(k, v, batch.lengths)(q, (), everywhere)
 
     h_MH = batch.wanted(network.wants)
     for step in range(min(steps, network.levels)):
@@ -55,7 +56,8 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
         h_MH = network.layers[step](x_MH, network.rotary(place, network.dtype), attend)
         anchors, counted = anchors[counted > step], counted[counted > step]
         if len(anchors):
-            yield Step(anchors, h_MH[anchors], anchors + 1 + step)
+            there = moved(anchors, h_MH.device)
+            yield Step(there, h_MH[there], there + 1 + step)
 
 
 def loss(network: MtpNetwork, batch: Batch, supervision: Supervision) -> tuple[Tensor, list[Tensor]]:

@@ -49,7 +49,8 @@ class Teacher:
         likeliest tokens the product is in bfloat16 where the thread's others are; that is exact enough where these tokens are in the draft
         vocabulary, and other rows teach nothing."""
         if argmax_M is None or part_of_thread.get() is None:
-            logits_MD = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
+            with torch.autocast(hidden_MH.device.type, enabled=False):  # logits of 20 in bfloat16 would be off by a 16th
+                logits_MD = hidden_MH.to(self.head_DH.dtype) @ self.head_DH.t()
         else:
             logits_MD = logits(hidden_MH.bfloat16(), self.narrow_DH, self.place_V[argmax_M.clamp_min(0)])
         if self.bias_D is not None:

@@ -178,7 +178,7 @@ class Trainer:
             drawn = settings.sampled_columns
             columns = choose_columns(distribution, LIKELIEST, drawn, self.progress.steps) if drawn else None
             within = self.teacher.within(states.target_argmax)
-            steps = (settings.unroll_steps, settings.step_decay, depths.to(device), counts)
+            steps = (settings.unroll_steps, settings.step_decay, depths, counts)
             loss, losses = self.teaching.loss(
                 self.network, batch, Supervision(distribution, teacher_of, within, *steps, rule, columns, seed)
             )
@@ -244,8 +244,9 @@ class Trainer:
             network = self.network
             assert isinstance(network, DraftNetwork) and network.fc.weight.grad is not None, "of an EAGLE-3 draft, which has just learned"
             network.fc.weight.grad[:, : -network.config.target_hidden_size] = 0
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
-        if not math.isfinite(norm) or losses[0] > EXPLODED * math.log(len(self.vocab) + 1):
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        told = torch.stack([*losses, norm]).tolist()  # at once: on CUDA each reading waits
+        if not math.isfinite(told[-1]) or told[0] > EXPLODED * math.log(len(self.vocab) + 1):
             raise EyasError(self.explosion(examples))
         with undisturbed():
             self.optimiser.step()
@@ -253,7 +254,7 @@ class Trainer:
             self.progress.steps += 1
             self.progress.slots += counts[0]
             self.progress.unrolled += sum(counts)
-        return [*map(float, losses), norm]
+        return told
 
     def explosion(self, examples: list[Example]) -> str:
         saved = self.out is not None and (self.out / CHECKPOINT).exists()

@@ -2,8 +2,9 @@
 
 An unroll is a comb-shaped tree: the parent of (step i, anchor j) is (i-1, j), and the parent of (0, j) is (0, j-1). So under the rule that
 a row sees its ancestors, it sees step-0 keys 0..j and the later keys of its own anchor. It never sees a later step-0 key, whose feature
-the target would not have computed yet. Here that is computed as causal scores against step 0 and one dot product for each own key, in one
-softmax; the tests compare it with the dense mask. Each decoder layer has a comb of its own.
+the target would not have computed yet. In comb.py that is computed as causal scores against step 0 and one dot product for each own key, in
+one softmax; the tests compare it with the dense mask. Each decoder layer has a comb of its own. Which rows count is settled on the CPU, on
+every device: a step on CUDA never waits for it.
 Knows the network and packed documents; knows nothing of files, optimisers or where features come from.
 
     anchor      0    1    2     step 0: (g_j, t_{j+1}) at position j      -> p_{j+1}
@@ -24,6 +25,7 @@ from eyas.config import LAST_HIDDEN
 from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import DraftLayer, EagleModule
 from eyas.model.transformer import Block
+from eyas.train.comb import Comb, comb_over, moved
 from eyas.train.losses import Columns, head_loss
 
 # Axes: M rows of all documents of a batch, N anchors that count at a step, H model width, D draft vocabulary, q/k heads, d head width
@@ -35,7 +37,7 @@ class Batch:
 
     tokens: Tensor  # [M] int64
     features: Tensor  # [M, taps * H]
-    answers: Tensor  # [M] int64: number of the answer a token belongs to (different for every answer of the batch), -1 outside
+    answers: Tensor  # [M] int64, on the CPU: number of the answer a token belongs to (different for every answer of the batch), -1 outside
     lengths: list[int]  # tokens of each document; they sum to M
     hidden: Tensor | None = None  # [M, H] the target's last hidden states, after its final norm
 
@@ -46,23 +48,25 @@ class Batch:
         return wanted
 
     def anchors(self) -> tuple[Tensor, Tensor]:
-        """The anchors: rows [N] that count at step 0, and for how many steps each counts. Row j counts at step i where t_{j+1} and
-        t_{j+2+i} lie in one answer."""
+        """The anchors: rows [N] that count at step 0, and for how many steps each counts, on the CPU. Row j counts at step i where t_{j+1}
+        and t_{j+2+i} lie in one answer."""
         return loss_anchors(self.answers, self.lengths)
 
     def taught(self) -> tuple[Tensor, Tensor]:
         """The rows [R] before a token of an answer, whose distributions teach; and for every row [M] its index among these, or 0."""
-        before = torch.cat([self.answers[1:] >= 0, torch.tensor([False])])
-        return before.nonzero()[:, 0], (before.cumsum(0) - 1).clamp_min(0)
+        before = torch.cat([self.answers[1:] >= 0, torch.tensor([False], device="cpu")])
+        device = self.tokens.device
+        return moved(before.nonzero()[:, 0], device), moved((before.cumsum(0) - 1).clamp_min(0), device)
 
 
 def loss_anchors(answers: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """`Batch.anchors` from answer numbers [M] and documents' lengths alone, before there are features."""
-    changes = torch.cat([(answers[1:] != answers[:-1]).nonzero()[:, 0], torch.tensor([len(answers) - 1])])
-    last = changes[torch.searchsorted(changes, torch.arange(len(answers)))]  # last row of the answer a row belongs to
-    rows = torch.arange(len(answers) - 1)
+    rows = torch.arange(len(answers), device="cpu")
+    changes = torch.cat([(answers[1:] != answers[:-1]).nonzero()[:, 0], rows[-1:]])
+    last = changes[torch.searchsorted(changes, rows)]  # last row of the answer a row belongs to
+    rows = rows[:-1]
     counted = torch.where(answers[1:] >= 0, last[1:] - rows - 1, 0)
-    starts = torch.tensor([0, *lengths]).cumsum(0)
+    starts = torch.tensor([0, *lengths], device="cpu").cumsum(0)
     counted[starts[1:-1] - 1] = 0  # a document's last row has no next token of its own
     anchors = (counted > 0).nonzero()[:, 0]
     return anchors, counted[anchors]
@@ -77,10 +81,12 @@ class Step(NamedTuple):
 
 
 def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
-    """Yield each of up to `steps` steps; gradients flow through all of them. `depths` [N]: the number of steps after which an anchor drops
-    out (default: at its answer's end)."""
-    place = torch.cat([torch.arange(length) for length in batch.lengths])
+    """Yield each of up to `steps` steps; gradients flow through all of them. `depths` [N], on the CPU: the number of steps after which an
+    anchor drops out (default: at its answer's end)."""
+    device = batch.tokens.device
+    place = torch.cat([torch.arange(length, device="cpu") for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
+    turns = network.rotary(torch.arange(max(batch.lengths) + steps, device=device), network.dtype)
     anchors, counted = batch.anchors()
     counted = counted if depths is None else torch.minimum(counted, depths)
     g = network.fuse(batch.wanted(network.wants))
@@ -88,18 +94,19 @@ def unroll(network: EagleModule, batch: Batch, steps: int, depths: Tensor | None
     for step in range(steps):
         if step == 0:  # at every row, since anchors see the keys of all earlier rows
             read, residual = network.join(following[1 : len(g) + 1], g)
-            positions = place
+            there, positions = moved(anchors, device), moved(place, device)
         else:
-            going = counted > step
-            anchors, counted, a = anchors[going], counted[going], a[going]
+            going = (counted > step).nonzero()[:, 0]
+            anchors, counted = anchors[going], counted[going]
             if len(anchors) == 0:  # every answer is shorter than this step reaches
                 return
+            going, there, positions = moved(torch.stack([going, anchors, place[anchors] + step]), device)
+            a = a.index_select(0, going)
             for layer in layers:
-                layer.own = [(k[going], v[going]) for k, v in layer.own]
-            read, residual = network.join(following[anchors + 1 + step], network.fed_back(a))
-            positions = place[anchors] + step
-        a = through(layers, read, residual, network.rotary(positions, network.dtype), anchors)
-        yield Step(anchors, a, anchors + 1 + step)
+                layer.own = [(k.index_select(0, going), v.index_select(0, going)) for k, v in layer.own]
+            read, residual = network.join(following[there + 1 + step], network.fed_back(a))
+        a = through(layers, read, residual, (turns[0][positions], turns[1][positions]), anchors)
+        yield Step(there, a, there + 1 + step)
 
 
 class Layer:
@@ -109,26 +116,26 @@ class Layer:
     def __init__(self, block: DraftLayer, lengths: list[int], window: int | None = None) -> None:
         """`window`: how many positions a row sees, itself included; None: all."""
         self.block, self.lengths, self.window = block, lengths, window
-        self.spine: tuple[Tensor, Tensor] | None = None  # keys and values of step 0, [M, k, d] each
+        self.comb: Comb | None = None  # with keys and values of step 0, [M, k, d] each
         self.own: list[tuple[Tensor, Tensor]] = []  # for each later step its keys and values, [N, k, d] each
 
     def __call__(self, read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], anchors: Tensor) -> Tensor:
-        """The layer's output [N, H] at the anchors. `read` and `residual` have a row for each anchor, at step 0 for each row of the
-        batch."""
+        """The layer's output [N, H] at the anchors, which lie on the CPU. `read` and `residual` have a row for each anchor, at step 0 for
+        each row of the batch."""
         q, k, v = heads(self.block, read, rotation)
-        if self.spine is None:
-            self.spine = k, v
-            q, residual = q[anchors], residual[anchors]
+        if self.comb is None:
+            self.comb, there = comb_over(k, v, self.lengths, self.window), moved(anchors, q.device)
+            q, residual = q.index_select(0, there), residual.index_select(0, there)
         else:
             self.own.append((k, v))
-        x = residual + self.block.self_attn.out(comb_attention(q, *self.spine, self.own, anchors, self.lengths, self.window))
+        x = residual + self.block.self_attn.out(self.comb(q, self.own, anchors))
         return x + self.block.mlp(self.block.post_attention_layernorm(x))
 
 
 def through(layers: list[Layer], read: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], anchors: Tensor) -> Tensor:
     """The output a [N, H] of all layers at the anchors. At step 0 every layer but the last is computed at all rows, since the next layer's
     keys are made of its outputs."""
-    everywhere = anchors if layers[-1].spine else torch.arange(len(residual))
+    everywhere = anchors if layers[-1].comb else torch.arange(len(residual), device="cpu")
     for number, layer in enumerate(layers):
         if number:
             assert isinstance(layer.block, Block), "those behind the first are ordinary ones"
@@ -148,53 +155,6 @@ def heads(block: DraftLayer, read: Tensor, rotation: tuple[Tensor, Tensor]) -> t
 
     block.self_attn(read, rotation, catch)
     return caught[0], caught[1], caught[2]
-
-
-def comb_attention(
-    q: Tensor,
-    k0: Tensor,
-    v0: Tensor,
-    own: Sequence[tuple[Tensor, Tensor]],
-    anchors: Tensor,
-    lengths: list[int],
-    window: int | None = None,
-) -> Tensor:
-    """Attention over the comb, [N, q*d]: anchor j sees step-0 keys 0..j of its document and its own later keys, in one softmax; of these
-    only keys within a `window` of its position, where there is one. Documents are computed one by one."""
-    N, heads_q, d = q.shape
-    groups = heads_q // k0.shape[1]
-    q = q.view(N, -1, groups, d) * d**-0.5
-    own_scores = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in own], -1) if own else q.new_zeros(*q.shape[:-1], 0)  # [N,k,g,own]
-    step, outputs, start, first = len(own), [], 0, 0  # anchor j lies at position j + step, its key of step i at j + i
-    if window is not None and step > window:
-        own_scores[..., : step - window] = float("-inf")
-    ends = torch.searchsorted(anchors, torch.tensor(lengths).cumsum(0)).tolist()
-    for length, end in zip(lengths, ends, strict=True):
-        if end > first:
-            rows = anchors[first:end] - start
-            last = int(rows[-1]) + 1  # no anchor sees keys behind the last one
-            hidden = torch.arange(last)[None] > rows[:, None]
-            if window is not None:
-                hidden |= torch.arange(last)[None] <= rows[:, None] + step - window
-            outputs.append(one_document(q[first:end], k0[start : start + last], v0[start : start + last], own_scores[first:end], hidden))
-        start, first = start + length, end
-    mixed = torch.cat([out for out, _ in outputs])
-    shares = torch.cat([share for _, share in outputs])
-    for i, (_, v) in enumerate(own):
-        mixed = mixed + shares[..., i, None] * v[:, :, None]
-    return mixed.reshape(N, heads_q * d)
-
-
-def one_document(q: Tensor, k0: Tensor, v0: Tensor, own_scores: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of n anchors of one document, q [n,k,g,d], over its m step-0 keys [m,k,d]. Returns the step-0 part of the result [n,k,g,d],
-    and the softmax shares [n,k,g,own] of the anchors' own keys."""
-    n, kv_heads, groups, d = q.shape
-    folded = q.permute(1, 2, 0, 3).reshape(kv_heads, groups * n, d)
-    scores = torch.bmm(folded, k0.permute(1, 2, 0)).view(kv_heads, groups, n, -1).masked_fill(hidden, float("-inf"))
-    shares = torch.cat([scores, own_scores.permute(1, 2, 0, 3)], -1).softmax(-1)
-    m = k0.shape[0]
-    mixed = torch.bmm(shares[..., :m].reshape(kv_heads, groups * n, m), v0.transpose(0, 1)).view(kv_heads, groups, n, d)
-    return mixed.permute(2, 0, 1, 3), shares[..., m:].permute(2, 0, 1, 3)
 
 
 class Supervision(NamedTuple):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from eyas import reference
+from eyas.train import unroll as unrolling
+from eyas.train.comb import Comb, PaddedComb
 from eyas.train.unroll import Batch, Supervision, loss_anchors, unroll, unrolled_loss
 from tests.tiny import reference_weights, tiny_draft, tiny_target
 
@@ -48,8 +50,10 @@ OTHERS = {"qk_norm": True, "attention_bias": True, "mlp_bias": True, "own_embedd
 WINDOW, NARROW = {"sliding_window": 6, "draft_layers": 2, "partial_rotary_factor": 0.5}, {"sliding_window": 2}
 
 
+@pytest.mark.parametrize("form", [Comb, PaddedComb])
 @pytest.mark.parametrize("settings", [*SETTINGS, FIVE, ONE, {**FIVE, "fc_norm": True}, TWO, THREE, OTHERS, WINDOW, NARROW])
-def test_unrolled_loss_and_gradients_equal_the_reference(settings):
+def test_unrolled_loss_and_gradients_equal_the_reference(settings, form, monkeypatch):
+    monkeypatch.setattr(unrolling, "comb_over", form)
     target = tiny_target()
     network, vocab = tiny_draft(target, **settings)
     docs = documents(target.config.vocab_size)
