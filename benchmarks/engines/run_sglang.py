@@ -60,7 +60,7 @@ class BranchDrafter(Eagle3Drafter):
     """
 
     def read_level(self, levels: list[Level]) -> Tensor:
-        return super().read_level([level._replace(sight=branch_sight(*level.sight.shape)) for level in levels])
+        return super().read_level([level._replace(sight=branch_sight(*level.sight.mask.shape)) for level in levels])
 
 
 def branch_sight(rows: int, columns: int) -> Tensor:

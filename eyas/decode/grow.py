@@ -15,8 +15,10 @@ from torch import Tensor
 
 from eyas.config import EyasError, TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.score import children
+from eyas.decode.score import children, logits_of
 from eyas.decode.tree import Growth, StaticGrowth, Tree
+from eyas.kernels.step import Ranked
+from eyas.model.mask import Sight
 from eyas.model.vocab import DraftVocab
 
 
@@ -26,15 +28,21 @@ class Level(NamedTuple):
     request: TreeRequest
     tokens: list[int]
     depths: list[int]
-    parents: Tensor  # [F, ...] the drafter's own output at each node's parent
-    sight: Tensor  # bool [F, k + F]: which of the k tree rows read before, and of these, each node sees (the root is not among them)
+    outputs: Tensor  # [.., ...] the drafter's own outputs, among them those at the nodes' parents
+    rows: list[int]  # which of these are the parents'
+    sight: Sight  # which of the k tree rows read before, and of these, each node sees (the root is not among them)
     growth: Growth
     nodes: list[int]  # their numbers in `growth`
+
+    @property
+    def parents(self) -> Tensor:
+        """[F, ...] the drafter's own output at each node's parent"""
+        return self.outputs[self.rows]
 
 
 Begin = Callable[[list[int]], Tensor]  # sequences -> outputs [S, ...] at their roots, from committed text alone
 Read = Callable[[list[Level]], Tensor]  # -> outputs [all F, ...], in order
-Logits = Callable[[int, Tensor], Tensor]  # depth, outputs [R, ...] -> logits [R, D] of what lies one deeper
+Logits = Callable[[int, Tensor], Tensor | Ranked]  # depth, outputs [R, ...] -> logits [R, D] of what lies one deeper, or these ranked
 
 
 def grow(requests: Sequence[TreeRequest], begin: Begin, read: Read, logits: Logits, vocab: DraftVocab | None = None) -> list[Tree]:
@@ -64,7 +72,7 @@ def grow_levels(
 ) -> list[Tree]:
     """Expand the best nodes of each newest level, then keep the best of all. `begin` gives [S, ...], the drafter's output at each root."""
     growths = [growth_of(request) for request in requests]
-    held: list[dict[int, Tensor]] = [{} for _ in requests]  # node -> the drafter's output there
+    held = Held(len(requests))
     frontiers, planner = [[0] for _ in requests], requests[0].planner
     for level in range(1 + max(request.shape.depth for request in requests)):
         if level > 0:
@@ -75,20 +83,19 @@ def grow_levels(
             if not any(frontiers):
                 break
         started = time.perf_counter()
-        outputs = (
-            read([level_of(*parts) for parts in zip(requests, growths, frontiers, held, strict=True) if parts[2]]) if level else begin()
-        )
-        counts = [len(frontier) for frontier in frontiers]
-        parts = zip(requests, growths, frontiers, logits(level, outputs).split(counts), outputs.split(counts), held, strict=True)
-        for request, growth, frontier, logits_RD, rows, kept in parts:
+        outputs = read(held.levels(requests, growths, frontiers)) if level else begin()
+        found, first = logits(level, outputs), 0
+        held.take(outputs, frontiers)
+        for request, growth, frontier in zip(requests, growths, frontiers, strict=True):
             if frontier:
-                before = len(growth.tokens)
+                before, rows = len(growth.tokens), slice(first, first + len(frontier))
                 paths = [growth.path(node) for node in frontier] if request.processed or request.copied else []
+                mine = found[rows] if isinstance(found, Tensor) else found.of(rows)
                 if request.processed:
-                    logits_RD = request.processed(paths, logits_RD, vocab.columns() if vocab else None)
+                    mine = request.processed(paths, logits_of(mine), vocab.columns() if vocab else None)
                 laws = [request.copied(path) for path in paths] if request.copied else None
-                growth.expand(frontier, *children(request, level, frontier, logits_RD, vocab, laws))
-                kept.update(zip(frontier, rows, strict=True))
+                growth.expand(frontier, *children(request, level, frontier, mine, vocab, laws))
+                first = rows.stop
                 if planner:
                     planner.record_level(growth, frontier, before)
         if planner:
@@ -122,13 +129,30 @@ def growth_of(request: TreeRequest) -> Growth:
     return StaticGrowth(request.root, fixed) if fixed else Growth(request.root, request.shape.top_k)
 
 
-def level_of(request: TreeRequest, growth: Growth, frontier: list[int], held: dict[int, Tensor]) -> Level:
-    return Level(
-        request,
-        [growth.tokens[node] for node in frontier],
-        [growth.depths[node] for node in frontier],
-        torch.stack([held[growth.parents[node]] for node in frontier]),
-        growth.sight(frontier)[:, 1:],
-        growth,
-        frontier,
-    )
+class Held:
+    """The drafter's outputs at the nodes that were read, level by level, for those whose parents they are."""
+
+    def __init__(self, requests: int) -> None:
+        self.outputs: list[Tensor] = []
+        self.places: list[dict[int, tuple[int, int]]] = [{} for _ in range(requests)]  # node -> its level, and its row there
+
+    def take(self, outputs: Tensor, frontiers: Sequence[Sequence[int]]) -> None:
+        """Hold the outputs [all F, ...] of these nodes."""
+        row, level = 0, len(self.outputs)
+        self.outputs.append(outputs)
+        for places, frontier in zip(self.places, frontiers, strict=True):
+            places.update((node, (level, place)) for place, node in enumerate(frontier, row))
+            row += len(frontier)
+
+    def levels(self, requests: Sequence[TreeRequest], growths: Sequence[Growth], frontiers: Sequence[list[int]]) -> list[Level]:
+        """What the drafter reads of these nodes, for each sequence that has some."""
+        return [self.level(*parts) for parts in zip(requests, growths, frontiers, self.places, strict=True) if parts[2]]
+
+    def level(self, request: TreeRequest, growth: Growth, frontier: list[int], places: dict[int, tuple[int, int]]) -> Level:
+        tokens, depths = [growth.tokens[node] for node in frontier], [growth.depths[node] for node in frontier]
+        of = [places[growth.parents[node]] for node in frontier]
+        outputs, rows = self.outputs[-1], [row for _, row in of]
+        if any(level != len(self.outputs) - 1 for level, _ in of):  # of a growth that goes back to older nodes
+            outputs, rows = torch.stack([self.outputs[level][row] for level, row in of]), list(range(len(of)))
+        sight = Sight(growth.seen(frontier), len(growth.expanded) - 1 + len(frontier))
+        return Level(request, tokens, depths, outputs, rows, sight, growth, frontier)

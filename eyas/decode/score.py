@@ -19,6 +19,7 @@ from eyas.config import Sampling
 from eyas.decode.copying import CopyLaw, mixed
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.sampling import allowed
+from eyas.kernels.step import MOST, Ranked, Ranking
 from eyas.model.vocab import DraftVocab
 
 PARTS = 8  # into which `top` splits a row of logits on CUDA
@@ -36,50 +37,73 @@ def children(
     request: TreeRequest,
     level: int,
     nodes: Sequence[int],
-    logits_RD: Tensor,
+    guessed: Tensor | Ranked,
     vocab: DraftVocab | None,
     laws: Sequence[CopyLaw | None] | None = None,
 ) -> Children:
-    """The children of R nodes at depth `level`, from the draft's logits there, and where there is a copy law from both. Without `vocab` the
-    draft's ids are the target's."""
+    """The children of R nodes at depth `level`, from the draft's logits [R, D] there, which the kernel may have ranked; where there is a
+    copy law from both. Without `vocab` the draft's ids are the target's."""
     if request.draws is not None and request.shape.fixed:
-        return drawn_children(request, nodes, logits_RD, vocab)  # from the draft's own law alone: the verifier counts on it
-    noise_V = request.noise(request.position + level + 1) if request.noise else None
-    noise_D = noise_V if noise_V is None or vocab is None else noise_V[vocab.ids]
-    noisy_RD = noisy(logits_RD, request.sampling, noise_D)
-    scores_RD = noisy_RD.log_softmax(-1)
-    values, ids = best_children(scores_RD, request.shape.top_k)
-    found = Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), values.tolist())
+        return drawn_children(request, nodes, logits_of(guessed), vocab)  # from the draft's own law alone: the verifier counts on it
+    if isinstance(guessed, Tensor) or not kernel_ranks(request):
+        guessed = ranked(logits_of(guessed), request.sampling, noise_at(request, level, vocab), request.shape.top_k)
+    count = request.shape.top_k
+    ids, scores = guessed.ids[:, :count], guessed.scores[:, :count]
+    found = Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), scores.tolist())
     if laws is not None and any(laws):
-        join_laws(found, laws, scores_RD, noisy_RD, noise_V, vocab)
+        join_laws(found, laws, guessed, request.noise(request.position + level + 1) if request.noise else None, vocab)
     return found
 
 
-def join_laws(
-    found: Children,
-    laws: Sequence[CopyLaw | None],
-    scores_RD: Tensor,
-    noisy_RD: Tensor,
-    noise_V: Tensor | None,
-    vocab: DraftVocab | None,
-) -> None:
+def noise_at(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Tensor | None:
+    """The noise [D] that the target will draw the children of nodes at depth `level` with."""
+    noise_V = request.noise(request.position + level + 1) if request.noise else None
+    return noise_V if noise_V is None or vocab is None else noise_V[vocab.ids]
+
+
+def kernel_ranks(request: TreeRequest) -> bool:
+    """Whether the native kernel can rank a request's candidates: by logits, or by these at a temperature with noise, unfiltered."""
+    sampling = request.sampling
+    filtered = not sampling.greedy and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
+    return request.shape.top_k <= MOST and not (request.processed or filtered or (request.draws and request.shape.fixed))
+
+
+def ranking_of(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Ranking:
+    """How the kernel shall rank the children of nodes at depth `level`; by their logits alone where it cannot."""
+    if request.sampling.greedy or not kernel_ranks(request):
+        return Ranking()
+    noise_D = noise_at(request, level, vocab)
+    return Ranking(request.sampling.temperature, None if noise_D is None else noise_D.float())
+
+
+def logits_of(guessed: Tensor | Ranked) -> Tensor:
+    """Logits [R, D] that may have come with a ranking by themselves."""
+    return guessed if isinstance(guessed, Tensor) else guessed.numbers
+
+
+def ranked(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, count: int) -> Ranked:
+    """The `count` best candidates of each row, as the kernel finds them."""
+    noisy_RD = noisy(logits_RD, sampling, noise_D)
+    return Ranked(noisy_RD, noisy_RD.logsumexp(-1), *best_children(noisy_RD.log_softmax(-1), count))
+
+
+def join_laws(found: Children, laws: Sequence[CopyLaw | None], guessed: Ranked, noise_V: Tensor | None, vocab: DraftVocab | None) -> None:
     """Let the children of each node that has a copy law be those of the draft's law and this one together, as many as there were. One
     look into the tensors serves all nodes."""
-    columns, width = vocab.column_list() if vocab else None, scores_RD.shape[1]
-    tokens = [token for row, law in enumerate(laws) if law is not None for token in (found.tokens[row][0], *law.following)]
+    columns, width = vocab.column_list() if vocab else None, guessed.numbers.shape[1]
+    tokens = [token for law in laws if law is not None for token in law.following]
     places = tokens if columns is None else [columns[token] for token in tokens]
-    owners = [row * width for row, law in enumerate(laws) if law is not None for _ in range(1 + len(law.following))]
-    indices = torch.tensor([owner + max(place, 0) for owner, place in zip(owners, places, strict=True)], device=scores_RD.device)
-    known = [score if place >= 0 else -math.inf for score, place in zip(scores_RD.take(indices).tolist(), places, strict=True)]
-    if noise_V is not None:
-        raw, noise = noisy_RD.take(indices).tolist(), noise_V.take(torch.tensor(tokens)).tolist()
+    owners = [row for row, law in enumerate(laws) if law is not None for _ in law.following]
+    indices = [row * width + max(place, 0) for row, place in zip(owners, places, strict=True)]
+    numbers, wholes = guessed.numbers.take(torch.tensor(indices, device=guessed.numbers.device)).tolist(), guessed.whole.tolist()
+    known = [n - wholes[row] if place >= 0 else -math.inf for n, row, place in zip(numbers, owners, places, strict=True)]
+    noise = None if noise_V is None else noise_V.take(torch.tensor(tokens)).tolist()
     at = 0
-    for law, its_tokens, its_scores in zip(laws, found.tokens, found.log_scores, strict=True):
+    for law, whole, its_tokens, its_scores in zip(laws, wholes, found.tokens, found.log_scores, strict=True):
         if law is None:
             continue
-        own = slice(at + 1, at + 1 + len(law.following))
-        # the best child tells the sum over the draft's vocabulary: its noisy logit less its log score
-        noisy_law = (raw[at] - known[at], noise[own]) if noise_V is not None else (0.0, None)
+        own = slice(at, at + len(law.following))
+        noisy_law = (whole, noise[own]) if noise is not None else (0.0, None)
         best = mixed(law, its_tokens, its_scores, known[own], *noisy_law)
         its_tokens[:], its_scores[:] = [token for _, token in best], [min(0.0, -minus) for minus, _ in best]
         at = own.stop

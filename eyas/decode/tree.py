@@ -5,10 +5,10 @@ Knows token ids, parents and scores; knows nothing of models, caches or temperat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -87,7 +87,7 @@ class Growth:
         self.distributions: dict[int, Tensor] = {}  # node -> the probabilities [V] its children were drawn from
         self.newest = [0]  # the nodes of the newest level
         self.expanded: list[int] = []  # nodes that were expanded, in that order: the tree's rows in the drafter's cache
-        self.lines: list[set[int]] = [{0}]  # each node's ancestors and itself
+        self.places: dict[int, int] = {}  # where a node is among the expanded ones behind the root
 
     def frontier(self) -> list[int]:
         """The nodes to expand next: the best of the newest level; of equal scores the node made earlier."""
@@ -101,10 +101,16 @@ class Growth:
             node = self.parents[node]
         return tokens[::-1]
 
-    def sight(self, frontier: Sequence[int]) -> Tensor:
-        """Which nodes each of the F frontier nodes sees, bool [F, expanded + F]: its ancestors among the expanded ones, and itself."""
-        columns = self.expanded + list(frontier)
-        return torch.tensor([[column in self.lines[node] for column in columns] for node in frontier])
+    def seen(self, frontier: Sequence[int]) -> list[list[int]]:
+        """Which nodes each of the F frontier nodes sees, of the expanded ones and of these behind them, but for the root: its ancestors and
+        itself, as their places, ascending (a parent is expanded before its children)."""
+        found = []
+        for place, node in enumerate(frontier, len(self.expanded) - 1):
+            line = [place]
+            while (node := self.parents[node]) > 0:
+                line.append(self.places[node])
+            found.append(line[::-1])
+        return found
 
     def expand(
         self,
@@ -121,12 +127,12 @@ class Growth:
                 if score == float("-inf"):
                     break
                 self.newest.append(len(self.tokens))
-                self.lines.append(self.lines[node] | {len(self.tokens)})
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.ranks.append(rank)
                 self.depths.append(self.depths[node] + 1)
                 self.scores.append(self.scores[node] + score)
+        self.places.update(zip(frontier, itertools.count(len(self.expanded) - 1)))
         self.expanded += frontier
         self.distributions.update(zip(frontier, distributions or (), strict=False))
 

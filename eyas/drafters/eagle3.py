@@ -7,6 +7,7 @@ growth; knows nothing of verification.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +20,12 @@ from torch import Tensor
 from eyas.config import TargetConfig
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
+from eyas.decode.score import kernel_ranks, ranking_of
 from eyas.decode.tree import Tree
 from eyas.files.eagle3_files import check_fits, config_from_file, load_draft, save_draft
-from eyas.kernels.attention import PassAttention
+from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.kernels.captured import fits, fixed_pass
+from eyas.kernels.step import Ranked
 from eyas.model.cache import KVCache
 from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import EagleModule, TargetModel
@@ -53,6 +56,8 @@ class Eagle3Drafter:
         self.wants, self.attention = network.wants, network.blocks[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads  # query heads for each key head
         self.pending: dict[int, PendingRows] = {}  # by slot
+        self.asked: dict[int, TreeRequest] = {}  # by slot, what trees are grown for
+        self.ready: tuple[Tensor, Ranked] | None = None  # the outputs that were read last, and what came with them
 
     def reserve(self, sequences: int, capacity: int) -> None:
         shape = (capacity, self.attention.kv_heads, self.attention.head_dim, self.network.dtype, self.network.device)
@@ -82,7 +87,8 @@ class Eagle3Drafter:
     # ---- growth: step 1 reads g and the drawn token; step 2 and on read a, in place of the g that does not exist yet ----
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
-        trees = grow(requests, self.catch_up, self.read_level, self.network.logits_at, self.vocab)
+        self.asked = {request.sequence: request for request in requests}
+        trees = grow(requests, self.catch_up, self.read_level, self.logits, self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's rows are dropped
         return trees
@@ -92,8 +98,16 @@ class Eagle3Drafter:
         itself; a node at depth d sits at position P - 1 + d."""
         tokens = [token for level in levels for token in level.tokens]
         positions = [level.request.position - 1 + depth for level in levels for depth in level.depths]
-        stand_in = self.network.fed_back(torch.cat([level.parents for level in levels]))
-        return self.read(tokens, stand_in, positions, [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels])
+        segments = [Segment(level.request.sequence, len(level.tokens), level.sight) for level in levels]
+        outputs, rows = levels[0].outputs, [row for level in levels for row in level.rows]
+        if any(level.outputs is not outputs for level in levels):
+            outputs, rows = torch.cat([level.parents for level in levels]), range(len(tokens))
+        return self.guess(tokens, (self.network.fed_back(outputs), rows), positions, segments, levels[0].depths[0], range(len(tokens)))
+
+    def logits(self, level: int, a: Tensor) -> Tensor | Ranked:
+        """What follows nodes at depth `level`: where a step was one call, it came with their outputs."""
+        ready, self.ready = self.ready, None
+        return ready[1] if ready and ready[0] is a else self.network.logits_at(level, a)
 
     # ---- passes ----
 
@@ -101,23 +115,57 @@ class Eagle3Drafter:
         """Read all rows of committed text that wait, from true features; returns the a [S, H] of each sequence's last row."""
         while late := [sequence for sequence in sequences if len(self.pending[sequence].tokens) > CATCH_UP]:
             self.catch_up_some(late)
-        return self.catch_up_some(sequences)
+        tokens, g, positions, segments = self.late_rows(sequences)
+        ends = [end - 1 for end in itertools.accumulate(segment.count for segment in segments)]
+        return self.guess(tokens, (g, range(len(tokens))), positions, segments, 0, ends)
 
-    def catch_up_some(self, sequences: Sequence[int]) -> Tensor:
-        """Read up to CATCH_UP of the rows that wait, for each sequence, in one pass; returns the a [S, H] of the last row read of each."""
+    def catch_up_some(self, sequences: Sequence[int]) -> None:
+        """Read up to CATCH_UP of the rows that wait, for each sequence, in one pass."""
+        self.read(*self.late_rows(sequences))
+
+    def late_rows(self, sequences: Sequence[int]) -> tuple[list[int], Tensor, list[int], list[Segment]]:
+        """Tokens, g, positions and segments of up to CATCH_UP of the rows that wait, for each sequence; they wait no longer."""
         counts = [min(len(self.pending[sequence].tokens), CATCH_UP) for sequence in sequences]
         tokens, features, positions = [], [], []
         for sequence, count in zip(sequences, counts, strict=True):
             pending = self.pending[sequence]
             tokens += pending.tokens[:count]
-            held = torch.cat(pending.features)
+            held = pending.features[0] if len(pending.features) == 1 else torch.cat(pending.features)
             features.append(held[:count])
-            pending.tokens, pending.features = pending.tokens[count:], [held[count:]]
+            pending.tokens, pending.features = pending.tokens[count:], [held[count:]] if len(held) > count else []
             start = self.cache.lengths[sequence]
             positions += range(start, start + count)
-        g = self.network.fuse(torch.cat(features).to(self.network.dtype))
-        a = self.read(tokens, g, positions, [Segment(sequence, count) for sequence, count in zip(sequences, counts, strict=True)])
-        return a[torch.tensor(counts).cumsum(0) - 1]
+        whole = features[0] if len(features) == 1 else torch.cat(features)
+        g = self.network.fuse(whole.to(self.network.dtype))
+        return tokens, g, positions, [Segment(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
+
+    def guess(
+        self,
+        tokens: list[int],
+        g: tuple[Tensor, Sequence[int]],
+        positions: list[int],
+        segments: list[Segment],
+        depth: int,
+        asked: Sequence[int],
+    ) -> Tensor:
+        """One pass as `read` has it, from these rows of g: a [R, H] of the rows `asked`, of nodes at this depth, which are all or one of
+        each segment. Where the kernel can, what follows them comes with it, for `logits` to hand on."""
+        one_call, (source, rows), every = self.network.one_call, g, len(asked) == len(tokens)
+        whole = one_call is not None and not isinstance(self.cache, WindowedCache)
+        attention = self.cache.attention(segments, self.group) if whole else None
+        if one_call is None or not isinstance(attention, NativeAttention):
+            a = self.read(tokens, source[list(rows)], positions, segments)
+            return a if every else a[list(asked)]
+        requests = [self.asked[segment.slot] for segment in segments]
+        rankings, best = [], max([request.shape.top_k for request in requests if kernel_ranks(request)], default=1)
+        for request, segment in zip(requests, segments, strict=True):
+            rankings += [ranking_of(request, depth, self.vocab)] * (segment.count if every else 1)
+        a, ranked = one_call(tokens, positions, (source.float().contiguous(), rows), attention, asked, rankings, best)
+        for segment in segments:
+            self.cache.keep(segment.slot, range(segment.count))
+        a = a if every else a[list(asked)]
+        self.ready = a, ranked
+        return a
 
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft: a [N, H] of these rows, which stay in the cache until `propose` cuts them."""

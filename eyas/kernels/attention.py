@@ -9,6 +9,7 @@ Axes: N rows, q/k heads, d head width, t keys.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,15 +52,19 @@ class NativeAttention:
             )
             slots += [segment.slot] * segment.count
             places += range(length, length + segment.count)
-            if segment.mask is None:
+            if segment.sight is None:
                 prefixes += range(length + 1, length + segment.count + 1)
                 counts += [0] * segment.count
+                continue
+            if isinstance(segment.sight, Tensor):
+                mask = segment.sight.numpy()
+                columns, seen = mask.shape[1], [row.nonzero()[0].tolist() for row in mask]
             else:
-                seen = segment.mask.numpy()
-                free = length - (seen.shape[1] - segment.count)
-                prefixes += [free] * segment.count
-                counts += seen.sum(1).tolist()
-                others += (seen.nonzero()[1] + free).tolist()
+                columns, seen = segment.sight.columns, segment.sight.seen
+            free = length - (columns - segment.count)
+            prefixes += [free] * segment.count
+            counts += [len(row) for row in seen]
+            others += [free + column for row in seen for column in row]
         home, place, prefix, start, other = int64s(slots, places, prefixes, list(itertools.accumulate(counts)), others)
         self.rows = native.RowPlan(home, place, home, prefix, start, other)
 
@@ -89,8 +94,8 @@ class NativeAttention:
 
 
 def int64s(*columns: Sequence[int]) -> tuple[Tensor, ...]:
-    """Columns of numbers as int64, cut from one tensor: making many small ones takes longer."""
-    whole = torch.tensor([*itertools.chain(*columns)], dtype=torch.int64, device="cpu")
+    """Columns of numbers as int64, cut from one tensor over one array: making many small ones takes longer."""
+    whole = torch.frombuffer(array("q", [*itertools.chain(*columns)]), dtype=torch.int64)
     return whole.split([len(column) for column in columns])
 
 

@@ -69,9 +69,12 @@ class NativeLayers:
         attention: NativeAttention,
         beside_NH: Tensor | None = None,
         taps: Sequence[int] = (),
+        around: native.Around | None = None,
+        kept: object = None,
     ) -> Tensor:
         """Run the layers on x (float32, contiguous), which is changed in place; cos and sin are float32 [N,1,d]. Returns x as it entered
-        each layer of `taps`, in ascending order: float32 [N, taps * H]."""
+        each layer of `taps`, in ascending order: float32 [N, taps * H]. `around`: what else is done, of a draft's step (step.py); `kept`:
+        what has the memory to which it points."""
         keys, values = attention.cache.keys[self.first :], attention.cache.values[self.first :]
         some, (N, H) = self.layers[0], x_NH.shape
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
@@ -84,9 +87,9 @@ class NativeLayers:
         for stage in attention.stages(len(self.layers), qkv):
             lagging = native.library().eyas_layers(
                 plan, self.array, len(self.layers), x_NH.data_ptr(), given, *turning, *cached,
-                wanted, len(taps), features.data_ptr(), scratch.data_ptr(), attention.meeting, *stage, native.threads(),
+                wanted, len(taps), features.data_ptr(), scratch.data_ptr(), attention.meeting, *stage, around, native.threads(),
             )  # fmt: skip
-            native.settled(lagging, self, attention, x_NH, beside_NH, rotation, keys, values, wanted, features, scratch)
+            native.settled(lagging, self, attention, x_NH, beside_NH, rotation, keys, values, wanted, features, scratch, around, kept)
         return features
 
     def normed(self, x_NH: Tensor) -> Tensor:

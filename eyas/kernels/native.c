@@ -278,22 +278,29 @@ static inline __m256 exponential(__m256 x) {
     return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
-/* Scores to shares in place, over count numbers padded to a multiple of 8; returns the log of the sum of their exponentials. */
-static inline float soften(float *score, long count) {
+/* The sum of the exponentials of count numbers, padded in place to a multiple of 8, less the largest, which becomes *peak. shares: where
+ * these exponentials go, which may be where the numbers are; NULL: nowhere. */
+static inline float exponentials(float *score, float *shares, long count, float *peak) {
     __m256 most = _mm256_set1_ps(-INFINITY), sum = _mm256_setzero_ps();
     for (long i = count; i & 7; i++) score[i] = -INFINITY;
     for (long i = 0; i < count; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(score + i));
-    float lane[8], peak = -INFINITY;
+    float lane[8];
     _mm256_storeu_ps(lane, most);
-    for (int i = 0; i < 8; i++) peak = lane[i] > peak ? lane[i] : peak;
+    *peak = -INFINITY;
+    for (int i = 0; i < 8; i++) *peak = lane[i] > *peak ? lane[i] : *peak;
     for (long i = 0; i < count; i += 8) {
         __m256 raw = _mm256_loadu_ps(score + i);
-        __m256 share = exponential(_mm256_sub_ps(raw, _mm256_set1_ps(peak)));
+        __m256 share = exponential(_mm256_sub_ps(raw, _mm256_set1_ps(*peak)));
         share = _mm256_andnot_ps(_mm256_cmp_ps(raw, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ), share);
-        _mm256_storeu_ps(score + i, share);
+        if (shares) _mm256_storeu_ps(shares + i, share);
         sum = _mm256_add_ps(sum, share);
     }
-    float whole = total(sum);
+    return total(sum);
+}
+
+/* Scores to shares in place, over count numbers padded to a multiple of 8; returns the log of the sum of their exponentials. */
+static inline float soften(float *score, long count) {
+    float peak, whole = exponentials(score, score, count, &peak);
     for (long i = 0; i < count; i += 8)
         _mm256_storeu_ps(score + i, _mm256_div_ps(_mm256_loadu_ps(score + i), _mm256_set1_ps(whole)));
     return peak + logf(whole);
@@ -744,6 +751,24 @@ typedef struct {
     matrix qkv, o, gate_up, down;
 } layer;
 
+/* What lies around the layers of a draft's step: what its rows are made from, and behind the last layer a norm, the head, and the best
+ * children of each row. */
+typedef struct {
+    const void *table;       /* [.., width]: what comes beside x is its rows of these tokens; NULL: that is given */
+    const float *origin;     /* x is its rows `parent`; NULL: x is given */
+    const int64_t *token, *parent, *position; /* [rows]; position: which rows of cos and sin are theirs; NULL: theirs are given, in order */
+    const float *norm;       /* [width], before the head */
+    matrix head;
+    long wide, names;        /* the table is float32, else bfloat16; how many of the head's outputs count: the last block is filled up */
+    long asked, best;        /* how many rows the head reads; how many children of each are wanted */
+    const int64_t *row;      /* [asked] which rows these are */
+    const float *heat;       /* [asked] the temperature; 0: the logits are taken as they are */
+    const float *const *noise; /* [asked] to be added at a temperature, [names]; NULL: none */
+    float *scores, *whole, *value; /* [asked, outputs of the head]: log q + noise, or logits; [asked]: the log of the sum of their
+                                    * exponentials; [asked, best]: the best, less that */
+    int64_t *id;             /* [asked, best] */
+} around;
+
 /* y = x / sqrt(mean x^2 + epsilon) * weight, one row, which may be y itself; x itself where weight is NULL */
 static void norm_row(const float *x, const float *weight, float *y, long width, float epsilon) {
     if (!weight) {
@@ -796,8 +821,32 @@ static void add_row(float *y, const float *x, const float *change, const float *
         for (long c = 0; c < width; c++) y[c] = x[c] + (change[c] + bias[c]);
 }
 
+/* numbers[names] + noise at a temperature: log q + noise, where q is their softmax; in place */
+static void heat_row(float *number, float heat, const float *noise, long names) {
+    float peak, whole;
+    for (long c = 0; c < names; c++) number[c] /= heat;
+    whole = logf(exponentials(number, NULL, names, &peak)) + peak;
+    for (long c = 0; c < names; c++) number[c] = number[c] - whole + (noise ? noise[c] : 0.0f);
+}
+
+/* The best of number[names], padded to a multiple of 8 with -infinity: their places, best first; of equals the lower place first. */
+static void best_of(const float *number, long names, long best, float *value, int32_t *place) {
+    for (long i = 0; i < best; i++) value[i] = -INFINITY, place[i] = 0;
+    for (long c = 0; c < names; c += 8) {
+        __m256 above = _mm256_cmp_ps(_mm256_loadu_ps(number + c), _mm256_set1_ps(value[best - 1]), _CMP_GT_OQ);
+        for (int left = _mm256_movemask_ps(above); left; left &= left - 1) {
+            long at = c + __builtin_ctz((unsigned)left), to = best - 1;
+            float one = number[at];
+            if (!(one > value[to])) continue;
+            for (; to > 0 && one > value[to - 1]; to--) value[to] = value[to - 1], place[to] = place[to - 1];
+            value[to] = one, place[to] = (int32_t)at;
+        }
+    }
+}
+
 /* The phases of a layer. Each reads what the ones before it kept. */
 enum { ENTER, QKV, TURN, LOOK, JOIN, MEET, MIXED, OUT, MIDDLE, GATE_UP, GATED, DOWN, PHASES }; /* LOOK: attention */
+enum { LEAVE, NORM, HEAD, BEST, LAST }; /* behind the last layer: what it adds; of a draft's step alone, the others */
 
 typedef struct {
     plan p;
@@ -810,6 +859,7 @@ typedef struct {
     float *features, *qkv, *mixed, *gate_up, *back, *form;
     long begin; /* the job's first phase, counted from the first layer's first */
     meeting m;  /* of sharded keys */
+    const around *a; /* of a draft's step; else NULL */
 } pass;
 
 static long inputs_of(const layer *l) { return l->beside_norm ? 2 * l->width : l->width; }
@@ -830,17 +880,98 @@ static inputs inputs_in(const pass *s, const matrix *m, long step) {
 
 static float *outputs_of(const pass *s, long step) { return step == QKV ? s->qkv : step == GATE_UP ? s->gate_up : s->back; }
 
+/* ---- behind the last layer ---- */
+
+/* A row's scores, the log of the sum of their exponentials, its best and their places */
+static long best_memory(const around *a) { return a->head.out + 1 + 2 * a->best; }
+
+static long end_row_memory(const pass *s, long step) {
+    return step == LEAVE ? s->layers->width : step == NORM ? form_of(&s->a->head) + s->layers->width : best_memory(s->a);
+}
+
+static long end_items(const pass *s, long step, long *least, long *most) {
+    if (step == HEAD) return blocks(&s->a->head, s->a->asked, least, most);
+    return rows_in_tasks(step == LEAVE ? s->p.rows : s->a->asked, least, most);
+}
+
+static void end_row(const pass *s, long step, long r, float *own) {
+    const layer *last = s->layers + s->count - 1;
+    const around *a = s->a;
+    long width = last->width;
+    if (step == LEAVE) add_row(own, s->x + r * width, s->back + r * last->down.out, NULL, width);
+    else if (step == NORM) {
+        float *made = own + form_of(&a->head);
+        norm_row(s->x + a->row[r] * width, a->norm, made, width, last->epsilon);
+        form_row(&a->head, made, own);
+    } else {
+        float peak, *whole = own + a->head.out, *value = whole + 1;
+        memcpy(own, a->scores + r * a->head.out, a->head.out * sizeof(float));
+        for (long c = a->names; c < a->head.out; c++) own[c] = -INFINITY;
+        if (a->heat[r] > 0) heat_row(own, a->heat[r], a->noise[r], a->names);
+        *whole = logf(exponentials(own, NULL, a->names, &peak)) + peak;
+        best_of(own, a->names, a->best, value, (int32_t *)(value + a->best));
+        for (long i = 0; i < a->best; i++) value[i] -= *whole;
+    }
+}
+
+static void end_work(const pass *s, long step, long first, long last, float *own) {
+    if (step == HEAD) multiply(&s->a->head, inputs_at(&s->a->head, s->form, s->a->asked), own, s->a->asked, first, last);
+    else
+        for (long r = first; r < last; r++) end_row(s, step, r, own + (r - first) * end_row_memory(s, step));
+}
+
+static void end_keep(const pass *s, long step, long first, long last, const float *own) {
+    const around *a = s->a;
+    long width = s->layers->width;
+    if (step == LEAVE) memcpy(s->x + first * width, own, (last - first) * width * sizeof(float));
+    else if (step == HEAD) keep_product(&a->head, a->scores, own, a->asked, first, last);
+    else
+        for (long r = first; r < last; r++, own += end_row_memory(s, step)) {
+            if (step == NORM) {
+                keep_row(&a->head, inputs_at(&a->head, s->form, a->asked), r, own);
+                continue;
+            }
+            const float *value = own + a->head.out + 1;
+            const int32_t *place = (const int32_t *)(value + a->best);
+            memcpy(a->scores + r * a->head.out, own, a->head.out * sizeof(float));
+            a->whole[r] = value[-1];
+            memcpy(a->value + r * a->best, value, a->best * sizeof(float));
+            for (long i = 0; i < a->best; i++) a->id[r * a->best + i] = place[i];
+        }
+}
+
+static long end_memory(const pass *s) {
+    long least, most;
+    if (!s->a) return 0;
+    rows_in_tasks(s->a->asked, &least, &most);
+    return largest(outputs_in_task(&s->a->head, s->a->asked), most * largest(end_row_memory(s, NORM), end_row_memory(s, BEST)));
+}
+
+/* ---- the layers ---- */
+
 static long pass_items(const job *j, long phase, long *least, long *most) {
     const pass *s = (const pass *)j->copied;
     phase += s->begin;
+    if (phase >= PHASES * s->count) return end_items(s, phase - PHASES * s->count, least, most);
     long step = phase % PHASES, rows = s->p.rows;
     const layer *l = s->layers + phase / PHASES;
-    if (phase == PHASES * s->count || step == ENTER || step == TURN || step == MIDDLE || step == GATED) return rows_in_tasks(rows, least, most);
+    if (step == ENTER || step == TURN || step == MIDDLE || step == GATED) return rows_in_tasks(rows, least, most);
     if (step == LOOK) return s->m.pieces ? piece_items(&s->p, &s->m, least, most) : attention_items(&s->p, least, most);
     if (step == JOIN) return s->m.pieces && s->m.sent != s->m.states ? heads_in_tasks(&s->p, least, most) : 0;
     if (step == MEET) return s->m.own ? heads_in_tasks(&s->p, least, most) : 0;
     if (step == MIXED) return reads_floats(&l->o) ? 0 : rows_in_tasks(rows, least, most);
     return blocks(matrix_of(l, step), rows, least, most);
+}
+
+/* What comes beside row r of x, in float32 */
+static void beside_row(const pass *s, long r, float *to, long width) {
+    const around *a = s->a;
+    if (!a || !a->table) memcpy(to, s->beside + r * width, width * sizeof(float));
+    else if (a->wide) memcpy(to, (const float *)a->table + a->token[r] * width, width * sizeof(float));
+    else {
+        const uint16_t *row = (const uint16_t *)a->table + a->token[r] * width;
+        for (long c = 0; c < width; c += 8) store_float32(to + c, some_bfloat16(row + c, width - c), width - c);
+    }
 }
 
 /* One row of the phases between products, into memory of its own: x first where the phase changes it, then the form of the next product's
@@ -850,9 +981,13 @@ static void pass_row(const pass *s, const layer *l, long step, long r, float *ow
     float *x = s->x + r * width, *back = s->back + r * l->o.out, *form = own + width, *made = form + form_of(matrix_of(l, step));
     if (step == ENTER || step == MIDDLE) {
         int first = step == ENTER && l == s->layers;
+        if (first && s->a && s->a->origin) x = (float *)s->a->origin + s->a->parent[r] * width;
         add_row(own, x, first ? NULL : back, step == MIDDLE ? l->o_bias : NULL, width);
         norm_row(own, step == ENTER ? l->norm : l->mlp_norm, made + (step == ENTER ? inputs_of(l) - width : 0), width, l->epsilon);
-        if (step == ENTER && l->beside_norm) norm_row(s->beside + r * width, l->beside_norm, made, width, l->epsilon);
+        if (step == ENTER && l->beside_norm) {
+            beside_row(s, r, made, width);
+            norm_row(made, l->beside_norm, made, width, l->epsilon);
+        }
     } else if (step == MIXED) made = s->mixed + r * heads * d;
     else if (step == GATED) gate_row(s->gate_up + r * l->gate_up.out, s->gate_up + r * l->gate_up.out + l->inner, made, l->inner);
     else { /* TURN */
@@ -860,7 +995,8 @@ static void pass_row(const pass *s, const layer *l, long step, long r, float *ow
         add_row(own, row, l->qkv_bias, NULL, (heads + 2 * kv_heads) * d);
         for (long h = 0; l->q_norm && h < heads + kv_heads; h++)
             norm_row(own + h * d, h < heads ? l->q_norm : l->k_norm, own + h * d, d, l->epsilon);
-        rotate_row(own, heads + kv_heads, d, s->turned, s->cos + r * s->turned, s->sin + r * s->turned);
+        long at = (s->a && s->a->position ? s->a->position[r] : r) * s->turned;
+        rotate_row(own, heads + kv_heads, d, s->turned, s->cos + at, s->sin + at);
         return;
     }
     form_row(matrix_of(l, step), made, form);
@@ -876,10 +1012,8 @@ static void pass_work(const job *j, long phase, long first, long last, float *ow
     const pass *s = (const pass *)j->copied;
     phase += s->begin;
     long step = phase % PHASES, number = phase / PHASES, rows = s->p.rows;
-    if (phase == PHASES * s->count) { /* what the last layer adds */
-        const layer *l = s->layers + number - 1;
-        for (long r = first; r < last; r++)
-            add_row(own + (r - first) * l->width, s->x + r * l->width, s->back + r * l->down.out, NULL, l->width);
+    if (number == s->count) {
+        end_work(s, step, first, last, own);
         return;
     }
     const layer *l = s->layers + number;
@@ -898,8 +1032,8 @@ static void pass_keep(const job *j, long phase, long first, long last, const flo
     const pass *s = (const pass *)j->copied;
     phase += s->begin;
     long step = phase % PHASES, number = phase / PHASES, width = s->layers->width, rows = s->p.rows;
-    if (phase == PHASES * s->count) {
-        memcpy(s->x + first * width, own, (last - first) * width * sizeof(float));
+    if (number == s->count) {
+        end_keep(s, step, first, last, own);
         return;
     }
     const layer *l = s->layers + number;
@@ -930,7 +1064,7 @@ static long pass_memory(const pass *s) {
     long outputs = largest(largest(outputs_in_task(&l->qkv, rows), outputs_in_task(&l->o, rows)),
                            largest(outputs_in_task(&l->gate_up, rows), outputs_in_task(&l->down, rows)));
     if (s->m.pieces) attention = largest(attention, join_memory(&s->p, &s->m));
-    return largest(largest(attention, most * row_memory(s, l)), outputs);
+    return largest(largest(attention, end_memory(s)), largest(most * row_memory(s, l), outputs));
 }
 
 /* x [rows, width] += attention, then += MLP: `count` decoder layers of one shape over rows. q, k and v read norm(x), or [norm(beside);
@@ -938,16 +1072,17 @@ static long pass_memory(const pass *s) {
  * one's lie `apart` bytes further. features [rows, tapped, width]: x as it enters the layers `taps` names, counted from the first. cos and
  * sin [rows, turned]. scratch: for each row the outputs of qkv, of gate_up, of o or down and of attention, and the largest product's
  * `form_of`. m: where states meet, if keys are sharded; else NULL. Phases [begin, end), counted from the first layer's first, are done: all,
- * or up to where a process needs the others' states, and on from there with the same scratch; end -1: to the end. Returns as `run` does. */
+ * or up to where a process needs the others' states, and on from there with the same scratch; end -1: to the end. a: of a draft's step, else
+ * NULL. Returns as `run` does. */
 int eyas_layers(const plan *p, const layer *layers, long count, float *x, const float *beside, const float *cos, const float *sin, long turned,
                 void *keys, void *values, int wide, long apart, const long *taps, long tapped, float *features, float *scratch,
-                const meeting *m, long begin, long end, int threads) {
+                const meeting *m, long begin, long end, const around *a, int threads) {
     long rows = p->rows, both = layers->gate_up.out, out = largest(layers->o.out, layers->down.out);
     float *mixed = scratch + rows * layers->qkv.out, *gate_up = mixed + rows * p->heads * p->width, *back = gate_up + rows * both;
     pass s = {*p, layers, count, wide, apart, tapped, turned, x, beside, cos, sin, keys, values, taps, features, scratch, mixed, gate_up, back,
-              back + rows * out, begin, {0}};
+              back + rows * out, begin, {0}, a};
     if (m) s.m = *m;
-    job j = {(end < 0 ? PHASES * count + 1 : end) - begin, threads, pass_memory(&s), pass_items, pass_work, pass_keep};
+    job j = {(end < 0 ? PHASES * count + (a ? LAST : 1) : end) - begin, threads, pass_memory(&s), pass_items, pass_work, pass_keep};
     memcpy(j.copied, &s, sizeof s);
     return run(&j);
 }

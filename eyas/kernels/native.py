@@ -63,6 +63,17 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Around(ctypes.Structure):
+    """native.c's `around`: what a draft's step has besides its layers."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "origin", "token", "parent", "position", "norm")),
+        ("head", Matrix),
+        *((name, ctypes.c_long) for name in ("wide", "names", "asked", "best")),
+        *((name, ctypes.c_void_p) for name in ("row", "heat", "noise", "scores", "whole", "value", "id")),
+    ]
+
+
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel, or None where it cannot be built or run."""
@@ -79,7 +90,7 @@ def kernel() -> ctypes.CDLL | None:
     library.eyas_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     library.eyas_attention.argtypes = [plan, *[pointer] * 3, whole, pointer, pointer, ctypes.POINTER(Meeting), whole]
     cache = [pointer, pointer, whole, long]
-    end = [pointer, ctypes.POINTER(Meeting), long, long, whole]
+    end = [pointer, ctypes.POINTER(Meeting), long, long, ctypes.POINTER(Around), whole]
     library.eyas_layers.argtypes = [plan, ctypes.POINTER(Layer), long, *[pointer] * 4, long, *cache, pointer, long, pointer, *end]
     library.eyas_join.argtypes = [plan, ctypes.POINTER(Meeting), whole]
     library.eyas_phases.restype = library.eyas_turned.restype = library.eyas_joined.restype = long

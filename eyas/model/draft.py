@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import DraftConfig, TargetConfig, check_taps, default_taps
+from eyas.kernels import native
 from eyas.kernels.attention import Attend, NativeAttention, PassAttention
 from eyas.kernels.layer import NativeLayer, NativeLayers
 from eyas.kernels.linear import Dense
+from eyas.kernels.step import NativeStep
 from eyas.model.cache import Pool, pool_on
 from eyas.model.transformer import MLP, Attention, Block, RMSNorm, Rotary, pack
 
@@ -72,6 +74,7 @@ class DraftNetwork(nn.Module):
         if config.own_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
         self.native: list[NativeLayers] = []  # once prepared, where the kernel can run the layers: its calls, in order
+        self.one_call: NativeStep | None = None  # once prepared, where the kernel can run a whole step
         self.pool: Pool | None = None  # once prepared on CUDA, where steps are captured
         self.embedding = [embedding]  # in a list: not this module's own, so not in its state dict
 
@@ -120,8 +123,12 @@ class DraftNetwork(nn.Module):
         return features_NF
 
     def embed(self, tokens_N: Tensor) -> Tensor:
-        table_VH = self.embed_tokens.weight if self.config.own_embedding else self.embedding[0]
-        return F.embedding(tokens_N, table_VH).to(self.dtype)
+        return F.embedding(tokens_N, self.table).to(self.dtype)
+
+    @property
+    def table(self) -> Tensor:
+        """The embedding [V, H], its own or the target's."""
+        return self.embed_tokens.weight if self.config.own_embedding else self.embedding[0]
 
     def step(self, tokens_N: Tensor, g_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
         """a [N, H], the layers' output for g (or for what stands in for it) and the tokens that followed; float32 where the kernel runs the
@@ -169,6 +176,9 @@ class DraftNetwork(nn.Module):
         self.head.pack(torch.float64 if self.dtype == torch.float64 else torch.float32, bits)
         for layer in (self.fc, self.lm_head):
             layer.register_parameter("weight", None)
+        head, table = self.head.weight, self.table.detach()
+        if len(self.native) == 1 and isinstance(head, native.Packed) and NativeStep.reads(table, self.dtype):
+            self.one_call = NativeStep(self.native[0], head, table, self.rotary)
         self.pool = pool_on(self.device)
         return self.eval().requires_grad_(False)
 

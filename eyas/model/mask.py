@@ -7,6 +7,7 @@ the same rule. Knows parents only. (Sharding keys over devices, "tree attention"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,22 @@ def ancestor_mask(parents: Sequence[int]) -> Tensor:
         if parent >= 0:
             mask[row] |= mask[parent]
     return torch.from_numpy(mask)
+
+
+class Sight:
+    """Which of some columns each row sees, as the columns' numbers; the mask is made where it is asked for."""
+
+    def __init__(self, seen: Sequence[Sequence[int]], columns: int) -> None:
+        """`seen`: for each row what it sees, ascending, of `columns` columns."""
+        self.seen, self.columns = seen, columns
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [rows, columns]"""
+        mask = np.zeros((len(self.seen), self.columns), dtype=bool)
+        for row, seen in enumerate(self.seen):
+            mask[row, seen] = True
+        return torch.from_numpy(mask)
 
 
 def causal_mask(count: int) -> Tensor:

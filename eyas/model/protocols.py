@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eyas.config import TargetConfig, TreeShape
 from eyas.kernels.attention import Attend, PassAttention
+from eyas.kernels.step import NativeStep
 from eyas.model.cache import Cache, Pool
 from eyas.model.rows import Rows
 from eyas.model.target import Output
@@ -139,6 +140,8 @@ class EagleModule(DraftModule, Protocol):
     def pool(self) -> Pool | None: ...  # once prepared on CUDA, where steps are captured
     @property
     def window(self) -> int | None: ...  # how many positions a row sees, itself included; None: all
+    @property
+    def one_call(self) -> NativeStep | None: ...  # a whole step, head included, where the kernel can run it
 
     def fuse(self, features: Tensor, /) -> Tensor:
         """g [N, H] from the target's features [N, taps * H]."""

@@ -1,6 +1,6 @@
 """The rows of a pass, flat and grouped by sequence: one text, ragged trees of many sequences, a part of a prompt.
 
-Knows tokens, positions and masks; knows nothing of caches or models.
+Knows tokens, positions and which rows see which; knows nothing of caches or models.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eyas.model.mask import Sight
+
 
 class Segment(NamedTuple):
     """The rows of a pass that belong to one sequence, in the order of the pass."""
 
     slot: int
     count: int
-    # bool [count, k + count]: which rows see which of the last k committed rows and of these rows; all see earlier ones. None: causal.
-    mask: Tensor | None = None
+    # which rows see which of the last k committed rows and of these rows, [count, k + count]; all see earlier ones. None: causal.
+    sight: Tensor | Sight | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`sight`, as bool [count, k + count]."""
+        return self.sight.mask if isinstance(self.sight, Sight) else self.sight
 
 
 class Rows(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eyas.config import LAST_HIDDEN
 from eyas.kernels.linear import Dense
+from eyas.kernels.step import NativeStep
 from eyas.model.cache import Pool, pool_on
 from eyas.model.vocab import DraftVocab
 
@@ -49,6 +50,7 @@ class SharedWeights(nn.Module):
     wants: tuple[int, ...] = LAST_HIDDEN  # what it reads of the target
     levels: int | None = None  # how deep it can guess; None: as deep as is asked for
     accuracies: list[list[float]] | None = None  # of its guesses, [depth - 1][rank], where they were measured
+    one_call: NativeStep | None = None  # where the kernel can run a whole step
     pool: Pool | None = None  # once prepared on CUDA, where steps may be captured
 
     def share(self, embedding_VH: Tensor, head: nn.Linear | None = None) -> None:

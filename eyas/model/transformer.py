@@ -8,6 +8,7 @@ Axes: N rows, H model width, q/k heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,10 +44,19 @@ class Rotary:
         and often."""
         if positions_N.device.type != "cpu" or int(positions_N.max()) >= TABLE:
             return self.computed(positions_N, dtype)
+        cos, sin = self.table(dtype)
+        return cos[positions_N], sin[positions_N]
+
+    def rows(self, positions: Sequence[int]) -> tuple[tuple[Tensor, Tensor], Sequence[int]]:
+        """Float32 cos and sin on the CPU [.., 1, d], and which of their rows are these positions'."""
+        if max(positions) < TABLE:
+            return self.table(torch.float32), positions
+        return self.computed(torch.tensor(positions, device="cpu"), torch.float32), range(len(positions))
+
+    def table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype not in self.tables:
             self.tables[dtype] = self.computed(torch.arange(TABLE, device="cpu"), dtype)
-        cos, sin = self.tables[dtype]
-        return cos[positions_N], sin[positions_N]
+        return self.tables[dtype]
 
     def computed(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.frequencies.device != positions_N.device:

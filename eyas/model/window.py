@@ -42,7 +42,7 @@ class WindowedCache(KVCache):
             return segment
         among = causal_mask(segment.count) if segment.mask is None else segment.mask
         near_nt = self.positions[segment.slot, :end] > positions_n[:, None] - self.window
-        return segment._replace(mask=behind_prefix(among, end - among.shape[1]) & near_nt)
+        return segment._replace(sight=behind_prefix(among, end - among.shape[1]) & near_nt)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         start = self.lengths[slot]

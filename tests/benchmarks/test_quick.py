@@ -69,6 +69,17 @@ def test_round_profile(found):
     assert (Decoder.round, native.product) == before
 
 
+@pytest.mark.skipif(native.kernel() is None, reason="times the native kernel's call, which cannot be built here")
+def test_draft_step(found):
+    told = found("draft_step")["ms"]
+    assert list(told) == ["one call", "parts"]
+    for way in told.values():
+        assert {rows: list(levels) for rows, levels in way.items()} == {
+            f"{rows} rows": ["catching up", "first level", "next levels"] for rows in (1, 8)
+        }
+        assert all(0 < each["least"] <= each["median"] for levels in way.values() for each in levels.values())
+
+
 def test_startup(found, monkeypatch):
     """A fresh process is what it measures; importing PyTorch again takes long, so here this one answers."""
 

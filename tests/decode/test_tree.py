@@ -118,9 +118,10 @@ def test_sight_is_being_an_ancestor():
         rng = random.Random(seed)
         growth = grown(rng, TreeShape(30, seed, 1 + seed))
         frontier = growth.frontier()
-        columns = growth.expanded + frontier
-        expected = [[column in ancestors(growth.parents, node) for column in columns] for node in frontier]
-        assert growth.sight(frontier).tolist() == expected
+        columns = (growth.expanded + frontier)[1:]
+        assert growth.seen(frontier) == [
+            [place for place, column in enumerate(columns) if column in ancestors(growth.parents, node)] for node in frontier
+        ]
 
 
 def test_best_keeps_parents_and_the_best_scores():
