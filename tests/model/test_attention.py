@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from eyas.kernels import native
 from eyas.kernels.attention import NativeAttention
+from eyas.model import attention
 from eyas.model.attention import PlainAttention
 from eyas.model.cache import KVCache
 from eyas.model.mask import ancestor_mask
@@ -116,3 +117,27 @@ def test_parts_of_the_keys_merge_by_their_log_sum_exp(cls):
 def make(cls, cache, segments, lses):
     attention = cls(cache, segments, lses) if cls is NativeAttention else cls(cache, segments, 3, lses)
     return attention.layer(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whole_prompts_padded_together_are_prompts_one_by_one(dtype, monkeypatch):
+    """Beside a tree, a prompt's later part and a single row, which are computed as ever; the cache holds the same."""
+    tree = ancestor_mask(PARENTS)
+    segments = [Segment(3, 9), Segment(0, 8, tree), Segment(2, 12), Segment(1, 1), Segment(4, 5), Segment(5, 7)]
+    results = []
+    for counts in (False, True):
+        monkeypatch.setattr(attention, "launches_count", lambda device, counts=counts: counts)
+        cache = filled_cache(dtype, [20, 30, 0, 0, 11, 0])
+        parts = PlainAttention(cache, segments, 3)
+        assert [type(each) for each in parts.padded] == ([attention.Prompts] if counts else []) and len(parts.loose) == (3 if counts else 6)
+        q, k, v = (each.to(dtype) for each in rows(42, torch.float32))
+        results.append((parts.layer(1)(q, k, v), cache.keys.clone(), cache.values.clone()))
+    (ours, *held), (theirs, *wanted) = results
+    assert_close(ours, theirs, **({"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}))
+    assert all(map(torch.equal, held, wanted)) and wanted[0][1, 2, :, :12].any()
+
+
+@pytest.mark.parametrize(("counts", "padded"), [([9, 12, 7], True), ([9], False), ([2, 3, 90], False), ([40, 90], True), ([9, 1], False)])
+def test_prompts_are_padded_where_there_are_several_of_about_one_length(counts, padded):
+    cache = filled_cache(torch.float32, [0] * len(counts))
+    assert attention.whole_prompts(cache, [Segment(slot, count) for slot, count in enumerate(counts)]) == list(range(len(counts))) * padded
