@@ -4,8 +4,9 @@
 
 `eyas train` runs in .carried/draft, from what scripts/gpu_carry.py unpacked, and saves every `--save-every` seconds and at the end. Each
 saved draft (weights in bfloat16, config.json, training.json with the learning curve) is at once laid into FOLDER, in pieces below 16 MiB:
-`gpu_carry.py bring FOLDER DIRECTORY` puts the latest whole one together. Called again it goes on from the last checkpoint. Prints the
-curve and the anchors a second, and writes FOLDER/train.json. `--tiny` rehearses all of it on a CPU, with a random target and random text.
+`gpu_carry.py bring FOLDER DIRECTORY` puts the latest whole one together. Called again it goes on from the last checkpoint; a training that
+fails is begun anew, once. Prints the curve and the anchors a second, and writes FOLDER/train.json. `--tiny` rehearses all of it on a CPU,
+with a random target and random text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pieces import split
 ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ROOT / ".carried"
 FILES = ("model.safetensors", "config.json", "training.json")
+AGAIN = "draft-again"  # where it is trained anew
 MOST = 15 << 20  # bytes of a piece
 LOOK = 1.0  # seconds between two looks at what is saved
 START, END = 120, 30  # seconds that reading data and target may take before the training, and measuring and saving behind it
@@ -45,29 +47,43 @@ def main(words: list[str] | None = None) -> int:
 
 
 def train(given: argparse.Namespace, work: Path) -> int:
-    """Train, or go on, and lay out whatever is saved meanwhile; the status of `eyas train`."""
-    draft = work / "draft"
+    """Train, or go on; where that fails with time left, anew at half the rate and without an induction head. The last one's status."""
+    until = time.monotonic() + given.seconds + START + END
+    status = 1
+    for again in (False, True):
+        left = until - time.monotonic() - START - END
+        if again and left < given.seconds / 4:
+            break
+        if again or not (work / AGAIN).exists():
+            status = one_training(given, work, again, left, until)
+        if status == 0:
+            break
+        print(f"the training {'at half the rate ' if again else ''}ended with status {status}", flush=True)
+    return status
+
+
+def one_training(given: argparse.Namespace, work: Path, again: bool, seconds: float, until: float) -> int:
+    """Run `eyas train`, and lay out whatever is saved meanwhile; its status. At the time `until` it is asked to save and end."""
+    draft = work / (AGAIN if again else "draft")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(work / "there" / "site")]), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command(given, work, draft), env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the last save is laid out
-    began, told, asked = time.monotonic(), None, False
+    process = subprocess.Popen(command(given, work, draft, again, seconds), env=environment)
+    told, asked = None, False
     try:
         while process.poll() is None:
             time.sleep(LOOK)
             told = lay_out(draft, given.out, told)
-            if not asked and time.monotonic() - began > given.seconds + START + END:
-                process.send_signal(signal.SIGINT)  # it saves, and ends
+            if not asked and time.monotonic() > until:
+                process.send_signal(signal.SIGINT)
                 asked = True
     finally:
         if process.poll() is None:
             process.kill()
         told = lay_out(draft, given.out, told)
-    if told is None:
-        return process.returncode or 1
-    facts = summary(told)
-    (given.out / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in facts.items() if name != "curve"}, indent=1))
-    return process.returncode
+    if told is not None:
+        facts = summary(told)
+        (given.out / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
+        print(json.dumps({name: value for name, value in facts.items() if name != "curve"}, indent=1), flush=True)
+    return process.returncode if told is not None else process.returncode or 1
 
 
 def options(words: list[str] | None) -> argparse.Namespace:
@@ -86,8 +102,9 @@ def options(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def command(given: argparse.Namespace, work: Path, draft: Path) -> list[str]:
-    """`eyas train`'s words. Text is seldom seen twice at these sizes and trees are measured afterwards, so nothing else is measured."""
+def command(given: argparse.Namespace, work: Path, draft: Path, again: bool, seconds: float) -> list[str]:
+    """`eyas train`'s words. Trees are measured afterwards, on a machine that is there for longer; and the time is there to be used, so no
+    fall of the measured tau ends the training."""
     texts = sorted(map(str, (work / "there" / "text").iterdir()))
     settings = {
         "tokens_per_batch": given.batch,
@@ -95,10 +112,11 @@ def command(given: argparse.Namespace, work: Path, draft: Path) -> list[str]:
         "measure_steps": given.measure_every,
         "checkpoint_minutes": given.save_every / 60,
         "tree_every": 0,
+        "patience": 0,
     }
-    settings |= {"draft_vocab_size": 200, "unroll_steps": 3} if given.tiny else {"induction": "true"}
+    settings |= {"draft_vocab_size": 200, "unroll_steps": 3} if given.tiny else {"induction": str(not again).lower()}
     words = ["train", "--target", work / "there" / "target", "--text", *texts, "--out", draft, "--device", given.device, "--workers", 1]
-    words += ["--minutes", given.seconds / 60, "--learning-rate", given.learning_rate]
+    words += ["--minutes", seconds / 60, "--learning-rate", given.learning_rate / (2 if again else 1)]
     for setting in [*(f"{name}={value}" for name, value in settings.items()), *given.set]:
         words += ["--set", setting]
     resumed = ["--resume"] if (draft / "checkpoint").exists() else []
@@ -176,4 +194,5 @@ def tiny_world(work: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the last save is laid out
     raise SystemExit(main())

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +27,16 @@ from eyas.train.texts import write_text
 from tests.tiny import save_tiny_target
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+GIVEN = {
+    "batch": 4096,
+    "warm_up": 100,
+    "measure_every": 1000,
+    "save_every": 60,
+    "learning_rate": 4e-3,
+    "device": "cuda",
+    "tiny": False,
+    "set": [],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +160,16 @@ def test_a_killed_training_leaves_a_whole_draft_and_goes_on(tmp_path):
     told = json.loads((out / "train.json").read_text())
     assert told["steps"] == last["steps"] and told["anchors_per_second"] > 0
     assert len(list(out.iterdir())) <= 8 and last["settings"]["tokens_per_batch"] == 300 and last["settings"]["warmup_steps"] == 100
+
+
+def test_a_training_that_fails_is_begun_anew_at_half_the_rate(tmp_path, capfd):
+    words = ["--tiny", "--device", "cpu", "--out", tmp_path / "out", "--work", tmp_path / "work", "--seconds", 60, "--set", "loss_from=2"]
+    assert script("gpu_train").main([*map(str, words)]) == 2
+    said = capfd.readouterr()
+    assert said.out.count("ended with status 2") == 2 and said.err.count("loss_from") == 2
+    rates = [script("gpu_train").command(SimpleNamespace(**GIVEN), tmp_path / "work", tmp_path, again, 60) for again in (False, True)]
+    assert [words[words.index("--learning-rate") + 1] for words in rates] == ["0.004", "0.002"]
+    assert ["induction=true" in words for words in rates] == [True, False] == ["induction=false" not in words for words in rates]
 
 
 def brought(out: Path, work: Path, directory: Path) -> dict:
