@@ -5,6 +5,13 @@
     python scripts/gpu_carry.py unpack           there, in the last call: joins, checks hashes, makes the target
     python scripts/gpu_carry.py bring FROM TO    here: the latest whole draft of the pieces in FROM, as the directory TO
 
+In this order, all there within the seconds for which a machine is held between two calls:
+
+    1. scripts/pack_text.py FOLDER.. text.safetensors, then `pack text.safetensors`                       here, beforehand
+    2. a call that takes .carried/1 along and runs `take`; so on for each folder but the last             there
+    3. a call that takes the last one along: `take`, `unpack`, then scripts/gpu_session.sh OUT train      there
+    4. `bring OUT my-draft`                                                                               here
+
 What a call takes along is the repository's files and one of these folders, together at most `--call` bytes (64 MiB): the target's GGUF of
 98 MB needs three calls. Git ignores .carried/. What is kept there between calls lies in .carried/kept, what is unpacked in .carried/there:
 `target`, `text/`, and in `site/` the package gguf, which reads the target. The target's small files travel as they are here, since another

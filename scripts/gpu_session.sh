@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys; a draft. A stage has seconds of its
-# own and ends with them; what it printed by then is kept, and the next begins. A result that is there is not made again.
+# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys; a draft. A stage has
+# seconds of its own and ends with them; what it printed by then is kept, and the next begins. A result that is there is not made again.
 # Run: scripts/gpu_session.sh [--tiny] OUT_DIRECTORY [STAGE ..]
 #      (tests, round and tree by default; --tiny rehearses stages on a CPU). Needs no network, no package but those of eyas[test], and no
 #      installation.
-# The stage `train` runs only where it is named, from what scripts/gpu_carry.py brought in the calls that it names. It takes TRAIN_SECONDS
-# (360) of training and about two minutes around them, so give it a call of its own; TRAIN_BATCH (4096 tokens), TRAIN_RATE (4e-3) and
-# TRAIN_WARM_UP (100 steps) may be set, and in TRAIN_MORE further words for scripts/gpu_train.py, such as "--set seed=1".
+# The stage `train` runs only where it is named, in the last of the calls that `scripts/gpu_carry.py pack` prints (three, for the embedded
+# target). It takes TRAIN_SECONDS (360) of training and at most 165 around them, so the call is its own; TRAIN_BATCH (4096 tokens),
+# TRAIN_RATE (4e-3) and TRAIN_WARM_UP (100 steps) may be set, and in TRAIN_MORE further words for scripts/gpu_train.py, "--set seed=1" say.
 set -uo pipefail
 tiny=() device=cuda
 [ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu TRAIN_SECONDS=${TRAIN_SECONDS:-10}; shift; }
