@@ -47,9 +47,9 @@ def children(
         return drawn_children(request, nodes, logits_of(guessed), vocab)  # from the draft's own law alone: the verifier counts on it
     if isinstance(guessed, Tensor) or not kernel_ranks(request):
         guessed = ranked(logits_of(guessed), request.sampling, noise_at(request, level, vocab), request.shape.top_k)
-    count = request.shape.top_k
-    ids, scores = guessed.ids[:, :count], guessed.scores[:, :count]
-    found = Children((vocab.to_target(ids.cpu()) if vocab else ids).tolist(), scores.tolist())
+    count, names = request.shape.top_k, vocab.id_list() if vocab else None
+    ids = guessed.ids if names is None else [[names[each] for each in row[:count]] for row in guessed.ids]
+    found = Children([row[:count] for row in ids], [row[:count] for row in guessed.scores])
     if laws is not None and any(laws):
         join_laws(found, laws, guessed, request.noise(request.position + level + 1) if request.noise else None, vocab)
     return found
@@ -84,7 +84,8 @@ def logits_of(guessed: Tensor | Ranked) -> Tensor:
 def ranked(logits_RD: Tensor, sampling: Sampling, noise_D: Tensor | None, count: int) -> Ranked:
     """The `count` best candidates of each row, as the kernel finds them."""
     noisy_RD = noisy(logits_RD, sampling, noise_D)
-    return Ranked(noisy_RD, noisy_RD.logsumexp(-1), *best_children(noisy_RD.log_softmax(-1), count))
+    scores, ids = best_children(noisy_RD.log_softmax(-1), count)
+    return Ranked(noisy_RD, noisy_RD.logsumexp(-1).tolist(), scores.tolist(), ids.tolist())
 
 
 def join_laws(found: Children, laws: Sequence[CopyLaw | None], guessed: Ranked, noise_V: Tensor | None, vocab: DraftVocab | None) -> None:
@@ -95,11 +96,11 @@ def join_laws(found: Children, laws: Sequence[CopyLaw | None], guessed: Ranked, 
     places = tokens if columns is None else [columns[token] for token in tokens]
     owners = [row for row, law in enumerate(laws) if law is not None for _ in law.following]
     indices = [row * width + max(place, 0) for row, place in zip(owners, places, strict=True)]
-    numbers, wholes = guessed.numbers.take(torch.tensor(indices, device=guessed.numbers.device)).tolist(), guessed.whole.tolist()
-    known = [n - wholes[row] if place >= 0 else -math.inf for n, row, place in zip(numbers, owners, places, strict=True)]
+    numbers = guessed.numbers.take(torch.tensor(indices, device=guessed.numbers.device)).tolist()
+    known = [n - guessed.whole[row] if place >= 0 else -math.inf for n, row, place in zip(numbers, owners, places, strict=True)]
     noise = None if noise_V is None else noise_V.take(torch.tensor(tokens)).tolist()
     at = 0
-    for law, whole, its_tokens, its_scores in zip(laws, wholes, found.tokens, found.log_scores, strict=True):
+    for law, whole, its_tokens, its_scores in zip(laws, guessed.whole, found.tokens, found.log_scores, strict=True):
         if law is None:
             continue
         own = slice(at, at + len(law.following))

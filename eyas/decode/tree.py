@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+IMPOSSIBLE = float("-inf")
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -123,15 +125,15 @@ class Growth:
         the children were drawn from, where they were drawn."""
         self.newest = []
         for node, its_tokens, its_scores in zip(frontier, tokens, log_scores, strict=True):
-            for rank, (token, score) in enumerate(zip(its_tokens[: self.room(node)], its_scores, strict=False)):
-                if score == float("-inf"):
-                    break
-                self.newest.append(len(self.tokens))
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.ranks.append(rank)
-                self.depths.append(self.depths[node] + 1)
-                self.scores.append(self.scores[node] + score)
+            possible = its_scores.index(IMPOSSIBLE) if IMPOSSIBLE in its_scores else len(its_scores)
+            its_tokens, above, first = its_tokens[:possible][: self.room(node)], self.scores[node], len(self.tokens)
+            count = len(its_tokens)
+            self.newest += range(first, first + count)
+            self.tokens += its_tokens
+            self.parents += [node] * count
+            self.ranks += range(count)
+            self.depths += [self.depths[node] + 1] * count
+            self.scores += [above + score for score in its_scores[:count]]
         self.places.update(zip(frontier, itertools.count(len(self.expanded) - 1)))
         self.expanded += frontier
         self.distributions.update(zip(frontier, distributions or (), strict=False))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class NativeAttention:
     """A pass's attention by the native kernel. It tells the kernel for each row its slot, its index there, how many of the slot's first
     rows it sees, and which others."""
 
-    rows: native.RowPlan
+    flat: array[int] | None = None  # what `rows` is made of, where keys are not sharded
     meeting: native.Meeting | None = None  # where states meet, if keys are sharded
 
     def __init__(self, cache: KVCache, segments: Sequence[Segment], lses: list[Tensor] | None = None) -> None:
@@ -65,14 +66,22 @@ class NativeAttention:
             prefixes += [free] * segment.count
             counts += [len(row) for row in seen]
             others += [free + column for row in seen for column in row]
-        home, place, prefix, start, other = int64s(slots, places, prefixes, list(itertools.accumulate(counts)), others)
-        self.rows = native.RowPlan(home, place, home, prefix, start, other)
+        self.flat = array("q", [*slots, *places, *prefixes, *itertools.accumulate(counts), *others])
+        self.sizes = [len(slots)] * 3 + [len(counts), len(others)]
+
+    @cached_property
+    def rows(self) -> native.RowPlan:
+        """Which row sees which, as tensors; one layer at a time is given these."""
+        assert self.flat is not None
+        home, place, prefix, start, other = torch.frombuffer(self.flat, dtype=torch.int64).split(self.sizes)
+        return native.RowPlan(home, place, home, prefix, start, other)
 
     def plan(self, heads: int, kv_heads: int, stride: int) -> native.Plan:
         """The kernel's plan of this pass; the same for every layer of a model."""
         key = (heads, kv_heads, stride)
         if key not in self.plans:
-            self.plans[key] = self.rows.shape(*key, self.cache.keys[0])
+            keys = self.cache.keys
+            self.plans[key] = self.rows.shape(*key, keys) if self.flat is None else native.row_plan(self.flat, self.sizes, *key, keys)
         return self.plans[key]
 
     def stages(self, layers: int, qkv: Tensor) -> Iterator[tuple[int, int]]:
@@ -91,12 +100,6 @@ class NativeAttention:
             return native.attention(q, k, v, keys, values, self.rows, lse)
 
         return attend
-
-
-def int64s(*columns: Sequence[int]) -> tuple[Tensor, ...]:
-    """Columns of numbers as int64, cut from one tensor over one array: making many small ones takes longer."""
-    whole = torch.frombuffer(array("q", [*itertools.chain(*columns)]), dtype=torch.int64)
-    return whole.split([len(column) for column in columns])
 
 
 def folded(q_nqd: Tensor, kv_heads: int) -> Tensor:

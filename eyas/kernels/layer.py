@@ -75,7 +75,9 @@ class NativeLayers:
         """Run the layers on x (float32, contiguous), which is changed in place; cos and sin are float32 [N,1,d]. Returns x as it entered
         each layer of `taps`, in ascending order: float32 [N, taps * H]. `around`: what else is done, of a draft's step (step.py); `kept`:
         what has the memory to which it points."""
-        keys, values = attention.cache.keys[self.first :], attention.cache.values[self.first :]
+        keys, values = attention.cache.keys, attention.cache.values
+        if self.first:
+            keys, values = keys[self.first :], values[self.first :]
         some, (N, H) = self.layers[0], x_NH.shape
         plan = attention.plan(some.heads, some.kv_heads, some.layer.qkv.outputs)
         features, scratch = (torch.empty(N, width, dtype=torch.float32, device="cpu") for width in (len(taps) * H, self.scratch_width))

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -272,6 +274,14 @@ class RowPlan(NamedTuple):
         placed = (self.home, self.place, self.source, self.slot, self.prefix, self.start, self.other)
         pointers = (None if part is None else part.data_ptr() for part in (*placed, self.shard, self.base, self.first))
         return Plan(*sizes, *pointers, self.shards, self.shift, self.apart)
+
+
+def row_plan(numbers: array[int], sizes: Sequence[int], heads: int, kv_heads: int, stride: int, keys: Tensor) -> Plan:
+    """What `RowPlan.shape` gives, where `numbers` are home, place, prefix, start and other one behind the other, of these sizes: for few
+    rows making tensors takes longer than all else."""
+    home, place, prefix, start, other, _ = itertools.accumulate([8 * size for size in sizes], initial=numbers.buffer_info()[0])
+    size = (sizes[0], sizes[0], heads, kv_heads, keys.shape[-1], stride, keys.shape[-2])
+    return Plan(*size, home, place, None, home, prefix, start, other, None, None, None, 0, RowPlan._field_defaults["shift"], 0)
 
 
 class Meeting(ctypes.Structure):

@@ -35,12 +35,14 @@ class Ranked(NamedTuple):
     """R rows' candidates and the best k of each; a candidate's log score is its number in `numbers` less its row's `whole`."""
 
     numbers: Tensor  # [R, D] log q + noise, or the logits
-    whole: Tensor  # [R] the log of the sum of their exponentials
-    scores: Tensor  # [R, k] the best log scores, best first; of equals the lower id first
-    ids: Tensor  # [R, k] int64, in the draft's vocabulary
+    whole: list[float]  # R logs of the sum of their exponentials
+    scores: list[list[float]]  # R times the k best log scores, best first; of equals the lower id first
+    ids: list[list[int]]  # their ids, in the draft's vocabulary
 
     def of(self, rows: slice) -> Ranked:
-        return Ranked(*(part[rows] for part in self))
+        if rows == slice(0, len(self.whole)):
+            return self
+        return Ranked(self.numbers[rows], self.whole[rows], self.scores[rows], self.ids[rows])
 
 
 class NativeStep:
@@ -83,14 +85,20 @@ class NativeStep:
         heat = array("f", [each.temperature for each in rankings])
         noise = (ctypes.c_void_p * asked_of)(*(None if each.noise is None else each.noise.data_ptr() for each in rankings))
         a, width = torch.empty(N, source.shape[1], dtype=torch.float32, device="cpu"), 16 * self.head.blocks.shape[0]
-        scores = torch.empty(asked_of * (width + 1 + best), dtype=torch.float32, device="cpu")
-        ids = torch.empty(asked_of, best, dtype=torch.int64, device="cpu")
-        around, at, made = native.Around.from_buffer_copy(self.around), numbers.buffer_info()[0], scores.data_ptr()
+        every = torch.empty(asked_of, width, dtype=torch.float32, device="cpu")
+        found, ids = array("f", bytes(4 * asked_of * (1 + best))), array("q", bytes(8 * asked_of * best))
+        around, at = native.Around.from_buffer_copy(self.around), numbers.buffer_info()[0]
         around.origin, around.asked, around.best = source.data_ptr(), asked_of, best
         around.token, around.parent, around.position, around.row = (at + 8 * N * part for part in range(4))
-        around.heat, around.noise, around.id = heat.buffer_info()[0], ctypes.addressof(noise), ids.data_ptr()
-        around.scores, around.whole = made, made + 4 * asked_of * width
-        around.value = around.whole + 4 * asked_of
-        self.layers(a, rotation, attention, around=around, kept=(source, numbers, heat, noise, rankings, scores, ids))
-        every, whole, value = scores.split([asked_of * width, asked_of, asked_of * best])
-        return a, Ranked(every.view(asked_of, width)[:, : self.head.outputs], whole, value.view(asked_of, best), ids)
+        around.heat, around.noise, around.id = heat.buffer_info()[0], ctypes.addressof(noise), ids.buffer_info()[0]
+        around.scores, around.whole = every.data_ptr(), found.buffer_info()[0]
+        around.value = found.buffer_info()[0] + 4 * asked_of
+        self.layers(a, rotation, attention, around=around, kept=(source, numbers, heat, noise, rankings, every, found, ids))
+        values, chosen = found.tolist(), ids.tolist()
+        scores = [values[start : start + best] for start in range(asked_of, len(values), best)]
+        return a, Ranked(
+            every if width == self.head.outputs else every[:, : self.head.outputs],
+            values[:asked_of],
+            scores,
+            [chosen[start : start + best] for start in range(0, len(chosen), best)],
+        )

@@ -18,6 +18,7 @@ class DraftVocab:
         self.vocab_size = vocab_size
         self._columns: Tensor | None = None
         self._column_list: list[int] | None = None
+        self._id_list: list[int] | None = None
         if len(self.ids) == 0 or not bool((self.ids[1:] > self.ids[:-1]).all()) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
             raise EyasError(
                 f"a draft vocabulary must be ascending target ids below {vocab_size}; this one is not (is d2t an offset table?)"
@@ -40,6 +41,12 @@ class DraftVocab:
         if self._column_list is None:
             self._column_list = self.columns().tolist()
         return self._column_list
+
+    def id_list(self) -> list[int]:
+        """`ids` as a list."""
+        if self._id_list is None:
+            self._id_list = self.ids.tolist()
+        return self._id_list
 
     def member(self) -> Tensor:
         """bool [V]; in files `t2d`."""

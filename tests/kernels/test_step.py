@@ -146,15 +146,15 @@ def test_of_equals_the_lower_id_comes_first_and_ids_that_fill_a_block_up_are_nev
     """29 tokens in blocks of 16: three outputs are no tokens, and their logit, 0, may be the largest."""
     made = drafter()
     logits, found = step(made, [Ranking()] * 6, 29)
-    assert sorted(found.ids[0].tolist()) == list(range(29))
+    assert sorted(found.ids[0]) == list(range(29))
     assert torch.equal(found.numbers, logits)
-    torch.testing.assert_close(found.scores, logits.log_softmax(-1).sort(-1, descending=True).values)
+    torch.testing.assert_close(torch.tensor(found.scores), logits.log_softmax(-1).sort(-1, descending=True).values)
     head = network_of(made).head.weight
     assert isinstance(head, native.Packed)
     head.blocks.zero_()
     _, found = step(made, [Ranking(), Ranking(0.5)], 7)
-    assert found.ids.tolist() == [list(range(7))] * 2
-    torch.testing.assert_close(found.scores, torch.full((2, 7), 1 / 29).log())
+    assert found.ids == [list(range(7))] * 2
+    torch.testing.assert_close(torch.tensor(found.scores), torch.full((2, 7), 1 / 29).log())
 
 
 def test_each_row_is_ranked_by_its_own_temperature_and_noise():
@@ -162,9 +162,10 @@ def test_each_row_is_ranked_by_its_own_temperature_and_noise():
     logits, found = step(made, [Ranking(0.7, noise[0]), Ranking(), Ranking(2.0, noise[1]), Ranking(1.3)], 5)
     for row, (sampling, own) in enumerate([(Sampling(0.7), noise[0]), (GREEDY, None), (Sampling(2.0), noise[1]), (Sampling(1.3), None)]):
         scores, plain = log_scores(logits[row : row + 1], sampling, own)[0], ranked(logits[row : row + 1], sampling, own, 5)
-        assert found.ids[row].tolist() == scores.topk(5).indices.tolist() == plain.ids[0].tolist()
-        for ours, theirs in zip(found.of(slice(row, row + 1)), plain):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert found.ids[row] == scores.topk(5).indices.tolist() == plain.ids[0]
+        mine = found.of(slice(row, row + 1))
+        torch.testing.assert_close(mine.numbers, plain.numbers, rtol=1e-5, atol=1e-5)
+        assert mine.whole == pytest.approx(plain.whole, abs=1e-5) and mine.scores[0] == pytest.approx(plain.scores[0], abs=1e-5)
         torch.testing.assert_close(found.numbers[row] - found.whole[row], scores, rtol=1e-5, atol=1e-5)
 
 

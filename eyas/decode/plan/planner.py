@@ -90,6 +90,7 @@ class Planner(Plan):
         self.sizes: dict[int, RecentRounds] = {}  # by number of sequences, so that nothing is forgotten when one joins or leaves
         self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # those of the round under way; rate in tokens per second
         self.silent = 0  # rounds since the draft was last used
+        self.grown: dict[int, tuple[Guesses, list[float]]] = {}  # by identity: growths of this round and their `chances`, level by level
 
     @property
     def planner(self) -> Planner:
@@ -101,6 +102,7 @@ class Planner(Plan):
         """A round of `batch` sequences begins. The rate it has to beat is that of the last rounds with as many sequences: at first a little
         above plain decoding's, and never below it."""
         super().begin(batch)
+        self.grown = {}
         self.batch, self.recent = batch, self.sizes.setdefault(batch, RecentRounds(3.0 * batch))
         alone = self.passes.of(batch)
         plain, some = batch / alone, PRIOR_ROUNDS * ROUND_WEIGHT * alone
@@ -133,7 +135,8 @@ class Planner(Plan):
         the draft's pass."""
         row, gains, kept = self.row(), 0.0, []
         for growth, nodes in zip(growths, candidates, strict=True):
-            chances = self.chances(growth)
+            _, chances = self.grown.get(id(growth), (growth, []))
+            chances = chances if len(chances) == len(growth.parents) else self.chances(growth)
             worth = [self.calibration.worth(growth.depths[node] + 1, chances[node], row) for node in nodes]
             kept.append([node for node, each in zip(nodes, worth, strict=True) if each > 0])
             gains += sum(worth)
@@ -144,8 +147,13 @@ class Planner(Plan):
         chances: dict[int, list[float]] = {node: [] for node in frontier}
         for node in range(before, len(growth.parents)):
             chances[growth.parents[node]].append(self.calibration.chance(growth.depths[node], guess(growth, node)))
+        _, reached = self.grown.setdefault(id(growth), (growth, [1.0]))
+        followed = len(reached) == before  # every level so far
         for node, each in chances.items():
             self.calibration.expanded(growth.depths[node] + 1, each)
+            if followed:
+                share = reached[node] / max(1.0, sum(each))
+                reached += [chance * share for chance in each]
 
     def record_step(self, rows: int, seconds: float) -> None:
         """Learn from a pass of the draft that read a level of `rows` rows in `seconds`."""

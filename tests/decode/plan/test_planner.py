@@ -15,7 +15,7 @@ from eyas.decode.generate import Decoder
 from eyas.decode.plan.calibration import RECENT_NODES, Calibration
 from eyas.decode.plan.planner import MAX_TREE, PROBE_ROUNDS, Planner
 from eyas.decode.plan.prices import Prices
-from eyas.decode.tree import Tree
+from eyas.decode.tree import Growth, Tree
 from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
@@ -314,3 +314,21 @@ def test_what_children_are_worth_is_the_mean_over_the_latest_nodes_of_what_pays(
         want = sum(max(0.0, parent * chance - row) for each in latest for chance in each) / RECENT_NODES
         assert counts.worth(2, parent, row) == pytest.approx(want)
     assert counts.worth(2, 0.0, 0.1) == 0
+
+
+def test_chances_that_grow_with_a_tree_are_those_of_the_whole_tree():
+    """What is noted level by level is what one look at all nodes says; a growth that was not followed from its root is looked at anew."""
+    rng = random.Random(5)
+    made = planner({1: 1.0, 8: 2.0})
+    for followed in (True, False):
+        made.begin(1)
+        growth = Growth(0, 3)
+        for level in range(4):
+            frontier, before = growth.frontier(), len(growth.tokens)
+            scores = [sorted((-rng.expovariate(0.4) for _ in range(3)), reverse=True) for _ in frontier]
+            growth.expand(frontier, [[1, 2, 3]] * len(frontier), scores)
+            if followed or level > 1:
+                made.record_level(growth, frontier, before)
+            _, noted = made.grown.get(id(growth), (growth, []))
+            assert noted == pytest.approx(made.chances(growth)) if followed else len(noted) < len(growth.tokens)
+            made.frontiers([growth], [growth.frontier()])
