@@ -25,7 +25,7 @@ from eyas.decode.sequence import RoundRecord, Sequence, new_sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verifiers import VERIFY
 from eyas.model.cache import Cache
-from eyas.model.mask import ancestor_mask
+from eyas.model.mask import ancestor_sight
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
@@ -98,8 +98,8 @@ class Decoder:
         pairs = list(zip(sequences, trees, strict=True))
         tokens = [token for tree in trees for token in tree.tokens]
         positions = [sequence.position + depth for sequence, tree in pairs for depth in tree.depths]
-        masks = [ancestor_mask(tree.parents) if len(tree) > 1 else None for tree in trees]
-        segments = [Segment(sequence.slot, len(tree), mask) for (sequence, tree), mask in zip(pairs, masks, strict=True)]
+        sights = [ancestor_sight(tree.parents) if len(tree) > 1 else None for tree in trees]
+        segments = [Segment(sequence.slot, len(tree), sight) for (sequence, tree), sight in zip(pairs, sights, strict=True)]
         return Rows(torch.tensor(tokens), torch.tensor(positions), segments)
 
     def advance(self, sequence: Sequence, tree: Tree, logits_NV: Tensor, features: Tensor | None) -> int:

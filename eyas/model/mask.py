@@ -14,15 +14,6 @@ import torch
 from torch import Tensor
 
 
-def ancestor_mask(parents: Sequence[int]) -> Tensor:
-    """[N, N] bool: row i may see column j iff j is i or an ancestor of i; `parents[i] < i`, -1 for a root."""
-    mask = np.eye(len(parents), dtype=bool)  # setting a row of an array takes a tenth of the time of setting a tensor's
-    for row, parent in enumerate(parents):
-        if parent >= 0:
-            mask[row] |= mask[parent]
-    return torch.from_numpy(mask)
-
-
 class Sight:
     """Which of some columns each row sees, as the columns' numbers; the mask is made where it is asked for."""
 
@@ -37,6 +28,19 @@ class Sight:
         for row, seen in enumerate(self.seen):
             mask[row, seen] = True
         return torch.from_numpy(mask)
+
+
+def ancestor_sight(parents: Sequence[int]) -> Sight:
+    """What each of N rows sees of them: itself and its ancestors; `parents[i] < i`, -1 for a root."""
+    seen: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        seen.append([*seen[parent], row] if parent >= 0 else [row])
+    return Sight(seen, len(parents))
+
+
+def ancestor_mask(parents: Sequence[int]) -> Tensor:
+    """The same as bool [N, N]: row i may see column j iff j is i or an ancestor of i."""
+    return ancestor_sight(parents).mask
 
 
 def causal_mask(count: int) -> Tensor:

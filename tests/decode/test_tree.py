@@ -214,6 +214,7 @@ def test_ancestor_mask_is_being_an_ancestor_and_the_references_mask():
     for _ in range(200):
         parents = random_parents(rng, rng.randint(1, 30))
         seen = mask.ancestor_mask(parents)
+        assert mask.ancestor_sight(parents).seen == [row.nonzero()[:, 0].tolist() for row in seen]
         assert torch.equal(seen, reference.ancestor_mask(parents))
         assert [set(row.nonzero()[:, 0].tolist()) for row in seen] == [ancestors(parents, row) for row in range(len(parents))]
     assert torch.equal(mask.ancestor_mask(list(range(-1, 9))), mask.causal_mask(10))
