@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 PATTERNS = (4, 2, 1)  # lengths of the suffixes that are indexed; a match is then followed back through the context
 USUAL = {1: 0.15, 2: 0.35, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.78, 7: 0.82, 8: 0.88, 12: 0.92}  # tokens that matched -> the usual chance of c
+SURE = 0.8  # where the copy law has this chance or more the draft is not used
 WEIGHT = 8  # the usual chance weighs as much as this many places
 LONGEST = max(USUAL)  # a longer match is not told from one of this length
 OCCURRENCES = 4  # the latest places of a pattern that are kept, so a much repeated one stays cheap; the latest weighs most: 8 4 2 1
@@ -109,6 +110,11 @@ class CopiedText:
             following[token] = following.get(token, 0.0) + share
             share *= 2
         return CopyLaw(self.chance(matched), following, matched, places)
+
+
+def is_sure(law: CopyLaw | None) -> bool:
+    """Whether a law is so likely right that a draft would add less than it costs."""
+    return law is not None and law.chance >= SURE
 
 
 def class_of(matched: int) -> int:

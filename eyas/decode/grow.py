@@ -6,6 +6,7 @@ Knows requests and growth; a drafter hands in what it computes: how to read a le
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import EyasError, TreeShape
+from eyas.decode.copying import is_sure
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.score import children, logits_of
 from eyas.decode.tree import Growth, StaticGrowth, Tree
@@ -80,8 +82,8 @@ def grow_levels(
                 growth.frontier() if level <= request.shape.depth else [] for growth, request in zip(growths, requests, strict=True)
             ]
             frontiers = planner.frontiers(growths, frontiers) if planner else frontiers
-            if not any(frontiers):
-                break
+            if not any(frontiers) or all(map(sure, requests, growths, frontiers)):
+                break  # where copying is sure of what follows all nodes, the draft would add little
         started = time.perf_counter()
         outputs = read(held.levels(requests, growths, frontiers)) if level else begin()
         found, first = logits(level, outputs), 0
@@ -100,7 +102,27 @@ def grow_levels(
                     planner.record_level(growth, frontier, before)
         if planner:
             planner.record_step(len(outputs), time.perf_counter() - started)
+    for request, growth in zip(requests, growths, strict=True):
+        copy_on(request, growth)
     return [growth.tree(request.shape.nodes) for growth, request in zip(growths, requests, strict=True)]
+
+
+def sure(request: TreeRequest, growth: Growth, frontier: Sequence[int]) -> bool:
+    """Whether copying is sure of what follows each of these nodes."""
+    return request.copied is not None and all(is_sure(request.copied(growth.path(node))) for node in frontier)
+
+
+def copy_on(request: TreeRequest, growth: Growth) -> None:
+    """Grow on without the draft, level by level, where the copy law alone is sure; it costs no pass of the draft."""
+    most = min(request.shape.nodes - 1, request.deepest or request.shape.levels)
+    while request.copied and growth.newest and growth.depths[growth.newest[0]] < most:
+        found = [(node, request.copied(growth.path(node))) for node in growth.frontier()]
+        laws = {node: law for node, law in found if law is not None and is_sure(law)}
+        if not laws:
+            break
+        ranked = [sorted(law.following.items(), key=lambda each: -each[1])[: request.shape.top_k] for law in laws.values()]
+        scores = [[math.log(law.chance * share) for _, share in each] for law, each in zip(laws.values(), ranked, strict=True)]
+        growth.expand(list(laws), [[token for token, _ in each] for each in ranked], scores)
 
 
 GROWTHS: dict[str, Callable[[int, TreeShape], Growth]] = {}  # by the name at the end of a tree's shape: `60x7x10/mine`

@@ -16,13 +16,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from eyas.config import PLAIN
-from eyas.decode.copying import CopiedText
+from eyas.decode.copying import SURE, CopiedText
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.tree import Tree, merge
 
 LEAST = 2  # tokens that must match where nothing else guesses
 FAINT = math.log(0.02)  # a guess less likely than this is not made
-SURE = math.log(0.8)  # where copying's best guess has this chance or more, and no planner weighs it, the draft is not used
 
 
 class CopyingDrafter:
@@ -66,7 +65,7 @@ class CopyingDrafter:
             return request
         best = max(found.scores[1:])
         if request.planner is None:
-            return replace(request, shape=PLAIN) if best >= SURE else request
+            return replace(request, shape=PLAIN) if best >= math.log(SURE) else request
         return replace(request, covered=math.exp(best))
 
 

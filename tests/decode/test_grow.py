@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from eyas.config import PLAIN, Sampling, TreeShape
+from eyas.decode.copying import CopyLaw
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import grow
 from eyas.decode.tree import Tree
@@ -154,3 +156,39 @@ def test_a_planner_is_asked_before_each_level_and_told_what_each_took():
 def test_trees_come_back_in_the_order_they_were_asked_for():
     trees, _ = grown([request(5, "chain:2"), request(1, ""), request(3, "4x1x2")])
     assert [tree.tokens[0] for tree in trees] == [105, 101, 103]
+
+
+# ---- where copying is sure ----
+
+
+def copied(chance: float, shape: str = "8x2x2", sequences: int = 1, **more) -> tuple[Draft, list[Tree]]:
+    """Trees where copying says 7 behind every node above depth 4 of the first sequence, but nothing behind the root."""
+    law = lambda path: CopyLaw(chance, {7: 1.0}, 3) if 0 < len(path) < 4 else None  # noqa: E731
+    draft = Draft()
+    requests = [request(number, shape, copied=None if number else law, **more) for number in range(sequences)]
+    return draft, grow(requests, draft.begin, draft.read, draft.logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "deepest", "depth"), [("8x2x2", None, 3), ("9x2x2", 9, 4), ("9x2x2", 2, 2), ("4x2x2", 9, 3), ("chain:3", 9, 3)]
+)
+def test_where_copying_is_sure_of_every_node_it_goes_on_without_the_draft(shape, deepest, depth):
+    """As deep as the text has room and the tree has nodes; a fixed shape stays as it is."""
+    draft, (tree,) = copied(0.9, shape, deepest=deepest)
+    assert draft.passes == [] and max(tree.depths) == depth
+    best = logits_of(0, (), 0).topk(2).indices.tolist()
+    for token, above, parent, score in list(zip(tree.tokens, tree.depths, tree.parents, tree.scores, strict=True))[1:]:
+        assert token == 7 if above > 1 else token in best
+        assert above == 1 or score == pytest.approx(tree.scores[parent] + math.log(0.9))
+
+
+def test_what_is_likely_is_not_sure():
+    draft, _ = copied(0.7)
+    assert draft.passes == [2, 2]
+
+
+def test_a_level_is_read_whole_where_copying_is_not_sure_of_all_its_nodes():
+    draft, (_, second) = copied(0.9, sequences=2)
+    other = Draft()
+    (alone,) = grow([request(1, "8x2x2")], other.begin, other.read, other.logits)
+    assert draft.passes == [4, 4] and second == alone
