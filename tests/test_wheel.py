@@ -32,5 +32,5 @@ def test_a_built_wheel_contains_the_draft_and_runs_the_demo(embedded, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code, str(installed), *demo], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)  # one object and nothing else
-    assert set(found) == {"same_text", "tau", "ratio", "tokens"}
+    assert set(found) == {"same_text", "tau", "ratio", "tokens", "copy"}
     assert found["same_text"] is True and found["tau"] > 1

@@ -45,10 +45,9 @@ def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None 
     counted = counted if depths is None else torch.minimum(counted, depths)
     place = torch.cat([torch.arange(length) for length in batch.lengths])
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
-    everywhere = torch.arange(len(batch.tokens), device="cpu")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return comb_over(k, v, batch.lengths)(q, (), everywhere)
+        return comb_over(k, v, batch.lengths)(q, (), torch.arange(len(q), device="cpu"))
 
     h_MH = batch.wanted(network.wants)
     for step in range(min(steps, network.levels)):
