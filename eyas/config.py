@@ -359,7 +359,7 @@ class TrainSettings:
     products: str = "auto"  # a name in PRODUCTS: what matrices are multiplied in, over float32 weights
     top_layer_only: bool = False  # for the ablation: low and middle features are left out, in training and in use
     random_head: bool = False  # for a control: the draft's head begins at random instead of with the target's
-    induction: bool = False  # a new EAGLE-3 draft begins with an attention head that copies (train/induction.py)
+    induction: bool = True  # a new EAGLE-3 draft begins with an attention head that copies, where it can (train/induction.py)
     token_left_out: bool = False  # for the ablation: an EAGLE-1 draft never sees which token was drawn
     fc_norm: bool = False
     norm_output: bool = False
@@ -374,8 +374,6 @@ class TrainSettings:
             values = getattr(self, name) if isinstance(default, tuple) else [getattr(self, name)]
             for value in values:
                 check_number(name, value, least, most, whole=isinstance(default, int))
-        if self.induction and (self.top_layer_only or self.random_head):
-            raise EyasError("induction needs the low feature and the target's head; leave out top_layer_only and random_head")
 
 
 RANGES: dict[str, tuple[float, float]] = {  # of settings of training: the least and the most that each may be

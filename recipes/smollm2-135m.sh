@@ -15,7 +15,7 @@ TOKENS=${TOKENS:-3000000} SLOTS=${SLOTS:-8000000} MINUTES=${MINUTES:-10}
 mkdir -p "$work"
 export EYAS_CACHE=${EYAS_CACHE:-$work/cache}
 seconds=$((60 * MINUTES))
-words=(train --out "$work/draft" --self-play "$TOKENS" --tokens "$SLOTS" --device "$device")
+words=(train --out "$work/draft" --draft-vocab "${VOCAB:-16384}" --self-play "$TOKENS" --tokens "$SLOTS" --device "$device")
 [[ -n $seeds ]] && words+=(--seed-prompts "$seeds")
 [[ -n ${APART:-} ]] && words+=(--apart $APART) # evaluation prompts, in files
 

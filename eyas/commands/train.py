@@ -188,7 +188,7 @@ def begun_with(options: argparse.Namespace) -> DraftConfig | None:
 def settings_of(method: str, asked: dict[str, Any]) -> TrainSettings:
     """A method's own settings, with those that were asked for changed."""
     for name, value in asked.items():
-        if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(), name):
+        if ONLY_OF.get(name, method) != method and value != getattr(TrainSettings(induction=False), name):
             raise EyasError(f"--set {name} is for method {ONLY_OF[name]}, not for {method}")
     settings = TrainSettings(**METHODS[method].training().SETTINGS | asked)
     if settings.unroll_steps > MOST_HEADS.get(method, settings.unroll_steps):

@@ -107,7 +107,8 @@ def build(setup: Setup) -> Trainer:
     tell(setup, kept, held_out, vocab)
     teacher = Teacher.of(target, vocab, torch.float32)
     source = setup.source or TargetStates(target.prepare(), setup.taps)
-    if settings.induction and isinstance(network, DraftNetwork):
+    controls = settings.top_layer_only or settings.random_head  # without the low feature or the target's head nothing can be copied
+    if settings.induction and setup.start is None and isinstance(network, DraftNetwork) and not controls:
         copy_from_the_beginning(setup, network, vocab, kept, source)
     run = Run(
         network=network,
@@ -178,8 +179,6 @@ def earlier_draft(directory: Path, target: TargetModel, taps: tuple[int, ...], s
 
 def check_earlier(directory: Path, target: TargetConfig, taps: tuple[int, ...], settings: TrainSettings) -> None:
     """Raise `EyasError`, from the draft's config alone, where its shape is not what the settings ask for."""
-    if settings.induction:
-        raise EyasError("an induction head is what a new draft begins with: in a trained one it made guesses worse; leave out induction")
     config = config_from_file(directory)
     check_fits(config, target)
     pairs = (

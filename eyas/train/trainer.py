@@ -49,7 +49,7 @@ COMPARED = 1.0  # seconds for which a step's gradients are taken in either numbe
 GAIN = 0.95  # bfloat16 is chosen where it takes less than this share of float32's time
 LARGE = 1 << 20  # parameters of a draft below which products are too small for the choice to matter: float32, unmeasured
 FILES = ("model.safetensors", "config.json", "training.json", CHECKPOINT)  # the files a run writes into its directory
-MAY_CHANGE = ("checkpoint_minutes", "products")  # settings in which a run and its resumption may differ
+MAY_CHANGE = ("checkpoint_minutes", "products", "induction")  # settings in which a run and its resumption may differ
 SAME_FACTS = {  # facts that a run and its resumption must share -> how a difference is told
     "method": "another method",
     "target_sha256": "another target",

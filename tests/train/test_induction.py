@@ -1,4 +1,4 @@
-"""A draft may begin with an induction head: untrained, it copies what followed the drawn token; nothing else of it changes."""
+"""A draft begins with an induction head: untrained, it copies what followed the drawn token; nothing else of it changes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eyas.config import EyasError, TrainSettings
-from eyas.files.eagle3_files import load_draft, save_draft
+from eyas.config import TrainSettings
+from eyas.files.eagle3_files import config_from_file, load_draft, save_draft
+from eyas.files.target import load_target
 from eyas.model.draft import DraftNetwork
 from eyas.model.vocab import DraftVocab
 from eyas.train.batches import make_batch
-from eyas.train.build import Setup, build, check_earlier
+from eyas.train.build import Setup, build
 from eyas.train.eagle3 import new_network
 from eyas.train.features import Example, TargetStates
 from eyas.train.induction import begin_with_induction
 from eyas.train.unroll import unroll
-from tests.tiny import save_tiny_draft, save_tiny_target, tiny_config, tiny_draft, tiny_target
+from tests.tiny import save_tiny_draft, save_tiny_target, tiny_draft, tiny_target
 
 TAPS = (1, 2, 4)
 V = 53
@@ -170,28 +171,31 @@ def test_a_layer_that_norms_its_queries_is_left_alone():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_a_run_begins_with_it_where_it_is_asked_for():
-    settings = TrainSettings(draft_vocab_size=V, max_length=64, tree_every=0, induction=True)
+def first_guesses(settings: TrainSettings, taps=TAPS) -> tuple[float, list[str]]:
+    """How often an untrained draft copies, and what the run said."""
+    said: list[str] = []
+    target = tiny_target(prepare=False, dtype=torch.float32, **WIDE)
+    trainer = build(Setup(target, taps, repeating(41, 25, seed=2), None, settings, say=said.append))
+    return copied_first(trainer.network, trainer.vocab, trainer.source), said
 
-    def first_guesses(taps=TAPS) -> tuple[float, list[str]]:
-        said: list[str] = []
-        target = tiny_target(prepare=False, dtype=torch.float32, **WIDE)
-        trainer = build(Setup(target, taps, repeating(41, 25, seed=2), None, settings, say=said.append))
-        return copied_first(trainer.network, trainer.vocab, trainer.source), said
 
-    copied, said = first_guesses()
+def test_a_run_begins_with_it_unless_it_is_left_out_or_cannot_be():
+    settings = TrainSettings(draft_vocab_size=V, max_length=64, tree_every=0)
+    copied, said = first_guesses(settings)
     assert copied > 0.2 and not any("induction" in line for line in said)
-    assert not TrainSettings().induction, "it is off until it is asked for"
-    copied, said = first_guesses(taps=(4,))
+    copied, said = first_guesses(settings, taps=(4,))
     assert copied < 0.05 and [line for line in said if line.startswith("training begins without an induction head: ")]
+    for control in ("induction", "top_layer_only", "random_head"):  # the last two take away what it needs
+        copied, said = first_guesses(replace(settings, **{control: control != "induction"}))
+        assert copied < 0.05 and not any("induction" in line for line in said), control
 
 
-def test_settings_that_contradict_it_are_refused(tmp_path):
-    for control in ("top_layer_only", "random_head"):
-        with pytest.raises(EyasError, match="leave out top_layer_only and random_head"):
-            TrainSettings(induction=True, **{control: True})
-    draft = save_tiny_draft(tmp_path / "draft", save_tiny_target(tmp_path / "target"))
-    settings = TrainSettings(draft_vocab_size=200)
-    check_earlier(draft, tiny_config(vocab_size=263), TAPS, settings)
-    with pytest.raises(EyasError, match="a new draft begins with"):
-        check_earlier(draft, tiny_config(vocab_size=263), TAPS, replace(settings, induction=True))
+def test_an_earlier_draft_keeps_its_weights(tmp_path):
+    target = save_tiny_target(tmp_path / "target")
+    draft = save_tiny_draft(tmp_path / "draft", target)
+    loaded = load_target(target, "fp32")
+    settings = TrainSettings(draft_vocab_size=200, max_length=64, tree_every=0)
+    trainer = build(Setup(loaded, config_from_file(draft).taps, repeating(41, 25, seed=2), None, settings, start=draft))
+    begun = load_draft(draft, load_target(target, "fp32").embedding.detach(), torch.float32)[0]
+    for name, value in begun.state_dict().items():
+        assert torch.equal(trainer.network.state_dict()[name], value), name
