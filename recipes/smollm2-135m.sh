@@ -8,6 +8,9 @@
 # when its budget is: TOKENS answer tokens written, SLOTS answer tokens trained; WORK/times.txt has what each took. The draft that ships was
 # made by these commands in two runs, the second `--from` the first with new text (eyas/bundled/training.json); on two cores without
 # bfloat16 the text took about an hour a million and a half tokens, the training 67 and 62 minutes.
+#
+# recipes/text holds text that the model wrote in this way, as tokens: `eyas train --text recipes/text/*.safetensors --out DRAFT` trains on it
+# without writing (the model reads it once), and scripts/gpu_carry.py takes it to a GPU that is at hand for minutes.
 set -euo pipefail
 work=${1:?a directory to work in} seeds=${2:-} device=cpu
 [[ ${*: -2:1} == --device ]] && device=${*: -1} && [[ $seeds == --device ]] && seeds=
