@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eyas.bench.figures import COVERAGE, RESAMPLES, first_repeat
 from eyas.bench.prompts import read_prompts
-from eyas.config import GREEDY, PRECISIONS, Sampling, TreeShape
+from eyas.config import PRECISIONS, Sampling, TreeShape
 from eyas.decode.sampling import NOISE_VERSION, Noise
 from eyas.engine import Engine
 from eyas.files.disk import directory_hash
@@ -50,10 +50,6 @@ class Counted(NamedTuple):
     tokens: int
     early_rounds: int
     early_tokens: int
-
-
-def sampling_at(temperature: float) -> Sampling:
-    return Sampling(temperature=temperature) if temperature else GREEDY
 
 
 def written(engine: Engine, prompts: Sequence[Any], temperature: float, longest: int) -> list[Text]:
@@ -86,7 +82,7 @@ def texts_of(given: Any, engine: Engine, prompts: Sequence[Any], temperature: fl
 def counted(engine: Engine, way: Way, text: Text, features: Tensor, temperature: float) -> Counted:
     """One method's rounds with one shape of tree along a text, of whose tokens these are the features."""
     noise = Noise(text.seed, engine.target.config.vocab_size) if temperature else None
-    steps = replay(engine.drafter(way[0]), features, text.tokens, text.prompt, way[1], sampling_at(temperature), noise).steps
+    steps = replay(engine.drafter(way[0]), features, text.tokens, text.prompt, way[1], Sampling(temperature=temperature), noise).steps
     ends = text.prompt + 1 + np.cumsum(steps)
     early = [step for step, end in zip(steps, ends, strict=True) if end <= text.prompt + first_repeat(text.tokens[text.prompt :])]
     return Counted(len(steps), sum(steps), len(early), sum(early))

@@ -105,34 +105,7 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train = add(commands, "train", "train a draft for a target, on text the target writes itself or on your conversations")
     train.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded target)")
     train.add_argument("--out", required=True, help="directory of the draft; checkpoints go there too")
-    train.add_argument("--data", metavar="F", help="train on these conversations (JSON Lines, JSON, gzip or parquet; docs/data.md)")
-    train.add_argument(
-        "--self-play",
-        type=int,
-        metavar="TOKENS",
-        default=None,
-        help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
-    )
-    seed_prompts(train)
-    train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
-    apart(train)
-    disk(train)
-    train.add_argument(
-        "--shards",
-        metavar="DIR",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="train on these folders of self-written shards too (or alone)",
-    )
-    train.add_argument(
-        "--text",
-        metavar="F",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="train on these files of self-written text, made of shards by scripts/pack_text.py; the target reads them once more",
-    )
+    text_options(train)
     template_kwargs(train)
     train.add_argument("--tokens", type=int, help="stop after training on so many answer tokens")
     train.add_argument("--steps", type=int, help="stop after so many steps")
@@ -167,6 +140,38 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
     train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core; of a training on CUDA, one)")
+
+
+def text_options(train: argparse.ArgumentParser) -> None:
+    """What a draft is trained on."""
+    train.add_argument("--data", metavar="F", help="train on these conversations (JSON Lines, JSON, gzip or parquet; docs/data.md)")
+    train.add_argument(
+        "--self-play",
+        type=int,
+        metavar="TOKENS",
+        default=None,
+        help=f"answer tokens for the target to write itself (default {SELF_PLAY_TOKENS})",
+    )
+    seed_prompts(train)
+    train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
+    apart(train)
+    disk(train)
+    train.add_argument(
+        "--shards",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="train on these folders of self-written shards too (or alone)",
+    )
+    train.add_argument(
+        "--text",
+        metavar="F",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="train on these files of self-written text, made of shards by scripts/pack_text.py; the target reads them once more",
+    )
 
 
 def bench_options(commands: argparse._SubParsersAction) -> None:

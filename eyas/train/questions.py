@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
-from jinja2 import TemplateError
-
 from eyas.config import EyasError
 from eyas.decode.sampling import derived_seed, uniforms
+from eyas.files.chat_template import TEMPLATE_ERRORS
 from eyas.train.openings import OPEN_TASKS, OPENINGS, SYSTEMS, TASKS
 from eyas.train.template import Template
 
@@ -166,7 +165,7 @@ def system_tokens(template: Template, text: str) -> list[int]:
     """The tokens before the first question under a system message; none where the template refuses one."""
     try:
         return template.before_with(text)
-    except (EyasError, TemplateError, ValueError):
+    except (EyasError, *TEMPLATE_ERRORS):
         return []
 
 

@@ -18,13 +18,6 @@ pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler: 
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 3]
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def target(**changes):
     sizes = {"head_dim": 16, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 301}
     return tiny_target(prepare=False, dtype=torch.float32, **sizes | changes).to(torch.bfloat16).prepare(changes.get("bits", 16))

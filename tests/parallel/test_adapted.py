@@ -45,18 +45,10 @@ def test_shards_change_rounding_and_nothing_else(family):
             assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture
-def one_thread():
-    """What PyTorch's products add up, and in which order, hangs on its threads; processes of several have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_how_many_processes_there_are_changes_no_bit(family, count, one_thread):
+def test_how_many_processes_there_are_changes_no_bit(family, count, threads):
+    threads(1)  # the order in which PyTorch's products add up hangs on them; processes of several have one each
     layout = Layout(8, 2)
     model = loaded(family)  # before the others are forked
 
