@@ -9,10 +9,13 @@ import torch
 
 from eyas.config import PLAIN, Sampling, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.decode.philox import uniforms_on, wrapped
+from eyas.decode.sampling import uniforms
 from eyas.decode.score import top
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
 from eyas.files.target import load_target
+from eyas.kernels.captured import Graph
 from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, trained
 from eyas.train import features
@@ -104,6 +107,21 @@ def test_the_best_of_long_rows_are_found_by_parts(count):
     scores = torch.randn(3, 4000, device="cuda")
     for found, wanted in zip(top(scores, count), scores.topk(count, -1)):
         assert found.equal(wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_random_words_computed_on_cuda_are_numpys_to_the_last_bit():
+    """Captured as a graph, and replayed with other keys."""
+    first, second = ([1, 2**63, 2**64 - 1], [0, 5, 2**40]), ([7, 8, 9], [1, 2, 3])
+    held = [torch.zeros(3, dtype=torch.int64, device="cuda") for _ in range(2)]
+    graph = Graph(lambda *keys: (uniforms_on(*keys, 49152, 3, 2),), held)
+    for keys in (first, second):
+        for to, numbers in zip(held, keys):
+            to.copy_(torch.tensor([wrapped(number) for number in numbers]))
+        (found,) = graph()
+        for row, seed, position in zip(found.cpu(), *keys):
+            assert (row.numpy() == uniforms(seed, position, 49152, 3, 2)).all()
 
 
 @pytest.mark.gpu
