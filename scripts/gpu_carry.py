@@ -3,7 +3,8 @@
     python scripts/gpu_carry.py pack TEXT..      here: makes .carried/1, .carried/2, .. and prints the calls to make there
     python scripts/gpu_carry.py take             there, in each call: keeps what came along
     python scripts/gpu_carry.py unpack           there, in the last call: joins, checks hashes, makes the target
-    python scripts/gpu_carry.py bring FROM TO    here: the latest whole draft of the pieces in FROM, as the directory TO
+    python scripts/gpu_carry.py bring FROM TO    here: the latest whole draft of the pieces in FROM, as the directory TO; with --text the
+                                                 text that scripts/gpu_write.py wrote, as the file TO
 
 In this order, all there within the seconds for which a machine is held between two calls:
 
@@ -28,6 +29,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from pieces import join, split
@@ -46,28 +48,30 @@ def main(words: list[str] | None = None) -> int:
     packed = commands.add_parser("pack")
     packed.add_argument("text", type=Path, nargs="+")
     packed.add_argument("--target", type=Path)
+    packed.add_argument("--prompts", type=Path, help="questions for some of what the target writes there")
     packed.add_argument("--call", type=int, default=64 << 20)
     commands.add_parser("take")
     commands.add_parser("unpack")
     brought = commands.add_parser("bring")
     brought.add_argument("folder", type=Path)
     brought.add_argument("out", type=Path)
+    brought.add_argument("--text", action="store_true")
     given = parser.parse_args(words)
     if given.command == "pack":
-        pack(given.text, given.target, given.call)
+        pack(given.text, given.target, given.call, given.prompts)
     elif given.command == "take":
         take()
     elif given.command == "unpack":
         unpack()
     else:
-        bring(given.folder, given.out)
+        (bring_text if given.text else bring)(given.folder, given.out)
     return 0
 
 
 # ---- here ----
 
 
-def pack(texts: list[Path], target: Path | None, call: int) -> None:
+def pack(texts: list[Path], target: Path | None, call: int, prompts: Path | None = None) -> None:
     most = call - tracked_bytes() - MARGIN
     if most <= 0:
         raise SystemExit(f"the repository's own files leave nothing of {call} bytes")
@@ -76,6 +80,8 @@ def pack(texts: list[Path], target: Path | None, call: int) -> None:
     with tempfile.TemporaryDirectory(prefix="eyas-") as scratch:
         folder = Path(scratch)
         gather(folder, texts, target)
+        if prompts is not None:
+            shutil.copy(prompts, folder / "prompts.jsonl")
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w:gz", compresslevel=6) as archive:
             archive.add(folder, ".")
@@ -119,7 +125,7 @@ def gather(folder: Path, texts: list[Path], target: Path | None) -> None:
 
 def check(texts: list[Path], wrote: str) -> None:
     """End where a text would be refused there: it is of another target, or was written in a way that is not today's."""
-    from eyas.train.selfplay import SelfPlay
+    from eyas.train.questions import SelfPlay
     from eyas.train.texts import read_facts
 
     for text in texts:
@@ -133,6 +139,13 @@ def bring(folder: Path, out: Path) -> None:
         raise SystemExit(f"{out} exists")
     extract(join(folder, "draft"), out)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def bring_text(folder: Path, out: Path) -> None:
+    if out.exists():
+        raise SystemExit(f"{out} exists")
+    out.write_bytes(zlib.decompress(join(folder, "text")))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
 # ---- there ----

@@ -4,12 +4,13 @@
 # Run: scripts/gpu_session.sh [--tiny] OUT_DIRECTORY [STAGE ..]
 #      (tests, round and tree by default; --tiny rehearses stages on a CPU). Needs no network, no package but those of eyas[test], and no
 #      installation.
-# The stage `train` runs only where it is named, in the last of the calls that `scripts/gpu_carry.py pack` prints (three, for the embedded
-# target). It takes TRAIN_SECONDS (360) of training and at most 165 around them, so the call is its own; TRAIN_BATCH (4096 tokens),
-# TRAIN_RATE (4e-3) and TRAIN_WARM_UP (100 steps) may be set, and in TRAIN_MORE further words for scripts/gpu_train.py, "--set seed=1" say.
+# The stages `write` and `train` run only where they are named, in the last of the calls that `scripts/gpu_carry.py pack` prints (three, for
+# the embedded target), or after it. `write` lets the target write for WRITE_SECONDS (90), WRITE_MORE has further words for
+# scripts/gpu_write.py. `train` takes TRAIN_SECONDS (360) of training and at most 165 around them; TRAIN_BATCH (4096 tokens), TRAIN_RATE
+# (4e-3) and TRAIN_WARM_UP (100 steps) may be set, and in TRAIN_MORE further words for scripts/gpu_train.py, "--set seed=1" say.
 set -uo pipefail
 tiny=() device=cuda
-[ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu TRAIN_SECONDS=${TRAIN_SECONDS:-10}; shift; }
+[ "${1:-}" = --tiny ] && { tiny=(--quick) device=cpu TRAIN_SECONDS=${TRAIN_SECONDS:-10} WRITE_SECONDS=${WRITE_SECONDS:-10}; shift; }
 out=$(mkdir -p "${1:?an output directory}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit
@@ -38,6 +39,8 @@ stage() { # name seconds result command ..
 stage tests 150 tests.xml python3 -m pytest -q -p no:cacheprovider -m gpu --junit-xml "$out/tests.xml" tests/test_gpu.py tests/parallel/test_gpu_shards.py
 stage round 200 round.json python3 benchmarks/gpu_round.py "${tiny[@]}" --device "$device" --out "$out/round.json"
 stage tree 160 tree.json python3 benchmarks/gpu_tree_attention.py "${tiny[@]}" --device "$device" --out "$out/tree.json"
+[[ $wanted != *" write "* ]] || stage write $((${WRITE_SECONDS:=90} + 60)) write.json python3 scripts/gpu_write.py "${tiny[@]}" \
+    --device "$device" --out "$out" --seconds "$WRITE_SECONDS" ${WRITE_MORE:-}
 [[ $wanted != *" train "* ]] || stage train $((${TRAIN_SECONDS:=360} + 165)) train.json python3 scripts/gpu_train.py \
     "${tiny[@]}" --device "$device" --out "$out" --seconds "$TRAIN_SECONDS" --batch "${TRAIN_BATCH:-4096}" \
     --learning-rate "${TRAIN_RATE:-4e-3}" --warm-up "${TRAIN_WARM_UP:-100}" ${TRAIN_MORE:-}

@@ -169,6 +169,18 @@ def summary(told: dict[str, Any]) -> dict[str, Any]:
     return rates | {"best_tau": max((point["tau"] for point in told["curve"]), default=None)} | {name: told[name] for name in names}
 
 
+def made_up_target(there: Path, real_shape: bool = False) -> Path:
+    """A random target where the real one would lie: a tiny one, or one in the shape of SmolLM2-135M."""
+    sys.path.insert(0, str(ROOT))
+    from tests.tiny import save_tiny_target
+
+    shape = {"num_hidden_layers": 8}
+    if real_shape:
+        shape = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+        shape |= {"vocab_size": 49152, "max_position_embeddings": 8192, "head_dim": 64}
+    return there / "target" if (there / "target").exists() else save_tiny_target(there / "target", **shape)
+
+
 def tiny_world(work: Path) -> None:
     """A random target, and text of random tokens, where the real ones would lie."""
     there = work / "there"
@@ -184,9 +196,8 @@ def tiny_world(work: Path) -> None:
     from eyas.train.build import Studied
     from eyas.train.shards import Counts, Written
     from eyas.train.texts import write_text
-    from tests.tiny import save_tiny_target
 
-    directory = save_tiny_target(there / "target", num_hidden_layers=8)
+    directory = made_up_target(there)
     draw = random.Random(0)
     lengths = [draw.randint(20, 60) for _ in range(120)]
     text = [Written([draw.randrange(250) for _ in range(length)], [-1] * 8 + [0] * (length - 8), 0.0) for length in lengths]

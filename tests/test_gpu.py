@@ -21,12 +21,16 @@ from eyas.methods import METHODS, trained
 from eyas.train import features
 from eyas.train.build import Setup, build
 from eyas.train.features import Example, kept_states
+from eyas.train.fixed_writer import FixedWriter, SlotAttention
 from eyas.train.trainer import Budget
 from eyas.train.unroll import Supervision, unrolled_loss
 from tests.tiny import save_tiny_draft, save_tiny_target, tiny_draft, tiny_target
 from tests.tiny_family import tiny_network
+from tests.train.test_fixed_writer import KINDS, said_by_any_rows, told
+from tests.train.test_selfplay import talkative
 from tests.train.test_unroll import documents, packed, random_features
 from tests.train.training import make_trainer, silent
+from tests.train.writing import QUESTIONS, template
 
 
 @pytest.mark.gpu
@@ -187,3 +191,25 @@ def test_text_without_states_trains_on_cuda(tmp_path, monkeypatch, room):
     trainer.run(Budget(steps=5), silent)
     assert trainer.progress.steps == 5 and trainer.settings.products == "bf16" and (tmp_path / "draft" / "config.json").exists()
     assert (source.used > 0) == bool(room) and source.states(examples[:2]).features.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_each_slot_sees_its_own_keys_whatever_kernel_reads_them():
+    draw = torch.Generator("cuda").manual_seed(0)
+    keys, values = (torch.randn(1, 6, 200, 3, 64, generator=draw, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(6, 9, 64, generator=draw, device="cuda", dtype=torch.bfloat16)
+    attention = SlotAttention(keys, values, torch.tensor([0, 1, 63, 64, 150, 199], device="cuda"))
+    found, wanted = (by(q, keys[0], values[0]) for by in (attention.flash, attention.plain))
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    values[:, 2, 64:] = 1e4  # beyond what slot 2 has read
+    assert attention.flash(q, keys[0], values[0])[2].equal(found[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_text_written_in_captured_steps_is_the_text_of_a_cpu():
+    writer = FixedWriter(talkative().to("cuda").prepare(), template(), KINDS, QUESTIONS, 16)
+    found = {index: row and told(row) for index, row in writer.write(iter(range(30)))}
+    assert all(lane.graph.graph for lane in writer.lanes)
+    assert found == said_by_any_rows(KINDS, 30, lambda: talkative().prepare())

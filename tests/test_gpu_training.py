@@ -21,7 +21,7 @@ import torch
 from eyas.files.disk import directory_hash
 from eyas.files.eagle3_files import load_draft
 from eyas.files.target import load_target
-from eyas.train.selfplay import SelfPlay
+from eyas.train.questions import SelfPlay
 from eyas.train.shards import Counts, Written
 from eyas.train.texts import write_text
 from tests.tiny import save_tiny_target

@@ -63,6 +63,8 @@ OPENINGS: tuple[str, ...] = (
     *("John", "Mary has", "Tom and", "Sarah", "Emma bought", "Two", "Three friends", "Half of", "Every day", "Last week", "After"),
     *("Write a Python function", "Write a function", "Write a program", "Write a script", "Implement", "Write code", "Write a SQL query"),
     *("Finish this code", "Continue the following", "Fill in", "Fix this code"),
+    *("Complete this function:\n\ndef", "Finish the following code.\n\ndef", "Write the body of this function.\ndef"),
+    *("Here is the start of a Python function:\n```python\ndef", "Implement this:\n\ndef", "from typing import List\n\n\ndef"),
     *("What does this code do?", "Debug", "Refactor", "Optimize"),
     *("def", "import", "class", "SELECT", "```python", "for i in range", "<html>", "#include", '"""', "In Python,", "Using"),
     *("I am", "I want", "I need", "I have", "I feel", "My", "We"),

@@ -190,7 +190,7 @@ def check_writing(path: Path, found: Mapping[str, Any], settings: SelfPlay, name
 
 def write_shards(writer: Writer, folder: Folder, numbers: Iterator[int]) -> Iterator[int]:
     """Write the shards of these numbers, and yield the number of each once it is written. Conversations in flight may belong to several."""
-    settings, questions = writer.settings, len(writer.questions.given)
+    settings, questions = writer.settings, len(writer.dialogues.questions.given)
     last = questions if settings.regenerate else None
     held: dict[int, dict[int, Finished | None]] = {}
 

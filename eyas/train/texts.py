@@ -30,7 +30,7 @@ from torch import Tensor
 from eyas.config import EyasError
 from eyas.files.disk import check_fetched
 from eyas.train.features import Example, written_examples
-from eyas.train.selfplay import SelfPlay
+from eyas.train.questions import SelfPlay
 from eyas.train.shards import PATTERN, Counts, Written, check_writing, counts_of, settings_of_folder, written_in
 
 SAME = ("target", "template", "version")  # settings in which texts of one file, or of one training, agree

@@ -27,12 +27,16 @@ SETTINGS = replace(writing.SETTINGS, opening_share=0.0)
 SAMPLED = replace(SETTINGS, seeded_share=1.0, answer_temperatures=(1.0,))  # few are dropped, no two are alike
 
 
-@cache
-def target() -> Target:
-    """Says <|im_end|> often enough that questions and answers end by themselves."""
+def talkative() -> Target:
+    """Says <|im_end|> often enough that questions and answers end by themselves. Not yet prepared."""
     loose = tiny_target(vocab_size=263, eos_token_ids=(END,), prepare=False)
     loose.lm_head.weight[END] *= 1.6
-    return loose.prepare()
+    return loose
+
+
+@cache
+def target() -> Target:
+    return talkative().prepare()
 
 
 @cache
@@ -170,18 +174,18 @@ def test_a_finished_slot_is_taken_by_the_next_conversation_at_once():
     """Every pass of the target reads all slots, and no index is begun twice or left out, until there are no more."""
     writer = Writer(target(), template(), SETTINGS, (), 4)
     begun, widths = [], []
-    begin, step = writer.begin, writer.step
+    begin, step = writer.open, writer.step
 
-    def counted_begin(slot, index, text=()):
-        begun.append(index)
-        return begin(slot, index)
+    def counted_begin(slot, row):
+        begun.append(row.index)
+        begin(slot, row)
 
     def counted_step(rows):
         widths.append(len(rows))
         assert all(row.waiting for row in rows.values()) and [row.read for row in rows.values()] == [writer.cache.lengths[s] for s in rows]
         return step(rows)
 
-    writer.begin, writer.step = counted_begin, counted_step
+    writer.open, writer.step = counted_begin, counted_step
     with torch.inference_mode():
         ended = [index for index, _ in writer.write(iter(range(13)))]
     assert begun == list(range(13)) and sorted(ended) == begun and ended != begun
