@@ -30,6 +30,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pieces import join, split
@@ -49,6 +50,7 @@ def main(words: list[str] | None = None) -> int:
     packed.add_argument("text", type=Path, nargs="+")
     packed.add_argument("--target", type=Path)
     packed.add_argument("--prompts", type=Path, help="questions for some of what the target writes there")
+    packed.add_argument("--apart", type=Path, nargs="*", default=[], help="evaluation prompts, to be kept out of training there")
     packed.add_argument("--call", type=int, default=64 << 20)
     commands.add_parser("take")
     commands.add_parser("unpack")
@@ -58,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
     brought.add_argument("--text", action="store_true")
     given = parser.parse_args(words)
     if given.command == "pack":
-        pack(given.text, given.target, given.call, given.prompts)
+        pack(given.text, given.target, given.call, given.prompts, given.apart)
     elif given.command == "take":
         take()
     elif given.command == "unpack":
@@ -71,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
 # ---- here ----
 
 
-def pack(texts: list[Path], target: Path | None, call: int, prompts: Path | None = None) -> None:
+def pack(texts: list[Path], target: Path | None, call: int, prompts: Path | None = None, apart: Sequence[Path] = ()) -> None:
     most = call - tracked_bytes() - MARGIN
     if most <= 0:
         raise SystemExit(f"the repository's own files leave nothing of {call} bytes")
@@ -82,6 +84,9 @@ def pack(texts: list[Path], target: Path | None, call: int, prompts: Path | None
         gather(folder, texts, target)
         if prompts is not None:
             shutil.copy(prompts, folder / "prompts.jsonl")
+        for path in apart:
+            (folder / "apart").mkdir(exist_ok=True)
+            shutil.copy(path, folder / "apart" / path.name)
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w:gz", compresslevel=6) as archive:
             archive.add(folder, ".")

@@ -121,6 +121,8 @@ def command(given: argparse.Namespace, work: Path, draft: Path, again: bool, sec
     words += ["--minutes", seconds / 60, "--learning-rate", given.learning_rate / (2 if again else 1)]
     for setting in [*(f"{name}={value}" for name, value in settings.items()), *given.set]:
         words += ["--set", setting]
+    if (apart := work / "there" / "apart").is_dir():
+        words += ["--apart", *sorted(apart.iterdir())]
     resumed = ["--resume"] if (draft / "checkpoint").exists() else []
     return [sys.executable, "-m", "eyas", *map(str, words), *resumed]
 
