@@ -87,6 +87,29 @@ def test_one_sequence_is_read_by_captured_passes_call_after_call(sampling):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8)], ids=str)
+@pytest.mark.parametrize("shape", ["chain:4", "20x4x5", "60x7x10"])
+def test_trees_grown_by_one_graph_are_the_plain_growths_on_cuda(shape, sampling):
+    target = tiny_target(prepare=False).to("cuda")
+    network, vocab = tiny_draft(target)
+    drafter = Eagle3Drafter(network.to("cuda").prepare(), vocab)
+    target.prepare()
+
+    def grown():
+        decoder, trees = Decoder(target, drafter), []
+        decoder.watch = lambda record: trees.append(record.tree)
+        list(decoder.run([[1, 2, 3]], TreeShape.parse(shape), sampling, [5], 40))
+        return [(tree.tokens, tree.parents, tree.depths) for tree in trees]
+
+    captured = [grown(), grown()]
+    graphs = [graph for key, graph in drafter.cache.slabs.graphs.items() if key[0] == "growth"]
+    network.pool = None
+    assert captured == [grown()] * 2
+    assert len(graphs) == 1 and graphs[0].graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_planned_trees_give_plain_text_on_cuda(tmp_path):
     target = save_tiny_target(tmp_path / "target")
     engine = load(target, draft=save_tiny_draft(tmp_path / "draft", target), precision="fp32", device="cuda")

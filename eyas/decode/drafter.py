@@ -35,6 +35,7 @@ class TreeRequest:
     # (R paths of tokens below the root, logits [R, D] after them, each token's column or None) -> logits as the target's will be processed
     processed: Callable[[Sequence[Sequence[int]], Tensor, Tensor | None], Tensor] | None = None
     copied: Callable[[Sequence[int]], CopyLaw | None] | None = None  # path below the root -> what followed this context before
+    seed: int | None = None  # what `noise` is made from, as sampling.py makes it, where that is known
     draws: Callable[[int, int], Tensor] | None = None  # (node, count) -> noise [count] to draw children with; None: take the likeliest
 
 

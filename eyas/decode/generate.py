@@ -80,16 +80,18 @@ class Decoder:
     def request(self, sequence: Sequence) -> TreeRequest:
         """What to ask the drafter for: no deeper a tree than the text may still grow, as a node at the last free position is of no use."""
         sampling, deepest = sequence.sampling, sequence.remaining - 1
+        shared = self.verifier.shares_noise and not sampling.greedy
         return TreeRequest(
             sequence.slot,
             sequence.root,
             sequence.position,
             sequence.shape.cut(deepest),
             sampling,
-            noise=sequence.noise.at if self.verifier.shares_noise and not sampling.greedy else None,
+            noise=sequence.noise.at if shared else None,
             deepest=max(deepest, 0),
             planner=self.plan.planner,
             processed=sequence.guessed if sequence.processors else None,
+            seed=sequence.seed if shared else None,
             draws=sequence.draft_noise if self.verifier.draws and not sampling.greedy else None,
         )
 

@@ -63,9 +63,13 @@ def noise_at(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Tens
 
 def kernel_ranks(request: TreeRequest) -> bool:
     """Whether the native kernel can rank a request's candidates: by logits, or by these at a temperature with noise, unfiltered."""
-    sampling = request.sampling
-    filtered = not sampling.greedy and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
-    return request.shape.top_k <= MOST and not (request.processed or filtered or (request.draws and request.shape.fixed))
+    drawn = request.draws is not None and request.shape.fixed
+    return request.shape.top_k <= MOST and unfiltered(request.sampling) and not (request.processed or drawn)
+
+
+def unfiltered(sampling: Sampling) -> bool:
+    """Whether no token is ruled out before one is drawn; greedy text knows no filter."""
+    return sampling.greedy or (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0)
 
 
 def ranking_of(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Ranking:

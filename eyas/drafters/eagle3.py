@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from eyas.config import TargetConfig
+from eyas.decode.captured_growth import CapturedGrowth
 from eyas.decode.drafter import TreeRequest
+from eyas.decode.fixed import grows_fixed
 from eyas.decode.grow import Level, grow
 from eyas.decode.score import kernel_ranks, ranking_of
 from eyas.decode.tree import Tree
@@ -55,6 +57,7 @@ class Eagle3Drafter:
         self.network, self.vocab = network, vocab
         self.wants, self.attention = network.wants, network.blocks[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads  # query heads for each key head
+        self.captured = CapturedGrowth(network, vocab, self.group)
         self.pending: dict[int, PendingRows] = {}  # by slot
         self.asked: dict[int, TreeRequest] = {}  # by slot, what trees are grown for
         self.ready: tuple[Tensor, Ranked] | None = None  # the outputs that were read last, and what came with them
@@ -88,6 +91,8 @@ class Eagle3Drafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         self.asked = {request.sequence: request for request in requests}
+        if len(requests) == 1 and self.cache.slabs.pooled and grows_fixed(requests[0], len(self.vocab)):
+            return [self.captured.grow(requests[0], self.catch_up([requests[0].sequence]), self.cache)]
         trees = grow(requests, self.catch_up, self.read_level, self.logits, self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's rows are dropped

@@ -57,7 +57,8 @@ def replay(
     drafter.observe(0, tokens[: position + 1], features_N3H[:position])
     found = Replay([], [])
     while position < len(tokens) - 1:
-        tree = drafter.propose([TreeRequest(0, tokens[position], position, shape, sampling, noise.at if noise else None)])[0]
+        shared = (noise.at, noise.seed) if noise else (None, None)
+        tree = drafter.propose([TreeRequest(0, tokens[position], position, shape, sampling, shared[0], seed=shared[1])])[0]
         following = [*tokens[position + 1 :], -1]  # no guess is right behind the end
         accepted = walk(tree, lambda row, tree=tree, following=following: following[min(tree.depths[row], len(following) - 1)])
         count = min(len(accepted.path), len(tokens) - 1 - position)

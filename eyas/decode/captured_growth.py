@@ -1,0 +1,95 @@
+"""All levels of one sequence's tree as one graph, for networks that guess on from their own output.
+
+fixed.py grows the tree; this module reads its levels, over the slabs of a cache from a pool. Knows a network's step and head, slabs and
+what a graph depends on; knows nothing of how a sequence catches up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eyas.config import TreeShape
+from eyas.decode.drafter import TreeRequest
+from eyas.decode.fixed import grow_fixed, log_scores, noise_on, tree_of
+from eyas.decode.philox import wrapped
+from eyas.decode.tree import Tree
+from eyas.kernels.captured import StaticAttention, fixed_call, window_of
+from eyas.model.cache import KVCache, Slabs
+from eyas.model.protocols import EagleModule
+from eyas.model.vocab import DraftVocab
+
+
+class CapturedGrowth:
+    """Grows trees with a network, each with all its levels in one call of a graph."""
+
+    def __init__(self, network: EagleModule, vocab: DraftVocab, group: int) -> None:
+        """`group`: query heads for each key head."""
+        self.network, self.vocab, self.group = network, vocab, group
+        self.ids_D = vocab.ids.to(network.device)
+        self.deepest: dict[tuple[int, int], int] = {}  # by nodes and children of a node: levels of the deepest tree that was asked for
+
+    def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree:
+        """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept.
+
+        Levels are those of the deepest such tree that was asked for: near a text's end trees get lower round by round, and each would need
+        a graph of its own.
+        """
+        shape, slabs, sampling = request.shape, cache.slabs, request.sampling
+        levels = self.deepest[shape.nodes, shape.top_k] = max(shape.levels, self.deepest.get((shape.nodes, shape.top_k), 0))
+        whole = TreeShape(shape.nodes, levels - 1, shape.top_k)
+        window = window_of(request.position + (levels - 1) * shape.top_k, cache.capacity + 1)
+        form = Levels(whole, window, not sampling.greedy, request.noise is not None)
+        numbers = torch.tensor([wrapped(request.seed or 0), request.position, shape.levels])
+        temperature = torch.tensor([sampling.temperature], dtype=torch.float64)
+        run = partial(form.grow, self.network, slabs, self.group, self.vocab.vocab_size)
+        (found,) = fixed_call(run, ("growth", form), slabs, a_1H, numbers, temperature, self.ids_D)
+        assert found is not None
+        return tree_of(request.root, found)
+
+
+class Levels(NamedTuple):
+    """The levels of a growth: all that their graph depends on besides the network and the slabs."""
+
+    shape: TreeShape
+    window: int  # keys that are read
+    sampled: bool  # at a temperature; else greedy
+    noisy: bool  # candidates are ranked with the noise that the target will draw with
+
+    def grow(
+        self,
+        network: EagleModule,
+        slabs: Slabs,
+        group: int,
+        vocab_size: int,
+        a_1H: Tensor,
+        numbers: Tensor,
+        temperature: Tensor,
+        ids_D: Tensor,
+    ) -> tuple[Tensor]:
+        """The tree, as `grow_fixed` gives it. `a_1H`: the output at the root; `numbers`: seed, position of the root, and how many levels
+        the text has room for. Rows of deeper levels go to the slabs' spare row where there is no other left."""
+        seed, position, allowed = numbers.split(1)
+        count, device = self.shape.top_k, numbers.device
+        columns_W, width_K = torch.arange(self.window, device=device), torch.arange(count, device=device)
+        seen, a = (columns_W < position)[None], a_1H
+        depths_L = 1 + torch.arange(self.shape.levels, device=device)
+        noise_LD = noise_on(seed, position + depths_L, vocab_size, ids_D) if self.noisy else None
+
+        def follows(level: int) -> Tensor:
+            logits = network.logits_at(level, a)
+            return log_scores(logits, temperature if self.sampled else None, None if noise_LD is None else noise_LD[level])
+
+        def read(level: int, tokens_K: Tensor, rows_K: Tensor) -> Tensor:
+            """Each row reads a node's token with its parent's a, and sees the text, its ancestors and itself."""
+            nonlocal seen, a
+            places_K = (position + (level - 1) * count + width_K).clamp(max=slabs.keys.shape[3] - 1)
+            seen = seen[rows_K] | (columns_W == places_K[:, None])
+            attention = StaticAttention(slabs, places_K, seen, group=group)
+            a = network.step(tokens_K, network.fed_back(a)[rows_K], (position - 1 + level).expand(count), attention)
+            return follows(level)
+
+        return (grow_fixed(self.shape, allowed, follows(0), read, ids_D),)
