@@ -3,15 +3,18 @@
     python benchmarks/gpu_round.py [--device cuda] [--layers 32] [--context 256] [--out F.json]
 
 Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's dense products alone,
-its pass kernel after kernel, and its pass in fixed shapes as a captured graph; then whole rounds, draft steps included, through the same
-`Decoder` as anywhere, without and with captured passes. `--quick` runs the same on a CPU.
+its pass kernel after kernel, and its pass in fixed shapes as a captured graph, by PyTorch's operations and by our kernels; the same behind
+`--long` keys; then whole rounds, draft steps included, through the same `Decoder` as anywhere, without and with captured passes. `--quick`
+runs the same on a CPU.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,12 @@ from common import options, parsed, tell
 from eyas.config import GREEDY, PLAIN, Sampling, TargetConfig, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.kernels import fused
 from eyas.kernels.captured import Graph
 from eyas.model.cache import Pool
 from eyas.model.draft import DraftNetwork, draft_config
 from eyas.model.mask import ancestor_mask
-from eyas.model.rows import Rows, Segment, chain_rows
+from eyas.model.rows import Rows, Segment
 from eyas.model.target import Target
 from eyas.model.vocab import DraftVocab
 
@@ -71,20 +75,39 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
     return statistics.median(taken[3:])
 
 
+@contextmanager
+def kernels(ours: bool) -> Iterator[None]:
+    """Within the block captured passes are by our own kernels, or by PyTorch's operations alone."""
+    before = os.environ.pop(fused.OFF, None)
+    try:
+        if not ours:
+            os.environ[fused.OFF] = "1"
+        fused.available.cache_clear()
+        yield
+    finally:
+        os.environ.pop(fused.OFF, None)
+        if before is not None:
+            os.environ[fused.OFF] = before
+        fused.available.cache_clear()
+
+
+FORMS = {"launched": (False, False), "captured, PyTorch's operations": (True, False), "captured": (True, True)}  # captured, our kernels
+
+
 @torch.inference_mode()
 def passes(target: Target, taps: tuple[int, ...], counts: Sequence[int], context: int, repeats: int) -> dict[int, dict[str, float]]:
-    """Milliseconds of a pass by its rows: kernel after kernel, captured, and its dense products alone."""
+    """Milliseconds of a pass by its rows, behind so many keys: in each form, and its dense products alone."""
     device, found = target.device, {}
     for count in counts:
         parents = [-1, *((row - 1) // 2 for row in range(1, count))]
         rows = Rows(torch.arange(count), torch.full((count,), context), [Segment(0, count, ancestor_mask(parents) if count > 1 else None)])
         found[count] = {"products": products(target, count, repeats)}
-        for name, pool in (("launched", None), ("captured", Pool())):
-            target.pool = pool
-            cache = target.new_cache(1, context + max(counts))
-            target(chain_rows(0, [1] * context, 0), cache, taps, slice(-1, None))
-            cache.keep(0, range(context))
-            found[count][name] = milliseconds(lambda rows=rows, cache=cache: target(rows, cache, taps), device, repeats)
+        for name, (captured, ours) in FORMS.items():
+            with kernels(ours):
+                target.pool = Pool() if captured else None
+                cache = target.new_cache(1, context + max(counts))
+                cache.lengths[0] = context  # keys of zeros are as far to read as others
+                found[count][name] = milliseconds(lambda rows=rows, cache=cache: target(rows, cache, taps), device, repeats)
     return found
 
 
@@ -136,15 +159,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--long", type=int, default=32768, help="keys of some passes")
     parser.add_argument("--nodes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=20, help="of a pass")
     parser.add_argument("--rounds", type=int, default=40)
-    given = parsed(parser, words, device="cpu", layers=7, context=16, nodes=[8], repeats=1, rounds=14)
+    given = parsed(parser, words, device="cpu", layers=7, context=16, long=600, nodes=[8], repeats=1, rounds=14)
     device = torch.device(given.device)
     target, drafter = models(config_of(given.layers, given.quick), device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "layers": given.layers, "context": given.context}
     found["passes_ms"] = passes(target, drafter.wants, (1, *given.nodes), given.context, given.repeats)
+    found["long_context"] = {
+        "context": given.long,
+        "passes_ms": passes(target, drafter.wants, (1, max(given.nodes)), given.long, given.repeats),
+    }
     forms = {"launched": (False, GREEDY), "captured": (True, GREEDY), "captured, temperature 1": (True, Sampling(1.0))}
     for name, (captured, sampling) in forms.items():
         form = Form(captured, sampling, given.context, given.rounds)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys; a draft. A stage has
+# All that needs a GPU, in at most nine minutes: tests, a round over a plain step, attention over very many keys, how fast text is written and
+# a draft trained; a draft. A stage has
 # seconds of its own and ends with them; what it printed by then is kept, and the next begins. A result that is there is not made again.
 # Run: scripts/gpu_session.sh [--tiny] OUT_DIRECTORY [STAGE ..]
-#      (tests, round and tree by default; --tiny rehearses stages on a CPU). Needs no network, no package but those of eyas[test], and no
+#      (tests, round, rates and tree by default; --tiny rehearses stages on a CPU). Needs no network, no package but those of eyas[test], and no
 #      installation.
 # The stages `write` and `train` run only where they are named, in the last of the calls that `scripts/gpu_carry.py pack` prints (three, for
 # the embedded target), or after it. `write` lets the target write for WRITE_SECONDS (90), WRITE_MORE has further words for
@@ -36,9 +37,10 @@ stage() { # name seconds result command ..
     python3 -c 'import torch, transformers; print("torch", torch.__version__, "cuda", torch.version.cuda, "transformers", transformers.__version__)'
 } | tee -a "$out/session.txt"
 
-stage tests 150 tests.xml python3 -m pytest -q -p no:cacheprovider -m gpu --junit-xml "$out/tests.xml" tests/test_gpu.py tests/parallel/test_gpu_shards.py
+stage tests 150 tests.xml python3 -m pytest -q -p no:cacheprovider -m gpu --junit-xml "$out/tests.xml" tests/test_gpu.py tests/test_fused.py tests/parallel/test_gpu_shards.py
 stage round 200 round.json python3 benchmarks/gpu_round.py "${tiny[@]}" --device "$device" --out "$out/round.json"
-stage tree 160 tree.json python3 benchmarks/gpu_tree_attention.py "${tiny[@]}" --device "$device" --out "$out/tree.json"
+stage rates 100 rates.json python3 benchmarks/gpu_training.py "${tiny[@]}" --device "$device" --out "$out/rates.json"
+stage tree 100 tree.json python3 benchmarks/gpu_tree_attention.py "${tiny[@]}" --device "$device" --out "$out/tree.json"
 [[ $wanted != *" write "* ]] || stage write $((${WRITE_SECONDS:=90} + 60)) write.json python3 scripts/gpu_write.py "${tiny[@]}" \
     --device "$device" --out "$out" --seconds "$WRITE_SECONDS" ${WRITE_MORE:-}
 [[ $wanted != *" train "* ]] || stage train $((${TRAIN_SECONDS:=360} + 165)) train.json python3 scripts/gpu_train.py \

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from eyas.kernels.attention import Attend, PassAttention, grouped_attention
+from eyas.kernels import fused
+from eyas.kernels.attention import PassAttention, grouped_attention
 
 if TYPE_CHECKING:
     from eyas.model.cache import Slabs
@@ -59,19 +61,36 @@ class StaticAttention:
     `seen_RW` which keys of the window it sees."""
 
     def __init__(self, slabs: Slabs, places_R: Tensor, seen_RW: Tensor, *, group: int) -> None:
-        self.slabs, self.places, self.window = slabs, places_R, seen_RW.shape[1]
-        bias_RW = torch.zeros(seen_RW.shape, dtype=slabs.keys.dtype, device=seen_RW.device).masked_fill_(~seen_RW, float("-inf"))
-        self.bias = bias_RW.repeat(group, 1)
+        self.slabs, self.places, self.seen, self.group = slabs, places_R, seen_RW, group
 
-    def layer(self, layer: int) -> Attend:
-        keys, values = self.slabs.keys[layer, 0], self.slabs.values[layer, 0]
+    @cached_property
+    def bias(self) -> Tensor:
+        """[group * R, W] that is added to scores: 0 or -inf"""
+        bias_RW = torch.zeros(self.seen.shape, dtype=self.slabs.keys.dtype, device=self.seen.device).masked_fill_(~self.seen, float("-inf"))
+        return bias_RW.repeat(self.group, 1)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.index_copy_(1, self.places, k.transpose(0, 1))
-            values.index_copy_(1, self.places, v.transpose(0, 1))
-            return grouped_attention(q, keys[:, : self.window], values[:, : self.window], self.bias)
+    def layer(self, layer: int) -> StaticAttend:
+        return StaticAttend(self, self.slabs.keys[layer, 0], self.slabs.values[layer, 0])
 
-        return attend
+
+class StaticAttend:
+    """The attention of one layer, whose cache has `keys` and `values` [k, T, d]."""
+
+    def __init__(self, of: StaticAttention, keys: Tensor, values: Tensor) -> None:
+        self.of, self.keys, self.values = of, keys, values
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self.of.seen.shape[1]
+        self.keys.index_copy_(1, self.of.places, k.transpose(0, 1))
+        self.values.index_copy_(1, self.of.places, v.transpose(0, 1))
+        return grouped_attention(q, self.keys[:, :window], self.values[:, :window], self.of.bias)
+
+    def of_heads(self, heads_NHd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
+        """The same from queries, keys and values before their rotation, by kernels that do it all; None where they do not suit."""
+        if not (fused.suits(heads_NHd) and fused.suits_heads(heads_NHd.shape[2], rotation[0].shape[-1])):
+            return None
+        q = fused.turned_and_kept(heads_NHd, rotation, self.keys, self.values, self.of.places)
+        return fused.attention(q, self.keys, self.values, self.of.seen)
 
 
 @remembered

@@ -45,8 +45,8 @@ class DraftBlock(nn.Module):
 
     def forward(self, e_NH: Tensor, g_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         both_N2H, residual_NH = self.join(e_NH, g_NH)
-        a_NH = residual_NH + self.self_attn(both_N2H, rotation, attend)
-        return a_NH + self.mlp(self.post_attention_layernorm(a_NH))
+        a_NH, normed_NH = self.post_attention_layernorm.after(residual_NH, self.self_attn(both_N2H, rotation, attend))
+        return a_NH + self.mlp(normed_NH)
 
 
 class DraftNetwork(nn.Module):

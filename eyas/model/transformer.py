@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import EyasError, rope_kind, short
+from eyas.kernels import fused
 from eyas.kernels.attention import Attend
+from eyas.kernels.captured import StaticAttend
 from eyas.kernels.linear import Dense
 
 TABLE = 4096  # positions whose rotary angles are kept
@@ -30,6 +32,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def after(self, x_NH: Tensor, added_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and the norm of it."""
+        if fused.suits(x_NH):
+            return fused.added_norm(x_NH, added_NH, self.weight, self.eps)
+        total = x_NH + added_NH
+        return total, self(total)
 
 
 class Rotary:
@@ -114,6 +123,8 @@ class Attention(nn.Module):
 
     def forward(self, x_NI: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         heads = self.qkv(x_NI).view(x_NI.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
+        if isinstance(attend, StaticAttend) and not self.qk_norm and (attended := attend.of_heads(heads, rotation)) is not None:
+            return self.out(attended)
         qk, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
         if self.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])], 1)
@@ -130,7 +141,10 @@ class MLP(nn.Module):
         self.gate_up, self.down = Dense(self.gate_proj, self.up_proj), Dense(self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        gate_up = self.gate_up(x)
+        if fused.suits(gate_up):
+            return self.down(fused.gated(gate_up))
+        gate, up = gate_up.chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 
@@ -145,8 +159,8 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False))  # a draft's may have some
 
     def forward(self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), rotation, attend)
-        return x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+        x_NH, normed_NH = self.post_attention_layernorm.after(x_NH, self.self_attn(self.input_layernorm(x_NH), rotation, attend))
+        return x_NH + self.mlp(normed_NH)
 
 
 def pack(module: nn.Module, bits: int = 16) -> None:

@@ -135,9 +135,16 @@ def test_long_context(found):
 
 def test_gpu_round(found):
     told = found("gpu_round")
-    assert list(told["passes_ms"]) == ["1", "8"]
+    assert list(told["passes_ms"]) == list(told["long_context"]["passes_ms"]) == ["1", "8"]
     for form in ("launched", "captured", "captured, temperature 1"):
         assert all(each["over_plain"] > 0 for each in told[form]["rounds"].values()) and list(told[form]["rounds"]) == ["8"]
+
+
+def test_gpu_training(found):
+    told = found("gpu_training")
+    assert told["writing"]["answer_tokens"] > 0 and told["writing"]["answer_tokens_per_second"] > 0
+    assert told["reading_tokens_per_second"] > 0
+    assert told["training, batches of 300 tokens"]["anchors_per_second"] > 0
 
 
 def test_training_speed(found):
