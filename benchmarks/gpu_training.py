@@ -33,6 +33,7 @@ from eyas.train.trainer import Trainer
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "scripts")]
 WARM_UP, TIMED, PROFILED = 20, 40, 3  # steps
+LEAST = 8  # conversations, of which some are held out
 QUESTIONS = [Asked((f"What is {number} and {number}?",)) for number in range(50)]
 
 
@@ -45,7 +46,7 @@ def writing(target: TargetModel, template: Template, play: SelfPlay, slots: int,
         if row is not None:
             found.append(Written(row.tokens, row.numbers(), row.start.temperature))
             answer_tokens += sum(map(len, row.answers))
-        if time.monotonic() > began + seconds:
+        if time.monotonic() > began + seconds and len(found) >= LEAST:
             break
     taken = time.monotonic() - began
     synchronize(target.device)

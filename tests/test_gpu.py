@@ -110,6 +110,28 @@ def test_trees_grown_by_one_graph_are_the_plain_growths_on_cuda(shape, sampling)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3)], ids=str)
+@pytest.mark.parametrize("shape", ["chain:4", "20x4x5", "64x7x6"])
+def test_rounds_that_are_one_graph_commit_what_plain_rounds_do_on_cuda(shape, sampling):
+    """Few tokens, so that guesses of a random draft often come true."""
+    target = tiny_target(prepare=False, vocab_size=8).to("cuda")
+    network, vocab = tiny_draft(target, draft_vocab_size=7)
+    drafter = Eagle3Drafter(network.to("cuda").prepare(), vocab)
+    target.prepare()
+
+    def committed():
+        *_, texts = Decoder(target, drafter).run([[1, 2, 3]], TreeShape.parse(shape), sampling, [5], 60)
+        return texts[0].tokens, texts[0].accepted_lengths
+
+    captured = [committed(), committed()]
+    graphs = [graph for key, graph in drafter.cache.slabs.graphs.items() if key[0] == "round"]
+    network.pool = target.pool = None
+    assert captured == [committed()] * 2
+    assert len(graphs) == 1 and graphs[0].graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_planned_trees_give_plain_text_on_cuda(tmp_path):
     target = save_tiny_target(tmp_path / "target")
     engine = load(target, draft=save_tiny_draft(tmp_path / "draft", target), precision="fp32", device="cuda")

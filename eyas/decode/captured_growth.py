@@ -33,22 +33,41 @@ class CapturedGrowth:
         self.deepest: dict[tuple[int, int], int] = {}  # by nodes and children of a node: levels of the deepest tree that was asked for
 
     def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree:
-        """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept.
-
-        Levels are those of the deepest such tree that was asked for: near a text's end trees get lower round by round, and each would need
-        a graph of its own.
-        """
-        shape, slabs, sampling = request.shape, cache.slabs, request.sampling
-        levels = self.deepest[shape.nodes, shape.top_k] = max(shape.levels, self.deepest.get((shape.nodes, shape.top_k), 0))
-        whole = TreeShape(shape.nodes, levels - 1, shape.top_k)
-        window = window_of(request.position + (levels - 1) * shape.top_k, cache.capacity + 1)
-        form = Levels(whole, window, not sampling.greedy, request.noise is not None)
-        numbers = torch.tensor([wrapped(request.seed or 0), request.position, shape.levels])
-        temperature = torch.tensor([sampling.temperature], dtype=torch.float64)
-        run = partial(form.grow, self.network, slabs, self.group, self.vocab.vocab_size)
-        (found,) = fixed_call(run, ("growth", form), slabs, a_1H, numbers, temperature, self.ids_D)
+        """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept."""
+        form, given = self.form(request, cache), numbers_of(request)
+        run = partial(form.grow, Draft(self.network, cache.slabs, self.group), self.vocab.vocab_size)
+        (found,) = fixed_call(run, ("growth", form), cache.slabs, *given, a_1H, self.ids_D)
         assert found is not None
         return tree_of(request.root, found)
+
+    def form(self, request: TreeRequest, cache: KVCache) -> Levels:
+        """Levels are those of the deepest such tree that was asked for: near a text's end trees get lower round by round, and each would
+        need a graph of its own."""
+        shape = request.shape
+        levels = self.deepest[shape.nodes, shape.top_k] = max(shape.levels, self.deepest.get((shape.nodes, shape.top_k), 0))
+        window = window_of(request.position + (levels - 1) * shape.top_k, cache.capacity + 1)
+        whole = TreeShape(shape.nodes, levels - 1, shape.top_k)
+        return Levels(whole, window, not request.sampling.greedy, request.noise is not None)
+
+
+def numbers_of(request: TreeRequest, *more: int) -> tuple[Tensor, Tensor]:
+    """What changes from round to round: int64 [3 + ..] seed, position of the root, levels for which the text has room, and `more`; and the
+    temperature, float64 [1]."""
+    numbers = torch.tensor([wrapped(request.seed or 0), request.position, request.shape.levels, *more])
+    return numbers, torch.tensor([request.sampling.temperature], dtype=torch.float64)
+
+
+class Draft(NamedTuple):
+    """A network and the slabs with its rows. It holds no cache, or slabs would never be idle once a graph ran over them."""
+
+    network: EagleModule
+    slabs: Slabs
+    group: int
+
+    def read(self, tokens_R: Tensor, g_RH: Tensor, positions_R: Tensor, places_R: Tensor, seen_RW: Tensor) -> Tensor:
+        """The outputs [R, H] of rows that are written at these places of the slabs; those for which there is none go to the spare row."""
+        places_R = places_R.clamp(max=self.slabs.keys.shape[3] - 1)
+        return self.network.step(tokens_R, g_RH, positions_R, StaticAttention(self.slabs, places_R, seen_RW, group=self.group))
 
 
 class Levels(NamedTuple):
@@ -59,25 +78,27 @@ class Levels(NamedTuple):
     sampled: bool  # at a temperature; else greedy
     noisy: bool  # candidates are ranked with the noise that the target will draw with
 
-    def grow(
-        self,
-        network: EagleModule,
-        slabs: Slabs,
-        group: int,
-        vocab_size: int,
-        a_1H: Tensor,
-        numbers: Tensor,
-        temperature: Tensor,
-        ids_D: Tensor,
-    ) -> tuple[Tensor]:
-        """The tree, as `grow_fixed` gives it. `a_1H`: the output at the root; `numbers`: seed, position of the root, and how many levels
-        the text has room for. Rows of deeper levels go to the slabs' spare row where there is no other left."""
+    def grow(self, draft: Draft, vocab_size: int, numbers: Tensor, temperature: Tensor, a_1H: Tensor, ids_D: Tensor) -> tuple[Tensor]:
+        """The tree, as `grow_fixed` gives it, from what `numbers_of` gives and the output at the root."""
         seed, position, allowed = numbers.split(1)
-        count, device = self.shape.top_k, numbers.device
+        depths_L = 1 + torch.arange(self.shape.levels, device=numbers.device)
+        noise_LD = noise_on(seed, position + depths_L, vocab_size)[:, ids_D] if self.noisy else None
+        return (self.tree(draft, a_1H, position, allowed, temperature, noise_LD, ids_D),)
+
+    def tree(
+        self,
+        draft: Draft,
+        a_1H: Tensor,
+        position: Tensor,
+        allowed: Tensor,
+        temperature: Tensor,
+        noise_LD: Tensor | None,
+        ids_D: Tensor,
+    ) -> Tensor:
+        """The same, with the noise [levels, D] at hand."""
+        count, network, device = self.shape.top_k, draft.network, ids_D.device
         columns_W, width_K = torch.arange(self.window, device=device), torch.arange(count, device=device)
         seen, a = (columns_W < position)[None], a_1H
-        depths_L = 1 + torch.arange(self.shape.levels, device=device)
-        noise_LD = noise_on(seed, position + depths_L, vocab_size, ids_D) if self.noisy else None
 
         def follows(level: int) -> Tensor:
             logits = network.logits_at(level, a)
@@ -86,10 +107,9 @@ class Levels(NamedTuple):
         def read(level: int, tokens_K: Tensor, rows_K: Tensor) -> Tensor:
             """Each row reads a node's token with its parent's a, and sees the text, its ancestors and itself."""
             nonlocal seen, a
-            places_K = (position + (level - 1) * count + width_K).clamp(max=slabs.keys.shape[3] - 1)
+            places_K = position + (level - 1) * count + width_K
             seen = seen[rows_K] | (columns_W == places_K[:, None])
-            attention = StaticAttention(slabs, places_K, seen, group=group)
-            a = network.step(tokens_K, network.fed_back(a)[rows_K], (position - 1 + level).expand(count), attention)
+            a = draft.read(tokens_K, network.fed_back(a)[rows_K], (position - 1 + level).expand(count), places_K, seen)
             return follows(level)
 
-        return (grow_fixed(self.shape, allowed, follows(0), read, ids_D),)
+        return grow_fixed(self.shape, allowed, follows(0), read, ids_D)

@@ -90,10 +90,10 @@ def log_scores(logits_FD: Tensor, temperature: Tensor | None, noise_D: Tensor | 
     return scores.log_softmax(-1)
 
 
-def noise_on(seed: Tensor, positions_N: Tensor, vocab_size: int, ids_D: Tensor) -> Tensor:
-    """The noise at these positions for these of the target's ids, float64 [N, D], on the device of the seed [1]; it is that of
-    `sampling.gumbel` but for the last bits of two logarithms."""
-    return -(-uniforms_on(seed.expand_as(positions_N), positions_N, vocab_size, GUMBEL)[:, ids_D].log()).log()
+def noise_on(seed: Tensor, positions_N: Tensor, vocab_size: int) -> Tensor:
+    """The noise at these positions, float64 [N, V], on the device of the seed [1]; it is that of `sampling.gumbel` but for the last bits of
+    two logarithms."""
+    return -(-uniforms_on(seed.expand_as(positions_N), positions_N, vocab_size, GUMBEL).log()).log()
 
 
 def tree_of(root: int, found: Tensor) -> Tree:

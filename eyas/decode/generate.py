@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import VERIFIERS, EyasError, Request, Sampling, TreeShape
+from eyas.decode.captured_round import captured_round
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory
 from eyas.decode.plan.planner import FixedPlan, Plan
@@ -64,6 +65,8 @@ class Decoder:
         """Run one round: each of these sequences gets at least one token."""
         plan, first, brought = self.plan, 0, 0
         plan.begin(len(sequences))
+        if len(sequences) == 1 and self.round_as_graph(sequences[0]):
+            return
         if plan.guesses:
             trees = plan.cut(self.drafter.propose([self.request(sequence) for sequence in sequences]))
         else:
@@ -76,6 +79,22 @@ class Decoder:
             brought += self.advance(sequence, tree, out.logits[rows], None if out.features is None else out.features[rows])
             first += len(tree)
         plan.ends(first, brought)
+
+    def round_as_graph(self, sequence: Sequence) -> bool:
+        """Run the round of one sequence as one graph, where a graph can; False: nothing was done."""
+        told = self.watch or sequence.processors or sequence.top_logprobs is not None  # these need to see logits or trees
+        if told or not isinstance(self.plan, FixedPlan) or not self.verifier.shares_noise:
+            return False
+        self.plan.pass_begins()
+        found = captured_round(self.target, self.cache, self.drafter, self.request(sequence))
+        if found is None:
+            return False
+        self.plan.pass_ends(self.target.device)
+        tokens, features = found
+        brought = len(self.commit(sequence, tokens))
+        self.pass_on(sequence, tokens, features)
+        self.plan.ends(sequence.shape.nodes, brought)
+        return True
 
     def request(self, sequence: Sequence) -> TreeRequest:
         """What to ask the drafter for: no deeper a tree than the text may still grow, as a node at the last free position is of no use."""
@@ -109,18 +128,27 @@ class Decoder:
         accepted = self.verifier.verify(tree, logits_NV, sequence)
         self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
         tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
-        committed = sequence.commit(tokens, self.target.config.eos_token_ids)
+        committed = self.commit(sequence, tokens)
         if sequence.top_logprobs is not None:
             sequence.record_logprobs(logits_NV[accepted.path[: len(committed)]], committed)
-        sequence.rounds += 1
-        sequence.accepted_lengths[len(committed)] += 1
         self.plan.judge(tree, accepted.path)
         if self.watch:
             self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV))
-        if not sequence.finish_reason:
-            self.drafter.observe(sequence.slot, tokens, rows_of(features, accepted.path))
-            sequence.noise.forget_before(sequence.position)
+        self.pass_on(sequence, tokens, rows_of(features, accepted.path))
         return len(committed)
+
+    def commit(self, sequence: Sequence, tokens: list[int]) -> list[int]:
+        """Commit the tokens of a round up to one that ends the text, and return those that were committed."""
+        committed = sequence.commit(tokens, self.target.config.eos_token_ids)
+        sequence.rounds += 1
+        sequence.accepted_lengths[len(committed)] += 1
+        return committed
+
+    def pass_on(self, sequence: Sequence, tokens: list[int], features: Tensor | None) -> None:
+        """Let the drafter observe the tokens of a round, where the text goes on."""
+        if not sequence.finish_reason:
+            self.drafter.observe(sequence.slot, tokens, features)
+            sequence.noise.forget_before(sequence.position)
 
     # ---- the turn: what a caller drives ----
 

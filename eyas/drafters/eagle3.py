@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eyas.config import TargetConfig
 from eyas.decode.captured_growth import CapturedGrowth
+from eyas.decode.captured_round import Unread
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.fixed import grows_fixed
 from eyas.decode.grow import Level, grow
@@ -46,6 +47,13 @@ class PendingRows:
     tokens: list[int] = field(default_factory=list)  # t_{j+1} of these rows
     features: list[Tensor] = field(default_factory=list)  # f_j of these rows, in pieces as they came
     begun: bool = False  # whether `observe` was called: the very first token has no row
+
+    def take(self, count: int) -> Unread:
+        """The first `count` rows, which wait no longer."""
+        held = self.features[0] if len(self.features) == 1 else torch.cat(self.features)
+        taken = Unread(self.tokens[:count], held[:count])
+        self.tokens, self.features = self.tokens[count:], [held[count:]] if len(held) > count else []
+        return taken
 
 
 class Eagle3Drafter:
@@ -120,24 +128,28 @@ class Eagle3Drafter:
         """Read all rows of committed text that wait, from true features; returns the a [S, H] of each sequence's last row."""
         while late := [sequence for sequence in sequences if len(self.pending[sequence].tokens) > CATCH_UP]:
             self.catch_up_some(late)
-        tokens, g, positions, segments = self.late_rows(sequences)
+        tokens, g, positions, segments = self.late_rows(sequences, CATCH_UP)
         ends = [end - 1 for end in itertools.accumulate(segment.count for segment in segments)]
         return self.guess(tokens, (g, range(len(tokens))), positions, segments, 0, ends)
 
     def catch_up_some(self, sequences: Sequence[int]) -> None:
         """Read up to CATCH_UP of the rows that wait, for each sequence, in one pass."""
-        self.read(*self.late_rows(sequences))
+        self.read(*self.late_rows(sequences, CATCH_UP))
 
-    def late_rows(self, sequences: Sequence[int]) -> tuple[list[int], Tensor, list[int], list[Segment]]:
-        """Tokens, g, positions and segments of up to CATCH_UP of the rows that wait, for each sequence; they wait no longer."""
-        counts = [min(len(self.pending[sequence].tokens), CATCH_UP) for sequence in sequences]
+    def unread(self, sequence: int, most: int) -> Unread:
+        """The last rows that wait, for a caller that reads them; what is more than `most` is read here."""
+        while (more := len(self.pending[sequence].tokens) - most) > 0:
+            self.read(*self.late_rows([sequence], min(CATCH_UP, more)))
+        return self.pending[sequence].take(most)
+
+    def late_rows(self, sequences: Sequence[int], most: int) -> tuple[list[int], Tensor, list[int], list[Segment]]:
+        """Tokens, g, positions and segments of up to `most` of the rows that wait, for each sequence; they wait no longer."""
+        counts = [min(len(self.pending[sequence].tokens), most) for sequence in sequences]
         tokens, features, positions = [], [], []
         for sequence, count in zip(sequences, counts, strict=True):
-            pending = self.pending[sequence]
-            tokens += pending.tokens[:count]
-            held = pending.features[0] if len(pending.features) == 1 else torch.cat(pending.features)
-            features.append(held[:count])
-            pending.tokens, pending.features = pending.tokens[count:], [held[count:]] if len(held) > count else []
+            taken = self.pending[sequence].take(count)
+            tokens += taken.tokens
+            features.append(taken.features)
             start = self.cache.lengths[sequence]
             positions += range(start, start + count)
         whole = features[0] if len(features) == 1 else torch.cat(features)

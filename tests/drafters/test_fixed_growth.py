@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.captured_growth import CapturedGrowth, Levels
+from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.fixed import grows_fixed
 from eyas.decode.generate import Decoder
@@ -191,6 +191,6 @@ def test_growth_asks_the_host_for_no_number(sampled):
     shape = (1, 1, network.midlayer.self_attn.kv_heads, 64, network.midlayer.self_attn.head_dim)
     slabs = Slabs(shape, torch.float64, torch.device("meta"))
     form = Levels(TreeShape(20, 4, 5), 64, sampled, sampled)
-    given = torch.zeros(1, 32, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), torch.ones(1).double(), torch.arange(29)
-    (found,) = form.grow(network, slabs, 2, V, *(each.to("meta") for each in given))
+    given = torch.zeros(3, dtype=torch.int64), torch.ones(1).double(), torch.zeros(1, 32, dtype=torch.float64), torch.arange(29)
+    (found,) = form.grow(Draft(network, slabs, 2), V, *(each.to("meta") for each in given))
     assert found.shape == (4, 19) and found.dtype == torch.int64

@@ -1,0 +1,166 @@
+"""A whole round as one graph commits what the plain round commits. What CUDA captures, a CPU runs as it is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from eyas.config import Sampling, TreeShape
+from eyas.decode import generate
+from eyas.decode.captured_growth import Draft, Levels
+from eyas.decode.captured_round import Round, ancestors, walked
+from eyas.decode.generate import Decoder
+from eyas.decode.plan.planner import Plan
+from eyas.decode.tree import Tree
+from eyas.decode.verify import walk
+from eyas.drafters.eagle3 import Eagle3Drafter
+from eyas.kernels import captured
+from eyas.model.cache import Pool, Slabs
+from eyas.model.mask import ancestor_mask
+from tests.tiny import tiny_draft, tiny_target
+
+V = 8  # tokens, so that guesses of a random draft often come true
+SAMPLINGS = [Sampling(), Sampling(0.6), Sampling(1.3)]
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    """So that a short text crosses several."""
+    monkeypatch.setattr(captured, "WINDOW", 16)
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """The tokens that each round accepted which was tried as a graph; None for one that a graph cannot run."""
+    found, inner = [], generate.captured_round
+
+    def tried(*given):
+        told = inner(*given)
+        found.append(told and told[0])
+        return told
+
+    monkeypatch.setattr(generate, "captured_round", tried)
+    return found
+
+
+def pair(pooled, dtype=torch.float64, eos=(), **settings):
+    """A target and a drafter; with slabs from pools, over which alone graphs run."""
+    target = tiny_target(dtype=dtype, prepare=False, vocab_size=V, eos_token_ids=eos)
+    network, vocab = tiny_draft(target, draft_vocab_size=V - 1, **settings)
+    network = network.to(dtype).prepare()
+    target.prepare()
+    target.pool, network.pool = (Pool(), Pool()) if pooled else (None, None)
+    return target, Eagle3Drafter(network, vocab)
+
+
+def run(target, drafter, shape, sampling, prompts=([1, 2, 3],), verifier="walk", **more):
+    decoder = Decoder(target, drafter, verifier)
+    *_, texts = decoder.run(prompts, TreeShape.parse(shape), sampling, [5] * len(prompts), 40, **more)
+    return [(text.tokens, text.accepted_lengths, text.finish_reason) for text in texts]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("shape", ["chain:1", "chain:4", "20x4x5", "200x2x6", "64x7x4"])
+def test_rounds_commit_what_the_plain_rounds_do(shape, sampling, rounds):
+    """Tokens, and how many of them in how many rounds, call after call."""
+    wanted, both = run(*pair(False), shape, sampling), pair(True)
+    assert wanted[0][0] == run(both[0], None, "chain:1", sampling)[0][0] and not any(rounds)
+    for _ in range(2):
+        rounds.clear()
+        assert run(*both, shape, sampling) == wanted
+        assert None not in rounds[:-1]  # the last may have room for the bonus token alone
+
+
+@pytest.mark.parametrize("settings", [{"norm_output": True}, {"draft_layers": 3}, {"dtype": torch.float32}], ids=str)
+def test_rounds_of_other_drafts_and_in_float32_commit_the_same(settings, rounds):
+    wanted = run(*pair(False, **settings), "20x4x5", Sampling(0.6))
+    assert run(*pair(True, **settings), "20x4x5", Sampling(0.6)) == wanted
+    assert len(list(filter(None, rounds))) > 9
+
+
+def test_one_text_after_the_other_takes_the_same_slot(rounds):
+    prompts = [[1, 2, 3], [number * number % V for number in range(70)], [5]]
+    wanted = run(*pair(False), "20x4x5", Sampling(1.3), prompts, batch=1)
+    assert run(*pair(True), "20x4x5", Sampling(1.3), prompts, batch=1) == wanted
+    assert len(list(filter(None, rounds))) > 30
+
+
+def test_rounds_of_both_kinds_may_take_turns(rounds):
+    """A round that is watched shows its tree, which a graph does not."""
+    wanted, decoder = run(*pair(False), "20x4x5", Sampling(1.3)), Decoder(*pair(True))
+    trees = []
+
+    def turns():
+        for turn, texts in enumerate(decoder.run([[1, 2, 3]], TreeShape.parse("20x4x5"), Sampling(1.3), [5], 40)):
+            decoder.watch = None if turn % 3 else lambda record: trees.append(record.tree)
+            yield texts
+
+    *_, (text,) = turns()
+    assert [(text.tokens, text.accepted_lengths, text.finish_reason)] == wanted
+    assert len(trees) > 2 and len(list(filter(None, rounds))) > 2
+
+
+def test_a_text_that_ends_in_a_round_ends_there(rounds):
+    plain, graphs = (run(*pair(pooled, eos=(4,)), "20x4x5", Sampling(1.3)) for pooled in (False, True))
+    assert graphs == plain and plain[0][2] == "stop" and any(rounds)
+
+
+class OtherPlan(Plan):
+    """Not a fixed one: it may want to see trees."""
+
+
+def test_what_a_graph_does_not_know_is_a_plain_round(rounds):
+    for sampling in (Sampling(1.0, top_p=0.9), Sampling(1.0, presence_penalty=0.5)):
+        run(*pair(True), "8x2x3", sampling)
+    run(*pair(True), "static:3.2.0.1", Sampling())
+    run(*pair(True), "8x2x3", Sampling(), [[1, 2], [3, 4]])
+    run(*pair(True), "chain:3", Sampling(1.0), verifier="block")
+    run(pair(True)[0], pair(False)[1], "8x2x3", Sampling())
+    run(pair(False)[0], pair(True)[1], "8x2x3", Sampling())
+    run(pair(True)[0], None, "8x2x3", Sampling())
+    list(Decoder(*pair(True), plan=OtherPlan()).run([[1, 2]], TreeShape.parse("8x2x3"), Sampling(), [5], 9))
+    assert rounds and not any(rounds)
+
+
+def random_tree(draw, nodes):
+    tree = [(0, -1, 0)]
+    children = [list(range(V)) for _ in range(nodes)]
+    for row in range(1, nodes):
+        parent = draw.randrange(max(0, row - 4), row)
+        token = children[parent].pop(draw.randrange(len(children[parent])))
+        tree.append((token, parent, tree[parent][2] + 1))
+    return Tree(*map(list, zip(*tree)), [0.0] * nodes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_path_is_the_walks(seed):
+    draw = random.Random(seed)
+    tree = random_tree(draw, 24)
+    draws = [draw.choice([*children] * 3 + [draw.randrange(V)]) if children else draw.randrange(V) for children in tree.children]
+    parents = torch.tensor([0, *tree.parents[1:]])
+    seen = ancestors(parents, max(tree.depths))
+    assert seen.equal(ancestor_mask(tree.parents))
+    path = walked(torch.tensor(tree.tokens), parents, torch.ones(24) > 0, seen, torch.tensor(draws))
+    accepted = walk(tree, lambda row: draws[row])
+    assert path.nonzero()[:, 0].tolist() == accepted.path
+    short = walked(torch.tensor(tree.tokens), parents, torch.tensor(tree.depths) <= 2, seen, torch.tensor(draws))
+    assert short.nonzero()[:, 0].tolist() == accepted.path[:3]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_asks_the_host_for_no_number(sampled):
+    """On the device "meta" there are no numbers: to ask for one is an error."""
+    target = tiny_target(prepare=False)
+    network, _ = tiny_draft(target)
+    target.to("meta")
+    network.to("meta").embedding = [target.embedding]
+
+    def slabs(layers):
+        return Slabs((layers, 1, target.config.num_key_value_heads, 64, target.config.head_dim), torch.float64, torch.device("meta"))
+
+    form = Round(Levels(TreeShape(20, 4, 5), 64, sampled, sampled), 64, (1, 2, 4))
+    given = torch.zeros(4).long(), torch.ones(1).double(), torch.zeros(6).long(), torch.zeros(6, 96).double(), torch.arange(29)
+    told, features = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
+    assert told.shape == (7,) and told.dtype == torch.int64 and features.shape == (6, 96)
