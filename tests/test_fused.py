@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 from eyas.config import Sampling, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.decode.philox import wrapped
+from eyas.decode.sampling import uniforms
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.kernels import fused
 from eyas.kernels.attention import grouped_attention
@@ -42,6 +44,15 @@ def test_a_sum_and_its_norm(rows, width, dtype):
     total, normed = fused.added_norm(x, added, weight, 1e-5)
     assert_close(total, x + added, rtol=0, atol=0)
     assert_close(normed, F.rms_norm(x + added, (width,), weight, 1e-5), **NEAR[dtype])
+
+
+@pytest.mark.parametrize(("purpose", "stream"), [(0, 0), (3, 2**33)])
+@pytest.mark.parametrize("count", [1, 3, 4, 13, 2050])
+def test_random_numbers_to_the_last_bit(count, purpose, stream):
+    seeds, positions = [0, 1, 2**53 - 1, 2**63, 2**64 - 1], [0, 5, 131071, 2**31, 2**40 + 3]
+    keys = torch.tensor([wrapped(seed) for seed in seeds], device=DEVICE), torch.tensor(positions, device=DEVICE)
+    for row, *key in zip(fused.uniforms(*keys, count, purpose, stream).cpu(), seeds, positions):
+        assert (row.numpy() == uniforms(*key, count, purpose, stream)).all()
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

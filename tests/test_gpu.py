@@ -15,6 +15,7 @@ from eyas.decode.score import top
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
 from eyas.files.target import load_target
+from eyas.kernels import fused
 from eyas.kernels.captured import Graph
 from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, trained
@@ -160,8 +161,10 @@ def test_the_best_of_long_rows_are_found_by_parts(count):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_random_words_computed_on_cuda_are_numpys_to_the_last_bit():
+@pytest.mark.parametrize("ours", [True, False], ids=["kernel", "operations"])
+def test_random_words_computed_on_cuda_are_numpys_to_the_last_bit(ours, monkeypatch):
     """Captured as a graph, and replayed with other keys."""
+    monkeypatch.setattr(fused, "available", fused.available if ours else lambda: False)
     first, second = ([1, 2**63, 2**64 - 1], [0, 5, 2**40]), ([7, 8, 9], [1, 2, 3])
     held = [torch.zeros(3, dtype=torch.int64, device="cuda") for _ in range(2)]
     graph = Graph(lambda *keys: (uniforms_on(*keys, 49152, 3, 2),), held)

@@ -151,7 +151,7 @@ def walked(tokens_N: Tensor, parents_N: Tensor, there_N: Tensor, ancestors_NN: T
     """Which rows are on the path of `verify.walk`, bool [N]: those that are there and were drawn at their parents, as all above them were.
     Row 0 is the root."""
     right_N = there_N & (tokens_N == draws_N[parents_N])
-    right_N[:1] = True
+    right_N[:1].fill_(True)
     return (right_N | ~ancestors_NN).all(1)
 
 

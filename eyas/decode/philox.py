@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eyas.decode.sampling import CHOICE, GUMBEL
+from eyas.kernels import fused
 
 ROUNDS = 10
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157  # Salmon et al. 2011, Philox-4x64
@@ -33,7 +34,9 @@ def words_on(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int = GU
 
 
 def uniforms_on(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int = CHOICE, stream: int = 0) -> Tensor:
-    """The numbers of `uniforms`, float64 [N, count], strictly between 0 and 1."""
+    """The numbers of `uniforms`, float64 [N, count], strictly between 0 and 1; on CUDA by one kernel, where Triton is there."""
+    if seeds_N.is_cuda and fused.available():
+        return fused.uniforms(seeds_N, positions_N, count, purpose, stream)
     return (((words_on(seeds_N, positions_N, count, purpose, stream) >> 12) & LOW_52).double() + 0.5) * 2.0**-52
 
 

@@ -1,6 +1,7 @@
 """Passes of few rows on a GPU by kernels of our own, where Triton is there: each function here is one or two launches.
 
-The plain twins stand beside them: `x + added` and RMSNorm, `silu(gate) * up`, `rotate` and the cache's own writing, `grouped_attention`.
+The plain twins stand beside them: `x + added` and RMSNorm, `silu(gate) * up`, `rotate` and the cache's own writing, `grouped_attention`,
+`philox.words_on`.
 Results differ by rounding alone: a fused one rounds once where PyTorch's operations round after each. Knows tensors; knows nothing of
 models.
 """
@@ -44,6 +45,17 @@ def suits_heads(width: int, turned: int) -> bool:
 
 def block_of(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
+
+
+def uniforms(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int, stream: int) -> Tensor:
+    """The numbers of `philox.uniforms_on`, to the last bit."""
+    from eyas.kernels.triton_kernels import uniforms_kernel
+
+    out = torch.empty(len(seeds_N), count, dtype=torch.float64, device=seeds_N.device)
+    block = min(256, block_of(-(-count // 4)))
+    grid = (len(seeds_N), -(-count // (4 * block)))
+    uniforms_kernel[grid](seeds_N.contiguous(), positions_N.contiguous(), out, count, PURPOSE=purpose, STREAM=stream, BLOCK=block)
+    return out
 
 
 def added_norm(x_NH: Tensor, added_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,22 @@ def added_norm_kernel(x, added, weight, total, normed, width, eps, WIDTH: tl.con
 
 
 @triton.jit
+def uniforms_kernel(seeds, positions, out, count, PURPOSE: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Some numbers of a row: Philox-4x64 words in ten rounds, keyed by seed and position, their upper 52 bits and a half as float64."""
+    row = tl.program_id(0)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    counter = (block + 1).to(tl.uint64)
+    stream, purpose = tl.full([BLOCK], STREAM, tl.uint64), tl.full([BLOCK], PURPOSE, tl.uint64)
+    seed, position = tl.load(seeds + row).to(tl.uint64), tl.load(positions + row).to(tl.uint64)
+    first, second, third, fourth = tl.philox_impl(counter, tl.zeros([BLOCK], tl.uint64), stream, purpose, seed, position, 10)
+    to, place = out + row.to(tl.int64) * count, 4 * block
+    tl.store(to + place, ((first >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=place < count)
+    tl.store(to + place + 1, ((second >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=place + 1 < count)
+    tl.store(to + place + 2, ((third >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=place + 2 < count)
+    tl.store(to + place + 3, ((fourth >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=place + 3 < count)
+
+
+@triton.jit
 def gated_kernel(gate_up, out, inner, BLOCK: tl.constexpr):
     """out = silu(gate) * up, where a row holds gate and up side by side."""
     row = tl.program_id(0)
