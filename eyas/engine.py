@@ -20,7 +20,7 @@ from eyas.decode.grow import growth_named
 from eyas.decode.logprobs import Piece
 from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
-from eyas.decode.prompt import Prompt, Prompts, WrittenPrompt, checked_ids, is_many, is_token_ids, render
+from eyas.decode.prompt import Prompt, Prompts, TooLong, WrittenPrompt, checked_ids, is_many, is_token_ids, render
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
 from eyas.decode.verifiers import VERIFY, check_shape, draws
@@ -170,7 +170,7 @@ class Engine:
             ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory, tools, chat_template_kwargs)
             check_known(self.tokenizer, ids, self.target.config.vocab_size, "the prompt")
         if len(ids) >= context:
-            raise EyasError(f"the prompt has {len(ids)} tokens, the model reads at most {context}; shorten it")
+            raise TooLong(len(ids), context)
         return ids
 
     # ---- methods and shapes ----

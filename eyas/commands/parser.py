@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         trace_options,
         export_options,
         import_options,
+        serve_options,
         serve_command_options,
         doctor_options,
         publish_options,
@@ -287,6 +288,33 @@ def import_options(commands: argparse._SubParsersAction) -> None:
     importing.add_argument("--unmeasured", action="store_true", help="believe the files")
     importing.add_argument("--dry-run", action="store_true", help="only say what it is")
     importing.add_argument("--force", action="store_true", help="replace what is there, when the new one is whole")
+
+
+def serve_options(commands: argparse._SubParsersAction) -> None:
+    serve = add(commands, "serve", "answer OpenAI's clients: chat and completions, many at a time (pip install 'eyas[serve]')")
+    models(serve)
+    serve.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
+    serve.add_argument("--plain", action="store_true", help="the same as --method plain")
+    copy(serve, "with every method that drafts")
+    serve.add_argument("--draft-model", help="a smaller model for method draft-model (default: the target's first third)")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default %(default)s: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="(default %(default)s; 0: any that is free)")
+    serve.add_argument("--slots", type=int, default=8, help="answers that are written at a time (default %(default)s)")
+    serve.add_argument("--queue", type=int, default=32, help="answers that may wait for a slot (default %(default)s); more are refused")
+    serve.add_argument("--context", type=int, help="tokens of a prompt and its answer (default: the model's, at most 4096)")
+    serve.add_argument(
+        "--stall", type=float, default=0.1, metavar="S", help="seconds for which a long prompt may hold up others (default %(default)s)"
+    )
+    serve.add_argument("--api-key", action="append", default=[], metavar="KEY", help="what clients must send (also EYAS_API_KEYS=A,B)")
+    serve.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help="what the model is called here")
+    serve.add_argument("--any-model", action="store_true", help="answer whatever model a request names")
+    serve.add_argument("--strict-fields", action="store_true", help="refuse requests with fields that are not known")
+    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="an origin whose pages may use this server")
+    serve.add_argument("--metrics-prefix", default="eyas", help="of the names at /metrics (default %(default)s; vllm for its dashboards)")
+    serve.add_argument("--drain", type=float, default=30, metavar="S", help="seconds that answers may take after SIGTERM (default 30)")
+    serve.add_argument(
+        "--hang-seconds", type=float, default=30, metavar="S", help="seconds without a round after which /health says so (default 30)"
+    )
 
 
 def serve_command_options(commands: argparse._SubParsersAction) -> None:

@@ -23,6 +23,14 @@ Prompts = list[str] | list[list[Message]] | list[list[dict[str, Any]]] | list[li
 FORMS = "text, a list of messages, or a list of token ids"
 
 
+class TooLong(EyasError):
+    """A prompt of more tokens than the model reads."""
+
+    def __init__(self, tokens: int, context: int) -> None:
+        super().__init__(f"the prompt has {tokens} tokens, the model reads at most {context}; shorten it")
+        self.tokens, self.context = tokens, context
+
+
 def is_many(prompt: Prompt | Prompts) -> bool:
     """Whether this is a list of prompts rather than one string, one conversation or the token ids of one prompt. Raises `EyasError` for
     what is neither."""

@@ -160,13 +160,18 @@ class Result:
     logprobs: list[TokenLogprobs] | None = None  # of each token; None: not asked for (`Request.logprobs`)
 
 
+def tau_of(sequence: Sequence) -> float:
+    """Tokens that its rounds committed, a round; 1.0 where there was none."""
+    committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
+    return committed / sequence.rounds if sequence.rounds else 1.0
+
+
 def result_of(sequence: Sequence) -> Result:
     """The finished sequence as a result; an interrupted one has the tokens it got so far."""
-    committed = sum(length * rounds for length, rounds in sequence.accepted_lengths.items())
     return Result(
         text=sequence.stream.finish(),
         tokens=sequence.tokens[sequence.prompt_length :],
-        tau=committed / sequence.rounds if sequence.rounds else 1.0,
+        tau=tau_of(sequence),
         rounds=sequence.rounds,
         accepted_lengths=dict(sorted(sequence.accepted_lengths.items())),
         seconds=sequence.seconds,

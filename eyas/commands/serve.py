@@ -1,0 +1,172 @@
+"""`eyas serve`: answers OpenAI's clients on this machine, many at a time, with the draft underneath."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import eyas
+from eyas.commands.common import engine_from, method_from
+from eyas.config import EyasError, Request, Sampling, TreeShape
+from eyas.decode.plan.planner import MAX_TREE
+from eyas.decode.sampling import NOISE_VERSION
+from eyas.engine import Engine
+from eyas.files.disk import directory_hash
+from eyas.files.target import reading_hash
+from eyas.kernels import native
+from eyas.kernels.linear import capability
+from eyas.methods import COPY
+
+if TYPE_CHECKING:
+    from eyas.serve.app import Server
+
+KEYS = "EYAS_API_KEYS"  # of the environment: keys with commas between them
+USUAL_CONTEXT = 4096  # tokens of a prompt and its answer, where the model has more and nothing is said
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FAILED = 1
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        import prometheus_client
+        import starlette
+        import uvicorn
+    except ImportError as error:
+        raise EyasError(f"serving needs {error.name}: pip install 'eyas[serve]'") from None
+    del prometheus_client, starlette, uvicorn
+    check(options)
+    listening = bound(options.host, options.port)  # before a model is loaded
+    engine = engine_from(options)
+    server = server_of(engine, options)
+    return asyncio.run(served(server, listening, options))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise `EyasError` for options that cannot be."""
+    for name, least in (("slots", 1), ("queue", 0)):
+        if getattr(options, name) < least:
+            raise EyasError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    if options.context is not None and options.context < 2:
+        raise EyasError(f"--context must be at least 2, not {options.context}")
+    for name in ("stall", "drain", "hang_seconds"):
+        if not getattr(options, name) > 0:
+            raise EyasError(f"--{name.replace('_', '-')} must be above 0 seconds, not {getattr(options, name)}")
+    if options.host not in LOOPBACK and not keys_of(options):
+        print(f"eyas: anybody who reaches {options.host} may use this server; --api-key asks for a key", file=sys.stderr)
+
+
+def keys_of(options: argparse.Namespace) -> list[str]:
+    return [*options.api_key, *filter(None, os.environ.get(KEYS, "").split(","))]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `EyasError` where it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise EyasError(f"cannot listen at {host}, port {port} ({words}); choose another --port or --host") from None
+
+
+def server_of(engine: Engine, options: argparse.Namespace) -> Server:
+    from eyas.serve.app import Server
+    from eyas.serve.jobs import MOST_CHILDREN
+    from eyas.serve.metrics import Metrics
+    from eyas.serve.scheduler import Scheduler, Settings
+
+    method = method_from(options) or engine.default_method
+    request = Request(method=method, copy=options.copy, tree=options.tree, sampling=Sampling(temperature=1.0))
+    if engine.copies(request) and not method.endswith(COPY):
+        method += COPY
+    most = engine.target.config.max_position_embeddings
+    context = min(options.context or USUAL_CONTEXT, most)
+    names = options.served_model_name or [engine.directory.name]
+    metrics = Metrics(names[0], options.metrics_prefix)
+    decoder = engine.decoder(request, metrics.round)
+    shape = engine.shape(options.tree, method)
+    shapes = {shape, TreeShape(MAX_TREE.nodes, MAX_TREE.depth, MOST_CHILDREN)} if method != "plain" else {shape}
+    scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, options.stall))
+    return Server(
+        engine,
+        scheduler,
+        metrics,
+        method,
+        names,
+        fingerprint(engine),
+        keys_of(options),
+        options.strict_fields,
+        options.any_model,
+        options.hang_seconds,
+    )
+
+
+def fingerprint(engine: Engine) -> str:
+    """What settles the bytes of an answer beside the request: weights, tokenizer, precision, noise, and the kernel that computes; neither
+    draft nor trees, neither batch nor order."""
+    told: dict[str, Any] = {
+        "eyas": eyas.__version__,
+        "target": directory_hash(engine.directory),
+        "read": reading_hash(engine.directory),
+        "precision": engine.precision,
+        "noise": NOISE_VERSION,
+        "device": str(engine.target.device),
+        "kernel": [native.kernel() is not None, capability()],
+    }
+    return "fp_" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+async def served(server: Server, listening: socket.socket, options: argparse.Namespace) -> int:
+    """Serve until a signal, or until the thread that decodes has failed; the exit status."""
+    import uvicorn
+
+    from eyas.serve.app import make_app
+
+    app = make_app(server, options.host in LOOPBACK, options.cors)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, limit_concurrency=None, lifespan="off")
+    http = uvicorn.Server(config)
+    http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  (its own would give the signal back at the end)
+    signals = asyncio.Queue[int]()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    server.scheduler.start()
+    serving = asyncio.create_task(http.serve(sockets=[listening]))
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"eyas serves {server.names[0]} with {server.method} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+    status = await until_the_end(server, serving, signals, options.drain)
+    http.should_exit = True
+    server.scheduler.stop()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(serving), 5)
+    http.force_exit = True
+    await serving
+    return status
+
+
+async def until_the_end(server: Server, serving: asyncio.Task[None], signals: asyncio.Queue[int], drain: float) -> int:
+    """Wait for a signal, then for what is under way, but no longer than `drain` seconds and until a second signal."""
+    scheduler, deadline = server.scheduler, None
+    loop = asyncio.get_running_loop()
+    while not serving.done():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(signals.get(), 0.2)
+            if deadline is not None:
+                break
+            deadline, server.draining = loop.time() + drain, True
+            scheduler.drain()
+        if scheduler.failure:
+            print(f"eyas: the server has failed: {type(scheduler.failure).__name__}: {scheduler.failure}", file=sys.stderr)
+            return FAILED
+        if deadline is not None and (scheduler.idle or loop.time() > deadline):
+            break
+    return 0

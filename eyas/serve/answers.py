@@ -1,0 +1,189 @@
+"""Answers in OpenAI's form, whole and in pieces, with what eyas knows beside.
+
+Knows pieces, sequences and JSON's shapes; knows nothing of how they came about, or of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from eyas.decode.sampling import NOISE_VERSION
+from eyas.decode.sequence import result_of, tau_of
+from eyas.serve.fields import CHAT
+from eyas.serve.words import Words
+
+if TYPE_CHECKING:
+    from eyas.decode.logprobs import TokenLogprobs
+    from eyas.serve.jobs import Ask
+    from eyas.serve.scheduler import Piece
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Answer:
+    """One request's answer while it comes."""
+
+    ask: Ask
+    model: str
+    fingerprint: str
+    words: Words
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    offsets: list[int] = field(default_factory=list)  # of each choice, characters whose tokens were told
+
+    def __post_init__(self) -> None:
+        self.id = self.id or f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.offsets = [len(text) for text in self.ask.echo]
+
+    @property
+    def chat(self) -> bool:
+        return self.ask.kind == CHAT
+
+    # ---- in one piece ----
+
+    def whole(self) -> dict[str, Any]:
+        """The answer once all its sequences have ended."""
+        choices = []
+        for number, (sequence, echo) in enumerate(zip(self.ask.sequences, self.ask.echo, strict=True)):
+            result = result_of(sequence)
+            logprobs = self.logprobs(number, result.logprobs) if result.logprobs is not None else None
+            choice = {"index": number, "logprobs": logprobs, "finish_reason": result.finish_reason}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": result.text, "refusal": None, "annotations": []}
+            else:
+                choice["text"] = echo + result.text
+            choices.append(choice)
+        return self.head(choices, "chat.completion" if self.chat else "text_completion") | {
+            "usage": self.usage(),
+            "timings": self.timings(),
+            "eyas": self.told(),
+        }
+
+    # ---- in pieces ----
+
+    def first(self) -> list[bytes]:
+        """What a stream begins with: who speaks, or the text that is repeated."""
+        if self.chat:
+            begins = {"role": "assistant", "content": None}
+            return [self.chunk([{"index": number, "delta": begins, "logprobs": None, "finish_reason": None}]) for number in self.numbers()]
+        return [self.chunk([self.text_choice(number, echo, None, None)]) for number, echo in enumerate(self.ask.echo) if echo]
+
+    def pieces(self, found: Sequence[Piece]) -> list[bytes]:
+        """What a turn brought, one chunk a choice; a chunk of nothing is not sent."""
+        chunks = []
+        for piece in found:
+            logprobs = self.logprobs(piece.choice, piece.logprobs) if piece.logprobs else None
+            if piece.text or logprobs:
+                if self.chat:
+                    choice = {"index": piece.choice, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+                else:
+                    choice = self.text_choice(piece.choice, piece.text, logprobs, None)
+                chunks.append(self.chunk([choice]))
+            if piece.finish_reason:
+                if self.chat:
+                    choice = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
+                else:
+                    choice = self.text_choice(piece.choice, "", None, piece.finish_reason)
+                chunks.append(self.chunk([choice], last=True))
+        return chunks
+
+    def end(self) -> list[bytes]:
+        """What a stream ends with."""
+        counts = [self.chunk([], usage=self.usage())] if self.ask.usage else []
+        return [*counts, DONE]
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, last: bool = False) -> bytes:
+        told = self.head(choices, "chat.completion.chunk" if self.chat else "text_completion")
+        if usage is not None:
+            told["usage"] = usage
+        elif self.ask.usage:
+            told["usage"] = None
+        if last:
+            told |= {"timings": self.timings(), "eyas": self.told()}
+        return sse(told)
+
+    @staticmethod
+    def text_choice(number: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    # ---- what both have ----
+
+    def numbers(self) -> range:
+        return range(len(self.ask.sequences))
+
+    def head(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+        told = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
+        return {**told, "choices": choices}
+
+    def usage(self) -> dict[str, Any]:
+        prompts = {tuple(sequence.tokens[: sequence.prompt_length]) for sequence in self.ask.sequences}
+        prompt = sum(map(len, prompts))
+        written = sum(len(sequence.tokens) - sequence.prompt_length for sequence in self.ask.sequences)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """As llama.cpp's server names them, of the first choice."""
+        sequence = self.ask.sequences[0]
+        written, writing = len(sequence.tokens) - sequence.prompt_length, sequence.seconds - sequence.prefill_seconds
+        return {
+            "prompt_n": sequence.prompt_length,
+            "prompt_ms": round(1e3 * sequence.prefill_seconds, 3),
+            "predicted_n": written,
+            "predicted_ms": round(1e3 * writing, 3),
+            "predicted_per_second": round((written - 1) / writing, 3) if writing > 0 else None,
+            "draft_n_rounds": sequence.rounds,
+            "draft_n_accepted": sum((length - 1) * count for length, count in sequence.accepted_lengths.items()),
+        }
+
+    def told(self) -> dict[str, Any]:
+        """What eyas knows beside: it must not end a text that is still being written."""
+        sequences = self.ask.sequences
+        told: dict[str, Any] = {
+            "seed": self.ask.seed,
+            "tau": [round(tau_of(sequence), 4) for sequence in sequences],
+            "rounds": [sequence.rounds for sequence in sequences],
+            "noise_version": NOISE_VERSION,
+        }
+        if self.ask.unknown:
+            told["warning"] = f"fields that are not known here were not read: {', '.join(sorted(self.ask.unknown))}"
+        return told
+
+    def logprobs(self, number: int, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        if self.chat:
+            return {"content": [self.chat_logprob(each) for each in found], "refusal": None}
+        told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for each in found:
+            word, _ = self.words.text_and_bytes(each.token)
+            told["tokens"].append(word)
+            told["token_logprobs"].append(each.logprob)
+            told["top_logprobs"].append(
+                {self.words.text_and_bytes(token)[0]: logprob for token, logprob in each.top} | {word: each.logprob}
+            )
+            told["text_offset"].append(self.offsets[number])
+            self.offsets[number] += len(word)
+        return told
+
+    def chat_logprob(self, each: TokenLogprobs) -> dict[str, Any]:
+        return self.token(each.token, each.logprob) | {"top_logprobs": [self.token(token, logprob) for token, logprob in each.top]}
+
+    def token(self, token: int, logprob: float) -> dict[str, Any]:
+        word, found = self.words.text_and_bytes(token)
+        return {"token": word, "logprob": logprob, "bytes": found}
+
+
+def sse(told: Any, event: str | None = None) -> bytes:
+    """One event of a stream."""
+    named = f"event: {event}\n" if event else ""
+    return f"{named}data: {json.dumps(told, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

@@ -1,0 +1,342 @@
+"""The paths: requests in, answers out, whole or as they come.
+
+Knows Starlette, the fields, jobs and answers, and the scheduler that it hands them to; knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import eyas
+from eyas.config import EyasError
+from eyas.decode.prompt import render
+from eyas.engine import Engine
+from eyas.serve.answers import Answer, sse
+from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
+from eyas.serve.jobs import ask
+from eyas.serve.metrics import Metrics
+from eyas.serve.refusals import Refused, busy, not_found, unavailable
+from eyas.serve.scheduler import Job, Piece, Scheduler
+from eyas.serve.words import Words
+
+MOST_BYTES = 4 << 20  # of a request's body
+PING = 15.0  # seconds without a piece after which a stream says that it lives
+MOST_QUEUED = 1024  # turns that a slow reader may be behind before its answer is cut
+OPEN_PATHS = ("/", "/health", "/livez", "/readyz", "/v1/health")  # served without a key
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "testserver")
+
+
+@dataclass
+class Server:
+    """What the paths share."""
+
+    engine: Engine
+    scheduler: Scheduler
+    metrics: Metrics
+    method: str
+    names: list[str]  # that the model goes by; the first is told
+    fingerprint: str
+    keys: list[str] = field(default_factory=list)
+    strict: bool = False  # whether unknown fields are refused
+    any_model: bool = False
+    hang: float = 30.0  # seconds without a turn after which it counts as dead
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.words = Words(self.engine.tokenizer)
+
+    # ---- generation ----
+
+    async def generate(self, request: Request, kind: str) -> Response:
+        values, unknown = read(kind, parsed(await body_of(request)), self.strict)
+        self.check_model(values["model"])
+        self.check_ready()
+        context = self.scheduler.settings.context
+        asked = await asyncio.to_thread(ask, self.engine, kind, values, unknown, self.method, context)
+        turns: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(found: list[Piece] | Exception) -> None:
+            loop.call_soon_threadsafe(turns.put_nowait, found)
+
+        job = Job(asked.sequences, tell)
+        if not self.scheduler.submit(job):
+            self.check_ready()
+            raise busy(self.scheduler.most)
+        answer = Answer(asked, self.names[0], self.fingerprint, self.words)
+        if asked.stream:
+            return StreamingResponse(
+                self.streamed(job, answer, turns), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        await self.finished(request, job, turns)
+        return JSONResponse(answer.whole())
+
+    async def streamed(self, job: Job, answer: Answer, turns: asyncio.Queue[list[Piece] | Exception]) -> AsyncIterator[bytes]:
+        """The events of a stream. Where the client leaves, the job is cancelled."""
+        try:
+            for chunk in answer.first():
+                yield chunk
+            left = len(job.sequences)
+            while left:
+                try:
+                    found = await asyncio.wait_for(turns.get(), PING)
+                except TimeoutError:
+                    yield b": ping\n\n"
+                    continue
+                if isinstance(found, Exception):
+                    yield sse(self.fault(found).body(), "error")
+                    return
+                if turns.qsize() > MOST_QUEUED:
+                    yield sse(Refused("the reader is too slow", status=408, kind="request_cancelled").body(), "error")
+                    return
+                left -= self.note_ends(job, found)
+                yield b"".join(answer.pieces(found))
+            for chunk in answer.end():
+                yield chunk
+        finally:
+            self.leave(job)
+
+    async def finished(self, request: Request, job: Job, turns: asyncio.Queue[list[Piece] | Exception]) -> None:
+        """Wait until all of a job's sequences have ended. Raises `Refused` for a fault, `ClientDisconnect` where the client left."""
+        gone = asyncio.ensure_future(left_by(request))
+        try:
+            left = len(job.sequences)
+            while left:
+                coming = asyncio.ensure_future(turns.get())
+                await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    coming.cancel()
+                    raise ClientDisconnect
+                found = coming.result()
+                if isinstance(found, Exception):
+                    raise self.fault(found)
+                left -= self.note_ends(job, found)
+        finally:
+            gone.cancel()
+            self.leave(job)
+
+    def note_ends(self, job: Job, found: list[Piece]) -> int:
+        ended = [job.sequences[piece.choice] for piece in found if piece.finish_reason]
+        for sequence in ended:
+            self.metrics.ended(sequence, job.asked)
+        return len(ended)
+
+    def leave(self, job: Job) -> None:
+        """Nobody waits for a job any more."""
+        if job.open and not self.scheduler.failure:
+            sequences = [sequence for sequence in job.sequences if not sequence.finish_reason]
+            for sequence in sequences:
+                stage = "queued" if sequence.slot < 0 else "prefill" if sequence.read < sequence.prompt_length else "decode"
+                self.metrics.aborted.labels(self.metrics.model, stage).inc()
+            self.scheduler.cancel(job)
+
+    def fault(self, error: Exception) -> Refused:
+        if isinstance(error, EyasError):
+            return unavailable(str(error))
+        return Refused(f"the server failed ({type(error).__name__}: {error})", status=500, kind="server_error")
+
+    # ---- checks ----
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names and not self.any_model:
+            words = f"there is no model {name!r} here; this server has {', '.join(self.names)}"
+            raise Refused(words, "model", 404, "not_found_error", "model_not_found")
+
+    def check_ready(self) -> None:
+        if why := self.trouble():
+            raise unavailable(why)
+
+    def trouble(self) -> str | None:
+        """Why nothing can be asked now, if so."""
+        if self.scheduler.failure:
+            return f"the server has failed ({self.scheduler.failure})"
+        if self.draining:
+            return "the server is ending"
+        if self.scheduler.stuck(self.hang):
+            return f"no round has ended for {self.hang:g} seconds"
+        return None
+
+    # ---- paths ----
+
+    async def chat(self, request: Request) -> Response:
+        return await self.generate(request, CHAT)
+
+    async def completions(self, request: Request) -> Response:
+        return await self.generate(request, TEXT)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.model(name) for name in self.names]})
+
+    async def one_model(self, request: Request) -> Response:
+        self.check_model(name := request.path_params["name"])
+        return JSONResponse(self.model(name))
+
+    def model(self, name: str) -> dict[str, Any]:
+        own = {"draft": str(self.engine.draft.name) if self.engine.draft else None, "method": self.method}
+        own |= {"precision": self.engine.precision, "system_fingerprint": self.fingerprint}
+        told = {"id": name, "object": "model", "created": 0, "owned_by": "eyas", "max_model_len": self.scheduler.settings.context}
+        return {**told, "eyas": own}
+
+    async def health(self, request: Request) -> Response:
+        why = self.trouble()
+        return JSONResponse({"status": "error", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
+
+    async def alive(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(self.metrics.text(self.scheduler), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def api(self, request: Request) -> Response:
+        return JSONResponse(openapi(eyas.__version__))
+
+    async def tokenize(self, request: Request) -> Response:
+        given = parsed(await body_of(request))
+        if "messages" in given:
+            tokens = await asyncio.to_thread(self.engine.encode, read(CHAT, {"messages": given["messages"]})[0]["messages"])
+        else:
+            text = given.get("content", given.get("prompt"))
+            if not isinstance(text, str):
+                raise Refused("tokenize takes content or prompt, a string, or messages", "content")
+            special = given.get("add_special", given.get("add_special_tokens", False))
+            tokens = self.engine.tokenizer(text, add_special_tokens=bool(special))["input_ids"]
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.scheduler.settings.context})
+
+    async def detokenize(self, request: Request) -> Response:
+        tokens = parsed(await body_of(request)).get("tokens")
+        size = self.engine.target.config.vocab_size
+        if not isinstance(tokens, list) or not all(is_whole(each) and 0 <= each < size for each in tokens):
+            raise Refused(f"tokens must be a list of token ids below {size}", "tokens")
+        text = self.engine.tokenizer.decode(tokens)
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def template(self, request: Request) -> Response:
+        values, _ = read(CHAT, parsed(await body_of(request)))
+        if values["messages"] is None:
+            raise Refused("messages is missing: the conversation so far", "messages")
+        engine = self.engine
+        ids = render(engine.tokenizer, values["messages"], False, engine.directory, values["tools"], values["chat_template_kwargs"])
+        return JSONResponse({"prompt": engine.tokenizer.decode(ids)})
+
+
+async def body_of(request: Request) -> bytes:
+    """A request's body. Raises `Refused` where it is too large, or says that it is no JSON."""
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind not in ("application/json", ""):
+        raise Refused(f"the body must be application/json, not {kind}", status=415)
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > MOST_BYTES:
+            raise Refused(f"the body is larger than {MOST_BYTES} bytes", status=413)
+    return bytes(found)
+
+
+async def left_by(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Gate:
+    """Who may come in: a host by which a loopback server is meant, and who has a key. Answers errors that are nobody's else."""
+
+    def __init__(self, app: ASGIApp, server: Server, loopback: bool) -> None:
+        self.app, self.server, self.loopback = app, server, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        if (refused := self.refusal(scope, headers)) is not None:
+            return await refusal_response(refused)(scope, receive, send)
+        began = False
+
+        async def noting(message: Message) -> None:
+            nonlocal began
+            began = began or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except ClientDisconnect:
+            return None
+        except Exception as error:
+            if began:
+                raise
+            await refusal_response(self.server.fault(error))(scope, receive, send)
+
+    def refusal(self, scope: Scope, headers: Headers) -> Refused | None:
+        host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
+        if self.loopback and host and host not in LOOPBACK:
+            return Refused(f"this server answers on this machine alone, not as {host}", status=403, kind="permission_error")
+        if not self.server.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get("authorization", "")
+        key = given[7:] if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
+        if any([hmac.compare_digest(key.encode(), each.encode()) for each in self.server.keys]):  # all compared: none is told by time
+            return None
+        return Refused(
+            "no API key, or a wrong one; send it as a bearer token", status=401, kind="authentication_error", code="invalid_api_key"
+        )
+
+
+def refusal_response(refused: Refused) -> JSONResponse:
+    return JSONResponse(refused.body(), refused.status, headers=refused.headers)
+
+
+def make_app(server: Server, loopback: bool = True, cors: list[str] | None = None) -> Starlette:
+    """The application."""
+    posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/chat/completions": server.chat,
+        "/completions": server.completions,
+        "/tokenize": server.tokenize,
+        "/detokenize": server.detokenize,
+        "/apply-template": server.template,
+    }
+    gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/models": server.models,
+        "/models/{name:path}": server.one_model,
+        "/health": server.health,
+    }
+    routes = [Route(prefix + path, call, methods=["POST"]) for path, call in posts.items() for prefix in ("/v1", "")]
+    routes += [Route(prefix + path, call) for path, call in gets.items() for prefix in ("/v1", "")]
+    routes += [Route("/readyz", server.health), Route("/livez", server.alive), Route("/metrics", server.metrics_page)]
+    routes += [Route("/openapi.json", server.api)]
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        server.metrics.failures.labels(server.metrics.model, str(error.status)).inc()
+        return refusal_response(error)
+
+    async def other(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EyasError)
+        return await refuse(request, Refused(str(error)))
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path
+        if error.status_code == 404:
+            return await refuse(request, not_found(f"eyas serves /v1/chat/completions and /v1/completions; {path} is not served"))
+        headers = dict(error.headers or {})
+        return await refuse(request, Refused(f"{request.method} {path}: {error.detail}", status=error.status_code, headers=headers))
+
+    middleware = [Middleware(Gate, server=server, loopback=loopback)]
+    if cors:
+        middleware.append(Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"]))
+    handlers: dict[Any, Any] = {Refused: refuse, EyasError: other, HTTPException: unknown}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)

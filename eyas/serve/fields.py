@@ -1,0 +1,284 @@
+"""The fields of a request: one table that validates, and that /openapi.json and the docs are made of.
+
+Nothing that changes the text is silently ignored: a known field with a value that cannot be honoured is refused, and an unknown one is
+named once in the answer. Knows names, kinds and ranges; knows nothing of models or of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eyas.config import short
+from eyas.serve.refusals import Refused
+
+CHAT, TEXT = "chat", "completions"
+BOTH = (CHAT, TEXT)
+MOST_STOPS, LONGEST_STOP, MOST_STOP_IDS = 16, 256, 128
+MOST_BIASED, MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS = 1024, 16, 64, 128
+INT64 = 1 << 63
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field. `check` gives the value as it is used, or raises `Refused`; `schema` says in JSON schema what it takes."""
+
+    name: str
+    meaning: str
+    check: Callable[[str, Any], Any]
+    schema: dict[str, Any]
+    default: Any = None
+    of: tuple[str, ...] = BOTH
+
+
+# ---- kinds ----
+
+
+def number(least: float, most: float, above: bool = False) -> tuple[Callable[[str, Any], float], dict[str, Any]]:
+    """A number from `least` (or above it) to `most`."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise Refused(f"{name} must be a number, not {short(value)}", name)
+        if not least <= value <= most or (above and value == least):
+            raise Refused(f"{name} must be {'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}", name)
+        return float(value)
+
+    return check, {"type": "number", "exclusiveMinimum" if above else "minimum": least, "maximum": most}
+
+
+def integer(least: int, most: int) -> tuple[Callable[[str, Any], int], dict[str, Any]]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Refused(f"{name} must be a whole number, not {short(value)}", name)
+        if not least <= value <= most:
+            raise Refused(f"{name} must be a whole number from {least} to {most}, not {short(value)}", name)
+        return value
+
+    return check, {"type": "integer", "minimum": least, "maximum": most}
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Refused(f"{name} must be true or false, not {short(value)}", name)
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise Refused(f"{name} must be a string, not {short(value)}", name)
+    return value
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(f"{name} must be an object, not {short(value)}", name)
+    return value
+
+
+def stops(name: str, value: Any) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    good = isinstance(found, list) and len(found) <= MOST_STOPS
+    if not good or not all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP for each in found):
+        raise Refused(f"{name} must be a string or up to {MOST_STOPS} of them, each of 1 to {LONGEST_STOP} characters", name)
+    return tuple(found)
+
+
+def stop_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MOST_STOP_IDS or not all(is_whole(each) and each >= 0 for each in value):
+        raise Refused(f"{name} must be a list of up to {MOST_STOP_IDS} token ids", name)
+    return tuple(value)
+
+
+def biases(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > MOST_BIASED:
+        raise Refused(f"{name} must be an object of up to {MOST_BIASED} token ids and what to add to their logits", name)
+    found = {}
+    for key, bias in value.items():
+        if not str(key).isdecimal() or len(str(key)) > 9:
+            raise Refused(f"{name}: {short(key)} is no token id", name)
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise Refused(f"{name}: a bias is a number from -100 to 100, not {short(bias)}", name)
+        found[int(key)] = float(bias)
+    return found
+
+
+def messages(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise Refused(f"{name} must be a list of messages, at least one", name)
+    for place, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Refused(f"{name}[{place}] must be an object with a role and its content", f"{name}[{place}]")
+    return value
+
+
+def prompts(name: str, value: Any) -> list[str | list[int]]:
+    """One prompt or several, each text or token ids."""
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_whole, value)))
+    found = [value] if one else value
+    if not isinstance(found, list) or not 0 < len(found) <= MOST_PROMPTS:
+        raise Refused(f"{name} must be a string, token ids, or up to {MOST_PROMPTS} of either", name)
+    for each in found:
+        good = isinstance(each, str) or (isinstance(each, list) and all(map(is_whole, each)))
+        if not good or not each:
+            raise Refused(f"{name} must be text or token ids, and not empty; found {short(each)}", name)
+    return found
+
+
+def tools(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > MOST_TOOLS or not all(isinstance(each, dict) for each in value):
+        raise Refused(f"{name} must be a list of up to {MOST_TOOLS} tools", name)
+    return value
+
+
+def text_logprobs(name: str, value: Any) -> int | None:
+    if value is True:
+        return 0
+    if value is False:
+        return None
+    if not is_whole(value) or not 0 <= value <= 20:
+        raise Refused(f"{name} must be a whole number from 0 to 20", name)
+    return value
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def only(*values: Any) -> tuple[Callable[[str, Any], Any], dict[str, Any]]:
+    """One of a few values; what else there is elsewhere is not served."""
+
+    def check(name: str, value: Any) -> Any:
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values):
+            raise Refused(f"{name} {short(value)} is not served; leave it out", name)
+        return value
+
+    return check, {"enum": list(values)}
+
+
+def anything(name: str, value: Any) -> Any:
+    return value
+
+
+# ---- the table ----
+
+STRING, BOOLEAN, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+FIELDS: tuple[Field, ...] = (
+    Field("model", "a name that the server goes by", text, STRING),
+    Field("messages", "the conversation so far", messages, {"type": "array", "items": OBJECT, "minItems": 1}, of=(CHAT,)),
+    Field("prompt", "text to go on with, or its token ids; several give several choices", prompts, {}, of=(TEXT,)),
+    Field("max_completion_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31), of=(CHAT,)),
+    Field("max_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31)),
+    Field("temperature", "0: the likeliest token", *number(0, 2), default=1.0),
+    Field("top_p", "the likeliest tokens that together have this probability", *number(0, 1, above=True), default=1.0),
+    Field("top_k", "so many likeliest tokens; 0 or -1: all", *integer(-1, 1 << 31), default=0),
+    Field("min_p", "tokens at least this share as likely as the likeliest", *number(0, 1), default=0.0),
+    Field("repetition_penalty", "over prompt and answer", *number(0.01, 10), default=1.0),
+    Field("frequency_penalty", "over the answer", *number(-2, 2), default=0.0),
+    Field("presence_penalty", "over the answer", *number(-2, 2), default=0.0),
+    Field("logit_bias", "token ids and what is added to their logits", biases, OBJECT),
+    Field("seed", "what the answer is drawn with; told in the answer", *integer(-INT64, INT64 - 1)),
+    Field("n", "answers", *integer(1, MOST_CHOICES), default=1),
+    Field("stop", "strings that end the answer", stops, {}, default=()),
+    Field("stop_token_ids", "token ids that end it", stop_ids, {"type": "array", "items": {"type": "integer"}}, default=()),
+    Field("min_tokens", "tokens before which nothing ends it", *integer(0, 1 << 31), default=0),
+    Field("ignore_eos", "the model's own end does not end it", boolean, BOOLEAN, default=False),
+    Field("logprobs", "whether log probabilities are told", boolean, BOOLEAN, default=False, of=(CHAT,)),
+    Field("top_logprobs", "of so many likeliest tokens too", *integer(0, 20), default=0, of=(CHAT,)),
+    Field("logprobs", "log probabilities of so many likeliest tokens", text_logprobs, {}, of=(TEXT,)),
+    Field("echo", "whether the prompt's text comes first", boolean, BOOLEAN, default=False, of=(TEXT,)),
+    Field("stream", "whether the answer comes in pieces", boolean, BOOLEAN, default=False),
+    Field("stream_options", "include_usage: a last piece with the counts", mapping, OBJECT),
+    Field("response_format", "the form of the answer", mapping, OBJECT, of=(CHAT,)),
+    Field("tools", "functions on offer, which the chat template shows", tools, {"type": "array", "items": OBJECT}, of=(CHAT,)),
+    Field("tool_choice", "auto or none", *only("auto", "none"), of=(CHAT,)),
+    Field("chat_template_kwargs", "variables of the chat template", mapping, OBJECT, of=(CHAT,)),
+    Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),
+    Field("user", "not read", anything, {}),
+    Field("metadata", "not read", anything, {}),
+    Field("store", "nothing is stored", *only(False)),
+    Field("service_tier", "there is one", *only("auto", "default")),
+    Field("parallel_tool_calls", "as the model likes", anything, BOOLEAN, of=(CHAT,)),
+    Field("best_of", "as many as n", anything, {}, of=(TEXT,)),
+    Field("suffix", "is not served", *only(""), of=(TEXT,)),
+    Field("modalities", "text", *only(["text"]), of=(CHAT,)),
+)
+
+
+def fields_of(kind: str) -> dict[str, Field]:
+    return {field.name: field for field in FIELDS if kind in field.of}
+
+
+def read(kind: str, body: Mapping[str, Any], strict: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """The values of a body's fields with their defaults, and the names it has that are not known. Raises `Refused`. A null is a field left
+    out."""
+    known = fields_of(kind)
+    unknown = [name for name in body if name not in known]
+    if unknown and strict:
+        raise Refused(f"unknown field {short(unknown[0])}", unknown[0])
+    found = {name: field.default for name, field in known.items()}
+    for name, value in body.items():
+        if name in known and value is not None:
+            found[name] = known[name].check(name, value)
+    return found, unknown
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """A body as JSON. Raises `Refused` for what is no object, for names given twice, and for numbers and characters that JSON has not."""
+    try:
+        body = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no character
+    except RecursionError:
+        raise Refused("the body is nested too deeply") from None
+    except UnicodeError:
+        raise Refused("the body is no UTF-8, or has half a character") from None
+    except ValueError as error:
+        raise Refused(f"the body is no JSON ({short(str(error))})") from None
+    if not isinstance(body, dict):
+        raise Refused("the body must be a JSON object")
+    return body
+
+
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Refused(f"{short(name)} is given twice", name)
+        found[name] = value
+    return found
+
+
+def no_constant(name: str) -> float:
+    raise Refused(f"{name} is no JSON number")
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """What /openapi.json says."""
+    paths = {}
+    for kind, path, required in ((CHAT, "/v1/chat/completions", "messages"), (TEXT, "/v1/completions", "prompt")):
+        told = {
+            name: {"description": field.meaning, **field.schema, **({} if field.default in (None, ()) else {"default": field.default})}
+            for name, field in fields_of(kind).items()
+        }
+        schema = {"type": "object", "required": [required], "properties": told}
+        answers = {"200": {"description": "the answer"}, "400": {"description": "the request is refused"}}
+        answers |= {str(status): {"description": what} for status, what in ANSWERS.items()}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {"operationId": kind, "requestBody": body, "responses": answers}}
+    for path in ("/v1/models", "/health", "/metrics"):
+        paths[path] = {"get": {"operationId": path.rsplit("/", 1)[-1], "responses": {"200": {"description": "as it is"}}}}
+    return {"openapi": "3.1.0", "info": {"title": "eyas serve", "version": version}, "paths": paths}
+
+
+ANSWERS = {
+    401: "no key, or a wrong one",
+    404: "no such model",
+    413: "the body is too large",
+    415: "the body is no JSON",
+    429: "the queue is full",
+    500: "the server failed",
+    503: "the server is loading or ending",
+}

@@ -1,0 +1,178 @@
+"""From a request's fields to sequences: the prompt through the template, the settings of the draws, what fits.
+
+Knows the engine and the table's values; knows nothing of HTTP, of threads or of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from eyas.config import EyasError, Request, Sampling, TreeShape
+from eyas.decode.plan.planner import MAX_TREE
+from eyas.decode.prompt import TooLong
+from eyas.decode.sampling import derived_seed, new_seed
+from eyas.decode.sequence import Sequence as Written
+from eyas.decode.sequence import new_sequence
+from eyas.engine import Engine
+from eyas.methods import parted
+from eyas.serve.fields import CHAT, is_whole
+from eyas.serve.refusals import Refused
+
+TEXT_TOKENS = 16  # tokens of a completion where nothing is said, as OpenAI has it
+SEEDS = 1 << 64
+MOST_CHILDREN = 16  # of a node, in a tree that a request asks for
+WORDS = {"max-new-tokens": "max_tokens", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "logit-bias": "logit_bias"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request asks for, ready to be decoded."""
+
+    kind: str  # CHAT or TEXT
+    sequences: list[Written]
+    seed: int
+    stream: bool
+    usage: bool  # whether a stream tells counts at its end
+    echo: list[str]  # for each choice what comes before its text
+    unknown: list[str]  # fields that are not known
+    tools: bool
+
+
+def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int) -> Ask:
+    """What these values ask for. `method`: the server's; `context`: tokens of a prompt and its answer. Raises `Refused`."""
+    usage = stream_options(values)
+    check_served(kind, values)
+    seed = new_seed() if values["seed"] is None else values["seed"] % SEEDS
+    request = request_of(kind, values, method)
+    prompts = prompts_of(engine, kind, values, request)
+    shape = shape_of(engine, request, method)
+    sequences, echo, many = [], [], len(prompts) * values["n"] > 1
+    for prompt, told in prompts:
+        settings = replace(request, max_new_tokens=limit(values, kind, len(prompt), context))
+        for _ in range(values["n"]):
+            number = len(sequences)
+            drawn = derived_seed(seed, number) if many and number else seed
+            sequences.append(new_sequence(prompt, settings, shape, drawn, engine.target.config, engine.tokenizer, number))
+            echo.append(told)
+    return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, bool(values.get("tools")))
+
+
+def shape_of(engine: Engine, request: Request, method: str) -> TreeShape:
+    """The largest tree of a round. Raises `Refused` for one that is none, or larger than the server has room for."""
+    try:
+        shape = engine.shape(request.tree, request.method or method)
+    except EyasError as error:
+        raise Refused(str(error), "eyas") from None
+    if shape.nodes > MAX_TREE.nodes or shape.depth > MAX_TREE.depth or shape.top_k > MOST_CHILDREN:
+        most = f"{MAX_TREE.nodes} nodes, {MAX_TREE.depth} levels and {MOST_CHILDREN} children"
+        raise Refused(f"tree {request.tree} has {shape.nodes} nodes, {shape.depth} levels; this server has room for {most}", "eyas")
+    return shape
+
+
+def stream_options(values: Mapping[str, Any]) -> bool:
+    given = values["stream_options"]
+    if given is None:
+        return False
+    if not values["stream"]:
+        raise Refused("stream_options are for a stream; set stream, or leave them out", "stream_options")
+    usage = given.get("include_usage", False)
+    if not isinstance(usage, bool):
+        raise Refused("stream_options.include_usage must be true or false", "stream_options")
+    return usage
+
+
+def check_served(kind: str, values: Mapping[str, Any]) -> None:
+    """Raise `Refused` for known fields whose values ask for something that is not served, or that do not go together."""
+    if kind == CHAT:
+        form = (values["response_format"] or {}).get("type", "text")
+        if form != "text":
+            raise Refused(f"response_format {form!r} is not served; leave it out", "response_format")
+        if values["messages"] is None:
+            raise Refused("messages is missing: the conversation so far", "messages")
+        if values["top_logprobs"] and not values["logprobs"]:
+            raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
+    else:
+        if values["prompt"] is None:
+            raise Refused("prompt is missing: the text to go on with", "prompt")
+        if values["best_of"] not in (None, values["n"]):
+            raise Refused("best_of is not served but as n", "best_of")
+
+
+def request_of(kind: str, values: Mapping[str, Any], method: str) -> Request:
+    own = values["eyas"] or {}
+    if unknown := [name for name in own if name not in ("tree", "method")]:
+        raise Refused(f"eyas has no {unknown[0]}; it takes tree and method", "eyas")
+    asked = own.get("method")
+    if asked not in (None, "plain", method, parted(method)[0]):
+        raise Refused(f"this server decodes with {method}; eyas.method may be that or plain", "eyas")
+    logprobs = (values["top_logprobs"] if values["logprobs"] else None) if kind == CHAT else values["logprobs"]
+    try:
+        return Request(
+            method=asked or method,
+            tree=own.get("tree", "auto"),
+            sampling=Sampling(
+                temperature=values["temperature"],
+                top_k=max(values["top_k"], 0),
+                top_p=values["top_p"],
+                min_p=values["min_p"],
+                repetition_penalty=values["repetition_penalty"],
+                presence_penalty=values["presence_penalty"],
+                frequency_penalty=values["frequency_penalty"],
+                logit_bias=tuple((values["logit_bias"] or {}).items()),
+            ),
+            min_new_tokens=values["min_tokens"],
+            stop=values["stop"],
+            stop_token_ids=values["stop_token_ids"],
+            ignore_eos=values["ignore_eos"],
+            logprobs=logprobs,
+            raw=kind != CHAT,
+            tools=values.get("tools") or None if values.get("tool_choice") != "none" else None,
+            chat_template_kwargs=values.get("chat_template_kwargs"),
+        )
+    except EyasError as error:
+        raise Refused(str(error), next((field for word, field in WORDS.items() if word in str(error)), None)) from None
+
+
+def prompts_of(engine: Engine, kind: str, values: Mapping[str, Any], request: Request) -> list[tuple[list[int], str]]:
+    """For each prompt its tokens, and the text of it that the answer repeats."""
+    config = engine.target.config
+    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
+        if outside := [token for token in tokens if token >= config.vocab_size]:
+            raise Refused(f"{name}: {outside[0]} is no token of this model, which has {config.vocab_size}", name)
+    given: Sequence[Any] = [values["messages"]] if kind == CHAT else values["prompt"]
+    found = []
+    for each in given:
+        try:
+            tokens = engine.encode(each, request.raw, request.tools, request.chat_template_kwargs)
+        except TooLong as error:
+            raise too_long(error.tokens, error.context) from None
+        except EyasError as error:
+            raise Refused(str(error), "messages" if kind == CHAT else "prompt") from None
+        written = isinstance(each, list) and all(map(is_whole, each))
+        text = (engine.tokenizer.decode(each) if written else each) if kind != CHAT and values["echo"] else ""
+        found.append((tokens, text))
+    return found
+
+
+def limit(values: Mapping[str, Any], kind: str, prompt: int, context: int) -> int:
+    """Tokens of the answer: what is asked for, or what fits."""
+    fits = context - prompt
+    if fits < 1:
+        raise too_long(prompt, context)
+    name = "max_completion_tokens" if values.get("max_completion_tokens") is not None else "max_tokens"
+    wanted = values.get(name)
+    if wanted is None:
+        wanted = -1 if kind == CHAT else TEXT_TOKENS
+    if wanted == 0:
+        raise Refused(f"{name} must be at least 1, or -1 for what fits", name)
+    if values["min_tokens"] > wanted >= 0:
+        raise Refused(f"min_tokens {values['min_tokens']} is more than {name} {wanted}", "min_tokens")
+    return fits if wanted < 0 else min(wanted, fits)
+
+
+def too_long(tokens: int, context: int) -> Refused:
+    words = f"the prompt has {tokens} tokens, and this server takes {context} with the answer; shorten it"
+    told = {"n_prompt_tokens": tokens, "n_ctx": context}
+    return Refused(words, "messages", kind="exceed_context_size_error", code="context_length_exceeded", more=told)
