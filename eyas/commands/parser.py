@@ -305,6 +305,12 @@ def serve_options(commands: argparse._SubParsersAction) -> None:
     serve.add_argument(
         "--stall", type=float, default=0.1, metavar="S", help="seconds for which a long prompt may hold up others (default %(default)s)"
     )
+    serve.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep what prompts left for others that begin alike (default: where that changes no bit)",
+    )
+    serve.add_argument("--share-prefixes", action="store_true", help="between API keys too")
     serve.add_argument("--api-key", action="append", default=[], metavar="KEY", help="what clients must send (also EYAS_API_KEYS=A,B)")
     serve.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help="what the model is called here")
     serve.add_argument("--any-model", action="store_true", help="answer whatever model a request names")

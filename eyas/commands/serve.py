@@ -94,7 +94,8 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     decoder = engine.decoder(request, metrics.round)
     shape = engine.shape(options.tree, method)
     shapes = {shape, TreeShape(MAX_TREE.nodes, MAX_TREE.depth, MOST_CHILDREN)} if method != "plain" else {shape}
-    scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, options.stall))
+    keeps = options.prefix_cache if options.prefix_cache is not None else engine.target.rows_stand_alone
+    scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, keeps, options.stall))
     return Server(
         engine,
         scheduler,
@@ -106,6 +107,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
         options.strict_fields,
         options.any_model,
         options.hang_seconds,
+        options.share_prefixes,
     )
 
 

@@ -70,6 +70,19 @@ class Drafter(Protocol):
         """Drop what is known of this sequence: it is finished, and its slot is free for another."""
 
 
+def share_prefix(drafter: Drafter, source: int, sequence: int, tokens: Sequence[int]) -> int:
+    """Let slot `sequence` begin with what slot `source` (which may be itself) has read of tokens t_0 .. t_r; returns for how many rows,
+    at most r: `observe` goes on behind token t_rows. A drafter that reads features says with a method `share` of its own how it does that;
+    one that has none takes no row."""
+    if (share := getattr(drafter, "share", None)) is not None:
+        return share(source, sequence, tokens)
+    drafter.forget(sequence)
+    if drafter.wants:
+        return 0
+    drafter.observe(sequence, tokens, None)
+    return len(tokens) - 1
+
+
 class NoDrafter:
     """Plain decoding: guesses nothing."""
 

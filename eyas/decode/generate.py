@@ -21,6 +21,7 @@ from eyas.decode.captured_round import captured_round
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory
 from eyas.decode.plan.planner import FixedPlan, Plan
+from eyas.decode.prefixes import Prefixes
 from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence, new_sequence
 from eyas.decode.tree import Tree
@@ -152,8 +153,9 @@ class Decoder:
 
     # ---- the turn: what a caller drives ----
 
-    def reserve(self, slots: int, longest: int, shapes: Iterable[TreeShape]) -> None:
-        """Make room for `slots` sequences at a time, of up to `longest` tokens each, with trees of these shapes. Forget earlier ones."""
+    def reserve(self, slots: int, longest: int, shapes: Iterable[TreeShape], keep_prefixes: bool = False) -> None:
+        """Make room for `slots` sequences at a time, of up to `longest` tokens each, with trees of these shapes. Forget earlier ones.
+        `keep_prefixes`: rows of a text that is over stay, for prompts that begin as it does."""
         shapes = list(shapes)
         nodes = max(shape.nodes for shape in shapes)
         room = longest + nodes
@@ -163,6 +165,7 @@ class Decoder:
         self.cache = self.target.new_cache(slots, room)
         self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))
         self.free = list(range(slots))
+        self.prefixes = Prefixes(slots) if keep_prefixes else None
         self.waiting: deque[Sequence] = deque()  # sequences without a slot
         self.reading: deque[Sequence] = deque()  # sequences whose prompt is not read to its end
         self.decoding: list[Sequence] = []
@@ -197,9 +200,13 @@ class Decoder:
     def seat(self) -> None:
         """Give free slots to the waiting sequences, in the order they were admitted."""
         while self.waiting and self.free:
-            sequence = self.waiting.popleft()
-            sequence.slot = self.free.pop(0)
-            self.reading.append(sequence)
+            if self.prefixes is None:
+                self.waiting[0].slot = self.free.pop(0)
+            elif self.prefixes.worth_waiting(self.waiting[0], self.cache):
+                break
+            else:
+                self.waiting[0].slot = self.prefixes.seat(self.waiting[0], self.free, self.cache, self.drafter)
+            self.reading.append(self.waiting.popleft())
 
     @on_its_cores
     def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:
@@ -249,8 +256,11 @@ class Decoder:
         self.decoding = [sequence for sequence in self.decoding if not sequence.finish_reason]
 
     def release(self, sequence: Sequence) -> None:
-        self.cache.clear(sequence.slot)
-        self.drafter.forget(sequence.slot)
+        if self.prefixes is not None:
+            self.prefixes.leave(sequence, self.cache)
+        else:
+            self.cache.clear(sequence.slot)
+            self.drafter.forget(sequence.slot)
         self.free.append(sequence.slot)
 
     # ---- a closed list of sequences ----

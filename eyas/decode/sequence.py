@@ -39,6 +39,9 @@ class Sequence:
     number: int = 0  # its index among the sequences of its call
     slot: int = -1  # its slot in the caches; -1: none yet
     read: int = 0  # tokens of the prompt that the target has read
+    owner: str = ""  # whose it is: rows of a prompt are reused for the same owner alone, where they are
+    reuses: bool = True  # whether it may begin with rows of another text, where they are kept
+    reused: int = 0  # rows of its prompt that were not read for it
     prompt_length: int = field(init=False)
     finish_reason: str | None = None
     rounds: int = 0

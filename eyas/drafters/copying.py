@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eyas.config import PLAIN
 from eyas.decode.copying import SURE, CopiedText
-from eyas.decode.drafter import Drafter, TreeRequest
+from eyas.decode.drafter import Drafter, TreeRequest, share_prefix
 from eyas.decode.tree import Tree, merge
 
 LEAST = 2  # tokens that must match where nothing else guesses
@@ -42,6 +42,11 @@ class CopyingDrafter:
     def forget(self, sequence: int) -> None:
         self.draft.forget(sequence)
         self.texts[sequence] = CopiedText()
+
+    def share(self, source: int, sequence: int, tokens: Sequence[int]) -> int:
+        rows = share_prefix(self.draft, source, sequence, tokens)
+        self.texts[sequence] = CopiedText(unread=list(tokens[: rows + 1]))
+        return rows
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = [self.found(request) for request in requests]

@@ -85,6 +85,15 @@ class Eagle3Drafter:
         self.pending[sequence] = PendingRows()
         self.cache.clear(sequence)
 
+    def share(self, source: int, sequence: int, tokens: Sequence[int]) -> int:
+        rows = min(len(tokens) - 1, self.cache.lengths[source])
+        if source == sequence:
+            self.cache.cut(sequence, rows)
+        else:
+            self.cache.copy_prefix(self.cache, source, sequence, rows)
+        self.pending[sequence] = PendingRows(begun=True)
+        return rows
+
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         pending = self.pending[sequence]
         pending.tokens += tokens if pending.begun else tokens[1:]  # row j pairs f_j with t_{j+1}: t_0 has no row

@@ -109,6 +109,10 @@ class MedusaDrafter:
     def forget(self, sequence: int) -> None:
         self.last.pop(sequence, None)
 
+    def share(self, source: int, sequence: int, tokens: Sequence[int]) -> int:
+        self.forget(sequence)
+        return len(tokens) - 1
+
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         assert features is not None
         self.last[sequence] = features[-1]

@@ -129,7 +129,7 @@ class Answer:
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": sum(sequence.reused for sequence in self.ask.sequences)},
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
@@ -138,7 +138,8 @@ class Answer:
         sequence = self.ask.sequences[0]
         written, writing = len(sequence.tokens) - sequence.prompt_length, sequence.seconds - sequence.prefill_seconds
         return {
-            "prompt_n": sequence.prompt_length,
+            "prompt_n": sequence.prompt_length - sequence.reused,
+            "cache_n": sequence.reused,
             "prompt_ms": round(1e3 * sequence.prefill_seconds, 3),
             "predicted_n": written,
             "predicted_ms": round(1e3 * writing, 3),

@@ -54,6 +54,7 @@ class Server:
     strict: bool = False  # whether unknown fields are refused
     any_model: bool = False
     hang: float = 30.0  # seconds without a turn after which it counts as dead
+    share_prefixes: bool = False  # whether what one key's prompts left serves another's: how fast an answer comes then tells of others
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -66,7 +67,8 @@ class Server:
         self.check_model(values["model"])
         self.check_ready()
         context = self.scheduler.settings.context
-        asked = await asyncio.to_thread(ask, self.engine, kind, values, unknown, self.method, context)
+        owner = key_of(request.headers) if self.keys and not self.share_prefixes else ""
+        asked = await asyncio.to_thread(ask, self.engine, kind, values, unknown, self.method, context, owner)
         turns: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -286,13 +288,18 @@ class Gate:
             return Refused(f"this server answers on this machine alone, not as {host}", status=403, kind="permission_error")
         if not self.server.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        given = headers.get("authorization", "")
-        key = given[7:] if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
+        key = key_of(headers)
         if any([hmac.compare_digest(key.encode(), each.encode()) for each in self.server.keys]):  # all compared: none is told by time
             return None
         return Refused(
             "no API key, or a wrong one; send it as a bearer token", status=401, kind="authentication_error", code="invalid_api_key"
         )
+
+
+def key_of(headers: Headers) -> str:
+    """The key that a client sends, if any."""
+    given = headers.get("authorization", "")
+    return given[7:] if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
 
 
 def refusal_response(refused: Refused) -> JSONResponse:

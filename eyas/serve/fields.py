@@ -196,6 +196,7 @@ FIELDS: tuple[Field, ...] = (
     Field("tools", "functions on offer, which the chat template shows", tools, {"type": "array", "items": OBJECT}, of=(CHAT,)),
     Field("tool_choice", "auto or none", *only("auto", "none"), of=(CHAT,)),
     Field("chat_template_kwargs", "variables of the chat template", mapping, OBJECT, of=(CHAT,)),
+    Field("cache_prompt", "whether rows of earlier prompts may be reused; no answer changes by it", boolean, BOOLEAN, default=True),
     Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),
     Field("user", "not read", anything, {}),
     Field("metadata", "not read", anything, {}),

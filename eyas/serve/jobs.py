@@ -40,8 +40,9 @@ class Ask:
     tools: bool
 
 
-def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int) -> Ask:
-    """What these values ask for. `method`: the server's; `context`: tokens of a prompt and its answer. Raises `Refused`."""
+def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int, owner: str = "") -> Ask:
+    """What these values ask for. `method`: the server's; `context`: tokens of a prompt and its answer; `owner`: who asks. Raises
+    `Refused`."""
     usage = stream_options(values)
     check_served(kind, values)
     seed = new_seed() if values["seed"] is None else values["seed"] % SEEDS
@@ -54,7 +55,9 @@ def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str]
         for _ in range(values["n"]):
             number = len(sequences)
             drawn = derived_seed(seed, number) if many and number else seed
-            sequences.append(new_sequence(prompt, settings, shape, drawn, engine.target.config, engine.tokenizer, number))
+            sequence = new_sequence(prompt, settings, shape, drawn, engine.target.config, engine.tokenizer, number)
+            sequence.reuses, sequence.owner = values["cache_prompt"], owner
+            sequences.append(sequence)
             echo.append(told)
     return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, bool(values.get("tools")))
 

@@ -26,6 +26,8 @@ class Metrics:
         self.model, self.prefix = model, prefix
         self.prompt_tokens = self.counter("prompt_tokens", "tokens of prompts that were read")
         self.generation_tokens = self.counter("generation_tokens", "tokens that were written")
+        self.prefix_queries = self.counter("prefix_cache_queries", "tokens of prompts that were looked for")
+        self.prefix_hits = self.counter("prefix_cache_hits", "tokens of prompts that need not be read")
         self.success = self.counter("request_success", "answers that ended by themselves", "finished_reason")
         self.failures = self.counter("request_failure", "requests that were refused or failed", "code")
         self.aborted = self.counter("requests_aborted", "answers that were cut by the client or the server", "when")
@@ -76,6 +78,8 @@ class Metrics:
         self.success.labels(self.model, sequence.finish_reason).inc()
         self.prompt_tokens.labels(self.model).inc(sequence.prompt_length)
         self.generation_tokens.labels(self.model).inc(written)
+        self.prefix_queries.labels(self.model).inc(sequence.prompt_length)
+        self.prefix_hits.labels(self.model).inc(sequence.reused)
         before = sequence.admitted - asked
         self.first_token.labels(self.model).observe(before + sequence.prefill_seconds)
         self.queued.labels(self.model).observe(max(before, 0.0))

@@ -60,6 +60,7 @@ class Settings:
     slots: int = 8
     context: int = 4096
     queue: int = 32
+    keep_prefixes: bool = True
     stall: float = 0.1  # seconds for which a part of a prompt may hold up those that decode
 
 
@@ -68,7 +69,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, shapes: Iterable[TreeShape], settings: Settings) -> None:
         self.decoder, self.settings = decoder, settings
-        decoder.reserve(settings.slots, settings.context, shapes)
+        decoder.reserve(settings.slots, settings.context, shapes, settings.keep_prefixes)
         self.lock = threading.Condition()
         self.inbox: deque[Job] = deque()
         self.cancels: deque[Job] = deque()

@@ -12,7 +12,12 @@ import pytest
 from tests.serve.serving import CHAT, TEXT, events, saved_engine, served
 
 COUNT = 24
-SERVERS = [("--slots", "1"), ("--slots", "3", "--stall", "0.0001"), ("--slots", "16", "--tree", "20x3x4"), ("--slots", "4", "--plain")]
+SERVERS = [
+    ("--slots", "1"),
+    ("--slots", "3", "--stall", "0.0001"),
+    ("--slots", "16", "--tree", "20x3x4", "--prefix-cache"),
+    ("--slots", "4", "--plain"),
+]
 
 
 def requests() -> list[tuple[str, dict[str, Any]]]:
