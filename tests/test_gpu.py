@@ -12,6 +12,7 @@ from eyas.decode.generate import Decoder
 from eyas.decode.philox import uniforms_on, wrapped
 from eyas.decode.sampling import uniforms
 from eyas.decode.score import top
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
 from eyas.files.target import load_target
@@ -157,6 +158,22 @@ def test_the_best_of_long_rows_are_found_by_parts(count):
     scores = torch.randn(3, 4000, device="cuda")
     for found, wanted in zip(top(scores, count), scores.topk(count, -1)):
         assert found.equal(wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(0.8, presence_penalty=0.5)], ids=str)
+def test_a_seed_means_the_same_text_on_cuda_whose_noise_is_made_there(sampling):
+    def tokens(device, draft, copy=False):
+        target = tiny_target(prepare=False).to(device)
+        network, vocab = tiny_draft(target)
+        drafter = Eagle3Drafter(network.to(device).prepare(), vocab)
+        decoder = Decoder(target.prepare(), CopyingDrafter(drafter) if copy else drafter if draft else None)
+        *_, texts = decoder.run([[1, 2, 3], [4, 5]], TreeShape.parse("8x2x3" if draft else "1x0x1"), sampling, [1, 2], 40)
+        return [text.tokens for text in texts]
+
+    wanted = tokens("cpu", False)
+    assert [tokens("cuda", False), tokens("cuda", True), tokens("cuda", True, True)] == [wanted] * 3
 
 
 @pytest.mark.gpu

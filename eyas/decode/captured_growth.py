@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.fixed import grow_fixed, log_scores, noise_on, tree_of
-from eyas.decode.philox import wrapped
+from eyas.decode.fixed import grow_fixed, log_scores, tree_of
+from eyas.decode.philox import gumbel_on, wrapped
 from eyas.decode.tree import Tree
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
 from eyas.model.cache import KVCache, Slabs
@@ -29,7 +29,7 @@ class CapturedGrowth:
     def __init__(self, network: EagleModule, vocab: DraftVocab, group: int) -> None:
         """`group`: query heads for each key head."""
         self.network, self.vocab, self.group = network, vocab, group
-        self.ids_D = vocab.ids.to(network.device)
+        self.ids_D = vocab.on(network.device)
         self.deepest: dict[tuple[int, int], int] = {}  # by nodes and children of a node: levels of the deepest tree that was asked for
 
     def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree:
@@ -82,7 +82,7 @@ class Levels(NamedTuple):
         """The tree, as `grow_fixed` gives it, from what `numbers_of` gives and the output at the root."""
         seed, position, allowed = numbers.split(1)
         depths_L = 1 + torch.arange(self.shape.levels, device=numbers.device)
-        noise_LD = noise_on(seed, position + depths_L, vocab_size)[:, ids_D] if self.noisy else None
+        noise_LD = gumbel_on(seed.expand_as(depths_L), position + depths_L, vocab_size)[:, ids_D] if self.noisy else None
         return (self.tree(draft, a_1H, position, allowed, temperature, noise_LD, ids_D),)
 
     def tree(

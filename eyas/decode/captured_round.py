@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels, numbers_of
 from eyas.decode.drafter import Drafter, TreeRequest
-from eyas.decode.fixed import grows_fixed, noise_on
+from eyas.decode.fixed import grows_fixed
+from eyas.decode.philox import gumbel_on
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
 from eyas.model.cache import Cache, KVCache, Slabs
 from eyas.model.protocols import TargetModel
@@ -98,7 +99,7 @@ class Round(NamedTuple):
         them, and how many of the C rows are unread text."""
         seed, position, allowed, count = numbers.split(1)
         depths_L = 1 + torch.arange(len(tokens_C), device=numbers.device)
-        noise_LV = noise_on(seed, position + depths_L, target.config.vocab_size) if self.levels.noisy else None
+        noise_LV = gumbel_on(seed.expand_as(depths_L), position + depths_L, target.config.vocab_size) if self.levels.noisy else None
         a_1H = catch_up(draft, self.levels.window, position, count, tokens_C, features_CF)
         noise_LD = None if noise_LV is None else noise_LV[:-1, ids_D]
         tree = self.levels.tree(draft, a_1H, position, allowed, temperature, noise_LD, ids_D)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.philox import uniforms_on
-from eyas.decode.sampling import GUMBEL
-from eyas.decode.score import top, unfiltered
+from eyas.decode.sampling import unfiltered
+from eyas.decode.score import top
 from eyas.decode.tree import IMPOSSIBLE, Tree
 
 Read = Callable[[int, Tensor, Tensor], Tensor]  # level, tokens [K], their parents among the last level's rows [K] -> log scores [K, D]
@@ -88,12 +87,6 @@ def log_scores(logits_FD: Tensor, temperature: Tensor | None, noise_D: Tensor | 
     if noise_D is not None:
         scores = scores + noise_D.to(scores.dtype)
     return scores.log_softmax(-1)
-
-
-def noise_on(seed: Tensor, positions_N: Tensor, vocab_size: int) -> Tensor:
-    """The noise at these positions, float64 [N, V], on the device of the seed [1]; it is that of `sampling.gumbel` but for the last bits of
-    two logarithms."""
-    return -(-uniforms_on(seed.expand_as(positions_N), positions_N, vocab_size, GUMBEL).log()).log()
 
 
 def tree_of(root: int, found: Tensor) -> Tree:

@@ -182,6 +182,7 @@ class Decoder:
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence in. It waits until a slot is free; its clock starts now."""
         sequence.admitted = time.perf_counter()
+        sequence.noise.device = self.target.device
         self.waiting.append(sequence)
 
     @property

@@ -1,4 +1,4 @@
-"""The random words of `sampling.py` computed by tensors, on any device and for many keys at once.
+"""Random words computed by tensors, on any device and for many keys at once: those that `sampling.py` has of numpy.
 
 Words are uint64; here they are int64 tensors with the same bits, so products wrap and shifts are cleared of the sign. No step asks the
 host for a number, and none reads memory of its own, so CUDA can capture all of it. Knows keys and counters; knows nothing of tokens.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eyas.decode.sampling import CHOICE, GUMBEL
 from eyas.kernels import fused
 
+GUMBEL, CHOICE, DERIVE, GUESS = 0, 1, 2, 3  # purposes: independent streams of numbers for one (seed, position)
 ROUNDS = 10
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157  # Salmon et al. 2011, Philox-4x64
 BUMPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -38,6 +38,11 @@ def uniforms_on(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int =
     if seeds_N.is_cuda and fused.available():
         return fused.uniforms(seeds_N, positions_N, count, purpose, stream)
     return (((words_on(seeds_N, positions_N, count, purpose, stream) >> 12) & LOW_52).double() + 0.5) * 2.0**-52
+
+
+def gumbel_on(seeds_N: Tensor, positions_N: Tensor, count: int) -> Tensor:
+    """The numbers of `gumbel`, float64 [N, count], but for the last bits of two logarithms."""
+    return -(-uniforms_on(seeds_N, positions_N, count, GUMBEL).log()).log()
 
 
 def pair(numbers: tuple[int, int], device: torch.device) -> Tensor:

@@ -7,16 +7,19 @@ off, with any draft, tree or batch. Knows logits and ids; knows nothing of trees
 
 from __future__ import annotations
 
+import itertools
 import secrets
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eyas.config import Sampling
+from eyas.decode.philox import CHOICE, DERIVE, GUMBEL, gumbel_on, wrapped
 
 NOISE_VERSION = 1  # results carry it: a seed means the same text only under the same version
-GUMBEL, CHOICE, DERIVE, GUESS = 0, 1, 2, 3  # purposes: independent streams of numbers for one (seed, position)
+AHEAD = 4  # positions whose noise is made at once on a GPU, where a launch takes as long as the numbers
 
 
 def philox_words(seed: int, position: int, count: int, purpose: int = GUMBEL, stream: int = 0) -> np.ndarray:
@@ -48,17 +51,28 @@ def new_seed() -> int:
 
 
 class Noise:
-    """Gumbel noise of one sequence, a vector [V] for each absolute position, kept until the text has passed it."""
+    """Gumbel noise of one sequence, a vector [V] for each absolute position, kept until the text has passed it. It is made where it lies:
+    on CUDA a last bit may differ from the CPU's."""
 
     def __init__(self, seed: int, vocab_size: int) -> None:
         self.seed, self.vocab_size = seed, vocab_size
+        self.device = torch.device("cpu")  # where vectors are made from now on
         self._held: dict[int, Tensor] = {}
 
     def at(self, position: int) -> Tensor:
-        """The noise at an absolute position, float64 [V] on the CPU."""
+        """The noise at an absolute position, float64 [V]."""
         if position not in self._held:
-            self._held[position] = gumbel(self.seed, position, self.vocab_size)
+            self._held.update(zip(itertools.count(position), self.made(position), strict=False))
         return self._held[position]
+
+    def made(self, position: int) -> Iterable[Tensor]:
+        """The noise at this position, and at some behind it where that costs little."""
+        return self.made_by_tensors(position) if self.device.type == "cuda" else [gumbel(self.seed, position, self.vocab_size)]
+
+    def made_by_tensors(self, position: int) -> Iterable[Tensor]:
+        """The noise at this position and those behind it, made on the device: [AHEAD, V]."""
+        positions = torch.arange(position, position + AHEAD, device=self.device)
+        return gumbel_on(torch.full_like(positions, wrapped(self.seed)), positions, self.vocab_size)
 
     def forget_before(self, position: int) -> None:
         self._held = {held: vector for held, vector in self._held.items() if held >= position}
@@ -69,7 +83,10 @@ def draw(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None) -> int:
     if sampling.greedy:
         return best(logits_V)
     assert noise_V is not None, "above temperature 0 a draw needs noise"
-    scores_V = logits_V.double().cpu() / sampling.temperature
+    scores_V = logits_V.to(noise_V.device, torch.float64) / sampling.temperature
+    if unfiltered(sampling):
+        return best(scores_V + noise_V)
+    scores_V, noise_V = scores_V.cpu(), noise_V.cpu()
     ids = allowed(scores_V, sampling)
     if ids is None:
         return best(scores_V + noise_V)
@@ -90,6 +107,11 @@ def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
     if ids is None:
         return scores_V.softmax(0)
     return torch.zeros_like(scores_V).index_copy_(0, ids, scores_V[ids].softmax(0))
+
+
+def unfiltered(sampling: Sampling) -> bool:
+    """Whether no token is ruled out before one is drawn; greedy text knows no filter."""
+    return sampling.greedy or (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0)
 
 
 def allowed(scores_V: Tensor, sampling: Sampling) -> Tensor | None:

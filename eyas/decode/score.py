@@ -18,7 +18,7 @@ from torch import Tensor
 from eyas.config import Sampling
 from eyas.decode.copying import CopyLaw, mixed
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.sampling import allowed
+from eyas.decode.sampling import allowed, unfiltered
 from eyas.kernels.step import MOST, Ranked, Ranking
 from eyas.model.vocab import DraftVocab
 
@@ -58,7 +58,7 @@ def children(
 def noise_at(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Tensor | None:
     """The noise [D] that the target will draw the children of nodes at depth `level` with."""
     noise_V = request.noise(request.position + level + 1) if request.noise else None
-    return noise_V if noise_V is None or vocab is None else noise_V[vocab.ids]
+    return noise_V if noise_V is None or vocab is None else noise_V[vocab.on(noise_V.device)]
 
 
 def kernel_ranks(request: TreeRequest) -> bool:
@@ -67,17 +67,12 @@ def kernel_ranks(request: TreeRequest) -> bool:
     return request.shape.top_k <= MOST and unfiltered(request.sampling) and not (request.processed or drawn)
 
 
-def unfiltered(sampling: Sampling) -> bool:
-    """Whether no token is ruled out before one is drawn; greedy text knows no filter."""
-    return sampling.greedy or (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0)
-
-
 def ranking_of(request: TreeRequest, level: int, vocab: DraftVocab | None) -> Ranking:
     """How the kernel shall rank the children of nodes at depth `level`; by their logits alone where it cannot."""
     if request.sampling.greedy or not kernel_ranks(request):
         return Ranking()
     noise_D = noise_at(request, level, vocab)
-    return Ranking(request.sampling.temperature, None if noise_D is None else noise_D.float())
+    return Ranking(request.sampling.temperature, None if noise_D is None else noise_D.float().cpu())
 
 
 def logits_of(guessed: Tensor | Ranked) -> Tensor:
@@ -102,7 +97,7 @@ def join_laws(found: Children, laws: Sequence[CopyLaw | None], guessed: Ranked, 
     indices = [row * width + max(place, 0) for row, place in zip(owners, places, strict=True)]
     numbers = guessed.numbers.take(torch.tensor(indices, device=guessed.numbers.device)).tolist()
     known = [n - guessed.whole[row] if place >= 0 else -math.inf for n, row, place in zip(numbers, owners, places, strict=True)]
-    noise = None if noise_V is None else noise_V.take(torch.tensor(tokens)).tolist()
+    noise = None if noise_V is None else noise_V.take(torch.tensor(tokens, device=noise_V.device)).tolist()
     at = 0
     for law, whole, its_tokens, its_scores in zip(laws, guessed.whole, found.tokens, found.log_scores, strict=True):
         if law is None:

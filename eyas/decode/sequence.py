@@ -16,8 +16,9 @@ from torch import Tensor
 
 from eyas.config import GREEDY, PLAIN, Request, Sampling, TargetConfig, TreeShape
 from eyas.decode.logprobs import TokenLogprobs, token_logprobs
+from eyas.decode.philox import GUESS
 from eyas.decode.processors import LogitsProcessor, Processor, end_ids, processors_of
-from eyas.decode.sampling import GUESS, NOISE_VERSION, Noise, gumbel
+from eyas.decode.sampling import NOISE_VERSION, Noise, gumbel
 from eyas.decode.text import TextStream
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted

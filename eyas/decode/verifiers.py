@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eyas.config import EyasError, Sampling, TreeShape
+from eyas.decode.philox import CHOICE
 from eyas.decode.rules import (
     BLOCK,
     DRAWN,
@@ -24,7 +25,7 @@ from eyas.decode.rules import (
     typical,
     without_replacement,
 )
-from eyas.decode.sampling import CHOICE, distribution, draw, uniforms
+from eyas.decode.sampling import distribution, draw, uniforms
 from eyas.decode.sequence import Sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verify import Accepted, walk

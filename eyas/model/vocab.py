@@ -16,6 +16,7 @@ class DraftVocab:
     def __init__(self, target_ids: Sequence[int] | Tensor, vocab_size: int) -> None:
         self.ids = torch.as_tensor(target_ids, dtype=torch.int64)  # [D]
         self.vocab_size = vocab_size
+        self._copies: dict[torch.device, Tensor] = {}
         self._columns: Tensor | None = None
         self._column_list: list[int] | None = None
         self._id_list: list[int] | None = None
@@ -28,7 +29,13 @@ class DraftVocab:
         return len(self.ids)
 
     def to_target(self, draft_ids: Tensor) -> Tensor:
-        return self.ids.to(draft_ids.device)[draft_ids]
+        return self.on(draft_ids.device)[draft_ids]
+
+    def on(self, device: torch.device) -> Tensor:
+        """`ids` on this device, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = self.ids.to(device)
+        return self._copies[device]
 
     def columns(self) -> Tensor:
         """The draft's id of each target token, int64 [V]; -1 where it has none."""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eyas.decode.philox import uniforms_on, words_on, wrapped
-from eyas.decode.sampling import CHOICE, DERIVE, GUESS, GUMBEL, philox_words, uniforms
+from eyas.decode.philox import CHOICE, DERIVE, GUESS, GUMBEL, gumbel_on, uniforms_on, words_on, wrapped
+from eyas.decode.sampling import gumbel, philox_words, uniforms
 
 SEEDS = [0, 1, 7, 123456789, 2**32 - 1, 2**32, 2**53 - 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
 POSITIONS = [0, 1, 2, 31, 4095, 131071, 2**31, 2**40 + 3]
@@ -40,3 +40,9 @@ def test_uniform_numbers_are_those_of_one_key_at_a_time(count, mode):
 def test_the_purposes_that_are_left_out_are_those_of_numpys_forms():
     assert (words_on(*keys([(5, 6)]), 9)[0].numpy().view(np.uint64) == philox_words(5, 6, 9)).all()
     assert (uniforms_on(*keys([(5, 6)]), 9)[0].numpy() == uniforms(5, 6, 9)).all()
+
+
+def test_noise_of_many_keys_is_that_of_one_key_at_a_time():
+    found = gumbel_on(*keys(KEYS), 13)
+    wanted = torch.stack([gumbel(seed, position, 13) for seed, position in KEYS])
+    assert torch.allclose(found, wanted, rtol=1e-14, atol=1e-14)

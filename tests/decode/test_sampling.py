@@ -12,11 +12,8 @@ import torch
 
 from eyas.config import Sampling
 from eyas.decode import sampling as S
+from eyas.decode.philox import CHOICE, DERIVE, GUESS, GUMBEL
 from eyas.decode.sampling import (
-    CHOICE,
-    DERIVE,
-    GUESS,
-    GUMBEL,
     NOISE_VERSION,
     Noise,
     allowed,
@@ -88,6 +85,16 @@ def test_noise_is_forgotten_before_a_position_and_not_at_it(monkeypatch):
     for position in (3, 4, 5):
         noise.at(position)
     assert made == [3, 4, 5, 3]
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 + 9])
+def test_noise_made_by_tensors_is_the_noise(seed, monkeypatch):
+    """As a GPU makes it, some positions at a time."""
+    monkeypatch.setattr(Noise, "made", Noise.made_by_tensors)
+    found = Noise(seed, 50)
+    for position in (9, 7, 8, 31, 2**40):
+        assert torch.allclose(found.at(position), S.gumbel(seed, position, 50), rtol=1e-14, atol=1e-14)
+    assert set(found._held) == {*range(7, 13), *range(31, 35), *range(2**40, 2**40 + 4)}
 
 
 def test_noise_of_a_position_is_the_same_in_any_order_and_after_forgetting():

@@ -9,7 +9,8 @@ import torch
 
 from eyas.config import Sampling, TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.sampling import GUESS, Noise, gumbel
+from eyas.decode.philox import GUESS
+from eyas.decode.sampling import Noise, gumbel
 from eyas.decode.score import best_children, children, log_scores
 from eyas.model.vocab import DraftVocab
 from tests.enumeration import surprise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from eyas.config import Sampling
-from eyas.decode.sampling import GUESS, Noise, gumbel
+from eyas.decode.philox import GUESS
+from eyas.decode.sampling import Noise, gumbel
 from eyas.decode.sequence import Sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verifiers import VERIFY
