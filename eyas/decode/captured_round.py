@@ -16,12 +16,16 @@ from torch import Tensor
 
 from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels, numbers_of
 from eyas.decode.drafter import Drafter, TreeRequest
-from eyas.decode.fixed import grows_fixed
+from eyas.decode.fixed import grows_fixed, tree_of
 from eyas.decode.philox import gumbel_on
+from eyas.decode.tree import Tree
+from eyas.decode.verify import Accepted
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
 from eyas.model.cache import Cache, KVCache, Slabs
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Output, Target
+
+END = -1  # behind a path's last row
 
 
 @runtime_checkable
@@ -43,9 +47,22 @@ class Unread(NamedTuple):
     features: Tensor  # [rows, F]
 
 
-def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest) -> tuple[list[int], Tensor] | None:
-    """The tokens that the walk accepts, the bonus token last, and the features [tokens, F] of the rows on its path, which the caches keep.
-    None, and nothing done, where a graph cannot run this round."""
+class Found(NamedTuple):
+    """What a round found. Its path's rows are in the caches."""
+
+    accepted: Accepted
+    tokens: list[int]  # accepted, the bonus token last
+    features: Tensor  # [tokens, F] of the path's rows
+    logits: Tensor  # [nodes, V] the target's; the next round overwrites them
+    nodes: Tensor  # what `tree` is made of
+
+    def tree(self, root: int) -> Tree:
+        """The tree that was read, root included."""
+        return tree_of(root, self.nodes)
+
+
+def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest) -> Found | None:
+    """Run a round. None, and nothing done, where a graph cannot run it."""
     if not (isinstance(target, Target) and pooled(cache) and isinstance(drafter, CapturedDrafter) and pooled(drafter.cache)):
         return None
     growth, drafted = drafter.captured, drafter.cache
@@ -62,14 +79,15 @@ def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request:
     draft = Draft(growth.network, drafted.slabs, growth.group)
     # a graph runs over the slabs of both; it lies with the draft's, and knows the target's without keeping them
     key = ("round", form, weakref.ref(cache.slabs))
-    told, kept = fixed_call(
+    told, kept, logits, nodes = fixed_call(
         partial(form.run, target, cache.slabs, draft), key, drafted.slabs, *numbers_of(request, count), tokens, features, growth.ids_D
     )
-    assert told is not None and kept is not None
-    accepted, *committed = told.tolist()
+    assert told is not None and kept is not None and logits is not None and nodes is not None
+    path, draws = told.tolist()
+    accepted = path.index(END) if END in path else len(path)
     drafted.keep(request.sequence, range(count))
     cache.keep(request.sequence, range(accepted))  # their rows lie behind each other already
-    return committed[:accepted], kept[:accepted].clone()
+    return Found(Accepted(path[:accepted], draws[accepted - 1]), draws[:accepted], kept[:accepted].clone(), logits, nodes)
 
 
 def pooled(cache: Cache) -> TypeGuard[KVCache]:
@@ -94,9 +112,9 @@ class Round(NamedTuple):
         tokens_C: Tensor,
         features_CF: Tensor,
         ids_D: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """How many tokens the round commits and then these tokens, int64 [1 + C]; and features [C, F]. `numbers`: as `numbers_of` gives
-        them, and how many of the C rows are unread text."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The path's rows up to END and what was drawn there, int64 [2, C]; their features [C, F]; the target's logits [N, V]; the nodes as
+        `grow_fixed` gives them. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread text."""
         seed, position, allowed, count = numbers.split(1)
         depths_L = 1 + torch.arange(len(tokens_C), device=numbers.device)
         noise_LV = gumbel_on(seed.expand_as(depths_L), position + depths_L, target.config.vocab_size) if self.levels.noisy else None
@@ -112,7 +130,8 @@ class Round(NamedTuple):
         path_C = path_N.long().sort(descending=True, stable=True).indices[: len(tokens_C)]
         keep(slabs, position, path_C)
         assert out.features is not None
-        return torch.cat([path_N.sum()[None], draws_N[path_C]]), out.features[path_C]
+        told = torch.stack([path_C.masked_fill(~path_N[path_C], END), draws_N[path_C]])
+        return told, out.features[path_C], out.logits, tree
 
     def read(self, target: Target, slabs: Slabs, position: Tensor, tokens_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Output:
         """The target's pass over a tree: each row sees the text and its ancestors."""
@@ -145,7 +164,7 @@ def drawn(logits_NV: Tensor, temperature: Tensor | None, noise_NV: Tensor | None
     """The target's draw at each row, as `sampling.draw` draws it without filters: int64 [N]. `temperature` [1]; None: greedy."""
     if temperature is None or noise_NV is None:
         return logits_NV.argmax(-1)
-    return logits_NV.double().div_(temperature).add_(noise_NV).argmax(-1)
+    return (logits_NV.double() / temperature).add_(noise_NV).argmax(-1)
 
 
 def walked(tokens_N: Tensor, parents_N: Tensor, there_N: Tensor, ancestors_NN: Tensor, draws_N: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence, new_sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verifiers import VERIFY
+from eyas.decode.verify import Accepted
 from eyas.model.cache import Cache
 from eyas.model.mask import ancestor_sight
 from eyas.model.protocols import TargetModel
@@ -83,17 +84,18 @@ class Decoder:
 
     def round_as_graph(self, sequence: Sequence) -> bool:
         """Run the round of one sequence as one graph, where a graph can; False: nothing was done."""
-        told = self.watch or sequence.processors or sequence.top_logprobs is not None  # these need to see logits or trees
-        if told or not isinstance(self.plan, FixedPlan) or not self.verifier.shares_noise:
+        if sequence.processors or not isinstance(self.plan, FixedPlan) or not self.verifier.shares_noise:
             return False
         self.plan.pass_begins()
         found = captured_round(self.target, self.cache, self.drafter, self.request(sequence))
         if found is None:
             return False
         self.plan.pass_ends(self.target.device)
-        tokens, features = found
-        brought = len(self.commit(sequence, tokens))
-        self.pass_on(sequence, tokens, features)
+        tree, logits_NV = None, found.logits
+        if self.watch:  # else nobody looks at the tree
+            tree = found.tree(sequence.root)
+            logits_NV = logits_NV[: len(tree)].clone()
+        brought = self.settle(sequence, tree, found.accepted, found.tokens, logits_NV, found.features)
         self.plan.ends(sequence.shape.nodes, brought)
         return True
 
@@ -129,27 +131,24 @@ class Decoder:
         accepted = self.verifier.verify(tree, logits_NV, sequence)
         self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
         tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]
-        committed = self.commit(sequence, tokens)
+        self.plan.judge(tree, accepted.path)
+        return self.settle(sequence, tree, accepted, tokens, logits_NV, rows_of(features, accepted.path))
+
+    def settle(
+        self, sequence: Sequence, tree: Tree | None, accepted: Accepted, tokens: list[int], logits_NV: Tensor, features: Tensor | None
+    ) -> int:
+        """Commit the tokens of a round up to one that ends the text; returns how many those are. `features`: of the path's rows."""
+        committed = sequence.commit(tokens, self.target.config.eos_token_ids)
         if sequence.top_logprobs is not None:
             sequence.record_logprobs(logits_NV[accepted.path[: len(committed)]], committed)
-        self.plan.judge(tree, accepted.path)
-        if self.watch:
-            self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV))
-        self.pass_on(sequence, tokens, rows_of(features, accepted.path))
-        return len(committed)
-
-    def commit(self, sequence: Sequence, tokens: list[int]) -> list[int]:
-        """Commit the tokens of a round up to one that ends the text, and return those that were committed."""
-        committed = sequence.commit(tokens, self.target.config.eos_token_ids)
         sequence.rounds += 1
         sequence.accepted_lengths[len(committed)] += 1
-        return committed
-
-    def pass_on(self, sequence: Sequence, tokens: list[int], features: Tensor | None) -> None:
-        """Let the drafter observe the tokens of a round, where the text goes on."""
+        if self.watch and tree:
+            self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV))
         if not sequence.finish_reason:
             self.drafter.observe(sequence.slot, tokens, features)
             sequence.noise.forget_before(sequence.position)
+        return len(committed)
 
     # ---- the turn: what a caller drives ----
 

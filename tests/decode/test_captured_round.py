@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from eyas.config import Sampling, TreeShape
+from eyas.config import Request, Sampling, TreeShape
 from eyas.decode import generate
 from eyas.decode.captured_growth import Draft, Levels
 from eyas.decode.captured_round import Round, ancestors, walked
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import Plan
+from eyas.decode.sequence import new_sequence
 from eyas.decode.tree import Tree
 from eyas.decode.verify import walk
 from eyas.drafters.eagle3 import Eagle3Drafter
@@ -38,7 +39,7 @@ def rounds(monkeypatch):
 
     def tried(*given):
         told = inner(*given)
-        found.append(told and told[0])
+        found.append(told and told.tokens)
         return told
 
     monkeypatch.setattr(generate, "captured_round", tried)
@@ -88,18 +89,38 @@ def test_one_text_after_the_other_takes_the_same_slot(rounds):
 
 
 def test_rounds_of_both_kinds_may_take_turns(rounds):
-    """A round that is watched shows its tree, which a graph does not."""
     wanted, decoder = run(*pair(False), "20x4x5", Sampling(1.3)), Decoder(*pair(True))
-    trees = []
+    plans = [decoder.plan, OtherPlan()]
 
     def turns():
         for turn, texts in enumerate(decoder.run([[1, 2, 3]], TreeShape.parse("20x4x5"), Sampling(1.3), [5], 40)):
-            decoder.watch = None if turn % 3 else lambda record: trees.append(record.tree)
+            decoder.plan = plans[turn % 3 == 1]
             yield texts
 
     *_, (text,) = turns()
     assert [(text.tokens, text.accepted_lengths, text.finish_reason)] == wanted
-    assert len(trees) > 2 and len(list(filter(None, rounds))) > 2
+    assert 2 < len(list(filter(None, rounds))) < text.rounds - 2
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+@pytest.mark.parametrize("shape", ["chain:3", "20x4x5"])
+def test_a_watcher_sees_the_plain_rounds_trees_paths_and_logits(shape, sampling, rounds):
+    def watched(pooled):
+        decoder, records = Decoder(*pair(pooled)), []
+        decoder.watch = records.append
+        request = Request(sampling=sampling, max_new_tokens=40, logprobs=2)
+        sequence = new_sequence([1, 2, 3], request, TreeShape.parse(shape), 5, decoder.target.config)
+        list(decoder.run_all([sequence]))
+        return sequence, records
+
+    (text, plain), (other, graphs) = watched(False), watched(True)
+    assert other.tokens == text.tokens and len(list(filter(None, rounds))) > 9
+    for ours, theirs in zip(other.logprobs, text.logprobs, strict=True):
+        assert ours.token == theirs.token and ours.logprob == pytest.approx(theirs.logprob, abs=1e-9)
+    for ours, theirs in zip(graphs, plain, strict=True):
+        assert (ours.tree.tokens, ours.tree.parents, ours.tree.depths) == (theirs.tree.tokens, theirs.tree.parents, theirs.tree.depths)
+        assert (ours.accepted, ours.committed) == (theirs.accepted, theirs.committed)
+        assert torch.allclose(ours.logits, theirs.logits, rtol=0, atol=1e-9)
 
 
 def test_a_text_that_ends_in_a_round_ends_there(rounds):
@@ -162,5 +183,6 @@ def test_a_round_asks_the_host_for_no_number(sampled):
 
     form = Round(Levels(TreeShape(20, 4, 5), 64, sampled, sampled), 64, (1, 2, 4))
     given = torch.zeros(4).long(), torch.ones(1).double(), torch.zeros(6).long(), torch.zeros(6, 96).double(), torch.arange(29)
-    told, features = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
-    assert told.shape == (7,) and told.dtype == torch.int64 and features.shape == (6, 96)
+    told, features, logits, nodes = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
+    assert told.shape == (2, 6) and told.dtype == torch.int64 and features.shape == (6, 96)
+    assert logits.shape == (20, 53) and nodes.shape == (4, 19)
