@@ -24,6 +24,7 @@ from eyas.files.target import reading_hash
 from eyas.kernels import native
 from eyas.kernels.linear import capability
 from eyas.methods import COPY
+from eyas.model.exactness import why_texts_may_part
 
 if TYPE_CHECKING:
     from eyas.serve.app import Server
@@ -140,6 +141,8 @@ async def served(server: Server, listening: socket.socket, options: argparse.Nam
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    if why := why_texts_may_part(server.engine.target):
+        print(f"eyas: other requests may change an answer's rounding: {why}", file=sys.stderr)
     server.scheduler.start()
     serving = asyncio.create_task(http.serve(sockets=[listening]))
     host, port = listening.getsockname()[:2]
