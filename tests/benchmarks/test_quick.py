@@ -289,6 +289,13 @@ def test_gpu_tree_attention(found):
     assert several["processes"] == 2 and several["keys"] == 512 and several["off_by"] < 0.02 and several["same_bits"]
 
 
+def test_serving(found):
+    told = found("serving")
+    for at_once in ("1 at once", "3 at once"):
+        assert told[at_once]["same_texts"] and told[at_once]["over_library"] > 0 and told[at_once]["first_token_ms"]["most"] > 0
+    assert told["second turn"]["without_ms"] > 0
+
+
 def test_acceptance(found):
     """Walking a draft along the target's texts finds the tau of the rounds that would have written them."""
     told = found("acceptance")

@@ -1,0 +1,164 @@
+"""What `eyas serve` makes of the library's rounds: tokens a second and seconds to the first token, beside the library's own batch.
+
+    python benchmarks/serving.py --prompts P.jsonl [--limit 32] [--at-once 1 4 16] [--max-new-tokens 100] [--temperature 0] [--out F.json]
+
+A server runs in a process of its own; so many clients each keep one streamed request under way until all prompts are asked. Then the
+library decodes the same prompts with a batch as large, in turn with the server `--repeats` times; the ratio is of the medians. All texts
+must be the same. Then the conversation goes on: how much of a second turn's prompt is read. `--quick` runs it on tiny random models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from common import KINDS, options, parsed, tell, tiny
+
+from eyas.bench.prompts import read_prompts
+from eyas.engine import load
+
+ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v1")
+
+
+class Answered(NamedTuple):
+    text: str
+    tokens: int
+    first: float  # seconds until the first piece of text
+    whole: float
+
+
+@contextlib.contextmanager
+def server(models: dict[str, str], slots: int) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own: where it listens."""
+    command = [sys.executable, "-m", "eyas", "serve", "--port", "0", "--slots", str(slots), "--queue", "1000"]
+    command += [word for name, value in models.items() for word in (f"--{name}", value)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if told := ADDRESS.search(line):
+                    threading.Thread(target=process.stderr.read, daemon=True).start()
+                    yield told[1], int(told[2])
+                    return
+            raise SystemExit("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def asked(address: tuple[str, int], body: dict[str, Any]) -> Answered:
+    """One streamed answer."""
+    connection = http.client.HTTPConnection(*address, timeout=600)
+    began, first, text, usage = time.perf_counter(), 0.0, "", 0
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    for line in connection.getresponse():
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        for choice in event.get("choices", []):
+            if piece := choice["delta"].get("content"):
+                first, text = first or time.perf_counter() - began, text + piece
+        usage = (event.get("usage") or {}).get("completion_tokens", usage)
+    connection.close()
+    return Answered(text, usage, first, time.perf_counter() - began)
+
+
+def load_of(address: tuple[str, int], bodies: Sequence[dict[str, Any]], at_once: int) -> tuple[list[Answered], float]:
+    """All answers, with so many requests under way, and the seconds that they took."""
+    waiting, found = SimpleQueue[int](), dict[int, Answered]()
+    for number in range(len(bodies)):
+        waiting.put(number)
+
+    def client() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                number = waiting.get_nowait()
+                found[number] = asked(address, bodies[number])
+
+    clients = [threading.Thread(target=client) for _ in range(at_once)]
+    began = time.perf_counter()
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join()
+    return [found[number] for number in range(len(bodies))], time.perf_counter() - began
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--repeats", type=int, default=2)
+    given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, limit=4, at_once=[1, 3], max_new_tokens=12, repeats=1)
+    models = {"target": str(tiny().target), "draft": str(tiny().draft)} if given.quick else {}
+    models["precision"] = given.precision
+    items = [item.prompt for item in read_prompts(str(given.prompts))[0][: given.limit]]
+    turns = [[{"role": "user", "content": item}] if isinstance(item, str) else list(item[:1]) for item in items]
+    bodies = [
+        {"messages": turn, "max_tokens": given.max_new_tokens, "temperature": given.temperature, "seed": number, "stream": True}
+        | {"stream_options": {"include_usage": True}}
+        for number, turn in enumerate(turns)
+    ]
+    engine = load(**models)
+    found: dict[str, Any] = {"prompts": len(turns), "max_new_tokens": given.max_new_tokens, "temperature": given.temperature}
+    with server(models, max(given.at_once)) as address:
+        load_of(address, bodies[:2], 1)  # what is made on first use is there
+        for at_once in given.at_once:
+            found[f"{at_once} at once"] = compared(engine, address, bodies, at_once, given)
+        found["second turn"] = second_turn(address, bodies)
+    tell(found, given.out)
+
+
+def compared(engine: Any, address: tuple[str, int], bodies: list[dict[str, Any]], at_once: int, given: Any) -> dict[str, Any]:
+    settings = {"max_new_tokens": given.max_new_tokens, "generation_config": "none"}
+    served, library, firsts, texts = [], [], [], list[str]()
+    for number in range(given.repeats):
+        fresh = [body | {"cache_prompt": False} for body in bodies]
+        answers, seconds = load_of(address, fresh, at_once)
+        served.append(sum(each.tokens for each in answers) / seconds)
+        firsts += [each.first for each in answers]
+        began = time.perf_counter()
+        if given.temperature == 0:
+            results = engine.generate([body["messages"] for body in bodies], batch=at_once, temperature=0.0, **settings)
+            library.append(sum(len(each.tokens) for each in results) / (time.perf_counter() - began))
+            texts = [each.text for each in results]
+        elif number == 0:
+            texts = [
+                engine.generate(body["messages"], seed=body["seed"], temperature=given.temperature, **settings).text for body in bodies
+            ]
+        assert [each.text for each in answers] == texts, "the server writes another text than the library"
+    told: dict[str, Any] = {"tokens_per_second": round(statistics.median(served), 1)}
+    if library:
+        told |= {"library": round(statistics.median(library), 1)}
+        told["over_library"] = round(statistics.median(served) / statistics.median(library), 3)
+    firsts.sort()
+    return told | {"first_token_ms": {"median": round(1e3 * firsts[len(firsts) // 2]), "most": round(1e3 * firsts[-1])}, "same_texts": True}
+
+
+def second_turn(address: tuple[str, int], bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds to the first token of a conversation's second turn, with and without what the first one left."""
+    body = bodies[0]
+    said = asked(address, body).text
+    turns = [*body["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "Tell me more."}]
+    again = {"messages": turns, "max_tokens": 4, "temperature": 0}
+    with_it, without = (asked(address, body | again | {"cache_prompt": cached}).first for cached in (True, False))
+    return {"first_token_ms": round(1e3 * with_it), "without_ms": round(1e3 * without)}
+
+
+if __name__ == "__main__":
+    main()
