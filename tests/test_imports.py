@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # each uses those above it and its own; those of one line do not use each other
     ("checks",),
+    ("http_json",),
     ("launched",),
     ("tree_shape",),
     ("config",),

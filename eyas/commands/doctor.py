@@ -12,15 +12,16 @@ from eyas.commands.common import draft_path, evidence_of
 from eyas.commands.output import progress, terminal
 from eyas.config import EyasError
 from eyas.diagnose.doctor import Diagnosis, diagnose
-from eyas.diagnose.served import checked_url, compare
+from eyas.diagnose.served import compare
 from eyas.formats.portable import TargetFiles
+from eyas.http_json import checked_url
 
 
 def run(options: argparse.Namespace) -> int:
     if options.tokens < 8:
         raise EyasError(f"tokens must be at least 8, not {options.tokens}")
     if options.engine_url:
-        checked_url(options.engine_url)
+        checked_url("--engine-url", options.engine_url)
     path = draft_path(options.draft)
     target = TargetFiles.of(options.target)
     evidence, embedding = evidence_of(target, options.tokens, options.chat_template_kwargs)

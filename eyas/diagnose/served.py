@@ -5,27 +5,21 @@ Knows how vLLM, SGLang and llama.cpp tell their acceptance; knows nothing of how
 
 from __future__ import annotations
 
-import json
 import re
-import urllib.error
-import urllib.request
 from collections import Counter
-from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from eyas.checks import is_number
-from eyas.config import GREEDY, PRECISIONS, EyasError, TreeShape, short
+from eyas.config import GREEDY, PRECISIONS, EyasError, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import without_draft
 from eyas.formats.portable import Draft, TargetFiles
+from eyas.http_json import Api, checked_url
 from eyas.measure.agreement import QUESTIONS
 
 NEW_TOKENS = 100
 FAR = 0.1  # relative difference of tau that is more than other kernels and another rounding explain
-TIMEOUT = 300
-EXAMPLE = "http://127.0.0.1:8000"
 VLLM = re.compile(r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)(?:_total)?(?:\{[^}]*\})? ([0-9.e+]+)$", re.M)
 
 
@@ -51,36 +45,6 @@ class Served(NamedTuple):
     new_tokens: int
 
 
-def call(url: str, body: dict[str, Any] | None = None) -> Any:
-    """JSON, or text where it is none."""
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            text = answer.read().decode()
-    except urllib.error.HTTPError as error:
-        raise EyasError(f"{url} answered {error.code} ({short(error.read()[:200].decode(errors='replace'))})") from None
-    except (OSError, ValueError, HTTPException) as error:
-        why = short(str(error) or type(error).__name__)
-        raise EyasError(f"{url} cannot be reached ({why}); give the address of a running engine, as {EXAMPLE}") from None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def checked_url(url: str) -> str:
-    """The address of an engine, without what its API's paths begin with. Raises `EyasError` for what is no such address."""
-    try:
-        parts = urlsplit(url)
-        well = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        well = False
-    if not well or not url.isprintable() or " " in url:
-        raise EyasError(f"--engine-url {short(url)} is no address of an engine; give one like {EXAMPLE}")
-    return url.rstrip("/").removesuffix("/v1")
-
-
 def held(value: Any) -> dict[str, Any]:
     """The value, where it is an object; else an empty one: a server may answer anything."""
     return value if isinstance(value, dict) else {}
@@ -90,25 +54,25 @@ def count(value: Any) -> int:
     return int(value) if is_number(value) and value > 0 else 0
 
 
-def optional(url: str) -> Any:
-    """What `call` returns for a page, or None where the server has no such page."""
+def optional(api: Api, path: str) -> Any:
+    """What the server answers, or None where it has no such page."""
     try:
-        return call(url)
+        return api.call(path)
     except EyasError:
         return None
 
 
-def vllm_counts(url: str) -> Counts | None:
-    page = optional(f"{url}/metrics")
+def vllm_counts(api: Api) -> Counts | None:
+    page = optional(api, "/metrics")
     totals: dict[str, float] = {}
     for name, value in VLLM.findall(page if isinstance(page, str) else ""):
         totals[name] = totals.get(name, 0) + float(value)
     return Counts(*(totals.get(name, 0) for name in ("drafts", "draft_tokens", "accepted_tokens"))) if totals else None
 
 
-def sglang_told(url: str) -> tuple[float, TreeShape] | None:
+def sglang_told(api: Api) -> tuple[float, TreeShape] | None:
     """Mean accepted length (over all that the server has answered since it began) and tree, as SGLang's server tells them."""
-    told = optional(f"{url}/server_info") or optional(f"{url}/get_server_info")
+    told = optional(api, "/server_info") or optional(api, "/get_server_info")
     if not isinstance(told, dict) or not told.get("speculative_algorithm"):
         return None
     states = told.get("internal_states")
@@ -120,17 +84,17 @@ def sglang_told(url: str) -> tuple[float, TreeShape] | None:
 
 def ask(url: str) -> Served:
     """Ask the server the questions, greedily, one after the other."""
-    url = checked_url(url)
-    entries = held(call(f"{url}/v1/models")).get("data")
+    api = Api(url := checked_url("--engine-url", url))
+    entries = held(api.call("/v1/models")).get("data")
     name = held(entries[0]).get("id") if isinstance(entries, list) and entries else None
     if not isinstance(name, str):
         raise EyasError(f"{url}/v1/models lists no model; is this an OpenAI-compatible engine?")
-    before = vllm_counts(url)
+    before = vllm_counts(api)
     drafted = accepted = written = 0
     prompts = []
     for question in QUESTIONS:
         body = {"model": name, "temperature": 0, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": question}]}
-        answer = call(f"{url}/v1/chat/completions", body)
+        answer = api.call("/v1/chat/completions", body)
         if not isinstance(answer, dict):
             raise EyasError(f"{url}/v1/chat/completions answered with something else than JSON; is this an OpenAI-compatible engine?")
         usage, timings = held(answer.get("usage")), held(answer.get("timings"))
@@ -138,14 +102,14 @@ def ask(url: str) -> Served:
         written += count(usage.get("completion_tokens"))
         drafted += count(timings.get("draft_n"))
         accepted += count(timings.get("draft_n_accepted"))
-    if before is not None and (after := vllm_counts(url)) is not None:
+    if before is not None and (after := vllm_counts(api)) is not None:
         counts = Counts(*(now - then for now, then in zip(after, before, strict=True)))
         return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
     if drafted:  # llama.cpp: each round writes one token more than it accepted, the first token comes from the prompt
         rounds = max(written - len(QUESTIONS) - accepted, 1)
         counts = Counts(rounds, drafted, accepted)
         return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
-    if told := sglang_told(url):
+    if told := sglang_told(api):
         return Served(*told, prompts, written)
     return Served(None, None, prompts, written)
 
