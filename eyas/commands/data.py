@@ -17,11 +17,13 @@ from rich.console import Console
 
 from eyas.bench.prompts import read_prompts
 from eyas.commands.output import progress
-from eyas.config import DISK_SHARE, EyasError, TargetConfig, TrainSettings
+from eyas.config import DISK_SHARE, PRECISIONS, EyasError, TargetConfig, TrainSettings
 from eyas.files.chat_data import Conversation
 from eyas.files.chat_template import check_read
 from eyas.files.disk import file_hash
+from eyas.files.target import load_target
 from eyas.files.tokenizer import check_known, encoded, load_tokenizer
+from eyas.model.protocols import TargetModel
 from eyas.train.build import Studied
 from eyas.train.conversations import MIN_ANSWER_TOKENS, Document, causes, documents, read_conversations, truncate
 from eyas.train.decontaminate import all_grams, decontaminated, meets
@@ -30,7 +32,7 @@ from eyas.train.questions import Asked, SelfPlay
 from eyas.train.shards import PATTERN, Counts, check_shards, counts_of, data_folder, settings_of_folder
 from eyas.train.template import Template
 from eyas.train.texts import check_text, text_examples
-from eyas.train.writers import Limit, nothing_kept, write_own_data
+from eyas.train.writers import Limit, nothing_kept, write_own_data, writing_precision
 
 MOST_CAUSES = 8  # why conversations were skipped: so many causes are named
 FOREIGN = (
@@ -303,17 +305,28 @@ def slow_start(words: OwnWords) -> Callable[[int, Console], None]:
 
 
 def from_text(
-    options: argparse.Namespace, words: OwnWords, settings: TrainSettings, before: dict[str, Any] | None
+    files: Sequence[Path],
+    words: OwnWords,
+    settings: TrainSettings,
+    before: dict[str, Any] | None,
+    apart: Sequence[str],
+    named: Callable[[Path], str] = lambda path: path.name,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of the files of self-written text, and what they are. A resumed run has the files that it began with."""
-    paths = [Path(path).expanduser().resolve() for path in dict.fromkeys(options.text)]
-    texts = [check_text(path, words.play) for path in paths]
-    told = {"texts": [{"file": path.name, "sha256": file_hash(path)} for path in paths]}
+    """Examples of files of self-written text, and what they are. A resumed run has the files that it began with. `named`: as which a file
+    is told."""
+    texts = [check_text(path, words.play) for path in files]
+    told = {"texts": [{"file": named(path), "sha256": file_hash(path)} for path in files]}
     if before and before["facts"]["data"].get("texts") != told["texts"]:
         raise EyasError("the run was trained on other text; resume with the same --text, or train anew into another --out")
     counts = sum((text.counts for text in texts), Counts())
     settled = [found for text in texts for found in text.settings]
-    return self_written(text_examples(paths, settings.max_length), counts, settled, told, words.template, options.apart)
+    return self_written(text_examples(files, settings.max_length), counts, settled, told, words.template, apart)
+
+
+def reading_target(studied: Studied, device: str) -> TargetModel:
+    """The target as it reads text that it wrote: in the number format in which it writes."""
+    precision = writing_precision() if device.startswith("cpu") else PRECISIONS[0]
+    return load_target(studied.directory, precision, device).prepare()
 
 
 def shard_facts(

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from rich.console import Console
 from eyas.bench.prompts import PromptItem
 from eyas.bench.report import print_result
 from eyas.bench.speed import parse_methods, run_bench
-from eyas.commands.data import OwnWords, disk_limit, evaluation_prompts, free_space, own_words, shard_facts, slow_start
+from eyas.commands.data import OwnWords, disk_limit, evaluation_prompts, free_space, own_words, reading_target, shard_facts, slow_start
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import progress, terminal
+from eyas.commands.writer import check_writer, earlier_text, let_write, say_own_share, written_text
 from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.decode.prompt import Prompt
 from eyas.engine import Engine, load
@@ -33,7 +35,7 @@ from eyas.files.target import load_target, target_directory
 from eyas.train import trainer as training
 from eyas.train.build import Setup, Studied, build, with_trees
 from eyas.train.card import CARD, PICTURE, card
-from eyas.train.features import Example, ShardStates, StateSource
+from eyas.train.features import Example, ShardStates, StateSource, kept_states
 from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
 from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import PATTERN, Counts, counts_of
@@ -60,6 +62,7 @@ class Run:
     written_minutes: float = 0.0
     finished: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    writer: bool = False  # whether an engine that runs already writes
 
     @classmethod
     def begun(cls, out: Path, wanted: Run) -> Run:
@@ -73,7 +76,7 @@ class Run:
             found = cls(**json.loads((out / RUN).read_text()))
         except (OSError, ValueError, TypeError):
             raise EyasError(f"{out / RUN} cannot be read; choose another --out") from None
-        names = ("target_sha256", "hours", "seed_prompts", "chat_template_kwargs")
+        names = ("target_sha256", "hours", "seed_prompts", "chat_template_kwargs", "writer")
         pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
         told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
         if told:
@@ -123,6 +126,9 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"--hours {options.hours:g} is too short to train anything; give at least {LEAST_HOURS:g}")
     if options.hours > MOST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is longer than anything runs; give at most {MOST_HOURS:g}")
+    check_writer(options)
+    if options.writer and options.dry_run:
+        raise EyasError("--dry-run measures how fast the target writes here, and --writer lets an engine write; leave one of them out")
     out = Path(options.out).expanduser().resolve()
     recover_directory(out)
     studied = Studied.at(target_directory(options.model), None, options.chat_template_kwargs)
@@ -130,7 +136,13 @@ def run(options: argparse.Namespace) -> int:
     console = terminal(stderr=True)
     evaluation_prompts(options.apart)  # hours of writing come first: a file that cannot be read is said before
     words = own_words(studied, options.seed_prompts, None, console)
-    wanted = Run(words.play.target, options.hours, words.play.seed_prompts, chat_template_kwargs=studied.chat_template_kwargs)
+    wanted = Run(
+        words.play.target,
+        options.hours,
+        words.play.seed_prompts,
+        chat_template_kwargs=studied.chat_template_kwargs,
+        writer=options.writer is not None,
+    )
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
@@ -155,17 +167,31 @@ def run(options: argparse.Namespace) -> int:
 def trained(options: argparse.Namespace, job: Job, state: Run, console: Console) -> list[str]:
     """Write and train, or go on with it; returns held-out questions to measure with."""
     before = training.read_checkpoint(job.out) if (job.out / training.CHECKPOINT).exists() else None
-    if before is None:
-        write(job, state, disk_limit(options.disk, job.words.folder), console)
-    shards = sorted(job.words.folder.glob(PATTERN))
-    examples, data = shard_facts(shards, [job.words.folder], job.settings, before, job.words.template, options.apart)
+    examples, source, data = text_of(options, job, state, before, console)
     facts = {**data, **job.studied.facts(), "command": again(options)}
-    trainer = build(job.setup(examples, ShardStates(), facts, lambda line: console.print(line, soft_wrap=True)))
+    trainer = build(job.setup(examples, source, facts, lambda line: console.print(line, soft_wrap=True)))
     with_trees(trainer, job.studied.directory)
     if before is not None:
         trainer.resume(before)
     follow(trainer, training.Budget(minutes=60 * TRAINING * job.hours), console)
     return questions_of(trainer.held_out, trainer.examples, job.words.template)
+
+
+def text_of(
+    options: argparse.Namespace, job: Job, state: Run, before: dict[str, Any] | None, console: Console
+) -> tuple[list[Example], StateSource, dict[str, Any]]:
+    """Examples, written now where none were trained on before; where their states come from, and what they are."""
+    if options.writer:
+        path = earlier_text(before) if before else write_by_engine(options, job, state, console)
+        examples, data = written_text(options, job.words, job.settings, before, path)
+        source = kept_states(reading_target(job.studied, "cpu"), job.studied.taps, examples)
+        say_own_share(source, examples, data, console)
+        return examples, source, data
+    if before is None:
+        write(job, state, disk_limit(options.disk, job.words.folder), console)
+    shards = sorted(job.words.folder.glob(PATTERN))
+    examples, data = shard_facts(shards, [job.words.folder], job.settings, before, job.words.template, options.apart)
+    return examples, ShardStates(), data
 
 
 def dry_run(job: Job, console: Console) -> int:
@@ -190,21 +216,14 @@ def make_directory(out: Path) -> None:
 
 def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
     """Let the target write for its share of the time; what an earlier run of the same settings wrote is there already."""
-    minutes = 60 * WRITING * state.hours
-    started, before = time.monotonic(), state.written_minutes
-    with progress(console) as bar:
-        task = bar.add_task("the target writes", total=minutes, told="0 answer tokens")
-        note = slow_start(job.words)
+    note = slow_start(job.words)
+    with writing("the target writes", job, state, console) as (left, report):
 
-        def report(written: int) -> None:
-            state.written_minutes = before + (time.monotonic() - started) / 60
-            state.save(job.out)
-            bar.update(task, completed=state.written_minutes, told=f"{written:,} answer tokens")
-            note(written, bar.console)
+        def told(written: int) -> None:
+            report(written)
+            note(written, console)
 
-        shards = job.words.write(Limit(minutes=minutes - before, bytes=most_bytes), job.workers, report)
-    state.written_minutes = max(state.written_minutes, minutes)
-    state.save(job.out)
+        shards = job.words.write(Limit(minutes=left, bytes=most_bytes), job.workers, told)
     counts = sum(map(counts_of, shards), Counts())
     console.print(
         f"the target has written {counts.answer_tokens} answer tokens in {job.words.folder} ({counts.bytes / 1e9:.1f} GB); "
@@ -212,6 +231,30 @@ def write(job: Job, state: Run, most_bytes: float, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def write_by_engine(options: argparse.Namespace, job: Job, state: Run, console: Console) -> Path:
+    """The same by an engine; the file of its text."""
+    with writing("the engine writes", job, state, console) as (left, report):
+        return let_write(options, job.words, Limit(minutes=left), report, console)
+
+
+@contextmanager
+def writing(who: str, job: Job, state: Run, console: Console) -> Iterator[tuple[float, Callable[[int], None]]]:
+    """The minutes that are left for writing, and what is called with the answer tokens that there are; the minutes spent are noted."""
+    minutes = 60 * WRITING * state.hours
+    started, before = time.monotonic(), state.written_minutes
+    with progress(console) as bar:
+        task = bar.add_task(who, total=minutes, told="0 answer tokens")
+
+        def report(written: int) -> None:
+            state.written_minutes = before + (time.monotonic() - started) / 60
+            state.save(job.out)
+            bar.update(task, completed=state.written_minutes, told=f"{written:,} answer tokens")
+
+        yield minutes - before, report
+    state.written_minutes = max(state.written_minutes, minutes)
+    state.save(job.out)
 
 
 def questions_of(held_out: Sequence[Example], trained: Sequence[Example], template: Template) -> list[str]:

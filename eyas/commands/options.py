@@ -98,6 +98,19 @@ def disk(command: argparse.ArgumentParser) -> None:
     command.add_argument("--disk", type=float, metavar="GB", help="most that self-written data may take (default: half of what is free)")
 
 
+def writer(command: argparse.ArgumentParser) -> None:
+    """Options about an engine that runs already and writes in the target's place."""
+    told = "an OpenAI-compatible engine that serves the target (vLLM, SGLang, llama.cpp's server), which writes the text: http://HOST:PORT"
+    command.add_argument("--writer", metavar="URL", help=told)
+    command.add_argument("--writer-model", metavar="NAME", help="the target's name there (default: the only model that it serves)")
+    command.add_argument(
+        "--writer-requests",
+        type=int,
+        metavar="N",
+        help="conversations that it writes at a time (default: as many as llama.cpp's server has slots; 32 for others)",
+    )
+
+
 def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
     command.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
     command.add_argument("--draft", help="draft directory, or `bundled` (default: the bundled one for the embedded target)")

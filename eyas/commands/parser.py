@@ -22,6 +22,7 @@ from eyas.commands.options import (
     plugin,
     seed_prompts,
     template_kwargs,
+    writer,
 )
 from eyas.config import SELF_PLAY_TOKENS, TRAIN_MINUTES, TrainSettings
 from eyas.methods import trained
@@ -96,6 +97,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     new.add_argument("--hours", type=float, required=True, help="for writing, training and measuring together")
     new.add_argument("--out", required=True, help="directory of the draft; the same command goes on there after a stop")
     seed_prompts(new)
+    writer(new)
     apart(new)
     disk(new)
     template_kwargs(new)
@@ -155,6 +157,7 @@ def text_options(train: argparse.ArgumentParser) -> None:
     )
     seed_prompts(train)
     train.add_argument("--regenerate", action="store_true", help="keep only --data's user turns: the target answers them anew")
+    writer(train)
     apart(train)
     disk(train)
     train.add_argument(

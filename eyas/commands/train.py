@@ -15,24 +15,23 @@ from typing import Any
 from rich.console import Console
 
 from eyas.commands.common import draft_path
-from eyas.commands.data import evaluation_prompts, from_conversations, from_self_play, from_text, own_words
+from eyas.commands.data import evaluation_prompts, from_conversations, from_self_play, from_text, own_words, reading_target
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
-from eyas.config import PRECISIONS, PRODUCTS, SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
+from eyas.commands.writer import check_writer, from_writer, say_own_share
+from eyas.config import PRODUCTS, SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
 from eyas.files.eagle3_files import check_fits, config_from_file
 from eyas.files.target import check_device, load_target, target_config, target_directory
 from eyas.files.tokenizer import load_tokenizer
 from eyas.methods import METHODS, method_named, trained
-from eyas.model.protocols import TargetModel
 from eyas.train import trainer as training
 from eyas.train.build import TREE, Setup, Studied, build, check_earlier, check_products, earlier_facts, with_trees
 from eyas.train.features import Example, ShardStates, StateSource, kept_states
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
-from eyas.train.writers import writing_precision
 
 SHAPE = ("fc_norm", "norm_output", "draft_layers")
 EAGLE_3 = ("top_layer_only", "random_head", "induction", *SHAPE)
@@ -44,6 +43,7 @@ ONLY_OF = dict.fromkeys(EAGLE_3, "eagle3") | {"token_left_out": "eagle1"}
 def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     budget = budget_from(options)
+    check_writer(options)
     check_device(options.device)
     ranks = Ranks.join(options.device)
     try:
@@ -115,22 +115,29 @@ def data_of(
     if options.data and not options.regenerate:
         examples, facts = from_conversations(Path(options.data), studied, settings, console, options.apart)
         return examples, None, facts
-    words = own_words(studied, options.seed_prompts, options.data, console)
+    words, wanted = own_words(studied, options.seed_prompts, options.data, console), options.self_play or SELF_PLAY_TOKENS
     if options.text:
-        examples, facts = from_text(options, words, settings, before)
-        return examples, kept_states(reading_target(studied, device_of(options.device, ranks)), studied.taps, examples), facts
+        files = [Path(path).expanduser().resolve() for path in dict.fromkeys(options.text)]
+        examples, facts = from_text(files, words, settings, before, options.apart)
+        return examples, read_here(options, studied, examples, ranks), facts
     if not ranks.first:
         ranks.wait()  # while the first lets the target write; then what it needs is there
-    examples, facts = from_self_play(options, words, settings, options.self_play or SELF_PLAY_TOKENS, workers_of(options), before)
+    if options.writer:
+        examples, facts = from_writer(options, words, settings, wanted, before, console)
+    else:
+        examples, facts = from_self_play(options, words, settings, wanted, workers_of(options), before)
     if ranks.first:
         ranks.wait()
-    return examples, ShardStates(), facts
+    if not options.writer:
+        return examples, ShardStates(), facts
+    source = read_here(options, studied, examples, ranks)
+    say_own_share(source, examples, facts, console)
+    return examples, source, facts
 
 
-def reading_target(studied: Studied, device: str) -> TargetModel:
-    """The target as it reads text that it wrote: in the number format in which it writes."""
-    precision = writing_precision() if device.startswith("cpu") else PRECISIONS[0]
-    return load_target(studied.directory, precision, device).prepare()
+def read_here(options: argparse.Namespace, studied: Studied, examples: list[Example], ranks: Ranks) -> StateSource:
+    """The target reads the examples here, and its states are kept."""
+    return kept_states(reading_target(studied, device_of(options.device, ranks)), studied.taps, examples)
 
 
 # ---- options ----
@@ -149,6 +156,8 @@ def check_together(options: argparse.Namespace, settings: TrainSettings, studied
         raise EyasError("--data brings conversations, --shards, --self-play and --seed-prompts are about text the target writes; choose")
     if options.text and (options.data or options.shards or options.self_play or options.seed_prompts):
         raise EyasError("--text brings text that the target wrote before, --data, --shards, --self-play and --seed-prompts other; choose")
+    if options.writer and (options.text or options.shards or (options.data and not options.regenerate)):
+        raise EyasError("--writer lets an engine write the text; --text, --shards and --data without --regenerate bring it; choose")
 
 
 def workers_of(options: argparse.Namespace) -> int:

@@ -45,7 +45,11 @@ class Conversation:
 
     def last_answer(self) -> list[int]:
         """The tokens of its last answer, without the one that ended it."""
-        return self.tokens[self.answers[-1].start : self.answers[-1].stop - 1]
+        return self.answer(-1)
+
+    def answer(self, number: int) -> list[int]:
+        """The tokens of a finished answer, without the one that ended it."""
+        return self.tokens[self.answers[number].start : self.answers[number].stop - 1]
 
 
 class Dialogues:
@@ -80,10 +84,14 @@ class Dialogues:
 
     def ask(self, row: Conversation) -> None:
         """Append the next given question, and open its answer."""
-        longest = self.capacity // 2 if self.settings.regenerate else self.settings.longest_question
-        row.waiting = row.waiting + self.template.tokens(row.asked[0])[:longest]
+        row.waiting = row.waiting + self.given_tokens(row.asked[0])
         row.asked = row.asked[1:]
         self.open_answer(row)
+
+    def given_tokens(self, question: str) -> list[int]:
+        """The tokens of a given question, as many as are asked."""
+        longest = self.capacity // 2 if self.settings.regenerate else self.settings.longest_question
+        return self.template.tokens(question)[:longest]
 
     def open_answer(self, row: Conversation) -> None:
         """Close the question with the template, so that the next token drawn is an answer's first."""

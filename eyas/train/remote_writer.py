@@ -1,0 +1,267 @@
+"""A server writes a text, many conversations at once, each noted as soon as it is whole: nothing is lost but what is under way.
+
+The rules are self-play's (dialogue.py): a part that the server sends is taken token by token, and what lies beyond a rule's end is left
+out. Knows threads, the rules and the folder where it is noted; knows nothing of HTTP (remote.py asks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from eyas.config import EyasError
+from eyas.train.dialogue import Conversation, Dialogues
+from eyas.train.questions import Asked, SelfPlay
+from eyas.train.remote import Server
+from eyas.train.shards import Counts, Written, claim_folder, data_folder
+from eyas.train.texts import write_text
+from eyas.train.writers import GRACE, Limit
+
+JOURNAL = "conversations.jsonl"
+SHORT = 64  # conversations one after the other of which nothing is kept: then nothing will be
+
+
+@dataclass(frozen=True)
+class RemotePlay(SelfPlay):
+    """The settings of text that a server writes."""
+
+    writer: str = ""  # the model's name there
+
+    @classmethod
+    def of(cls, settings: SelfPlay, server: Server) -> RemotePlay:
+        """The same settings for a server. One that cannot be let write questions is given all of them; raises `EyasError` where there are
+        none to give."""
+        if server.chat_only and not settings.seed_prompts:
+            raise EyasError(
+                f"{server.api.url} has no /v1/completions, so it cannot be let write questions; give some with --seed-prompts F.jsonl or "
+                "--data F --regenerate"
+            )
+        told: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        if server.chat_only:
+            told["seeded_share"] = 1.0
+        return cls(**told, writer=server.model)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A conversation that is over. One that was dropped has no tokens."""
+
+    index: int
+    tokens: list[int]
+    spans: list[list[int]]  # where each answer begins, and where it has ended
+    temperature: float
+    looped: bool
+
+    @classmethod
+    def of(cls, row: Conversation, kept: bool) -> Noted:
+        spans = [[places.start, places.stop] for places in row.answers] if kept else []
+        return cls(row.index, row.tokens if kept else [], spans, row.start.temperature, row.looped and kept)
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+    def last_answer(self) -> list[int]:
+        """What the next conversation may ask about: the last answer's tokens, without the one that ended it; none where it looped."""
+        return self.tokens[self.spans[-1][0] : self.spans[-1][1] - 1] if self.spans and not self.looped else []
+
+    def written(self) -> Written:
+        numbers = [-1] * len(self.tokens)
+        for number, (start, stop) in enumerate(self.spans):
+            numbers[start:stop] = [number] * (stop - start)
+        return Written(self.tokens, numbers, self.temperature)
+
+
+class Journal:
+    """The conversations of a folder, a line each, in the order in which they ended. Threads may note at once; a line that a kill cut short
+    is left out, and so is a conversation that stands there again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.noted: dict[int, Noted] = {}
+        self.first = 0  # so many of the first conversations are there, none left out,
+        self.held = 0  # with so many answer tokens
+        self.answer_tokens = 0  # of all
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            if (found := read_line(line)) is not None:
+                self.take(found)
+        try:
+            self.file = path.open("a")
+        except OSError as error:
+            raise EyasError(f"cannot write {path} ({error.strerror})") from None
+        if lines and not path.read_bytes().endswith(b"\n"):
+            self.file.write("\n")
+
+    def add(self, noted: Noted) -> Noted:
+        with self.lock:
+            try:
+                self.file.write(json.dumps(asdict(noted), separators=(",", ":")) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise EyasError(f"cannot write {self.path} ({error.strerror})") from None
+            self.take(noted)
+        return noted
+
+    def take(self, noted: Noted) -> None:
+        if noted.index not in self.noted:
+            self.noted[noted.index] = noted
+            self.answer_tokens += noted.answer_tokens
+        while self.first in self.noted:
+            self.held += self.noted[self.first].answer_tokens
+            self.first += 1
+
+    def close(self) -> None:
+        with self.lock:
+            self.file.close()
+
+    def kept(self) -> int:
+        """How many conversations there are to train on."""
+        with self.lock:
+            return sum(bool(noted.tokens) for noted in self.noted.values())
+
+    def in_order(self, tokens: float) -> list[Noted]:
+        """The first conversations, none left out, that together hold `tokens` answer tokens; all of them where that is no number. To take
+        those that end first would be to take short ones."""
+        found: list[Noted] = []
+        held = 0
+        with self.lock:
+            for index in sorted(self.noted):
+                if held >= tokens:
+                    break
+                found.append(self.noted[index])
+                held += found[-1].answer_tokens
+        return found
+
+
+def read_line(line: str) -> Noted | None:
+    try:
+        return Noted(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+class Crew:
+    """Threads that write conversations `indices` with a server, `at_once` of them."""
+
+    def __init__(self, server: Server, dialogues: Dialogues, journal: Journal, indices: Iterator[int], at_once: int) -> None:
+        self.server, self.dialogues, self.journal = server, dialogues, journal
+        self.runs, self.lock = dialogues.runs(indices), threading.Lock()
+        self.ended = threading.Event()
+        self.error: BaseException | None = None  # what ended one of them
+        self.short = 0  # conversations since one was kept
+        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(at_once)]
+
+    def run(self, done: Callable[[], bool], report: Callable[[], None]) -> None:
+        """Write until it is done, until there is nothing more to ask, or until a thread fails; then the requests under way are ended."""
+        for thread in self.threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in self.threads) and not done():
+                self.ended.wait(0.2)
+                report()
+                if self.error:
+                    break
+        finally:
+            self.ended.set()
+            self.server.api.close()
+
+    def work(self) -> None:
+        try:
+            while not self.ended.is_set():
+                with self.lock:
+                    run = next(self.runs, None)
+                if run is None:
+                    return
+                self.write(run)
+        except BaseException as error:
+            self.error = self.error or (None if self.ended.is_set() else error)
+            self.ended.set()
+
+    def write(self, run: Sequence[int]) -> None:
+        """Write conversations that follow one another, without those that are there."""
+        text: list[int] = []
+        for index in run:
+            noted = self.journal.noted.get(index) or self.journal.add(self.converse(index, text))
+            text = noted.last_answer()
+
+    def converse(self, index: int, text: Sequence[int]) -> Noted:
+        row = self.dialogues.begin(index, text)
+        while not self.take(row, self.server.go_on(row, self.dialogues, self.room(row))):
+            pass
+        kept = self.dialogues.finish(row)
+        with self.lock:
+            self.short = 0 if kept else self.short + 1
+            if self.short >= SHORT:
+                raise EyasError(
+                    f"{self.server.api.url} gives no text to speak of: {SHORT} conversations in a row were dropped as too short"
+                )
+        return Noted.of(row, kept)
+
+    def room(self, row: Conversation) -> int:
+        """How many tokens the question or answer under way may have yet."""
+        settings, read = self.dialogues.settings, len(row.tokens) + len(row.waiting)
+        longest = settings.longest_question + 1 if row.asking else settings.longest_answer
+        return max(1, min(row.part + longest, self.dialogues.capacity - 1) - read)
+
+    def take(self, row: Conversation, tokens: Sequence[int]) -> bool:
+        """Take tokens as far as the conversation goes on with them. Says whether it is over."""
+        for token in tokens:
+            if self.dialogues.go_on(row, token):
+                return True
+            if row.waiting != [token]:  # a rule has opened what comes next
+                return False
+        return False
+
+
+def write_remotely(
+    server: Server, settings: RemotePlay, given: Sequence[Asked], capacity: int, limit: Limit, at_once: int, report: Callable[[int], None]
+) -> Path:
+    """Let a server write until `limit`, where the folder does not hold enough already. A file of text (texts.py): the first conversations
+    that hold the limit's tokens, or all. `capacity`: tokens of a conversation at most. Raises `EyasError` where the server stops before,
+    which says what is kept."""
+    folder = data_folder(settings)
+    claim_folder(folder, settings)
+    journal = Journal(folder / JOURNAL)
+    deadline = time.monotonic() + 60 * limit.minutes
+    dialogues = Dialogues(server.template, settings, given, min(settings.longest, capacity, server.context or capacity))
+    crew = Crew(server, dialogues, journal, iter(range(len(given))) if settings.regenerate else itertools.count(), at_once)
+
+    def done() -> bool:
+        over = time.monotonic() - deadline
+        return journal.held >= limit.tokens or over >= 60 * GRACE or (over >= 0 and journal.kept() > 1)
+
+    def tell() -> None:
+        report(int(min(journal.answer_tokens, limit.tokens)))
+
+    tell()
+    try:
+        if not done():
+            crew.run(done, tell)
+    finally:
+        journal.close()
+    if crew.error and not done():
+        if not isinstance(crew.error, EyasError):
+            raise crew.error
+        raise EyasError(f"{crew.error}; {journal.answer_tokens:,} answer tokens are kept, and the same command goes on with them")
+    return packed(journal.in_order(limit.tokens), settings, folder)
+
+
+def packed(conversations: Sequence[Noted], settings: RemotePlay, folder: Path) -> Path:
+    """A file of text with these conversations. The same ones are in the same file, so that a run finds those that it began with."""
+    kept = [noted for noted in conversations if noted.tokens]
+    if not kept:
+        raise EyasError(f"the server wrote nothing to train on: {len(conversations)} conversations were dropped as too short")
+    answer_tokens, looped = sum(noted.answer_tokens for noted in kept), sum(noted.looped for noted in kept)
+    name = hashlib.sha256(repr([(noted.index, noted.tokens) for noted in kept]).encode()).hexdigest()[:12]
+    path = folder / f"text-{name}.safetensors"
+    counts = Counts(answer_tokens, len(conversations) - len(kept), looped)
+    write_text([noted.written() for noted in kept], [json.loads(json.dumps(asdict(settings)))], counts, path)
+    return path
