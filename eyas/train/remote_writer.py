@@ -89,6 +89,7 @@ class Journal:
         self.first = 0  # so many of the first conversations are there, none left out,
         self.held = 0  # with so many answer tokens
         self.answer_tokens = 0  # of all
+        self.last = -1  # the highest number of one that is there
         lines = path.read_text().splitlines() if path.exists() else []
         for line in lines:
             if (found := read_line(line)) is not None:
@@ -114,6 +115,7 @@ class Journal:
         if noted.index not in self.noted:
             self.noted[noted.index] = noted
             self.answer_tokens += noted.answer_tokens
+            self.last = max(self.last, noted.index)
         while self.first in self.noted:
             self.held += self.noted[self.first].answer_tokens
             self.first += 1
@@ -149,10 +151,11 @@ def read_line(line: str) -> Noted | None:
 
 
 class Crew:
-    """Threads that write conversations `indices` with a server, `at_once` of them."""
+    """Threads that write conversations `indices` with a server, `at_once` of them, until there are so many `tokens` of answers. Then those
+    that are under way end, and what is missing before them is written, but no other is begun."""
 
-    def __init__(self, server: Server, dialogues: Dialogues, journal: Journal, indices: Iterator[int], at_once: int) -> None:
-        self.server, self.dialogues, self.journal = server, dialogues, journal
+    def __init__(self, server: Server, dialogues: Dialogues, journal: Journal, indices: Iterator[int], tokens: float, at_once: int) -> None:
+        self.server, self.dialogues, self.journal, self.tokens = server, dialogues, journal, tokens
         self.runs, self.lock = dialogues.runs(indices), threading.Lock()
         self.ended = threading.Event()
         self.error: BaseException | None = None  # what ended one of them
@@ -178,7 +181,7 @@ class Crew:
             while not self.ended.is_set():
                 with self.lock:
                     run = next(self.runs, None)
-                if run is None:
+                if run is None or (self.journal.answer_tokens >= self.tokens and run[0] > self.journal.last):
                     return
                 self.write(run)
         except BaseException as error:
@@ -232,7 +235,8 @@ def write_remotely(
     journal = Journal(folder / JOURNAL)
     deadline = time.monotonic() + 60 * limit.minutes
     dialogues = Dialogues(server.template, settings, given, min(settings.longest, capacity, server.context or capacity))
-    crew = Crew(server, dialogues, journal, iter(range(len(given))) if settings.regenerate else itertools.count(), at_once)
+    indices = iter(range(len(given))) if settings.regenerate else itertools.count()
+    crew = Crew(server, dialogues, journal, indices, limit.tokens, at_once)
 
     def done() -> bool:
         over = time.monotonic() - deadline

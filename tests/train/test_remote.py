@@ -107,6 +107,17 @@ def test_the_first_conversations_are_taken_and_not_the_shortest():
     assert found == wanted[: len(found)] and len(found) < len(wanted)
 
 
+def test_where_there_is_enough_no_other_conversation_is_begun(tmp_path):
+    """But those that are missing before the last are written: they are longer than those that ended."""
+    wanted = written_by(Engine(target()))
+    (path,) = tmp_path.rglob(JOURNAL)
+    lines = {json.loads(line)["index"]: line for line in path.read_text().splitlines()}
+    path.write_text("".join(lines[index] + "\n" for index in (2, 5, 6)))
+    held = Journal(path).answer_tokens
+    found = written_by(Engine(target()), limit=Limit(tokens=held), at_once=2)
+    assert found == wanted[: len(found)] and max(Journal(path).noted) == 6
+
+
 def test_text_of_an_engine_that_tells_no_tokens_is_tokenized_here():
     engine = Engine(target(), "plain")
     engine.says = "An owl flies."
@@ -178,7 +189,8 @@ def broken(number: int, path: str) -> Reply | None:
     return None if number % 3 == 0 or path != "/v1/completions" else ways[number % len(ways)]
 
 
-def test_what_may_be_answered_later_is_asked_again():
+def test_what_may_be_answered_later_is_asked_again(monkeypatch):
+    monkeypatch.setattr(http_json, "TRIES", 200)  # so that it does not hang on which of four threads meets which fault
     assert written_by(Engine(target(), fault=broken)) == written_by(Engine(target()))
 
 
