@@ -19,6 +19,7 @@ from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.fixed import grows_fixed, tree_of
 from eyas.decode.philox import gumbel_on
 from eyas.decode.tree import Tree
+from eyas.decode.unread import Unread
 from eyas.decode.verify import Accepted
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
 from eyas.model.cache import Cache, KVCache, Slabs
@@ -38,13 +39,6 @@ class CapturedDrafter(Drafter, Protocol):
     def unread(self, sequence: int, most: int) -> Unread:
         """The last rows of committed text that it has not read, at least one and at most `most`, for a graph that reads them now."""
         ...
-
-
-class Unread(NamedTuple):
-    """The last rows of the text that the draft has not read: row j pairs feature f_j with token t_{j+1}, so the last token is the root."""
-
-    tokens: list[int]
-    features: Tensor  # [rows, F]
 
 
 class Found(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from eyas.config import TargetConfig
 from eyas.decode.captured_growth import CapturedGrowth
-from eyas.decode.captured_round import Unread
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.fixed import grows_fixed
 from eyas.decode.grow import Level, grow
 from eyas.decode.score import kernel_ranks, ranking_of
 from eyas.decode.tree import Tree
+from eyas.decode.unread import PendingRows, Unread
 from eyas.files.eagle3_files import check_fits, config_from_file, load_draft, save_draft
 from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.kernels.captured import fits, fixed_pass
@@ -38,22 +37,6 @@ from eyas.model.window import WindowedCache
 
 CATCH_UP = 256  # rows of committed text read at once
 HELD = 1024  # the most rows that wait to be read: while drafting does not pay, nobody needs them read
-
-
-@dataclass
-class PendingRows:
-    """Committed text that the draft has not read yet."""
-
-    tokens: list[int] = field(default_factory=list)  # t_{j+1} of these rows
-    features: list[Tensor] = field(default_factory=list)  # f_j of these rows, in pieces as they came
-    begun: bool = False  # whether `observe` was called: the very first token has no row
-
-    def take(self, count: int) -> Unread:
-        """The first `count` rows, which wait no longer."""
-        held = self.features[0] if len(self.features) == 1 else torch.cat(self.features)
-        taken = Unread(self.tokens[:count], held[:count])
-        self.tokens, self.features = self.tokens[count:], [held[count:]] if len(held) > count else []
-        return taken
 
 
 class Eagle3Drafter:
