@@ -19,7 +19,7 @@ from eyas.commands.data import evaluation_prompts, from_conversations, from_self
 from eyas.commands.follow import follow
 from eyas.commands.next_steps import again, generate_with
 from eyas.commands.output import terminal
-from eyas.commands.writer import check_writer, from_writer, say_own_share
+from eyas.commands.writer import check_writer, from_device, from_writer, say_own_share
 from eyas.config import PRODUCTS, SELF_PLAY_TOKENS, TRAIN_MINUTES, DraftConfig, EyasError, TrainSettings
 from eyas.engine import DEFAULT
 from eyas.files.disk import recover_directory
@@ -122,16 +122,23 @@ def data_of(
         return examples, read_here(options, studied, examples, ranks), facts
     if not ranks.first:
         ranks.wait()  # while the first lets the target write; then what it needs is there
+    device = device_of(options.device, ranks)
+    on_card = device.startswith("cuda") and not options.shards
     if options.writer:
         examples, facts = from_writer(options, words, settings, wanted, before, console)
+    elif on_card:
+        examples, facts = from_device(
+            options, words, settings, wanted, before, lambda: reading_target(studied, device_of(options.device, ranks))
+        )
     else:
         examples, facts = from_self_play(options, words, settings, wanted, workers_of(options), before)
     if ranks.first:
         ranks.wait()
-    if not options.writer:
+    if not (options.writer or on_card):
         return examples, ShardStates(), facts
     source = read_here(options, studied, examples, ranks)
-    say_own_share(source, examples, facts, console)
+    if options.writer:
+        say_own_share(source, examples, facts, console)
     return examples, source, facts
 
 

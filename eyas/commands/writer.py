@@ -23,6 +23,8 @@ from eyas.commands.output import progress
 from eyas.config import EyasError, TrainSettings, cache_dir
 from eyas.files.target import target_config
 from eyas.http_json import Api, checked_url
+from eyas.model.protocols import TargetModel
+from eyas.train.device_writer import DevicePlay, write_here
 from eyas.train.features import Example, StateSource
 from eyas.train.remote import KEY, Server
 from eyas.train.remote_check import check_server, own_share
@@ -63,6 +65,28 @@ def from_writer(
     return written_text(options, words, settings, before, path)
 
 
+def from_device(
+    options: argparse.Namespace,
+    words: OwnWords,
+    settings: TrainSettings,
+    wanted: int,
+    before: dict[str, Any] | None,
+    load: Callable[[], TargetModel],
+) -> tuple[list[Example], dict[str, Any]]:
+    """Let the target write `wanted` answer tokens on its device (all that a file asks for under --regenerate); the examples, and what they
+    are. `load` makes the target, prepared."""
+    if before is not None:
+        return written_text(options, words, settings, before, earlier_text(before))
+    endless = words.play.regenerate and options.self_play is None
+    target = load()
+    with progress() as bar:
+        task = bar.add_task("the target writes", total=None if endless else wanted, unit="answer tokens")
+        limit = Limit(tokens=math.inf if endless else wanted)
+        play = DevicePlay.of(words.play, target.device)
+        path = write_here(target, words.template, play, words.questions, limit, lambda count: bar.update(task, completed=count))
+    return written_text(options, words, settings, before, path)
+
+
 def written_text(
     options: argparse.Namespace, words: OwnWords, settings: TrainSettings, before: dict[str, Any] | None, path: Path
 ) -> tuple[list[Example], dict[str, Any]]:
@@ -70,11 +94,11 @@ def written_text(
 
 
 def earlier_text(before: dict[str, Any]) -> Path:
-    """The text that a run to resume began with; no engine is asked again."""
+    """The text that a run to resume began with; nobody is asked again."""
     texts = before["facts"]["data"].get("texts") or [{"file": ""}]
     path = cache_dir() / "selfplay" / texts[0]["file"]
     if not path.is_file():
-        raise EyasError("the text that an engine wrote for the run to resume is not there; train anew into another --out")
+        raise EyasError("the text that was written for the run to resume is not there; train anew into another --out")
     return path
 
 

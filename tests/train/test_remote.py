@@ -15,10 +15,11 @@ from eyas.config import EyasError
 from eyas.http_json import Api, Unanswered, checked_url
 from eyas.train import remote_writer
 from eyas.train.features import TargetStates
+from eyas.train.journal import JOURNAL, Journal
 from eyas.train.questions import Asked, SelfPlay
 from eyas.train.remote import Server
 from eyas.train.remote_check import check_server, own_share
-from eyas.train.remote_writer import JOURNAL, Journal, RemotePlay, write_remotely
+from eyas.train.remote_writer import RemotePlay, write_remotely
 from eyas.train.selfplay import Writer
 from eyas.train.shards import Written, data_folder
 from eyas.train.template import Template
