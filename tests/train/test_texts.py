@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from eyas.config import EyasError, TrainSettings
 from eyas.files.target import load_target
+from eyas.kernels.linear import cpu_multiplies_bfloat16
 from eyas.train.build import Setup, build
 from eyas.train.features import Example, KeptStates, ShardStates, States, TargetStates, kept_states, shard_examples
 from eyas.train.selfplay import Writer
@@ -188,22 +189,30 @@ def test_states_of_text_are_those_that_the_writer_handed_over(folder, text, read
     before[ends] = False
     if reader.rows_stand_alone:
         assert torch.equal(found.features[read], wanted.features[read]) and torch.equal(found.hidden[read], wanted.hidden[read])
-        assert torch.equal(found.target_argmax[before], wanted.target_argmax[before])
+        same = found.target_argmax[before] == wanted.target_argmax[before]
+        assert same.all() if heads_read_bfloat16() else same.float().mean() > 0.98
     else:
         assert_close(found.features[read].float(), wanted.features[read].float(), rtol=2**-5, atol=2**-5)
         assert_close(found.hidden[read].float(), wanted.hidden[read].float(), rtol=2**-5, atol=2**-5)
 
 
+def heads_read_bfloat16() -> bool:
+    """Whether the kernel rounds what its products read. Where it does not, a pass that writes reads the last hidden states as they are, and
+    who asks later has them rounded: near ties may fall otherwise."""
+    return cpu_multiplies_bfloat16()
+
+
 def test_the_same_draft_comes_of_text_and_of_shards(folder, text, directory, reader):
     """The same batches in the same order, weights to the last bit where the states are; through a second epoch of kept states."""
     again = text_examples([text], 1024)
+    exact = reader.rows_stand_alone and heads_read_bfloat16()
     ours = trainer(directory, again, kept_states(reader, TAPS, again))
     theirs = trainer(directory, stored(folder), ShardStates())
     for one, other, _ in zip(ours.remaining(), theirs.remaining(), range(2 * len(list(ours.batches(0))) + 1)):
         assert one == without_place(other)
-        assert ours.step(one) == pytest.approx(theirs.step(other), rel=0 if reader.rows_stand_alone else 0.05)
+        assert ours.step(one) == pytest.approx(theirs.step(other), rel=0 if exact else 0.05)
     for one, other in zip(ours.parameters, theirs.parameters):
-        assert torch.equal(one, other) if reader.rows_stand_alone else torch.allclose(one, other, atol=0.05)
+        assert torch.equal(one, other) if exact else torch.allclose(one, other, atol=0.05)
 
 
 def test_a_source_that_keeps_nothing_trains_the_same_draft(text, directory, reader):
