@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from eyas.config import VERIFIERS, EyasError, Request, Sampling, TreeShape
+from eyas.config import PLAIN, VERIFIERS, EyasError, Request, Sampling, TreeShape
 from eyas.decode.captured_round import captured_round
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory
@@ -70,9 +70,9 @@ class Decoder:
         if len(sequences) == 1 and self.round_as_graph(sequences[0]):
             return
         if plan.guesses:
-            trees = plan.cut(self.drafter.propose([self.request(sequence) for sequence in sequences]))
+            trees = plan.cut(self.fitted(sequences, self.drafter.propose([self.request(sequence) for sequence in sequences])))
         else:
-            trees = [Tree.root(sequence.root) for sequence in sequences]
+            trees = self.fitted(sequences, [Tree.root(sequence.root) for sequence in sequences])
         plan.pass_begins()
         out = self.target(self.rows(sequences, trees), self.cache, self.drafter.wants)
         plan.pass_ends(self.target.device)
@@ -107,7 +107,7 @@ class Decoder:
             sequence.slot,
             sequence.root,
             sequence.position,
-            sequence.shape.cut(deepest),
+            PLAIN if sequence.forced() and not self.verifier.draws else sequence.shape.cut(deepest),
             sampling,
             noise=sequence.noise.at if shared else None,
             deepest=max(deepest, 0),
@@ -116,6 +116,12 @@ class Decoder:
             seed=sequence.seed if shared else None,
             draws=sequence.draft_noise if self.verifier.draws and not sampling.greedy else None,
         )
+
+    def fitted(self, sequences: list[Sequence], trees: list[Tree]) -> list[Tree]:
+        """The trees as the sequences' processors would have them, where the verifier reads any tree."""
+        if self.verifier.draws:
+            return trees
+        return [sequence.fitted(tree) for sequence, tree in zip(sequences, trees, strict=True)]
 
     def rows(self, sequences: list[Sequence], trees: list[Tree]) -> Rows:
         """Lay all trees out as flat rows: a node at depth d sits at position + d and sees the text and its ancestors."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eyas.config import Request, Sampling
+from eyas.decode.tree import Tree
 
 # (the text's tokens, those of a path below it, the target's logits [V] after both) -> the logits [V] to draw from. The text of a sequence
 # only grows.
@@ -47,6 +48,15 @@ class Processor:
     def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
         """The logits [R, C] after each of R paths. `columns_V`: each token's column, -1: none; None: column i is token i."""
         raise NotImplementedError
+
+    def forces(self, text: list[int]) -> bool:
+        """Whether it says by itself what follows the text, so that no draft need be asked."""
+        return False
+
+    def fit(self, text: list[int], tree: Tree, nodes: int, deepest: int) -> Tree:
+        """A tree of guesses below the text without those that will be ruled out for sure; with some of its own, up to `nodes` in all and
+        `deepest` levels."""
+        return tree
 
 
 def placed(ids: Tensor, columns_V: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,17 @@ class Sequence:
                 logits_RD = process.rows(self.tokens, paths, logits_RD, columns_V)
         return logits_RD
 
+    def forced(self) -> bool:
+        """Whether its processors say what follows."""
+        return any(isinstance(process, Processor) and process.forces(self.tokens) for process in self.processors)
+
+    def fitted(self, tree: Tree) -> Tree:
+        """A tree of guesses as its processors would have it."""
+        for process in self.processors:
+            if isinstance(process, Processor):
+                tree = process.fit(self.tokens, tree, self.shape.nodes, max(self.remaining - 1, 0))
+        return tree
+
     def commit(self, tokens: Iterable[int], eos_ids: Collection[int]) -> list[int]:
         """Append tokens until one ends the text (end of turn, stop string, length) and drop the tokens after it. Returns the tokens that
         were appended. `eos_ids`: the target's own."""

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from eyas.decode.sampling import NOISE_VERSION
 from eyas.decode.sequence import result_of, tau_of
+from eyas.serve.calls import Call, Reader, Said, joined
 from eyas.serve.fields import CHAT
 from eyas.serve.words import Words
 
 if TYPE_CHECKING:
     from eyas.decode.logprobs import TokenLogprobs
+    from eyas.decode.sequence import Result
     from eyas.serve.jobs import Ask
     from eyas.serve.scheduler import Piece
 
@@ -36,10 +38,14 @@ class Answer:
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     offsets: list[int] = field(default_factory=list)  # of each choice, characters whose tokens were told
+    readers: list[Reader] = field(default_factory=list)  # of each choice, where tools may be called
+    called: list[int] = field(default_factory=list)  # of each choice, calls that were told
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.offsets = [len(text) for text in self.ask.echo]
+        self.readers = [self.ask.reader() for _ in self.ask.sequences] if self.ask.reader else []
+        self.called = [0] * len(self.ask.sequences)
 
     @property
     def chat(self) -> bool:
@@ -55,7 +61,8 @@ class Answer:
             logprobs = self.logprobs(number, result.logprobs) if result.logprobs is not None else None
             choice = {"index": number, "logprobs": logprobs, "finish_reason": result.finish_reason}
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": result.text, "refusal": None, "annotations": []}
+                choice["message"] = self.message(number, result)
+                choice["finish_reason"] = self.reason(number, result.finish_reason)
             else:
                 choice["text"] = echo + result.text
             choices.append(choice)
@@ -64,6 +71,26 @@ class Answer:
             "timings": self.timings(),
             "eyas": self.told(),
         }
+
+    def message(self, number: int, result: Result) -> dict[str, Any]:
+        """What was said, with the calls in it."""
+        said: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None, "annotations": []}
+        if not self.readers:
+            return said
+        reader = self.readers[number]
+        found, texts = joined([*reader.push(result.text, result.tokens), *reader.finish()]), dict[str, str]()
+        for each in found:
+            if isinstance(each, Said):
+                texts[each.field] = texts.get(each.field, "") + each.text
+        calls = [self.call(number, each) for each in found if isinstance(each, Call)]
+        return {**said, "content": None if calls else "", **texts, **({"tool_calls": calls} if calls else {})}
+
+    def call(self, number: int, call: Call) -> dict[str, Any]:
+        self.called[number] += 1
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
+
+    def reason(self, number: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self.called[number] else reason
 
     # ---- in pieces ----
 
@@ -79,19 +106,34 @@ class Answer:
         chunks = []
         for piece in found:
             logprobs = self.logprobs(piece.choice, piece.logprobs) if piece.logprobs else None
-            if piece.text or logprobs:
-                if self.chat:
-                    choice = {"index": piece.choice, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
-                else:
-                    choice = self.text_choice(piece.choice, piece.text, logprobs, None)
-                chunks.append(self.chunk([choice]))
+            if self.chat:
+                for delta in self.deltas(piece, bool(logprobs)):
+                    choice = {"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                    chunks.append(self.chunk([choice]))
+                    logprobs = None
+            elif piece.text or logprobs:
+                chunks.append(self.chunk([self.text_choice(piece.choice, piece.text, logprobs, None)]))
             if piece.finish_reason:
                 if self.chat:
-                    choice = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
+                    reason = self.reason(piece.choice, piece.finish_reason)
+                    choice = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": reason}
                 else:
                     choice = self.text_choice(piece.choice, "", None, piece.finish_reason)
                 chunks.append(self.chunk([choice], last=True))
         return chunks
+
+    def deltas(self, piece: Piece, some: bool) -> list[dict[str, Any]]:
+        """What a piece adds to the message; `some`: one delta at least, which may be empty."""
+        if not self.readers:
+            return [{"content": piece.text}] if piece.text or some else []
+        reader, found = self.readers[piece.choice], list[dict[str, Any]]()
+        for each in joined([*reader.push(piece.text, piece.tokens), *(reader.finish() if piece.finish_reason else [])]):
+            if isinstance(each, Said):
+                found.append({each.field: each.text})
+            else:
+                place = self.called[piece.choice]
+                found.append({"tool_calls": [{"index": place, **self.call(piece.choice, each)}]})
+        return found or ([{}] if some else [])
 
     def end(self) -> list[bytes]:
         """What a stream ends with."""

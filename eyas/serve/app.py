@@ -27,7 +27,8 @@ from eyas.decode.prompt import render
 from eyas.engine import Engine
 from eyas.serve.answers import Answer, sse
 from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
-from eyas.serve.jobs import ask
+from eyas.serve.forms import Forms
+from eyas.serve.jobs import Ask, ask
 from eyas.serve.metrics import Metrics
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
 from eyas.serve.scheduler import Job, Piece, Scheduler
@@ -59,6 +60,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.words = Words(self.engine.tokenizer)
+        config = self.engine.target.config
+        self.forms = Forms(self.engine.tokenizer, config.vocab_size, config.eos_token_ids)
 
     # ---- generation ----
 
@@ -68,7 +71,7 @@ class Server:
         self.check_ready()
         context = self.scheduler.settings.context
         owner = key_of(request.headers) if self.keys and not self.share_prefixes else ""
-        asked = await asyncio.to_thread(ask, self.engine, kind, values, unknown, self.method, context, owner)
+        asked = await asyncio.to_thread(ask, self.engine, self.forms, kind, values, unknown, self.method, context, owner)
         turns: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -85,6 +88,8 @@ class Server:
                 self.streamed(job, answer, turns), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
         await self.finished(request, job, turns)
+        if failed := failure_of(asked):
+            raise failed
         return JSONResponse(answer.whole())
 
     async def streamed(self, job: Job, answer: Answer, turns: asyncio.Queue[list[Piece] | Exception]) -> AsyncIterator[bytes]:
@@ -106,6 +111,9 @@ class Server:
                     yield sse(Refused("the reader is too slow", status=408, kind="request_cancelled").body(), "error")
                     return
                 left -= self.note_ends(job, found)
+                if failed := failure_of(answer.ask):
+                    yield sse(failed.body(), "error")
+                    return
                 yield b"".join(answer.pieces(found))
             for chunk in answer.end():
                 yield chunk
@@ -233,6 +241,16 @@ class Server:
         engine = self.engine
         ids = render(engine.tokenizer, values["messages"], False, engine.directory, values["tools"], values["chat_template_kwargs"])
         return JSONResponse({"prompt": engine.tokenizer.decode(ids)})
+
+
+def failure_of(asked: Ask) -> Refused | None:
+    """What became of a grammar that gave up; it is this request's own fault, and others go on."""
+    for grammar in asked.grammars:
+        if grammar.failed:
+            return Refused(
+                f"the answer's form became too much to follow ({grammar.failed}); make it simpler", status=500, kind="server_error"
+            )
+    return None
 
 
 async def body_of(request: Request) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ CHAT, TEXT = "chat", "completions"
 BOTH = (CHAT, TEXT)
 MOST_STOPS, LONGEST_STOP, MOST_STOP_IDS = 16, 256, 128
 MOST_BIASED, MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS = 1024, 16, 64, 128
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+STRUCTURED = ("json", "regex", "choice", "grammar")
 INT64 = 1 << 63
 
 
@@ -131,7 +134,75 @@ def prompts(name: str, value: Any) -> list[str | list[int]]:
 def tools(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or len(value) > MOST_TOOLS or not all(isinstance(each, dict) for each in value):
         raise Refused(f"{name} must be a list of up to {MOST_TOOLS} tools", name)
+    names: set[str] = set()
+    for place, tool in enumerate(value):
+        where, function = f"{name}[{place}]", tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+            raise Refused(f"{where} must be an object of type function, with the function", where)
+        if not isinstance(function.get("name"), str) or not TOOL_NAME.fullmatch(function["name"]):
+            raise Refused(f"{where}: a function's name is 1 to 64 of letters, digits, _ and -, not {short(function.get('name'))}", where)
+        if function["name"] in names:
+            raise Refused(f"{where}: there are two tools named {function['name']}", where)
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise Refused(f"{where}: parameters must be a JSON schema, not {short(function['parameters'])}", where)
+        names.add(function["name"])
     return value
+
+
+def tool_choice(name: str, value: Any) -> str | dict[str, Any]:
+    """ "auto", "none", "required", or {names: the tools that may be called, must: whether one is}."""
+    if value in ("auto", "none", "required"):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        return {"names": [named(name, value)], "must": True}
+    allowed = value.get("allowed_tools", value) if kind == "allowed_tools" else None
+    listed, mode = (allowed.get("tools"), allowed.get("mode", "auto")) if isinstance(allowed, dict) else (None, None)
+    if not isinstance(listed, list) or not listed or mode not in ("auto", "required"):
+        known = "auto, none, required, a function, or allowed_tools with their mode, auto or required"
+        raise Refused(f"{name} must be {known}; not {short(value)}", name)
+    return {"names": [named(name, each) for each in listed], "must": mode == "required"}
+
+
+def named(name: str, value: Any) -> str:
+    """The name in {"type": "function", "function": {"name": ..}}."""
+    function = value.get("function") if isinstance(value, dict) else None
+    found = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(found, str):
+        raise Refused(f"{name} must name a function, as {{'type': 'function', 'function': {{'name': ..}}}}", name)
+    return found
+
+
+def response_format(name: str, value: Any) -> dict[str, Any]:
+    kind = mapping(name, value).get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise Refused(f"{name} {short(kind)} is not served; it may be text, json_object or json_schema", name)
+    if kind == "json_schema" and not isinstance(value.get("json_schema"), dict):
+        raise Refused(f"{name}.json_schema must be an object with the schema", name)
+    schema = (value if kind == "json_object" else value.get("json_schema", {})).get("schema", {})
+    if kind != "text" and not isinstance(schema, dict):
+        raise Refused(f"{name}: a schema must be an object, not {short(schema)}", name)
+    return value
+
+
+def structured_outputs(name: str, value: Any) -> dict[str, Any]:
+    """One form, by its kind."""
+    found = {kind: each for kind, each in mapping(name, value).items() if each is not None}
+    if len(found) != 1 or not set(found) <= set(STRUCTURED):
+        raise Refused(f"{name} must have one of {', '.join(STRUCTURED)}", name)
+    ((kind, form),) = found.items()
+    if kind == "json" and isinstance(form, str):
+        try:
+            form = json.loads(form)
+        except ValueError as error:
+            raise Refused(f"{name}.json is no JSON ({short(str(error))})", name) from None
+    if kind == "json" and not isinstance(form, dict):
+        raise Refused(f"{name}.json must be a schema, not {short(form)}", name)
+    if kind == "choice" and not (isinstance(form, list) and form and all(isinstance(each, str) and each for each in form)):
+        raise Refused(f"{name}.choice must be a list of strings", name)
+    if kind in ("regex", "grammar") and not (isinstance(form, str) and form):
+        raise Refused(f"{name}.{kind} must be a string, not {short(form)}", name)
+    return {kind: form}
 
 
 def text_logprobs(name: str, value: Any) -> int | None:
@@ -192,9 +263,10 @@ FIELDS: tuple[Field, ...] = (
     Field("echo", "whether the prompt's text comes first", boolean, BOOLEAN, default=False, of=(TEXT,)),
     Field("stream", "whether the answer comes in pieces", boolean, BOOLEAN, default=False),
     Field("stream_options", "include_usage: a last piece with the counts", mapping, OBJECT),
-    Field("response_format", "the form of the answer", mapping, OBJECT, of=(CHAT,)),
+    Field("response_format", "text, json_object or json_schema; always enforced", response_format, OBJECT, of=(CHAT,)),
+    Field("structured_outputs", "json, regex, choice or grammar: the form of the answer", structured_outputs, OBJECT),
     Field("tools", "functions on offer, which the chat template shows", tools, {"type": "array", "items": OBJECT}, of=(CHAT,)),
-    Field("tool_choice", "auto or none", *only("auto", "none"), of=(CHAT,)),
+    Field("tool_choice", "auto, none, required, a function, or allowed_tools", tool_choice, {"type": ["string", "object"]}, of=(CHAT,)),
     Field("chat_template_kwargs", "variables of the chat template", mapping, OBJECT, of=(CHAT,)),
     Field("cache_prompt", "whether rows of earlier prompts may be reused; no answer changes by it", boolean, BOOLEAN, default=True),
     Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),

@@ -5,19 +5,24 @@ Knows the engine and the table's values; knows nothing of HTTP, of threads or of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from eyas.config import EyasError, Request, Sampling, TreeShape
+from eyas.config import EyasError, Request, Sampling, TreeShape, short
+from eyas.decode.grammar import Grammar
 from eyas.decode.plan.planner import MAX_TREE
 from eyas.decode.prompt import TooLong
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Sequence as Written
 from eyas.decode.sequence import new_sequence
 from eyas.engine import Engine
+from eyas.files.chat_template import NotShown
 from eyas.methods import parted
+from eyas.serve.calls import Reader, reader_of
 from eyas.serve.fields import CHAT, is_whole
+from eyas.serve.forms import Forms, form_of, must_call, offered
 from eyas.serve.refusals import Refused
 
 TEXT_TOKENS = 16  # tokens of a completion where nothing is said, as OpenAI has it
@@ -37,19 +42,25 @@ class Ask:
     usage: bool  # whether a stream tells counts at its end
     echo: list[str]  # for each choice what comes before its text
     unknown: list[str]  # fields that are not known
-    tools: bool
+    reader: Callable[[], Reader] | None = None  # makes what looks for calls in an answer; None: no tool may be called
+    grammars: list[Grammar] = field(default_factory=lambda: list[Grammar]())  # one for each sequence, where there is a form
 
 
-def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int, owner: str = "") -> Ask:
-    """What these values ask for. `method`: the server's; `context`: tokens of a prompt and its answer; `owner`: who asks. Raises
-    `Refused`."""
+def ask(
+    engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int, owner: str = ""
+) -> Ask:
+    """What these values ask for. `forms`: compiles them; `method`: the server's; `context`: tokens of a prompt and its answer; `owner`: who
+    asks. Raises `Refused`."""
     usage = stream_options(values)
     check_served(kind, values)
+    form = form_of(kind, values)
+    matcher = forms.matcher(form) if form else None
     seed = new_seed() if values["seed"] is None else values["seed"] % SEEDS
     request = request_of(kind, values, method)
     prompts = prompts_of(engine, kind, values, request)
     shape = shape_of(engine, request, method)
-    sequences, echo, many = [], [], len(prompts) * values["n"] > 1
+    sequences, echo, grammars = list[Written](), list[str](), list[Grammar]()
+    many = len(prompts) * values["n"] > 1
     for prompt, told in prompts:
         settings = replace(request, max_new_tokens=limit(values, kind, len(prompt), context))
         for _ in range(values["n"]):
@@ -57,9 +68,16 @@ def ask(engine: Engine, kind: str, values: Mapping[str, Any], unknown: list[str]
             drawn = derived_seed(seed, number) if many and number else seed
             sequence = new_sequence(prompt, settings, shape, drawn, engine.target.config, engine.tokenizer, number)
             sequence.reuses, sequence.owner = values["cache_prompt"], owner
+            if matcher is not None:
+                grammars.append(Grammar(matcher.deep_copy(), len(prompt), forms.ends))
+                sequence.processors += (grammars[-1],)
             sequences.append(sequence)
             echo.append(told)
-    return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, bool(values.get("tools")))
+    reader = None
+    if kind == CHAT and offered(values):
+        written = engine.tokenizer.decode(prompts[0][0])
+        reader = partial(reader_of, engine.tokenizer, offered(values), must_call(values), written)
+    return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, reader, grammars)
 
 
 def shape_of(engine: Engine, request: Request, method: str) -> TreeShape:
@@ -89,9 +107,7 @@ def stream_options(values: Mapping[str, Any]) -> bool:
 def check_served(kind: str, values: Mapping[str, Any]) -> None:
     """Raise `Refused` for known fields whose values ask for something that is not served, or that do not go together."""
     if kind == CHAT:
-        form = (values["response_format"] or {}).get("type", "text")
-        if form != "text":
-            raise Refused(f"response_format {form!r} is not served; leave it out", "response_format")
+        check_choice(values)
         if values["messages"] is None:
             raise Refused("messages is missing: the conversation so far", "messages")
         if values["top_logprobs"] and not values["logprobs"]:
@@ -101,6 +117,15 @@ def check_served(kind: str, values: Mapping[str, Any]) -> None:
             raise Refused("prompt is missing: the text to go on with", "prompt")
         if values["best_of"] not in (None, values["n"]):
             raise Refused("best_of is not served but as n", "best_of")
+
+
+def check_choice(values: Mapping[str, Any]) -> None:
+    """Raise `Refused` for a choice among tools that there are not."""
+    choice, names = values["tool_choice"], [tool["function"]["name"] for tool in values["tools"] or []]
+    if choice == "required" and not names:
+        raise Refused("tool_choice required needs tools", "tool_choice")
+    if isinstance(choice, dict) and (missing := [name for name in choice["names"] if name not in names]):
+        raise Refused(f"tool_choice names {short(missing[0])}, and there is no such tool", "tool_choice")
 
 
 def request_of(kind: str, values: Mapping[str, Any], method: str) -> Request:
@@ -131,7 +156,7 @@ def request_of(kind: str, values: Mapping[str, Any], method: str) -> Request:
             ignore_eos=values["ignore_eos"],
             logprobs=logprobs,
             raw=kind != CHAT,
-            tools=values.get("tools") or None if values.get("tool_choice") != "none" else None,
+            tools=(offered(values) or None) if kind == CHAT else None,
             chat_template_kwargs=values.get("chat_template_kwargs"),
         )
     except EyasError as error:
@@ -148,15 +173,29 @@ def prompts_of(engine: Engine, kind: str, values: Mapping[str, Any], request: Re
     found = []
     for each in given:
         try:
-            tokens = engine.encode(each, request.raw, request.tools, request.chat_template_kwargs)
+            tokens = encoded(engine, each, request, kind == CHAT and must_call(values))
         except TooLong as error:
             raise too_long(error.tokens, error.context) from None
+        except Refused:
+            raise
         except EyasError as error:
             raise Refused(str(error), "messages" if kind == CHAT else "prompt") from None
         written = isinstance(each, list) and all(map(is_whole, each))
         text = (engine.tokenizer.decode(each) if written else each) if kind != CHAT and values["echo"] else ""
         found.append((tokens, text))
     return found
+
+
+def encoded(engine: Engine, prompt: Any, request: Request, must: bool) -> list[int]:
+    """A prompt's tokens. A template that shows no tools is none for them, but where a call is forced (`must`)."""
+    try:
+        return engine.encode(prompt, request.raw, request.tools, request.chat_template_kwargs)
+    except NotShown as error:
+        if not request.tools or not str(error).endswith("show tools"):
+            raise
+    if not must:
+        raise Refused("this model's chat template knows no tools; set tool_choice to required, or leave them out", "tools")
+    return engine.encode(prompt, request.raw, None, request.chat_template_kwargs)
 
 
 def limit(values: Mapping[str, Any], kind: str, prompt: int, context: int) -> int:
