@@ -266,7 +266,7 @@ FIELDS: tuple[Field, ...] = (
     Field("response_format", "text, json_object or json_schema; always enforced", response_format, OBJECT, of=(CHAT,)),
     Field("structured_outputs", "json, regex, choice or grammar: the form of the answer", structured_outputs, OBJECT),
     Field("tools", "functions on offer, which the chat template shows", tools, {"type": "array", "items": OBJECT}, of=(CHAT,)),
-    Field("tool_choice", "auto, none, required, a function, or allowed_tools", tool_choice, {"type": ["string", "object"]}, of=(CHAT,)),
+    Field("tool_choice", "auto, none, required, a function, or allowed_tools", tool_choice, {"anyOf": [STRING, OBJECT]}, of=(CHAT,)),
     Field("chat_template_kwargs", "variables of the chat template", mapping, OBJECT, of=(CHAT,)),
     Field("cache_prompt", "whether rows of earlier prompts may be reused; no answer changes by it", boolean, BOOLEAN, default=True),
     Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),
