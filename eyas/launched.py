@@ -26,6 +26,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def count_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
 def rank() -> int:
     """This process's number among them."""
     return int(os.environ.get("RANK", "0"))

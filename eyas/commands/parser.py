@@ -142,6 +142,11 @@ def train_options(commands: argparse._SubParsersAction) -> None:
     )
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of TrainSettings in config.py")
     train.add_argument("--device", default="cpu", help="where the draft trains: cpu (default) or cuda; under torchrun one process a device")
+    train.add_argument(
+        "--split-target",
+        action="store_true",
+        help="under torchrun: each process holds a share of the target's layers, for one too large for a device; it writes no text",
+    )
     train.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core; of a training on CUDA, one)")
 
 

@@ -6,6 +6,7 @@ Knows options; train/build.py builds the run.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from eyas.train.build import TREE, Setup, Studied, build, check_earlier, check_p
 from eyas.train.features import Example, ShardStates, StateSource, kept_states
 from eyas.train.losses import LOSSES
 from eyas.train.parallel import Ranks
+from eyas.train.split import check_split, load_split
 
 SHAPE = ("fc_norm", "norm_output", "draft_layers")
 EAGLE_3 = ("top_layer_only", "random_head", "induction", *SHAPE)
@@ -45,11 +47,19 @@ def run(options: argparse.Namespace) -> int:
     budget = budget_from(options)
     check_writer(options)
     check_device(options.device)
+    if options.split_target:
+        check_split(
+            not options.writer and bool(options.self_play or options.regenerate or not (options.data or options.text or options.shards))
+        )
     ranks = Ranks.join(options.device)
     try:
-        return train(options, settings, budget, ranks)
-    finally:
-        ranks.leave()
+        with ranks.complete():
+            status = train(options, settings, budget, ranks)
+    except BaseException:
+        atexit.register(ranks.leave)  # others end when this process has left: by then it has said why it ends
+        raise
+    ranks.leave()
+    return status
 
 
 def train(options: argparse.Namespace, settings: TrainSettings, budget: training.Budget, ranks: Ranks) -> int:
@@ -70,10 +80,10 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
     console = terminal(stderr=True, quiet=not ranks.first)
     before = training.read_checkpoint(out) if options.resume else None
     examples, source, facts = data_of(options, studied, settings, console, ranks, before)
-    method = method_of(options)
+    method, split = method_of(options), bool(options.split_target)
     device = device_of(options.device, ranks)
-    setup = Setup(
-        target=load_target(studied.directory, "fp32", device),  # not before: while workers write, each holds its own
+    setup = Setup(  # the target not before: while workers write, each holds its own
+        target=load_split(studied.directory, device, ranks) if split else load_target(studied.directory, "fp32", device),
         taps=studied.taps,
         examples=examples,
         source=source,
@@ -84,10 +94,13 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         workers=options.workers or (1 if device.startswith("cuda") else workers_of(options)),  # who share a card wait for each other
         ranks=ranks,
         start=start,
+        split=split,
+        keep=split
+        and (bool(options.text or options.writer) or device.startswith("cuda")),  # there states have no bits that keeping would round away
         say=lambda line: console.print(line, soft_wrap=True),
     )
     trainer = build(setup)
-    if settings.tree_every:
+    if settings.tree_every and not split:  # rounds need a whole target
         with_trees(trainer, studied.directory, device)
     if before is not None:
         trainer.resume(before)
@@ -119,6 +132,8 @@ def data_of(
     if options.text:
         files = [Path(path).expanduser().resolve() for path in dict.fromkeys(options.text)]
         examples, facts = from_text(files, words, settings, before, options.apart)
+        if options.split_target:
+            return examples, None, facts
         return examples, read_here(options, studied, examples, ranks), facts
     if not ranks.first:
         ranks.wait()  # while the first lets the target write; then what it needs is there
@@ -136,6 +151,8 @@ def data_of(
         ranks.wait()
     if not (options.writer or on_card):
         return examples, ShardStates(), facts
+    if options.split_target:
+        return examples, None, facts
     source = read_here(options, studied, examples, ranks)
     if options.writer:
         say_own_share(source, examples, facts, console)

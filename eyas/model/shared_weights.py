@@ -27,16 +27,16 @@ class FrozenHead(nn.Linear):
     """The target's own head, cut to a draft vocabulary: a draft uses it, and it is never trained or saved."""
 
     @classmethod
-    def of(cls, target: TargetModel, vocab: DraftVocab) -> FrozenHead:
-        """The head made from a target, which must not be prepared yet. The target's softcap is left out: it changes how sure a draft is,
-        not what it prefers."""
+    def of(cls, target: TargetModel, vocab: DraftVocab, least: torch.dtype | None = None) -> FrozenHead:
+        """The head made from a target, which must not be prepared yet, in its number format, or where that is narrower than `least` in this
+        one. The target's softcap is left out: it changes how sure a draft is, not what it prefers."""
         weight_VH, bias_V = target.head_weight.detach(), target.head_bias
         with torch.device("meta"):
             head = cls(weight_VH.shape[1], len(vocab), bias=bias_V is not None, dtype=weight_VH.dtype)
         head.weight = nn.Parameter(weight_VH[vocab.ids.to(weight_VH.device)] * target.logit_scale, requires_grad=False)
         if bias_V is not None:
             head.bias = nn.Parameter(bias_V.detach()[vocab.ids] * target.logit_scale, requires_grad=False)
-        return head
+        return head if least is None else head.to(torch.promote_types(head.weight.dtype, least))
 
 
 class SharedWeights(nn.Module):

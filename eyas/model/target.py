@@ -68,6 +68,7 @@ class Target(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.native: NativeLayers | None = None  # once prepared, where the kernel can run whole layers
         self.cuts: dict[int, Target] = {}  # what `shallow` made, by number of layers
+        self.layers_stay = False  # whether `prepare` leaves the layers as they are: their weights are not all in this process
         self.pool: Pool | None = None  # once prepared on CUDA, where passes are captured
 
     @property
@@ -108,8 +109,9 @@ class Target(nn.Module):
         least 8). A model that is prepared stays as it is."""
         if self.head.kind != "loose":
             return self
-        pack(self.model, bits)
-        if all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
+        if not self.layers_stay:
+            pack(self.model, bits)
+        if not self.layers_stay and all(NativeLayer.fits(block.self_attn, block.mlp) for block in self.blocks):
             norms = ("input_layernorm", "post_attention_layernorm")
             layers = [NativeLayer(block.self_attn, block.mlp, *(getattr(block, norm) for norm in norms)) for block in self.blocks]
             self.native = NativeLayers(layers, self.model.norm)

@@ -45,7 +45,7 @@ def place_of(device: str) -> tuple[str, str]:
         return device, "gloo"
     if ":" in device:
         return device, "gloo"
-    here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", launched.count())), torch.cuda.device_count()
+    here, cards = launched.count_here(), torch.cuda.device_count()
     if here > cards:
         raise EyasError(
             f"{here} processes were started on this machine, which has {cards} CUDA device{'s' * (cards != 1)}; start one for each device, "

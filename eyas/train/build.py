@@ -32,13 +32,15 @@ from eyas.model.protocols import DraftModule, TargetModel
 from eyas.model.vocab import DraftVocab
 from eyas.train.acceptance import TreeTau
 from eyas.train.conversations import Document, draft_vocabulary
-from eyas.train.features import Example, StateSource, TargetStates
+from eyas.train.features import Example, KeptStates, StateSource, TargetStates, kept_states
 from eyas.train.induction import begin_with_induction
 from eyas.train.parallel import ALONE, Ranks
+from eyas.train.split import SplitStates
 from eyas.train.teacher import Teacher
 from eyas.train.trainer import Run, Trainer
 
 TREE, TREE_PROMPTS, TREE_TOKENS = "60x7x10", 6, 64  # for measurements with trees while training: their shape, prompts, tokens of an answer
+TAKEN = 12  # bytes of a gradient and the optimiser's two averages, for each parameter
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Setup:
     ranks: Ranks = ALONE
     start: Path | None = None  # a draft whose weights it begins with
     held_out: list[Example] | None = None  # the examples that only measure; None: some of `examples` are taken
+    split: bool = False  # whether the target's layers are split over `ranks`
+    keep: bool = False  # whether the states that the target reads beside the training are kept, as far as memory goes
     say: Callable[[str], None] = lambda line: None
 
 
@@ -106,7 +110,7 @@ def build(setup: Setup) -> Trainer:
     network.to(target.device)
     tell(setup, kept, held_out, vocab)
     teacher = Teacher.of(target, vocab, torch.float32)
-    source = setup.source or TargetStates(target.prepare(), setup.taps)
+    source = setup.source or read_beside(setup, network)
     controls = settings.top_layer_only or settings.random_head  # without the low feature or the target's head nothing can be copied
     if settings.induction and setup.start is None and isinstance(network, DraftNetwork) and not controls:
         copy_from_the_beginning(setup, network, vocab, kept, source)
@@ -126,6 +130,15 @@ def build(setup: Setup) -> Trainer:
         method=setup.method,
     )
     return Trainer(run)
+
+
+def read_beside(setup: Setup, network: DraftModule) -> StateSource:
+    """The states that the target, prepared for it, reads beside the training of this network."""
+    source: TargetStates | KeptStates = TargetStates(setup.target.prepare(), setup.taps)
+    if setup.keep:
+        taken = TAKEN * sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        source = kept_states(source.target, setup.taps, setup.examples, setup.ranks.count if setup.split else 1, taken)
+    return SplitStates(source, setup.ranks) if setup.split else source
 
 
 def check_products(settings: TrainSettings, device: str) -> None:

@@ -29,7 +29,7 @@ NOISE = 0.1  # half the width of the uniform noise, as a share of the features' 
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> Eagle1Network:
     """A draft that begins by passing on the feature it is given, which predicts the token already drawn."""
-    shape, head = one_layer(target.config), FrozenHead.of(target, vocab)
+    shape, head = one_layer(target.config), FrozenHead.of(target, vocab, torch.float32)
     network = Eagle1Network(shape, target.embedding.detach(), head, True, settings.token_left_out)
     (block,) = network.blocks
     begin_as_feature(block, network.fc, settings.seed)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eyas.decode.memory import free_bytes
+from eyas.launched import count_here
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment
 from eyas.train.conversations import Document
@@ -26,6 +27,7 @@ from eyas.train.shards import Written, written_in
 
 SCORED = 256  # rows whose logits over the whole vocabulary are held at once
 LEAST_ANSWER = 8  # tokens of answers that a self-written example has at least
+UNEVEN = 1.2  # a process has this many times its share of the examples at most, as a rule
 KEPT_SHARE = {"cuda": 0.7, "cpu": 0.5}  # share of the free memory that kept states may take; training takes the rest
 
 
@@ -128,9 +130,13 @@ class KeptStates:
         self.places: dict[int, tuple[Example, slice]] = {}  # by id; an example that is held here keeps its id
         self.lock = Lock()  # workers ask at once
 
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of the examples whose states are not kept."""
+        return [example for example in examples if id(example) not in self.places]
+
     @torch.no_grad()
     def states(self, examples: Sequence[Example]) -> States:
-        missing = [example for example in examples if id(example) not in self.places]
+        missing = self.missing(examples)
         new: dict[int, list[Tensor]] = {}
         if missing:
             found = self.source.states(missing)
@@ -156,13 +162,17 @@ class KeptStates:
             self.places[id(example)] = (example, place)
 
 
-def kept_states(target: TargetModel, taps: Sequence[int], examples: Sequence[Example]) -> KeptStates:
-    """The states of these examples from a target that is prepared, kept as far as the memory of its device goes."""
+def kept_states(target: TargetModel, taps: Sequence[int], examples: Sequence[Example], processes: int = 1, taken: int = 0) -> KeptStates:
+    """The states of these examples from a target that is prepared, kept as far as the memory of its device goes. `processes`: over how many
+    the examples are dealt out; `taken`: bytes that each of these will take besides."""
     device = target.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
     wanted = sum(len(example.tokens) for example in examples)
+    if processes > 1:
+        wanted = int(UNEVEN * wanted / processes) + max(len(example.tokens) for example in examples)
     row = 2 * (len(taps) + 1) * target.config.hidden_size + 8  # bytes
-    room = wanted if free is None else int(KEPT_SHARE.get(device.type, 0.5) * free) // row
+    takers = 1 if device.type == "cuda" else count_here()  # a CPU's memory is shared by all processes there
+    room = wanted if free is None else max(int(KEPT_SHARE.get(device.type, 0.5) * (free / takers - taken)), 0) // row
     return KeptStates(TargetStates(target, taps), min(wanted, room))
 
 

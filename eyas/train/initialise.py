@@ -15,6 +15,7 @@ from eyas.model.protocols import TargetModel
 from eyas.model.target import Target
 from eyas.model.transformer import Block
 from eyas.model.vocab import DraftVocab
+from eyas.train.split import whole
 
 FC_SPREAD = 0.1  # factor on fc's random weights, which are added to the identity on the high feature
 
@@ -59,9 +60,10 @@ def begin_as_feature(layer: nn.Module, joined: nn.Linear, seed: int) -> None:
 def copy_last_layer(own: DraftBlock, last: Block, width: int) -> None:
     """Copy the target's last layer into the draft's first. Weights on the feature's half of the attention's input are the target's; those
     on the embedding's half stay as they are."""
-    own.mlp.load_state_dict(last.mlp.state_dict())
-    own.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
+    theirs = whole(last)
+    own.mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in theirs.items() if name.startswith("mlp.")})
+    own.self_attn.o_proj.weight.copy_(theirs["self_attn.o_proj.weight"])
     for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(own.self_attn, name).weight[:, width:].copy_(getattr(last.self_attn, name).weight)
-    own.hidden_norm.weight.copy_(last.input_layernorm.weight)
-    own.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)
+        getattr(own.self_attn, name).weight[:, width:].copy_(theirs[f"self_attn.{name}.weight"])
+    own.hidden_norm.weight.copy_(theirs["input_layernorm.weight"])
+    own.post_attention_layernorm.weight.copy_(theirs["post_attention_layernorm.weight"])

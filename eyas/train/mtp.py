@@ -30,7 +30,8 @@ SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # the numbe
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin by passing on the state they are given."""
-    network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), FrozenHead.of(target, vocab))
+    head = FrozenHead.of(target, vocab, torch.float32)
+    network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), head)
     for number, module in enumerate(network.stack):
         begin_as_feature(module, module.eh_proj, settings.seed + number)
         if isinstance(target, Target):

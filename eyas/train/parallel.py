@@ -6,16 +6,21 @@ the gradient of one process on that batch; DistributedDataParallel would average
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
 
+from eyas.config import EyasError
 from eyas.parallel.peers import join_group
 
 WAIT = timedelta(hours=48)  # how long the other processes wait while the first lets the target write
+# how gloo and nccl say that a process does not answer
+GONE = re.compile(r"(?:closed|reset) by peer|broken pipe|ncclRemoteError|timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,17 @@ class Ranks:
             if join_group("nccl" if device.startswith("cuda") else "gloo", WAIT)
             else cls()
         )
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Raise `EyasError` where another process is found gone within the block."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not GONE.search(str(error)):
+                raise
+            told = f"one of the {self.count} processes that train together is gone, so all end; torchrun's report names it"
+            raise EyasError(f"{told}. Go on with --resume") from error
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one message."""
@@ -62,6 +78,19 @@ class Ranks:
         told = torch.tensor([value], dtype=torch.float64, device=device)
         distributed.broadcast(told, src=0)
         return float(told)
+
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether this is so in one of the processes."""
+        told = torch.tensor(float(value), device=device)
+        self.sum([told])
+        return bool(told)
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Hand the first `sent[0]` rows to the first process, the next `sent[1]` to the second, ..; returns the rows that came, of which
+        `received[0]` are from the first, .. ."""
+        came = rows.new_empty(sum(received), *rows.shape[1:])
+        distributed.all_to_all_single(came, rows, list(received), list(sent))
+        return came
 
     def wait(self) -> None:
         if self.count > 1:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -37,6 +37,7 @@ from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
 from eyas.train.parallel import ALONE, Ranks
+from eyas.train.split import SplitStates
 from eyas.train.teacher import Teacher
 from eyas.train.unroll import Supervision, loss_anchors
 
@@ -231,9 +232,10 @@ class Trainer:
         def gradients() -> list[tuple[list[Tensor], list[Tensor]]]:
             return list((self.pool.map if self.pool else map)(self.gradients, *each))
 
-        if self.settings.products == "auto":
-            self.settle(gradients)
-        results = gradients()
+        with self.source.step(parts) if isinstance(self.source, SplitStates) else nullcontext():
+            if self.settings.products == "auto":
+                self.settle(gradients)
+            results = gradients()
         zero = torch.zeros((), device=self.network.device)
         losses = [sum((found[step] for _, found in results), zero) for step in range(self.settings.unroll_steps)]
         for index, parameter in enumerate(self.parameters):
