@@ -71,6 +71,13 @@ def check(command: str, context_parallel: bool) -> None:
     raise EyasError(f"`eyas {command}` is one process{why}; start it without torchrun (train and {', '.join(SHARED)} can be several)")
 
 
+def end_unasked() -> None:
+    """This process of several ends now, whatever `torchrun` asks. It asks each as soon as one has ended, and would break in on what this
+    one says."""
+    if count() > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def agent_keeps_store() -> bool:
     """Whether the store at which processes meet is `torchrun`'s; else the first of them keeps it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

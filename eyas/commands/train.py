@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from eyas import launched
 from eyas.commands.common import draft_path
 from eyas.commands.data import evaluation_prompts, from_conversations, from_self_play, from_text, own_words, reading_target
 from eyas.commands.follow import follow
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         with ranks.complete():
             status = train(options, settings, budget, ranks)
     except BaseException:
+        launched.end_unasked()
         atexit.register(ranks.leave)  # others end when this process has left: by then it has said why it ends
         raise
     ranks.leave()

@@ -128,6 +128,7 @@ class KeptStates:
         self.source, self.rows, self.used = source, rows, 0
         self.slabs: list[Tensor] = []  # features, hidden and target_argmax of all kept rows, once their widths are known
         self.places: dict[int, tuple[Example, slice]] = {}  # by id; an example that is held here keeps its id
+        self.begun: set[int] = set()  # by id: those that have their rows, which another worker may still be writing
         self.lock = Lock()  # workers ask at once
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
@@ -153,8 +154,9 @@ class KeptStates:
         for example in examples:
             part, count = states[id(example)], len(example.tokens)
             with self.lock:
-                if self.used + count > self.rows or id(example) in self.places:
+                if self.used + count > self.rows or id(example) in self.begun:
                     continue
+                self.begun.add(id(example))
                 self.slabs = self.slabs or [each.new_empty(self.rows, *each.shape[1:]) for each in part]
                 place, self.used = slice(self.used, self.used + count), self.used + count
             for slab, each in zip(self.slabs, part, strict=True):
