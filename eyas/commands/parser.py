@@ -265,7 +265,8 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
     trace = add(commands, "trace", "the rounds told step by step on what the model really writes")
     trace.add_argument("prompt", help="a user's turn, or text to go on with under --raw")
     trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
-    trace.add_argument("--rounds", type=int, default=4, help="how many rounds to tell (default %(default)s)")
+    trace.add_argument("--rounds", type=int, help="how many rounds to tell (default 4; with --html all)")
+    trace.add_argument("--html", metavar="F.html", help="write the rounds there instead, as a page to look at and go through")
     generation(trace, method=False, copies="the draft alone", new_tokens=48)
 
 

@@ -27,6 +27,7 @@ from eyas.methods import COPY
 from eyas.model.exactness import why_texts_may_part
 
 if TYPE_CHECKING:
+    from eyas.decode.sequence import RoundRecord
     from eyas.serve.app import Server
 
 KEYS = "EYAS_API_KEYS"  # of the environment: keys with commas between them
@@ -92,12 +93,12 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     context = min(options.context or USUAL_CONTEXT, most)
     names = options.served_model_name or [engine.directory.name]
     metrics = Metrics(names[0], options.metrics_prefix)
-    decoder = engine.decoder(request, metrics.round)
+    decoder = engine.decoder(request)
     shape = engine.shape(options.tree, method)
     shapes = {shape, TreeShape(MAX_TREE.nodes, MAX_TREE.depth, MOST_CHILDREN)} if method != "plain" else {shape}
     keeps = options.prefix_cache if options.prefix_cache is not None else engine.target.rows_stand_alone
     scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, keeps, options.stall))
-    return Server(
+    server = Server(
         engine,
         scheduler,
         metrics,
@@ -109,7 +110,15 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
         options.any_model,
         options.hang_seconds,
         options.share_prefixes,
+        watch_all=options.host in LOOPBACK,
     )
+
+    def watch(record: RoundRecord) -> None:
+        metrics.round(record)
+        server.rounds.heard(record, decoder)
+
+    decoder.watch = watch
+    return server
 
 
 def fingerprint(engine: Engine) -> str:

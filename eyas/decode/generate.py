@@ -150,7 +150,7 @@ class Decoder:
         sequence.rounds += 1
         sequence.accepted_lengths[len(committed)] += 1
         if self.watch and tree:
-            self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV))
+            self.watch(RoundRecord(sequence.number, tree, accepted, committed, logits_NV, sequence))
         if not sequence.finish_reason:
             self.drafter.observe(sequence.slot, tokens, features)
             sequence.noise.forget_before(sequence.position)

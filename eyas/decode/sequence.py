@@ -38,6 +38,7 @@ class Sequence:
     end_ids: frozenset[int] | None = None  # ids that end it; None: the target's own
     top_logprobs: int | None = None  # for each of its tokens so many likeliest are told, and its own log probability; None: none
     number: int = 0  # its index among the sequences of its call
+    call: str = ""  # what its caller names the call, for watchers
     slot: int = -1  # its slot in the caches; -1: none yet
     read: int = 0  # tokens of the prompt that the target has read
     owner: str = ""  # whose it is: rows of a prompt are reused for the same owner alone, where they are
@@ -209,3 +210,4 @@ class RoundRecord:
     accepted: Accepted  # the rows on the walk's path and the bonus token
     committed: list[int]  # the tokens that the round added to the text; fewer than were accepted where one of them ended it
     logits: Tensor  # [nodes, V] the target's, one row for each node of the tree
+    text: Sequence | None = None  # the sequence itself, with these tokens committed

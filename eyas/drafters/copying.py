@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from eyas.config import PLAIN
-from eyas.decode.copying import SURE, CopiedText
+from eyas.decode.copying import SURE, CopiedText, CopyLaw
 from eyas.decode.drafter import Drafter, TreeRequest, share_prefix
 from eyas.decode.tree import Tree, merge
 
@@ -47,6 +47,10 @@ class CopyingDrafter:
         rows = share_prefix(self.draft, source, sequence, tokens)
         self.texts[sequence] = CopiedText(unread=list(tokens[: rows + 1]))
         return rows
+
+    def law(self, sequence: int, path: Sequence[int]) -> CopyLaw | None:
+        """What followed, earlier in a sequence's observed text, the tokens that now end in this path below its root."""
+        return self.texts[sequence].law(path)
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         found = [self.found(request) for request in requests]

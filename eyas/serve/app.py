@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +31,14 @@ from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
 from eyas.serve.forms import Forms
 from eyas.serve.jobs import Ask, ask
 from eyas.serve.metrics import Metrics
+from eyas.serve.recording import INDEX, PAGE, PAGE_HEADERS, page_file
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
 from eyas.serve.scheduler import Job, Piece, Scheduler
+from eyas.serve.watching import MOST_WATCHERS, Rounds, Watcher
 from eyas.serve.words import Words
 
+EVENTS, NOT_KEPT = "text/event-stream", {"Cache-Control": "no-cache"}
+CALL = re.compile(r"[A-Za-z0-9_.-]{1,100}")  # what a request may call itself
 MOST_BYTES = 4 << 20  # of a request's body
 PING = 15.0  # seconds without a piece after which a stream says that it lives
 MOST_QUEUED = 1024  # turns that a slow reader may be behind before its answer is cut
@@ -56,12 +61,14 @@ class Server:
     any_model: bool = False
     hang: float = 30.0  # seconds without a turn after which it counts as dead
     share_prefixes: bool = False  # whether what one key's prompts left serves another's: how fast an answer comes then tells of others
+    watch_all: bool = False  # whether the rounds of all requests may be watched at once
     draining: bool = False
 
     def __post_init__(self) -> None:
         self.words = Words(self.engine.tokenizer)
         config = self.engine.target.config
         self.forms = Forms(self.engine.tokenizer, config.vocab_size, config.eos_token_ids)
+        self.rounds = Rounds(lambda token: self.words.text_and_bytes(token)[0], self.watch_all)
 
     # ---- generation ----
 
@@ -78,19 +85,21 @@ class Server:
         def tell(found: list[Piece] | Exception) -> None:
             loop.call_soon_threadsafe(turns.put_nowait, found)
 
+        answer = Answer(asked, self.names[0], self.fingerprint, self.words)
+        call = call_of(request) or answer.id
+        for sequence in asked.sequences:
+            sequence.call = call
         job = Job(asked.sequences, tell)
         if not self.scheduler.submit(job):
             self.check_ready()
             raise busy(self.scheduler.most)
-        answer = Answer(asked, self.names[0], self.fingerprint, self.words)
+        headers = {"X-Request-Id": call}
         if asked.stream:
-            return StreamingResponse(
-                self.streamed(job, answer, turns), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
+            return StreamingResponse(self.streamed(job, answer, turns), media_type=EVENTS, headers=headers | NOT_KEPT)
         await self.finished(request, job, turns)
         if failed := failure_of(asked):
             raise failed
-        return JSONResponse(answer.whole())
+        return JSONResponse(answer.whole(), headers=headers)
 
     async def streamed(self, job: Job, answer: Answer, turns: asyncio.Queue[list[Piece] | Exception]) -> AsyncIterator[bytes]:
         """The events of a stream. Where the client leaves, the job is cancelled."""
@@ -158,6 +167,43 @@ class Server:
         if isinstance(error, EyasError):
             return unavailable(str(error))
         return Refused(f"the server failed ({type(error).__name__}: {error})", status=500, kind="server_error")
+
+    # ---- watching ----
+
+    async def watch(self, request: Request) -> Response:
+        """The rounds of one request, or of all, as they end."""
+        wanted = request.query_params.get("request", "")
+        if wanted != "all" and not CALL.fullmatch(wanted):
+            raise Refused("say whose rounds: request=ID, the X-Request-Id that a request is sent with, or request=all", "request")
+        if wanted == "all" and not self.rounds.everyone:
+            raise Refused("all rounds may be watched on the server's own machine alone", "request", 403, "permission_error")
+        watcher = self.rounds.watch(None if wanted == "all" else wanted)
+        if watcher is None:
+            raise Refused(f"{MOST_WATCHERS} watch already, which is all there may be", status=429, kind="rate_limit_error")
+        return StreamingResponse(self.watched(watcher), media_type=EVENTS, headers=NOT_KEPT)
+
+    async def watched(self, watcher: Watcher) -> AsyncIterator[bytes]:
+        """The events of a watcher, until it leaves or the server ends."""
+        try:
+            yield b": watching\n\n"
+            silent = 0
+            while not (self.scheduler.failure or (self.draining and self.scheduler.idle)):
+                try:
+                    yield await asyncio.wait_for(watcher.rounds.get(), 1.0)
+                    silent = 0
+                except TimeoutError:
+                    silent += 1
+                    if silent % PING == 0:
+                        yield b": ping\n\n"
+        finally:
+            self.rounds.leave(watcher)
+
+    async def page(self, request: Request) -> Response:
+        """The page, or a file of it."""
+        name = request.path_params.get("name", INDEX)
+        if name not in PAGE:
+            raise not_found(f"the page has no file {name}")
+        return Response(page_file(name), media_type=PAGE[name], headers=PAGE_HEADERS)
 
     # ---- checks ----
 
@@ -253,6 +299,12 @@ def failure_of(asked: Ask) -> Refused | None:
     return None
 
 
+def call_of(request: Request) -> str | None:
+    """What a request calls itself, if that can be used."""
+    given = request.headers.get("x-request-id", "")
+    return given if CALL.fullmatch(given) else None
+
+
 async def body_of(request: Request) -> bytes:
     """A request's body. Raises `Refused` where it is too large, or says that it is no JSON."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -304,7 +356,8 @@ class Gate:
         host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
         if self.loopback and host and host not in LOOPBACK:
             return Refused(f"this server answers on this machine alone, not as {host}", status=403, kind="permission_error")
-        if not self.server.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        opened = scope["path"] in OPEN_PATHS or scope["path"].startswith("/static/")
+        if not self.server.keys or opened or scope["method"] == "OPTIONS":
             return None
         key = key_of(headers)
         if any([hmac.compare_digest(key.encode(), each.encode()) for each in self.server.keys]):  # all compared: none is told by time
@@ -337,11 +390,12 @@ def make_app(server: Server, loopback: bool = True, cors: list[str] | None = Non
         "/models": server.models,
         "/models/{name:path}": server.one_model,
         "/health": server.health,
+        "/eyas/rounds": server.watch,
     }
     routes = [Route(prefix + path, call, methods=["POST"]) for path, call in posts.items() for prefix in ("/v1", "")]
     routes += [Route(prefix + path, call) for path, call in gets.items() for prefix in ("/v1", "")]
     routes += [Route("/readyz", server.health), Route("/livez", server.alive), Route("/metrics", server.metrics_page)]
-    routes += [Route("/openapi.json", server.api)]
+    routes += [Route("/openapi.json", server.api), Route("/", server.page), Route("/static/{name}", server.page)]
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)

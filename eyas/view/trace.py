@@ -14,7 +14,6 @@ from rich.tree import Tree as Drawing
 
 from eyas.config import VERIFIERS, Request
 from eyas.decode.prompt import Prompt
-from eyas.decode.rules import path_to
 from eyas.decode.sampling import draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
@@ -22,6 +21,7 @@ from eyas.engine import Engine
 from eyas.model.draft import DraftNetwork
 from eyas.parallel.target import ShardedTarget
 from eyas.view.heard import Heard, Listener, Path
+from eyas.view.rounds import logits_at
 
 WALK = VERIFIERS[0]
 
@@ -138,12 +138,7 @@ class Story:
             chance = f" {math.exp(record.tree.scores[row]):.2f}" if row else ""
             if request.verifier != WALK:  # accept or reject: nothing is drawn at a node
                 return f"{name}{chance}"
-            noise = None if request.sampling.greedy else text.noise.at(position + record.tree.depths[row] + 1)
-            logits_V = record.logits[row]
-            path = [record.tree.tokens[each] for each in path_to(record.tree, row)[1:]]
-            for process in text.processors:
-                logits_V = process(text.tokens[: position + 1], path, logits_V)
-            drawn = draw(logits_V, request.sampling, noise)
+            drawn = draw(logits_at(record, text, row), request.sampling, text.noise_at(position + record.tree.depths[row] + 1))
             return f"{name}{chance} [dim]target draws {self.word(drawn)}[/dim]"
 
         drawings = [Drawing(label(0))]

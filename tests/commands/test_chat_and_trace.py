@@ -56,6 +56,32 @@ def test_trace_tells_the_rounds_in_order(models, run):
         place = out.index(words, place) + len(words)
 
 
+def test_trace_writes_a_page_with_the_rounds_inside(models, run, tmp_path):
+    page = tmp_path / "rounds.html"
+    words = ["trace", "</script>abab" * 4, "--raw", "--target", models / "target", "--draft", models / "draft", "--precision", "fp32"]
+    status, out, err = run(*words, "--html", page, "--copy", "--temperature", "1", "--seed", "3")
+    assert status == 0 and out == "" and re.search(r"rounds\.html: \d+ rounds, seed 3; open it in a browser\n$", err)
+    text = page.read_text(encoding="utf-8")
+    (held,) = re.findall(r'<script type="application/json" id="recording">(.*?)</script>', text)
+    told = json.loads(held)
+    (turn,) = told["turns"]
+    assert turn["prompt"] == "</script>abab" * 4 and told["about"]["method"] == "eagle3+copy"
+    assert [each["n"] for each in turn["rounds"]] == list(range(1, len(turn["rounds"]) + 1))
+    wanted = json.loads(
+        run(*generate(models, *words[1:3], "--copy", "--temperature", "1", "--seed", "3", "--max-new-tokens", "48", "--json"))[1]
+    )
+    ids = [turn["rounds"][0]["root"]["id"], *(token for each in turn["rounds"] for token, _ in each["committed"])]
+    assert ids == wanted["tokens"] and turn["answer"] == wanted["text"]
+    assert "static/" not in text and "default-src 'none'" in text
+    _, _, err = run(*words, "--html", page, "--rounds", "2")
+    assert ": 2 rounds" in err
+
+
+def test_trace_refuses_a_page_that_cannot_be_written_before_anything_is_loaded(models, refused, tmp_path):
+    line = refused("trace", "hi", "--html", tmp_path / "no" / "t.html", "--target", "nowhere", "--draft", models / "draft")
+    assert line.startswith(f"--html {tmp_path / 'no' / 't.html'} cannot be written")
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -1,0 +1,77 @@
+"""Who watches rounds: events from the thread that decodes to whoever asked for them. A watcher that is slow loses rounds.
+
+Nothing is computed for a round that nobody watches. Knows rounds as they are told, queues and the event loop; knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from eyas.serve.answers import sse
+from eyas.view.rounds import Word, round_told
+
+if TYPE_CHECKING:
+    from eyas.decode.generate import Decoder
+    from eyas.decode.sequence import RoundRecord
+
+MOST_WATCHERS = 8
+MOST_BEHIND = 64  # rounds that a watcher may be behind before it loses some
+
+
+class Watcher:
+    """Gets the rounds of one request, or of all where `request` is None. Made and read on the event loop."""
+
+    def __init__(self, request: str | None) -> None:
+        self.request = request
+        self.rounds: asyncio.Queue[bytes] = asyncio.Queue(MOST_BEHIND)
+        self.loop = asyncio.get_running_loop()
+
+    def wants(self, call: str) -> bool:
+        return (self.request is None or self.request == call) and not self.rounds.full()
+
+    def tell(self, event: bytes) -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the watcher with it
+            self.loop.call_soon_threadsafe(self.take, event)
+
+    def take(self, event: bytes) -> None:
+        with contextlib.suppress(asyncio.QueueFull):
+            self.rounds.put_nowait(event)
+
+
+class Rounds:
+    """The watchers there are. One that its stream has let go is gone."""
+
+    def __init__(self, word: Word, everyone: bool) -> None:
+        """`everyone`: whether all requests may be watched at once."""
+        self.word, self.everyone = word, everyone
+        self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self.lock = threading.Lock()
+
+    def watch(self, request: str | None) -> Watcher | None:
+        """A new watcher; None where there are too many."""
+        with self.lock:
+            if len(self.watchers) >= MOST_WATCHERS:
+                return None
+            self.watchers.add(watcher := Watcher(request))
+        return watcher
+
+    def leave(self, watcher: Watcher) -> None:
+        with self.lock:
+            self.watchers.discard(watcher)
+
+    def heard(self, record: RoundRecord, decoder: Decoder) -> None:
+        """A round of one sequence; called on the thread that decodes."""
+        if not self.watchers or record.text is None:
+            return
+        call = record.text.call
+        with self.lock:
+            wanting = [watcher for watcher in self.watchers if watcher.wants(call)]
+        if wanting:
+            event = sse(round_told(record, decoder, self.word))
+            for watcher in wanting:
+                watcher.tell(event)

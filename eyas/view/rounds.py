@@ -1,0 +1,140 @@
+"""A round of one sequence as plain numbers and words, for whoever draws it: the page of `eyas serve`, and recordings.
+
+Knows records of rounds and the decoder that made them; knows nothing of how they are sent or shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eyas.config import Request
+from eyas.decode.generate import Decoder
+from eyas.decode.prompt import Prompt
+from eyas.decode.rules import path_to
+from eyas.decode.sampling import allowed
+from eyas.decode.sequence import RoundRecord, Sequence
+from eyas.decode.tree import Tree
+from eyas.drafters.copying import LEAST, CopyingDrafter
+from eyas.engine import Engine
+
+Word = Callable[[int], str]  # a token's text
+BEFORE = 5  # tokens in front of the root that are told with a round
+LIKELIEST = 5  # tokens that are told of a draw
+DRAFT, COPY = "draft", "copy"
+
+
+def round_told(record: RoundRecord, decoder: Decoder, word: Word) -> dict[str, Any]:
+    """What a round did, for JSON. Ask while `watch` is called: the drafter and the clock then still stand at this round.
+
+    `nodes`: rows of the target's pass, root first, each [token, text, parent's row, depth, chance that its path is drawn as the drafter
+    scored it, who guessed it]. A guess counts as copied where at least two tokens before it stood earlier in the text, followed by it.
+    `path`: the rows that the walk kept. `draws`: for each of these the target's draw there, and the tokens that came nearest to being
+    drawn, each with its chance and its noise; none where the verifier is not the walk. `ms`: of the whole round `draft` and `pass`,
+    shared by its `sequences`; of this text `first`, until its first token, and `at`, until this round's last.
+    """
+    text, tree, accepted = record.text, record.tree, record.accepted
+    assert text is not None, "the decoder's records have their sequence"
+    root = root_of(record, text)
+    clock, named = decoder.plan, [word(token) for token in tree.tokens]
+    chances = torch.tensor(tree.scores, dtype=torch.float64).exp().tolist()
+    guessers = ["", *guessed_by(tree, decoder, text)]
+    return {
+        "n": text.rounds,
+        "request": text.call,
+        "choice": text.number,
+        "before": [[token, word(token)] for token in text.tokens[max(0, root - BEFORE) : root]],
+        "root": {"id": tree.tokens[0], "text": named[0], "pos": root},
+        "nodes": [
+            [token, name, parent, depth, four_digits(chance), by]
+            for token, name, parent, depth, chance, by in zip(tree.tokens, named, tree.parents, tree.depths, chances, guessers, strict=True)
+        ],
+        "path": accepted.path,
+        "bonus": [accepted.bonus, word(accepted.bonus)],
+        "committed": [[token, word(token)] for token in record.committed],
+        "draws": draws_told(record, text, word) if decoder.verifier.shares_noise else [],
+        "temperature": text.sampling.temperature,
+        "rows": len(tree),
+        "sequences": max(1, len(decoder.decoding)),
+        "ms": {
+            "draft": milliseconds(clock.pass_began - clock.began),
+            "pass": milliseconds(clock.pass_seconds),
+            "first": milliseconds(text.prefill_seconds),
+            "at": milliseconds(text.seconds),
+        },
+        "end": text.finish_reason,
+    }
+
+
+def rounds_of(engine: Engine, prompt: Prompt, request: Request, most: int | None = None) -> tuple[Sequence, list[dict[str, Any]]]:
+    """The answer to a prompt and its rounds, told one by one; of `most` rounds at most."""
+    decoder, told = engine.decoder(request), list[dict[str, Any]]()
+    decoder.watch = lambda record: told.append(round_told(record, decoder, lambda token: engine.tokenizer.decode([token])))
+    (text,) = everyone = engine.sequences(prompt, request)
+    for _ in decoder.run_all(everyone):
+        if most is not None and len(told) >= most:
+            break
+    return text, told
+
+
+def root_of(record: RoundRecord, text: Sequence) -> int:
+    """The absolute position of the round's root."""
+    return len(text.tokens) - len(record.committed) - 1
+
+
+def guessed_by(tree: Tree, decoder: Decoder, text: Sequence) -> list[str]:
+    """Who guessed each node below the root."""
+    drafter = decoder.drafter
+    if not isinstance(drafter, CopyingDrafter):
+        return [DRAFT] * (len(tree) - 1)
+    found, laws = [], {}
+    for row in range(1, len(tree)):
+        parent = tree.parents[row]
+        if parent not in laws:
+            laws[parent] = drafter.law(text.slot, [tree.tokens[each] for each in path_to(tree, parent)[1:]])
+        law = laws[parent]
+        found.append(COPY if law and law.matched >= LEAST and tree.tokens[row] in law.following else DRAFT)
+    return found
+
+
+def logits_at(record: RoundRecord, text: Sequence, row: int) -> Tensor:
+    """The logits [V] that the target's token at a row of a round's tree was drawn from, after the text's processors."""
+    logits_V = record.logits[row]
+    path = [record.tree.tokens[each] for each in path_to(record.tree, row)[1:]]
+    for process in text.processors:
+        logits_V = process(text.tokens[: root_of(record, text) + 1], path, logits_V)
+    return logits_V
+
+
+def draws_told(record: RoundRecord, text: Sequence, word: Word) -> list[list[list[Any]]]:
+    """For each row of the walk's path the drawn token, and then those that came nearest to being drawn."""
+    path = record.accepted.path
+    drawn = [*(record.tree.tokens[row] for row in path[1:]), record.accepted.bonus]
+    return [draw_told(record, text, row, token, word) for row, token in zip(path, drawn, strict=True)]
+
+
+def draw_told(record: RoundRecord, text: Sequence, row: int, drawn: int, word: Word) -> list[list[Any]]:
+    """The tokens with the highest log chance + noise at a row, the drawn one first: [token, text, chance, noise]. Greedy text has no noise;
+    its chances are those at temperature 1."""
+    sampling = text.sampling
+    scores_V = logits_at(record, text, row).double().cpu() / (1.0 if sampling.greedy else sampling.temperature)
+    ids = None if sampling.greedy else allowed(scores_V, sampling)
+    ids = torch.arange(scores_V.shape[0]) if ids is None else ids
+    log_p = scores_V[ids].log_softmax(0)
+    noise_V = text.noise_at(root_of(record, text) + record.tree.depths[row] + 1)
+    noise = torch.zeros_like(log_p) if noise_V is None else noise_V.double().cpu()[ids]
+    best = (log_p + noise).topk(min(LIKELIEST, ids.shape[0])).indices
+    best = torch.cat([(ids == drawn).nonzero()[:1, 0], best[ids[best] != drawn]])[:LIKELIEST]  # of equal ones the lowest id was drawn
+    columns = ids[best].tolist(), log_p[best].exp().tolist(), noise[best].tolist()
+    return [[token, word(token), four_digits(chance), round(more, 3)] for token, chance, more in zip(*columns, strict=True)]
+
+
+def four_digits(chance: float) -> float:
+    return float(f"{chance:.4g}")
+
+
+def milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
