@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES, MOST_DEPTH = 64 << 10, 32  # of a schema or a grammar
 MOST_SECONDS = 5.0  # to compile it
+MOST_AT_ONCE = 2  # that are compiled at a time, those included that nobody waits for any more
 COMPACT = {"whitespace_flexible": False}  # JSON without blanks: a small model may write blanks for ever
 LONGEST = 200  # characters of an error that are told
 
@@ -99,7 +100,7 @@ class Forms:
     def __init__(self, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.ends = list(ends) or [end for end in (tokenizer.eos_token_id,) if end is not None]
-        self.lock = threading.Lock()
+        self.lock, self.free = threading.Lock(), threading.Semaphore(MOST_AT_ONCE)
         self.words: Any = None
 
     def matcher(self, form: Form) -> Matcher:
@@ -112,8 +113,12 @@ class Forms:
                 found.append(self.compiled(form))
             except Exception as error:
                 found.append(error)
+            finally:
+                self.free.release()
 
         self.prepare(form.field)
+        if not self.free.acquire(timeout=MOST_SECONDS):
+            raise Refused(f"{form.field}: others are being read; try again soon", form.field, 429, "rate_limit_error", "queue_full")
         thread = threading.Thread(target=compile_it, daemon=True)
         thread.start()
         thread.join(MOST_SECONDS)
@@ -140,13 +145,13 @@ class Forms:
                 raise Refused(f"{field} is not served for this model's tokenizer ({one_line(str(error))})", field) from None
 
     def compiled(self, form: Form) -> Matcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         try:
             grammar = grammar_of(form)
         except ValueError as error:
             raise Refused(f"{form.field}: {one_line(str(error))}", form.field) from None
-        found = LLMatcher(self.words, grammar, log_level=0)
+        found = LLMatcher(self.words, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if found.is_error():
             raise Refused(f"{form.field}: {one_line(found.get_error())}", form.field)
         found.compute_bitmask()  # limits are met at the first look, too
@@ -202,5 +207,5 @@ def depth(value: Any) -> int:
 
 
 def one_line(text: str) -> str:
-    words = " ".join(text.split())
+    words = " ".join(text.removesuffix("<non-verbose/>").split())
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."

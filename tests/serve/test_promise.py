@@ -18,6 +18,7 @@ SERVERS = [
     ("--slots", "16", "--tree", "20x3x4", "--prefix-cache"),
     ("--slots", "4", "--plain"),
 ]
+SCHEMA = {"type": "object", "properties": {"bird": {"enum": ["hawk", "owl"]}, "sees": {"type": "boolean"}}, "required": ["bird", "sees"]}
 
 
 def requests() -> list[tuple[str, dict[str, Any]]]:
@@ -26,7 +27,9 @@ def requests() -> list[tuple[str, dict[str, Any]]]:
     for number in range(COUNT):
         words = " ".join(draw.choice(["hawk", "owl", "sees", "how", "and", "the", "flies"]) for _ in range(draw.randint(1, 40)))
         body: dict[str, Any] = {"max_tokens": draw.randint(1, 40), "seed": number, "temperature": draw.choice([0, 0.7, 1.0, 1.3])}
-        body |= draw.choice([{}, {"top_p": 0.9}, {"frequency_penalty": 0.8}, {"stop": ["a", "hawk"]}, {"min_p": 0.1, "ignore_eos": True}])
+        laws: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"frequency_penalty": 0.8}, {"stop": ["a", "hawk"]}]
+        laws += [{"min_p": 0.1, "ignore_eos": True}, {"structured_outputs": {"regex": "[a-z ]{3,12}[.!]"}}]
+        body |= draw.choice([*laws, {"structured_outputs": {"json": SCHEMA}}])
         if draw.random() < 0.5:
             found.append((CHAT, body | {"messages": [{"role": "user", "content": words}], "n": draw.choice([1, 1, 2])}))
         else:
