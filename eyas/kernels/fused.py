@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,17 @@ def available() -> bool:
     if os.environ.get(OFF):
         return False
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     return True
+
+
+def kernel(name: str) -> Any:
+    """A Triton kernel; importing them needs Triton."""
+    from eyas.kernels import triton_kernels
+
+    return getattr(triton_kernels, name)
 
 
 def suits(x: Tensor) -> bool:
@@ -49,46 +57,39 @@ def block_of(count: int) -> int:
 
 def uniforms(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int, stream: int) -> Tensor:
     """The numbers of `philox.uniforms_on`, to the last bit."""
-    from eyas.kernels.triton_kernels import uniforms_kernel
-
     out = torch.empty(len(seeds_N), count, dtype=torch.float64, device=seeds_N.device)
     block = min(256, block_of(-(-count // 4)))
     grid = (len(seeds_N), -(-count // (4 * block)))
-    uniforms_kernel[grid](seeds_N.contiguous(), positions_N.contiguous(), out, count, PURPOSE=purpose, STREAM=stream, BLOCK=block)
+    kernel("uniforms_kernel")[grid](seeds_N.contiguous(), positions_N.contiguous(), out, count, PURPOSE=purpose, STREAM=stream, BLOCK=block)
     return out
 
 
 def added_norm(x_NH: Tensor, added_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + added, and its RMSNorm."""
-    from eyas.kernels.triton_kernels import added_norm_kernel
-
     total, normed = torch.empty_like(x_NH), torch.empty_like(x_NH)
     rows, width = x_NH.shape
-    added_norm_kernel[(rows,)](x_NH.contiguous(), added_NH.contiguous(), weight_H, total, normed, width, eps, WIDTH=block_of(width))
+    x_NH, added_NH = x_NH.contiguous(), added_NH.contiguous()
+    kernel("added_norm_kernel")[(rows,)](x_NH, added_NH, weight_H, total, normed, width, eps, WIDTH=block_of(width))
     return total, normed
 
 
 def gated(gate_up_NI: Tensor) -> Tensor:
     """silu(gate) * up [N, I] of gate and up side by side [N, 2 I]."""
-    from eyas.kernels.triton_kernels import gated_kernel
-
     rows, inner = gate_up_NI.shape[0], gate_up_NI.shape[1] // 2
     out, block = gate_up_NI.new_empty(rows, inner), 1024
-    gated_kernel[(rows, -(-inner // block))](gate_up_NI.contiguous(), out, inner, BLOCK=block)
+    kernel("gated_kernel")[(rows, -(-inner // block))](gate_up_NI.contiguous(), out, inner, BLOCK=block)
     return out
 
 
 def turned_and_kept(heads_NHd: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, places_N: Tensor) -> Tensor:
     """Turn queries and keys of these heads (queries, keys, values, before rotation), and keep keys and values [k, T, d] at the rows'
     places. Returns the queries of each key head's group, its heads one below another [k, group * N, d]."""
-    from eyas.kernels.triton_kernels import turn_and_keep_kernel
-
     rows, all_heads, width = heads_NHd.shape
     kv_heads = keys.shape[0]
     query_heads = all_heads - 2 * kv_heads
     cos, sin = (each.reshape(rows, -1).contiguous() for each in rotation)
     q = heads_NHd.new_empty(kv_heads, query_heads // kv_heads * rows, width)
-    turn_and_keep_kernel[(rows, all_heads)](
+    kernel("turn_and_keep_kernel")[(rows, all_heads)](
         heads_NHd.contiguous(),
         cos,
         sin,
@@ -114,8 +115,6 @@ def parts_of(window: int, programs: int) -> int:
 def attention(q_kmd: Tensor, keys: Tensor, values: Tensor, seen_RW: Tensor) -> Tensor:
     """Attention [R, q * d] of R rows over the first W keys of [k, T, d]. `q_kmd`: as `turned_and_kept` lays them; `seen_RW` bool: which
     keys a row sees, at least one each."""
-    from eyas.kernels.triton_kernels import attention_part_kernel, join_parts_kernel
-
     kv_heads, queries, width = q_kmd.shape
     rows, window = seen_RW.shape
     parts = parts_of(window, kv_heads)  # by the window alone, so that a row's sums do not hang on how many rows there are
@@ -124,7 +123,7 @@ def attention(q_kmd: Tensor, keys: Tensor, values: Tensor, seen_RW: Tensor) -> T
     tile = min(64, max(16, block_of(queries)))
     out = torch.empty(parts, kv_heads, queries, width, dtype=torch.float32, device=q_kmd.device)
     lse = torch.empty(parts, kv_heads, queries, dtype=torch.float32, device=q_kmd.device)
-    attention_part_kernel[(kv_heads, -(-queries // tile), parts)](
+    kernel("attention_part_kernel")[(kv_heads, -(-queries // tile), parts)](
         q_kmd,
         keys,
         values,
@@ -143,7 +142,7 @@ def attention(q_kmd: Tensor, keys: Tensor, values: Tensor, seen_RW: Tensor) -> T
     )
     group = queries // rows
     joined = q_kmd.new_empty(rows, kv_heads * group * width)
-    join_parts_kernel[(kv_heads, queries)](
+    kernel("join_parts_kernel")[(kv_heads, queries)](
         out, lse, joined, rows, queries, parts, QUERY_HEADS=kv_heads * group, KEY_HEADS=kv_heads, WIDTH=width
     )
     return joined
