@@ -30,8 +30,8 @@ SETTINGS = {"unroll_steps": 4, "step_keep": 1.0, "step_decay": 1.0}  # the numbe
 
 def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, settings: TrainSettings) -> MtpNetwork:
     """Modules that begin by passing on the state they are given."""
-    head = FrozenHead.of(target, vocab, torch.float32)
-    network = MtpNetwork(one_layer(target.config), settings.unroll_steps, target.embedding.detach(), head)
+    shape, head = one_layer(target.config), FrozenHead.of(target, vocab, torch.float32)
+    network = MtpNetwork(shape, settings.unroll_steps, target.embedding.detach(), head)
     for number, module in enumerate(network.stack):
         begin_as_feature(module, module.eh_proj, settings.seed + number)
         if isinstance(target, Target):
@@ -42,9 +42,8 @@ def new_network(target: TargetModel, taps: tuple[int, ...], vocab: DraftVocab, s
 
 def unroll(network: MtpNetwork, batch: Batch, steps: int, depths: Tensor | None = None) -> Iterator[Step]:
     """For each module, its states at the anchors whose answer is long enough. It reads all positions of a document, as in use."""
-    anchors, counted = batch.anchors()
-    counted = counted if depths is None else torch.minimum(counted, depths)
-    place = torch.cat([torch.arange(length) for length in batch.lengths])
+    (anchors, whole), place = batch.anchors(), torch.cat([torch.arange(length) for length in batch.lengths])
+    counted = whole if depths is None else torch.minimum(whole, depths)
     following = torch.cat([batch.tokens, batch.tokens.new_zeros(steps)])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
