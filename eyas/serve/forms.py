@@ -6,6 +6,8 @@ Knows these fields' values and llguidance, which turns them into matchers; knows
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 MOST_BYTES, MOST_DEPTH = 64 << 10, 32  # of a schema or a grammar
 MOST_SECONDS = 5.0  # to compile it
 MOST_AT_ONCE = 2  # that are compiled at a time, those included that nobody waits for any more
+APART = "import sys; from llguidance import LLMatcher; LLMatcher.validate_grammar(sys.stdin.read())"
 COMPACT = {"whitespace_flexible": False}  # JSON without blanks: a small model may write blanks for ever
 LONGEST = 200  # characters of an error that are told
 
@@ -121,9 +124,9 @@ class Forms:
             raise Refused(f"{form.field}: others are being read; try again soon", form.field, 429, "rate_limit_error", "queue_full")
         thread = threading.Thread(target=compile_it, daemon=True)
         thread.start()
-        thread.join(MOST_SECONDS)
+        thread.join(2 * MOST_SECONDS)  # of which a process apart may take one half
         if not found:
-            raise Refused(f"{form.field} took more than {MOST_SECONDS:g} seconds to read; make it simpler", form.field)
+            raise too_slow(form.field)
         if isinstance(found[0], Exception):
             raise found[0]
         return found[0]
@@ -151,6 +154,8 @@ class Forms:
             grammar = grammar_of(form)
         except ValueError as error:
             raise Refused(f"{form.field}: {one_line(str(error))}", form.field) from None
+        if may_take_for_ever(form):
+            tried_apart(grammar, form.field)
         found = LLMatcher(self.words, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if found.is_error():
             raise Refused(f"{form.field}: {one_line(found.get_error())}", form.field)
@@ -180,6 +185,24 @@ def grammar_of(form: Form) -> str:
     return LLMatcher.grammar_from_lark("\n".join([f"start: {' | '.join(f'call{number}' for number in range(len(rules)))}", *rules]))
 
 
+def may_take_for_ever(form: Form) -> bool:
+    """Whether a form may intersect regular expressions, which llguidance's limits do not bound."""
+    text = json.dumps(form.value)
+    return form.kind == "grammar" or '"allOf"' in text or text.count('"pattern') + text.count('"format"') > 1
+
+
+def tried_apart(grammar: str, field: str) -> None:
+    """Read a grammar in a process that ends when its time is over, as a thread would not. Raises `Refused` where it is."""
+    try:
+        subprocess.run([sys.executable, "-c", APART], input=grammar, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise too_slow(field) from None
+
+
+def too_slow(field: str) -> Refused:
+    return Refused(f"{field} took more than {MOST_SECONDS:g} seconds to read; make it simpler", field)
+
+
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A schema as a rule of its own, so that its references are its own too."""
     return f"%json {json.dumps({'x-guidance': COMPACT, **schema})}"
@@ -207,5 +230,5 @@ def depth(value: Any) -> int:
 
 
 def one_line(text: str) -> str:
-    words = " ".join(text.removesuffix("<non-verbose/>").split())
+    words = " ".join(text.replace("<non-verbose/>", "").split())
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."

@@ -169,6 +169,17 @@ def test_a_form_that_takes_too_long_to_read_is_refused(client, monkeypatch):
     assert client.post(CHAT, json=ask(response_format={"type": "json_object"})).status_code == 200
 
 
+def test_expressions_that_intersect_without_end_are_refused_and_leave_nothing_running(engine, monkeypatch):
+    monkeypatch.setattr(forms, "MOST_SECONDS", 2.0)
+    found = Forms(engine.tokenizer, engine.target.config.vocab_size, engine.target.config.eos_token_ids)
+    endless = {"allOf": [{"type": "string", "pattern": f".*a{{{number}}}.*"} for number in range(1, 99)]}
+    with pytest.raises(forms.Refused, match="seconds to read"):
+        found.matcher(Form("json", endless, "response_format"))
+    assert all(found.free.acquire(timeout=1) for _ in range(forms.MOST_AT_ONCE))
+    found = {"allOf": [{"type": "string", "pattern": "^a"}, {"type": "string", "maxLength": 3}]}
+    assert Forms(engine.tokenizer, 300, [1]).matcher(Form("json", found, "response_format"))
+
+
 def test_a_grammar_that_gives_up_ends_its_own_request_alone(client, monkeypatch):
     started = Grammar.mask
 
