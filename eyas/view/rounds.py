@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from eyas.config import Request
+from eyas.decode.copying import CopyLaw
 from eyas.decode.generate import Decoder
+from eyas.decode.grammar import FORCED, Grammar
 from eyas.decode.prompt import Prompt
 from eyas.decode.rules import path_to
 from eyas.decode.sampling import allowed
@@ -24,14 +26,15 @@ from eyas.engine import Engine
 Word = Callable[[int], str]  # a token's text
 BEFORE = 5  # tokens in front of the root that are told with a round
 LIKELIEST = 5  # tokens that are told of a draw
-DRAFT, COPY = "draft", "copy"
+DRAFT, COPY, FORM = "draft", "copy", "form"
 
 
 def round_told(record: RoundRecord, decoder: Decoder, word: Word) -> dict[str, Any]:
     """What a round did, for JSON. Ask while `watch` is called: the drafter and the clock then still stand at this round.
 
     `nodes`: rows of the target's pass, root first, each [token, text, parent's row, depth, chance that its path is drawn as the drafter
-    scored it, who guessed it]. A guess counts as copied where at least two tokens before it stood earlier in the text, followed by it.
+    scored it, who guessed it]. A guess counts as copied where at least two tokens before it stood earlier in the text, followed by it; the
+    answer's form guesses what it forces.
     `path`: the rows that the walk kept. `draws`: for each of these the target's draw there, and the tokens that came nearest to being
     drawn, each with its chance and its noise; none where the verifier is not the walk. `ms`: of the whole round `draft` and `pass`,
     shared by its `sequences`; of this text `first`, until its first token, and `at`, until this round's last.
@@ -87,12 +90,17 @@ def root_of(record: RoundRecord, text: Sequence) -> int:
 
 def guessed_by(tree: Tree, decoder: Decoder, text: Sequence) -> list[str]:
     """Who guessed each node below the root."""
-    drafter = decoder.drafter
-    if not isinstance(drafter, CopyingDrafter):
-        return [DRAFT] * (len(tree) - 1)
-    found, laws = [], {}
+    drafter, found = decoder.drafter, list[str]()
+    laws: dict[int, CopyLaw | None] = {}
+    formed = any(isinstance(process, Grammar) for process in text.processors)
     for row in range(1, len(tree)):
         parent = tree.parents[row]
+        if formed and tree.scores[row] == tree.scores[parent] + FORCED:
+            found.append(FORM)
+            continue
+        if not isinstance(drafter, CopyingDrafter):
+            found.append(DRAFT)
+            continue
         if parent not in laws:
             laws[parent] = drafter.law(text.slot, [tree.tokens[each] for each in path_to(tree, parent)[1:]])
         law = laws[parent]

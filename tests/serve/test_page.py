@@ -105,6 +105,19 @@ def test_a_guess_is_told_as_copied_where_the_tokens_before_it_were_followed_by_i
         text += [token for token, _ in each["committed"]]
 
 
+def test_what_an_answers_form_forces_is_told_and_watching_moves_no_token(engine):
+    form = {"regex": "abcdefgh|abcdefgz (hawk|owl)"}
+    with served(engine) as (client, server):
+        body = ask(temperature=1.0, structured_outputs=form, eyas=TREE)
+        alone = client.post(CHAT, json=body).json()["choices"]
+        with watched(client, server, "all") as told:
+            assert client.post(CHAT, json=body).json()["choices"] == alone
+    assert "form" in {node[5] for each in told for node in each["nodes"][1:]}
+    for each in told:
+        drawn = [*(each["nodes"][row][0] for row in each["path"][1:]), each["bonus"][0]]
+        assert [draw[0][0] for draw in each["draws"]] == drawn
+
+
 def test_without_a_name_a_request_goes_by_its_answers_id(engine):
     with served(engine) as (client, server), watched(client, server, "all") as told:
         answer = client.post(CHAT, json=ask(n=2, temperature=1.0))

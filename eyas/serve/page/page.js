@@ -47,6 +47,8 @@ const own = (event, row) => { // a node's chance, given its parent
   return parent < 0 ? 1 : Math.min(1, chance / Math.max(event.nodes[parent][4], 1e-9));
 };
 
+const GUESSED = { draft: "guessed by the draft", copy: "copied", form: "forced by the answer's form" };
+
 // ---- rounds come in ----
 
 const keyed = (request, choice) => `${request}/${choice}`;
@@ -99,7 +101,7 @@ function bracket(event, index) {
     if (row === undefined) return token(text, "bonus", `${quoted(text)}: drawn by the target, the bonus of round ${event.n}`);
     const by = event.nodes[row][5], chance = own(event, row);
     const sure = `s${Math.min(3, Math.floor(chance * 4))}`;
-    return token(text, `${by} ${sure}`, `${quoted(text)}: ${by === "copy" ? "copied" : "guessed"} with ${chance.toFixed(2)}, and drawn`);
+    return token(text, `${by} ${sure}`, `${quoted(text)}: ${GUESSED[by]}, with ${chance.toFixed(2)}, and drawn`);
   });
   const group = h("span", { class: "round", "data-index": String(index) }, parts);
   group.addEventListener("click", () => { pause(); show(index); });
@@ -187,18 +189,20 @@ function strip(event, fused) {
 // 2
 function growth(event) {
   if (!reads(event)) return ["Nothing is guessed in this round: it is plain decoding, one row for one token.", null];
-  const guesses = event.nodes.slice(1), copied = guesses.filter((node) => node[5] === "copy").length;
+  const guesses = event.nodes.slice(1), of = (kind) => guesses.filter((node) => node[5] === kind).length;
+  const copied = of("copy"), forced = of("form");
   const depth = Math.max(...guesses.map((node) => node[3]));
   const last = event.before.at(-1);
   const given = sampled(event) ? ", given the noise that the target will draw with" : "";
   const chances = `A node's bar and number: the chance that the text goes down to it${given}.`;
-  if (copied === guesses.length) return [`All guesses were copied: the tokens before them stood earlier in the text. ${chances}`, tree(event, false)];
+  const both = (copied ? ` ${some(copied, "guess was", "guesses were")} copied: the tokens before stood earlier in the text.` : "") +
+    (forced ? ` ${some(forced, "guess was", "guesses were")} forced by the answer's form.` : "");
+  if (copied + forced === guesses.length) return [`None of the guesses is the draft's.${both} ${chances}`, tree(event, false)];
   let words = "The draft guesses level by level; the best nodes of each level are expanded, and the best of all are kept.";
   if (eagle()) {
     words = `Level 1: the draft reads g${last ? ` of ${quoted(last[1])}` : ""} with the token ${quoted(event.root.text)}; its output is a, and its head guesses what follows.`;
     if (depth > 1) words += " From level 2 on there is no g, for the target has read none of these tokens: the draft's own a stands in for it.";
   }
-  const both = copied ? ` ${some(copied, "guess was", "guesses were")} copied from earlier text.` : "";
   return [`${words}${both} ${chances}`, tree(event, true)];
 }
 
@@ -242,7 +246,7 @@ function tree(event, drafted) {
   });
   event.nodes.forEach(([, text, parent, level, chance, by], row) => {
     const kind = `node ${parent < 0 ? "root" : by}${taken.has(row) ? " taken" : ""}`;
-    const told = parent < 0 ? quoted(text) : `${quoted(text)} by the ${by === "copy" ? "copy law" : "draft"}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
+    const told = parent < 0 ? quoted(text) : `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
     const group = s("g", { class: kind, "data-row": String(row), transform: `translate(${px(level)} ${py(y[row])})` }, s("title", {}, told),
       s("rect", { class: "box", width: W, height: H - 12, rx: 4 }), s("text", { x: 6, y: 15.5 }, short(text, parent < 0 ? 12 : 8)));
     if (parent >= 0) {
