@@ -34,7 +34,10 @@ const s = (tag, attributes, ...parts) => add(document.createElementNS("http://ww
 // ---- words ----
 
 const shown = (text) => (text === "" ? "∅" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·"));
-const short = (text, most = 12) => { const whole = shown(text); return whole.length > most ? whole.slice(0, most - 1) + "…" : whole; };
+const short = (text, most = 12) => {
+  const whole = shown(text);
+  return whole.length > most ? whole.slice(0, most - 1) + "…" : whole;
+};
 const quoted = (text) => `“${shown(text)}”`;
 const some = (count, one, more = one + "s") => `${count} ${count === 1 ? one : more}`;
 const ms = (number) => `${number < 10 ? number.toFixed(1) : Math.round(number)} ms`;
@@ -42,7 +45,8 @@ const sum = (numbers) => numbers.reduce((total, each) => total + each, 0);
 const reads = (event) => event.nodes.length > 1;
 const sampled = (event) => event.temperature > 0;
 const eagle = () => (state.about.method ?? "").startsWith("eagle3");
-const own = (event, row) => { // a node's chance, given its parent
+const own = (event, row) => {
+  // a node's chance, given its parent
   const [, , parent, , chance] = event.nodes[row];
   return parent < 0 ? 1 : Math.min(1, chance / Math.max(event.nodes[parent][4], 1e-9));
 };
@@ -85,8 +89,14 @@ function hear(event) {
 }
 
 let waiting = null;
-function soon(what) { // the latest of many, once a frame
-  if (!waiting) requestAnimationFrame(() => { const last = waiting; waiting = null; last(); });
+function soon(what) {
+  // the latest of many, once a frame
+  if (!waiting)
+    requestAnimationFrame(() => {
+      const last = waiting;
+      waiting = null;
+      last();
+    });
   waiting = what;
 }
 
@@ -99,12 +109,16 @@ function bracket(event, index) {
   const parts = event.committed.map(([, text], place) => {
     const row = event.path[place + 1];
     if (row === undefined) return token(text, "bonus", `${quoted(text)}: drawn by the target, the bonus of round ${event.n}`);
-    const by = event.nodes[row][5], chance = own(event, row);
+    const by = event.nodes[row][5],
+      chance = own(event, row);
     const sure = `s${Math.min(3, Math.floor(chance * 4))}`;
     return token(text, `${by} ${sure}`, `${quoted(text)}: ${GUESSED[by]}, with ${chance.toFixed(2)}, and drawn`);
   });
   const group = h("span", { class: "round", "data-index": String(index) }, parts);
-  group.addEventListener("click", () => { pause(); show(index); });
+  group.addEventListener("click", () => {
+    pause();
+    show(index);
+  });
   return group;
 }
 
@@ -125,7 +139,8 @@ function show(index, stroke = STROKES) {
   $("before").disabled = state.at === 0;
   $("after").disabled = state.at === state.all.length - 1;
   const what = event.committed.length === 1 ? "one token" : `${event.committed.length} tokens`;
-  $("where").textContent = `${state.at + 1} of ${state.all.length}: ${what} behind ${quoted(event.root.text)}, at position ${event.root.pos}`;
+  $("where").textContent =
+    `${state.at + 1} of ${state.all.length}: ${what} behind ${quoted(event.root.text)}, at position ${event.root.pos}`;
   for (const group of document.querySelectorAll(".turn .round.shown")) group.classList.remove("shown");
   const group = document.querySelector(`.turn .round[data-index="${state.at}"]`);
   group?.classList.add("shown");
@@ -143,7 +158,8 @@ function show(index, stroke = STROKES) {
   overTime();
 }
 
-function within(box, part) { // scroll a box, and never the page
+function within(box, part) {
+  // scroll a box, and never the page
   const [outer, inner] = [box.getBoundingClientRect(), part.getBoundingClientRect()];
   if (inner.bottom > outer.bottom) box.scrollTop += inner.bottom - outer.bottom + 8;
   else if (inner.top < outer.top) box.scrollTop -= outer.top - inner.top + 8;
@@ -172,46 +188,76 @@ function empty() {
 function features(event) {
   const root = quoted(event.root.text);
   if (!eagle()) return [`The target has read the text up to ${root}, which it drew and has not read yet.`, strip(event, false)];
-  const words = `Every token that the target has read left three of its states, low l, middle m and high h; the draft's fc fuses them into ` +
+  const words =
+    `Every token that the target has read left three of its states, low l, middle m and high h; the draft's fc fuses them into ` +
     `one feature g. ${root} was drawn, not read: it has no g yet.`;
   return [words, strip(event, true)];
 }
 
 function strip(event, fused) {
-  const one = (text, unread) => h("div", { class: `feature${unread ? " unread" : ""}` },
-    h("span", { class: `chip${unread ? " root" : ""}` }, short(text)),
-    fused && h("span", { class: "lmh" }, ["l", "m", "h"].map((letter) => h("i", {}, letter))),
-    fused && h("span", { class: "fc" }, unread ? " " : "↓ fc"),
-    fused && h("span", { class: `chip ${unread ? "none" : "g"}` }, unread ? "no g" : "g"));
-  return h("div", { class: "features" }, event.before.map(([, text]) => one(text, false)), one(event.root.text, true));
+  const one = (text, unread) =>
+    h(
+      "div",
+      { class: `feature${unread ? " unread" : ""}` },
+      h("span", { class: `chip${unread ? " root" : ""}` }, short(text)),
+      fused &&
+        h(
+          "span",
+          { class: "lmh" },
+          ["l", "m", "h"].map((letter) => h("i", {}, letter)),
+        ),
+      fused && h("span", { class: "fc" }, unread ? " " : "↓ fc"),
+      fused && h("span", { class: `chip ${unread ? "none" : "g"}` }, unread ? "no g" : "g"),
+    );
+  return h(
+    "div",
+    { class: "features" },
+    event.before.map(([, text]) => one(text, false)),
+    one(event.root.text, true),
+  );
 }
 
 // 2
 function growth(event) {
   if (!reads(event)) return ["Nothing is guessed in this round: it is plain decoding, one row for one token.", null];
-  const guesses = event.nodes.slice(1), of = (kind) => guesses.filter((node) => node[5] === kind).length;
-  const copied = of("copy"), forced = of("form");
+  const guesses = event.nodes.slice(1),
+    of = (kind) => guesses.filter((node) => node[5] === kind).length;
+  const copied = of("copy"),
+    forced = of("form");
   const depth = Math.max(...guesses.map((node) => node[3]));
   const last = event.before.at(-1);
   const given = sampled(event) ? ", given the noise that the target will draw with" : "";
   const chances = `A node's bar and number: the chance that the text goes down to it${given}.`;
-  const both = (copied ? ` ${some(copied, "guess was", "guesses were")} copied: the tokens before stood earlier in the text.` : "") +
+  const both =
+    (copied ? ` ${some(copied, "guess was", "guesses were")} copied: the tokens before stood earlier in the text.` : "") +
     (forced ? ` ${some(forced, "guess was", "guesses were")} forced by the answer's form.` : "");
   if (copied + forced === guesses.length) return [`None of the guesses is the draft's.${both} ${chances}`, tree(event, false)];
   let words = "The draft guesses level by level; the best nodes of each level are expanded, and the best of all are kept.";
   if (eagle()) {
-    words = `Level 1: the draft reads g${last ? ` of ${quoted(last[1])}` : ""} with the token ${quoted(event.root.text)}; its output is a, and its head guesses what follows.`;
-    if (depth > 1) words += " From level 2 on there is no g, for the target has read none of these tokens: the draft's own a stands in for it.";
+    words =
+      `Level 1: the draft reads g${last ? ` of ${quoted(last[1])}` : ""} with the token ${quoted(event.root.text)}; ` +
+      "its output is a, and its head guesses what follows.";
+    if (depth > 1)
+      words += " From level 2 on there is no g, for the target has read none of these tokens: the draft's own a stands in for it.";
   }
   return [`${words}${both} ${chances}`, tree(event, true)];
 }
 
 function tree(event, drafted) {
-  const W = 106, H = 34, GAP = 32, ROW = 40, TOP = 26;
-  const taken = new Set(event.path), end = event.path.at(-1), bonus = event.nodes.length; // the bonus: one node more
-  const bonusDepth = event.nodes[end][3] + 1, cut = event.committed.length < event.path.length;
+  const W = 106,
+    H = 34,
+    GAP = 32,
+    ROW = 40,
+    TOP = 26;
+  const taken = new Set(event.path),
+    end = event.path.at(-1),
+    bonus = event.nodes.length; // the bonus: one node more
+  const bonusDepth = event.nodes[end][3] + 1,
+    cut = event.committed.length < event.path.length;
   const kids = event.nodes.map(() => []);
-  event.nodes.forEach(([, , parent], row) => { if (parent >= 0) kids[parent].push(row); });
+  event.nodes.forEach(([, , parent], row) => {
+    if (parent >= 0) kids[parent].push(row);
+  });
   kids.push([]);
   if (!cut) kids[end].push(bonus);
   const y = [];
@@ -223,21 +269,26 @@ function tree(event, drafted) {
   };
   place(0);
   const depth = Math.max(...event.nodes.map((node) => node[3]), cut ? 0 : bonusDepth);
-  const px = (level) => 1 + level * (W + GAP), py = (line) => TOP + line * ROW;
-  const width = px(depth) + W + 2, height = py(leaves) + 2;
+  const px = (level) => 1 + level * (W + GAP),
+    py = (line) => TOP + line * ROW;
+  const width = px(depth) + W + 2,
+    height = py(leaves) + 2;
   const drawing = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": treeWords(event) });
   for (let level = 0; level <= depth; level++) {
     const head = level === 0 ? "the last token" : `level ${level}`;
     drawing.append(s("text", { x: px(level) + (level && drafted && eagle() ? 18 : 0), y: 12, class: "soft" }, head));
     if (level && drafted && eagle()) {
-      drawing.append(s("rect", { x: px(level), y: 1, width: 14, height: 14, rx: 3, class: level === 1 ? "head-g" : "head-a" }),
-        s("text", { x: px(level) + 7, y: 12, "text-anchor": "middle", class: "soft" }, level === 1 ? "g" : "a"));
+      drawing.append(
+        s("rect", { x: px(level), y: 1, width: 14, height: 14, rx: 3, class: level === 1 ? "head-g" : "head-a" }),
+        s("text", { x: px(level) + 7, y: 12, "text-anchor": "middle", class: "soft" }, level === 1 ? "g" : "a"),
+      );
     }
   }
-  const edge = (from, to, levels, kind) => s("path", {
-    class: `edge${kind}`,
-    d: `M${px(levels[0]) + W} ${py(from) + H / 2 - 6}C${px(levels[0]) + W + GAP / 2} ${py(from) + H / 2 - 6} ${px(levels[1]) - GAP / 2} ${py(to) + H / 2 - 6} ${px(levels[1])} ${py(to) + H / 2 - 6}`,
-  });
+  const edge = (from, to, levels, kind) => {
+    const middle = H / 2 - 6;
+    const [x1, y1, x2, y2] = [px(levels[0]) + W, py(from) + middle, px(levels[1]), py(to) + middle];
+    return s("path", { class: `edge${kind}`, d: `M${x1} ${y1}C${x1 + GAP / 2} ${y1} ${x2 - GAP / 2} ${y2} ${x2} ${y2}` });
+  };
   event.nodes.forEach(([, , parent, level], row) => {
     if (parent >= 0 && !taken.has(row)) drawing.append(edge(y[parent], y[row], [level - 1, level], ""));
   });
@@ -246,19 +297,36 @@ function tree(event, drafted) {
   });
   event.nodes.forEach(([, text, parent, level, chance, by], row) => {
     const kind = `node ${parent < 0 ? "root" : by}${taken.has(row) ? " taken" : ""}`;
-    const told = parent < 0 ? quoted(text) : `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
-    const group = s("g", { class: kind, "data-row": String(row), transform: `translate(${px(level)} ${py(y[row])})` }, s("title", {}, told),
-      s("rect", { class: "box", width: W, height: H - 12, rx: 4 }), s("text", { x: 6, y: 15.5 }, short(text, parent < 0 ? 12 : 8)));
+    const told =
+      parent < 0
+        ? quoted(text)
+        : `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
+    const group = s(
+      "g",
+      { class: kind, "data-row": String(row), transform: `translate(${px(level)} ${py(y[row])})` },
+      s("title", {}, told),
+      s("rect", { class: "box", width: W, height: H - 12, rx: 4 }),
+      s("text", { x: 6, y: 15.5 }, short(text, parent < 0 ? 12 : 8)),
+    );
     if (parent >= 0) {
-      group.append(s("text", { x: W - 5, y: 15.5, "text-anchor": "end", class: "soft" }, chance.toFixed(2)),
-        s("rect", { class: "chance", x: 1, y: H - 11, width: Math.max(1, (W - 2) * chance), height: 3, rx: 1.5 }));
+      group.append(
+        s("text", { x: W - 5, y: 15.5, "text-anchor": "end", class: "soft" }, chance.toFixed(2)),
+        s("rect", { class: "chance", x: 1, y: H - 11, width: Math.max(1, (W - 2) * chance), height: 3, rx: 1.5 }),
+      );
     }
     drawing.append(group);
   });
   if (!cut) {
-    drawing.append(edge(y[end], y[bonus], [bonusDepth - 1, bonusDepth], " out"),
-      s("g", { class: "node bonus", transform: `translate(${px(bonusDepth)} ${py(y[bonus])})` }, s("title", {}, `${quoted(event.bonus[1])}: drawn by the target, in no guess`),
-        s("rect", { class: "box", width: W, height: H - 12, rx: 4 }), s("text", { x: 6, y: 15.5 }, short(event.bonus[1]))));
+    drawing.append(
+      edge(y[end], y[bonus], [bonusDepth - 1, bonusDepth], " out"),
+      s(
+        "g",
+        { class: "node bonus", transform: `translate(${px(bonusDepth)} ${py(y[bonus])})` },
+        s("title", {}, `${quoted(event.bonus[1])}: drawn by the target, in no guess`),
+        s("rect", { class: "box", width: W, height: H - 12, rx: 4 }),
+        s("text", { x: 6, y: 15.5 }, short(event.bonus[1])),
+      ),
+    );
   }
   drawing.addEventListener("pointerover", (over) => lit(over.target.closest?.("[data-row]")?.dataset.row));
   drawing.addEventListener("pointerleave", () => lit());
@@ -266,8 +334,12 @@ function tree(event, drafted) {
 }
 
 function treeWords(event) {
-  const kept = event.path.slice(1).map((row) => quoted(event.nodes[row][1])).join(" ");
-  return `A tree of ${some(event.nodes.length - 1, "guess", "guesses")} behind ${quoted(event.root.text)}. ${kept ? `Right were ${kept}.` : "None was right."}`;
+  const kept = event.path
+    .slice(1)
+    .map((row) => quoted(event.nodes[row][1]))
+    .join(" ");
+  const right = kept ? `Right were ${kept}.` : "None was right.";
+  return `A tree of ${some(event.nodes.length - 1, "guess", "guesses")} behind ${quoted(event.root.text)}. ${right}`;
 }
 
 function lit(row) {
@@ -278,80 +350,183 @@ function lit(row) {
 
 // 3
 function pass(event) {
-  const rows = some(event.rows, "row"), many = event.sequences > 1;
+  const rows = some(event.rows, "row"),
+    many = event.sequences > 1;
   const took = `${ms(event.ms.pass)}${many ? `, shared by ${event.sequences} texts` : ""}`;
   if (!reads(event)) return [`The target reads ${rows} in one pass (${took}).`, null];
   const draft = event.ms.draft >= 0.05 ? ` Growing the ${many ? "trees" : "tree"} took ${ms(event.ms.draft)}.` : "";
-  return [`The target reads all ${rows} in one pass (${took}). A row sees the text before the tree, and of the tree its ancestors and itself.${draft}`, matrix(event)];
+  return [
+    `The target reads all ${rows} in one pass (${took}). A row sees the text before the tree, ` +
+      `and of the tree its ancestors and itself.${draft}`,
+    matrix(event),
+  ];
 }
 
 function matrix(event) {
-  const count = event.nodes.length, size = Math.max(4, Math.min(16, Math.floor(300 / count))), left = size >= 11 ? 96 : 0;
+  const count = event.nodes.length,
+    size = Math.max(4, Math.min(16, Math.floor(300 / count))),
+    left = size >= 11 ? 96 : 0;
   const sees = event.nodes.map((_, row) => {
     const line = new Set();
     for (let each = row; each >= 0; each = event.nodes[each][2]) line.add(each);
     return line;
   });
-  const width = left + count * size + 1, height = count * size + 1;
-  const drawing = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `The mask of ${count} rows: each sees its ancestors and itself` });
+  const width = left + count * size + 1,
+    height = count * size + 1;
+  const drawing = s("svg", {
+    width,
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": `The mask of ${count} rows: each sees its ancestors and itself`,
+  });
   event.nodes.forEach(([, text], row) => {
-    const line = s("g", { class: "row", "data-row": String(row) }, s("title", {}, `row ${row}, ${quoted(text)}, sees ${[...sees[row]].reverse().map((each) => quoted(event.nodes[each][1])).join(" ")}`));
+    const line = s(
+      "g",
+      { class: "row", "data-row": String(row) },
+      s(
+        "title",
+        {},
+        `row ${row}, ${quoted(text)}, sees ${[...sees[row]]
+          .reverse()
+          .map((each) => quoted(event.nodes[each][1]))
+          .join(" ")}`,
+      ),
+    );
     if (left) line.append(s("text", { x: left - 6, y: (row + 0.5) * size + 4, "text-anchor": "end", class: "soft" }, short(text)));
     for (let column = 0; column < count; column++) {
-      line.append(s("rect", { class: `cell${sees[row].has(column) ? " sees" : ""}`, x: left + column * size, y: row * size, width: size - 1, height: size - 1 }));
+      line.append(
+        s("rect", {
+          class: `cell${sees[row].has(column) ? " sees" : ""}`,
+          x: left + column * size,
+          y: row * size,
+          width: size - 1,
+          height: size - 1,
+        }),
+      );
     }
     drawing.append(line);
   });
   drawing.addEventListener("pointerover", (over) => lit(over.target.closest?.("[data-row]")?.dataset.row));
   drawing.addEventListener("pointerleave", () => lit());
-  return h("div", { class: "matrix" }, drawing, h("p", { class: "note" }, "A line is a row of the pass, a column the row that it may see."));
+  return h(
+    "div",
+    { class: "matrix" },
+    drawing,
+    h("p", { class: "note" }, "A line is a row of the pass, a column the row that it may see."),
+  );
 }
 
 // 4
 function walk(event) {
-  const law = sampled(event) ? "the token with the highest log chance + noise, where the noise is settled by seed and position alone" : "its likeliest token";
-  const words = `At each row it reaches the target draws a token of its own: ${law}. A child that holds it is where the walk goes on; the first ` +
+  const law = sampled(event)
+    ? "the token with the highest log chance + noise, where the noise is settled by seed and position alone"
+    : "its likeliest token";
+  const words =
+    `At each row it reaches the target draws a token of its own: ${law}. A child that holds it is where the walk goes on; the first ` +
     `draw that no child holds is the bonus token, and ends it. So no guess can change the text.`;
-  return [words, event.draws.length ? h("div", { class: "draws" }, event.draws.map((draw, place) => drawn(event, draw, place))) : null];
+  return [
+    words,
+    event.draws.length
+      ? h(
+          "div",
+          { class: "draws" },
+          event.draws.map((draw, place) => drawn(event, draw, place)),
+        )
+      : null,
+  ];
 }
 
 function drawn(event, draw, place) {
-  const row = event.path[place], last = place === event.path.length - 1, noisy = sampled(event);
+  const row = event.path[place],
+    last = place === event.path.length - 1,
+    noisy = sampled(event);
   const head = noisy ? ["", "chance", "log", "noise", "sum"] : ["", "chance", ""];
   const best = Math.max(...draw.map(([, , chance]) => chance), 1e-9);
   const lines = draw.map(([, text, chance, noise], rank) => {
     const log = Math.log(chance);
     const number = chance < 0.0001 ? "<0.0001" : chance.toFixed(chance < 0.01 ? 4 : 2);
     const bar = h("span", { class: "bar" });
-    bar.style.width = `${Math.round(56 * chance / best)}px`;
-    const cells = noisy ? [number, log, noise, log + noise].map((each) => (each === number ? number : signed(each))).map((each) => h("td", {}, each)) : [h("td", {}, number), h("td", {}, bar)];
+    bar.style.width = `${Math.round((56 * chance) / best)}px`;
+    const cells = noisy
+      ? [number, log, noise, log + noise].map((each) => (each === number ? number : signed(each))).map((each) => h("td", {}, each))
+      : [h("td", {}, number), h("td", {}, bar)];
     return h("tr", { class: rank ? "" : "drawn" }, h("td", {}, short(text, 14)), cells);
   });
   const verdict = last ? (event.nodes.length > 1 ? "in no child: the bonus token" : "the round's one token") : "a child holds it: on";
-  return h("div", { class: `draw${last ? " last" : ""}` },
-    h("table", {}, h("caption", {}, `behind ${quoted(event.nodes[row][1])}`), h("thead", {}, h("tr", {}, head.map((each) => each ? h("th", { scope: "col" }, each) : h("td", {})))), h("tbody", {}, lines)),
-    h("p", { class: "verdict" }, verdict));
+  return h(
+    "div",
+    { class: `draw${last ? " last" : ""}` },
+    h(
+      "table",
+      {},
+      h("caption", {}, `behind ${quoted(event.nodes[row][1])}`),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((each) => (each ? h("th", { scope: "col" }, each) : h("td", {}))),
+        ),
+      ),
+      h("tbody", {}, lines),
+    ),
+    h("p", { class: "verdict" }, verdict),
+  );
 }
 
 const signed = (number) => (number < 0 ? "−" : "") + Math.abs(number).toFixed(2);
 
 // 5
 function keep(event) {
-  const kept = event.path.length, gone = event.rows - kept, guesses = Math.min(kept - 1, event.committed.length);
+  const kept = event.path.length,
+    gone = event.rows - kept,
+    guesses = Math.min(kept - 1, event.committed.length);
   const cut = event.committed.length < kept;
   const parts = [guesses && some(guesses, "guess", "guesses"), !cut && "the bonus token"].filter(Boolean).join(" and ");
   let words = `The text grows by ${some(event.committed.length, "token")}: ${parts}. `;
   if (event.end) words += `It ends here (${event.end}).`;
   else {
-    words += `In the cache ${some(kept, "row")} of the pass stay${kept === 1 ? "s" : ""}${gone ? ` and ${gone} ${gone === 1 ? "goes" : "go"}` : ""}; `;
-    words += eagle() ? "the pass has made l, m and h of what stayed, so its g exists now. The bonus token is the next root." : "the bonus token is the next root.";
+    const lost = gone ? ` and ${gone} ${gone === 1 ? "goes" : "go"}` : "";
+    words += `In the cache ${some(kept, "row")} of the pass stay${kept === 1 ? "s" : ""}${lost}; `;
+    words += eagle()
+      ? "the pass has made l, m and h of what stayed, so its g exists now. The bonus token is the next root."
+      : "the bonus token is the next root.";
   }
   const path = new Set(event.path);
-  const chip = ([, text, parent, , , by], row) => h("span", { class: `chip ${parent < 0 ? "root" : path.has(row) ? by : "gone"}`, title: quoted(text) }, short(text));
-  const lines = [h("div", { class: "chips" }, h("span", {}, "rows that stay"), event.nodes.map((node, row) => path.has(row) ? chip(node, row) : null),
-    !cut && h("span", { class: "chip bonus" }, short(event.bonus[1])), !cut && h("span", { class: "note" }, "drawn, not read"))];
-  if (gone) lines.push(h("div", { class: "chips" }, h("span", {}, "rows that go"), event.nodes.map((node, row) => path.has(row) ? null : chip(node, row)).slice(0, 24), gone > 24 ? h("span", { class: "note" }, `and ${gone - 24} more`) : null));
-  if (eagle() && !event.end) lines.push(h("div", { class: "chips" }, h("span", {}, "new features"), event.path.map((row) => h("span", { class: "chip g" }, `g ${short(event.nodes[row][1])}`)), h("span", { class: "chip none" }, `no g ${short(event.bonus[1])}`)));
+  const chip = ([, text, parent, , , by], row) =>
+    h("span", { class: `chip ${parent < 0 ? "root" : path.has(row) ? by : "gone"}`, title: quoted(text) }, short(text));
+  const lines = [
+    h(
+      "div",
+      { class: "chips" },
+      h("span", {}, "rows that stay"),
+      event.nodes.map((node, row) => (path.has(row) ? chip(node, row) : null)),
+      !cut && h("span", { class: "chip bonus" }, short(event.bonus[1])),
+      !cut && h("span", { class: "note" }, "drawn, not read"),
+    ),
+  ];
+  if (gone)
+    lines.push(
+      h(
+        "div",
+        { class: "chips" },
+        h("span", {}, "rows that go"),
+        event.nodes.map((node, row) => (path.has(row) ? null : chip(node, row))).slice(0, 24),
+        gone > 24 ? h("span", { class: "note" }, `and ${gone - 24} more`) : null,
+      ),
+    );
+  if (eagle() && !event.end)
+    lines.push(
+      h(
+        "div",
+        { class: "chips" },
+        h("span", {}, "new features"),
+        event.path.map((row) => h("span", { class: "chip g" }, `g ${short(event.nodes[row][1])}`)),
+        h("span", { class: "chip none" }, `no g ${short(event.bonus[1])}`),
+      ),
+    );
   return [words, lines];
 }
 
@@ -364,9 +539,11 @@ function tau(index) {
   return sum(Array.from({ length: index - first + 1 }, (_, each) => committed(first + each))) / (index - first + 1);
 }
 
-function speed(index) { // tokens a second of a text over its last rounds
+function speed(index) {
+  // tokens a second of a text over its last rounds
   const { turn, event } = state.all[index];
-  const place = turn.rounds.indexOf(event), first = Math.max(0, place - SPEED + 1);
+  const place = turn.rounds.indexOf(event),
+    first = Math.max(0, place - SPEED + 1);
   const since = first ? turn.rounds[first - 1].ms.at : event.ms.first;
   const tokens = sum(turn.rounds.slice(first, place + 1).map((each) => each.committed.length));
   return event.ms.at > since ? (1000 * tokens) / (event.ms.at - since) : 0;
@@ -381,42 +558,77 @@ function figures() {
 }
 
 function overTime() {
-  const count = state.all.length, first = Math.max(0, Math.min(state.at - 60, count - 120)), last = Math.min(count, first + 120);
+  const count = state.all.length,
+    first = Math.max(0, Math.min(state.at - 60, count - 120)),
+    last = Math.min(count, first + 120);
   const indices = Array.from({ length: last - first }, (_, each) => first + each);
   const told = count ? `tau ${tau(state.at).toFixed(2)} at round ${state.at + 1}` : "nothing yet";
   $("steps").replaceChildren(plot(indices, committed, tau, told));
-  $("speeds").replaceChildren(plot(indices, null, speed, count ? `${speed(state.at).toFixed(0)} tokens a second at round ${state.at + 1}` : "nothing yet"));
+  $("speeds").replaceChildren(
+    plot(indices, null, speed, count ? `${speed(state.at).toFixed(0)} tokens a second at round ${state.at + 1}` : "nothing yet"),
+  );
   const counts = new Map();
   for (const { event } of state.all) counts.set(event.committed.length, (counts.get(event.committed.length) ?? 0) + 1);
   $("lengths").replaceChildren(lengths(counts));
 }
 
 function plot(indices, bars, line, words) {
-  const W = 480, H = 96, LEFT = 26, BASE = H - 4;
+  const W = 480,
+    H = 96,
+    LEFT = 26,
+    BASE = H - 4;
   const drawing = s("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words });
   const most = Math.max(1, ...indices.map((index) => Math.max(bars ? bars(index) : 0, line(index)))) * 1.08;
-  const step = (W - LEFT) / Math.max(indices.length, 24), x = (place) => LEFT + place * step, y = (value) => BASE - (BASE - 6) * value / most;
+  const step = (W - LEFT) / Math.max(indices.length, 24),
+    x = (place) => LEFT + place * step,
+    y = (value) => BASE - ((BASE - 6) * value) / most;
   const marks = most < 20 ? [1, Math.floor(most)] : [Math.floor(most / 2), Math.floor(most)];
   for (const mark of new Set(marks)) {
-    drawing.append(s("line", { class: "axis", x1: LEFT, x2: W, y1: y(mark), y2: y(mark) }), s("text", { class: "soft", x: LEFT - 4, y: y(mark) + 4, "text-anchor": "end" }, String(mark)));
+    drawing.append(
+      s("line", { class: "axis", x1: LEFT, x2: W, y1: y(mark), y2: y(mark) }),
+      s("text", { class: "soft", x: LEFT - 4, y: y(mark) + 4, "text-anchor": "end" }, String(mark)),
+    );
   }
   indices.forEach((index, place) => {
-    if (bars) drawing.append(s("rect", { class: `bar${bars(index) === 1 ? " one" : ""}`, x: x(place) + step * 0.1, width: step * 0.8, y: y(bars(index)), height: BASE - y(bars(index)) }));
+    if (bars)
+      drawing.append(
+        s("rect", {
+          class: `bar${bars(index) === 1 ? " one" : ""}`,
+          x: x(place) + step * 0.1,
+          width: step * 0.8,
+          y: y(bars(index)),
+          height: BASE - y(bars(index)),
+        }),
+      );
     if (index === state.at) drawing.append(s("rect", { class: "here", x: x(place), width: step, y: 2, height: BASE - 1 }));
   });
-  if (indices.length) drawing.append(s("polyline", { class: "line", points: indices.map((index, place) => `${x(place) + step / 2},${y(line(index))}`).join(" ") }));
+  if (indices.length)
+    drawing.append(
+      s("polyline", { class: "line", points: indices.map((index, place) => `${x(place) + step / 2},${y(line(index))}`).join(" ") }),
+    );
   return drawing;
 }
 
 function lengths(counts) {
-  const most = Math.max(1, ...counts.values()), longest = Math.max(1, ...counts.keys()), W = 480, ROW = 18, LEFT = 26;
-  const H = longest * ROW + 2, words = [...counts].sort((a, b) => a[0] - b[0]).map(([length, count]) => `${some(count, "round")} of ${some(length, "token")}`).join(", ");
+  const most = Math.max(1, ...counts.values()),
+    longest = Math.max(1, ...counts.keys()),
+    W = 480,
+    ROW = 18,
+    LEFT = 26;
+  const H = longest * ROW + 2,
+    words = [...counts]
+      .sort((a, b) => a[0] - b[0])
+      .map(([length, count]) => `${some(count, "round")} of ${some(length, "token")}`)
+      .join(", ");
   const drawing = s("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words || "nothing yet" });
   for (let length = 1; length <= longest && counts.size; length++) {
-    const count = counts.get(length) ?? 0, width = (W - LEFT - 40) * count / most;
-    drawing.append(s("text", { class: "soft", x: LEFT - 4, y: length * ROW - 4, "text-anchor": "end" }, String(length)),
+    const count = counts.get(length) ?? 0,
+      width = ((W - LEFT - 40) * count) / most;
+    drawing.append(
+      s("text", { class: "soft", x: LEFT - 4, y: length * ROW - 4, "text-anchor": "end" }, String(length)),
       s("rect", { class: `bar${length === 1 ? " one" : ""}`, x: LEFT, y: (length - 1) * ROW + 3, width, height: ROW - 6 }),
-      s("text", { class: "soft", x: LEFT + width + 5, y: length * ROW - 4 }, String(count)));
+      s("text", { class: "soft", x: LEFT + width + 5, y: length * ROW - 4 }, String(count)),
+    );
   }
   return drawing;
 }
@@ -427,7 +639,10 @@ function pause() {
   clearTimeout(state.timer);
   state.timer = 0;
   $("play").textContent = "Play";
-  if (state.at >= 0) { state.stroke = STROKES; light(); }
+  if (state.at >= 0) {
+    state.stroke = STROKES;
+    light();
+  }
 }
 
 function play() {
@@ -437,13 +652,20 @@ function play() {
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const tick = (index, stroke) => {
     const pace = PACES[$("pace").value];
-    state.timer = setTimeout(() => {
-      if (stroke < STROKES && !calm) { state.stroke = stroke + 1; light(); return tick(index, stroke + 1); }
-      if (index + 1 >= state.all.length && !state.asking) return pause();
-      const next = Math.min(index + 1, state.all.length - 1);
-      show(next, calm || next === index ? STROKES : 1);
-      return tick(next, state.stroke);
-    }, calm ? pace * STROKES : pace);
+    state.timer = setTimeout(
+      () => {
+        if (stroke < STROKES && !calm) {
+          state.stroke = stroke + 1;
+          light();
+          return tick(index, stroke + 1);
+        }
+        if (index + 1 >= state.all.length && !state.asking) return pause();
+        const next = Math.min(index + 1, state.all.length - 1);
+        show(next, calm || next === index ? STROKES : 1);
+        return tick(next, state.stroke);
+      },
+      calm ? pace * STROKES : pace,
+    );
   };
   show(state.at === state.all.length - 1 ? 0 : state.at, calm ? STROKES : 1);
   tick(state.at, state.stroke);
@@ -463,11 +685,19 @@ function say(words, wrong = false) {
 }
 
 async function refusal(response) {
-  if (response.status === 401) { $("key-label").hidden = false; $("key").focus(); }
-  try { return (await response.json()).error.message; } catch { return `the server answered ${response.status}`; }
+  if (response.status === 401) {
+    $("key-label").hidden = false;
+    $("key").focus();
+  }
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `the server answered ${response.status}`;
+  }
 }
 
-async function* events(response) { // server-sent events: [name, data as text]
+async function* events(response) {
+  // server-sent events: [name, data as text]
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -476,13 +706,19 @@ async function* events(response) { // server-sent events: [name, data as text]
     const parts = (held + value).split("\n\n");
     held = parts.pop();
     for (const part of parts) {
-      const field = (name) => part.split("\n").filter((line) => line.startsWith(`${name}: `)).map((line) => line.slice(name.length + 2)).join("\n");
+      const field = (name) =>
+        part
+          .split("\n")
+          .filter((line) => line.startsWith(`${name}: `))
+          .map((line) => line.slice(name.length + 2))
+          .join("\n");
       if (field("data")) yield [field("event"), field("data")];
     }
   }
 }
 
-async function watch(request, signal) { // resolves once the server watches; the rounds come in by themselves
+async function watch(request, signal) {
+  // resolves once the server watches; the rounds come in by themselves
   const response = await fetch(`v1/eyas/rounds?request=${encodeURIComponent(request)}`, { headers: headers(), signal });
   if (!response.ok) throw new Error(await refusal(response));
   const over = (async () => {
@@ -492,14 +728,17 @@ async function watch(request, signal) { // resolves once the server watches; the
         hear(event);
         if (event.end && request !== "all") return;
       }
-    } catch (error) { if (!signal.aborted) say(`The rounds stopped: ${error.message}`, true); }
+    } catch (error) {
+      if (!signal.aborted) say(`The rounds stopped: ${error.message}`, true);
+    }
   })();
   return { over };
 }
 
 const name = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-function asked() { // the form, as a request's fields
+function asked() {
+  // the form, as a request's fields
   const seed = $("seed").value.trim();
   return { temperature: Number($("temperature").value), max_tokens: Number($("limit").value), seed, plain: $("plain").checked };
 }
@@ -509,8 +748,10 @@ function body(messages, { seed, plain, ...fields }) {
   return seed ? `${told.slice(0, -1)},"seed":${seed}}` : told; // a seed has more digits than a JavaScript number keeps
 }
 
-async function ask(messages, settings, prompt) { // one answer; returns its turn
-  const stopped = new AbortController(), watched = new AbortController();
+async function ask(messages, settings, prompt) {
+  // one answer; returns its turn
+  const stopped = new AbortController(),
+    watched = new AbortController();
   const turn = newTurn({ request: `page-${name()}`, prompt, messages, settings });
   state.asking = stopped;
   state.follow = true;
@@ -520,7 +761,10 @@ async function ask(messages, settings, prompt) { // one answer; returns its turn
   try {
     if (!state.watching) watching = await watch(turn.request, watched.signal).catch((error) => say(`No rounds: ${error.message}`, true));
     const response = await fetch("v1/chat/completions", {
-      method: "POST", headers: headers({ "Content-Type": "application/json", "X-Request-Id": turn.request }), body: body(messages, settings), signal: stopped.signal,
+      method: "POST",
+      headers: headers({ "Content-Type": "application/json", "X-Request-Id": turn.request }),
+      body: body(messages, settings),
+      signal: stopped.signal,
     });
     if (!response.ok) throw new Error(await refusal(response));
     for await (const [event, data] of events(response)) {
@@ -542,7 +786,10 @@ async function ask(messages, settings, prompt) { // one answer; returns its turn
   } catch (error) {
     if (error.name === "AbortError") say("Stopped.");
     else say(error.message, true);
-    if (!turn.answer && !turn.rounds.length) { turn.view.remove(); state.turns.splice(state.turns.indexOf(turn), 1); }
+    if (!turn.answer && !turn.rounds.length) {
+      turn.view.remove();
+      state.turns.splice(state.turns.indexOf(turn), 1);
+    }
   }
   watched.abort();
   state.asking = null;
@@ -559,9 +806,13 @@ function done(turn) {
   $("spoken").textContent = turn.answer;
 }
 
-function conversation() { // what was said, for the next request
+function conversation() {
+  // what was said, for the next request
   const past = state.turns.filter((turn) => turn.mine && turn.prompt && turn.answer && !turn.again);
-  return past.flatMap((turn) => [{ role: "user", content: turn.prompt }, { role: "assistant", content: turn.answer }]);
+  return past.flatMap((turn) => [
+    { role: "user", content: turn.prompt },
+    { role: "assistant", content: turn.answer },
+  ]);
 }
 
 async function send(submitted) {
@@ -573,7 +824,8 @@ async function send(submitted) {
   await ask([...conversation(), { role: "user", content: prompt }], asked(), prompt);
 }
 
-async function compare() { // the last answer once more, decoded the other way with the same seed
+async function compare() {
+  // the last answer once more, decoded the other way with the same seed
   const first = comparable();
   if (!first || state.asking) return;
   const plain = !first.settings.plain;
@@ -582,14 +834,17 @@ async function compare() { // the last answer once more, decoded the other way w
   buttons();
   if (!again.timings) return;
   const same = again.answer === first.answer;
-  const [a, b] = [first, again].map((turn) => `${turn.settings.plain ? "without" : "with"} guesses ${turn.timings.predicted_per_second?.toFixed(0) ?? "–"}`);
+  const [a, b] = [first, again].map(
+    (turn) => `${turn.settings.plain ? "without" : "with"} guesses ${turn.timings.predicted_per_second?.toFixed(0) ?? "–"}`,
+  );
   say(`${same ? "The same text to the last character" : "The texts differ"}; tokens a second ${a}, ${b}.`, !same);
 }
 
 const comparable = () => state.turns.findLast((turn) => turn.mine && turn.ended && turn.timings && !turn.again);
 
 function buttons() {
-  const busy = Boolean(state.asking), last = comparable();
+  const busy = Boolean(state.asking),
+    last = comparable();
   $("send").disabled = $("clear").disabled = busy;
   $("stop").disabled = !busy;
   $("compare").disabled = busy || !last;
@@ -604,7 +859,12 @@ async function everybody() {
   try {
     const { over } = await watch("all", watching.signal);
     state.watching = watching;
-    over.then(() => { if (state.watching === watching) { state.watching = null; $("everybody").checked = false; } });
+    over.then(() => {
+      if (state.watching === watching) {
+        state.watching = null;
+        $("everybody").checked = false;
+      }
+    });
   } catch (error) {
     $("everybody").checked = false;
     say(error.message, true);
@@ -653,19 +913,27 @@ function introduce(about) {
   if (parts.length) $("about").textContent = parts.join(" · ");
 }
 
-async function meet() { // the server that the page came from
+async function meet() {
+  // the server that the page came from
   try {
     const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) return say(await refusal(response), true);
     const { id, eyas } = (await response.json()).data[0];
     return introduce({ model: id, ...eyas });
-  } catch { return say("The server does not answer.", true); }
+  } catch {
+    return say("The server does not answer.", true);
+  }
 }
 
 // ---- hands ----
 
 $("ask").addEventListener("submit", send);
-$("message").addEventListener("keydown", (key) => { if (key.key === "Enter" && !key.shiftKey && !key.isComposing) { key.preventDefault(); $("ask").requestSubmit(); } });
+$("message").addEventListener("keydown", (key) => {
+  if (key.key === "Enter" && !key.shiftKey && !key.isComposing) {
+    key.preventDefault();
+    $("ask").requestSubmit();
+  }
+});
 $("stop").addEventListener("click", () => state.asking?.abort());
 $("compare").addEventListener("click", compare);
 $("clear").addEventListener("click", clear);
@@ -673,18 +941,37 @@ $("everybody").addEventListener("change", everybody);
 $("key").addEventListener("change", meet);
 $("save").addEventListener("click", save);
 $("open").addEventListener("change", async ({ target }) => {
-  try { load(JSON.parse(await target.files[0].text())); } catch (error) { say(`The file was not opened: ${error.message}`, true); }
+  try {
+    load(JSON.parse(await target.files[0].text()));
+  } catch (error) {
+    say(`The file was not opened: ${error.message}`, true);
+  }
   target.value = "";
 });
-$("slider").addEventListener("input", ({ target }) => { pause(); show(Number(target.value)); });
-$("before").addEventListener("click", () => { pause(); show(state.at - 1); });
-$("after").addEventListener("click", () => { pause(); show(state.at + 1); });
+$("slider").addEventListener("input", ({ target }) => {
+  pause();
+  show(Number(target.value));
+});
+$("before").addEventListener("click", () => {
+  pause();
+  show(state.at - 1);
+});
+$("after").addEventListener("click", () => {
+  pause();
+  show(state.at + 1);
+});
 $("play").addEventListener("click", play);
 document.addEventListener("keydown", (key) => {
   const typing = key.target.closest?.("input, textarea, select, button, label, [tabindex='0']");
   if (typing || key.ctrlKey || key.metaKey || key.altKey || state.at < 0) return;
-  if (key.key === "ArrowLeft" || key.key === "ArrowRight") { key.preventDefault(); pause(); show(state.at + (key.key === "ArrowLeft" ? -1 : 1)); }
-  else if (key.key === " ") { key.preventDefault(); play(); }
+  if (key.key === "ArrowLeft" || key.key === "ArrowRight") {
+    key.preventDefault();
+    pause();
+    show(state.at + (key.key === "ArrowLeft" ? -1 : 1));
+  } else if (key.key === " ") {
+    key.preventDefault();
+    play();
+  }
 });
 
 const inside = $("recording");
