@@ -130,14 +130,16 @@ def draw_told(record: RoundRecord, text: Sequence, row: int, drawn: int, word: W
     sampling = text.sampling
     scores_V = logits_at(record, text, row).double().cpu() / (1.0 if sampling.greedy else sampling.temperature)
     ids = None if sampling.greedy else allowed(scores_V, sampling)
-    ids = torch.arange(scores_V.shape[0]) if ids is None else ids
-    log_p = scores_V[ids].log_softmax(0)
+    if ids is not None:
+        scores_V = torch.full_like(scores_V, float("-inf")).index_copy_(0, ids, scores_V[ids])
     noise_V = text.noise_at(root_of(record, text) + record.tree.depths[row] + 1)
-    noise = torch.zeros_like(log_p) if noise_V is None else noise_V.double().cpu()[ids]
-    best = (log_p + noise).topk(min(LIKELIEST, ids.shape[0])).indices
-    best = torch.cat([(ids == drawn).nonzero()[:1, 0], best[ids[best] != drawn]])[:LIKELIEST]  # of equal ones the lowest id was drawn
-    columns = ids[best].tolist(), log_p[best].exp().tolist(), noise[best].tolist()
-    return [[token, word(token), four_digits(chance), round(more, 3)] for token, chance, more in zip(*columns, strict=True)]
+    noise_V = torch.zeros_like(scores_V) if noise_V is None else noise_V.double().cpu()
+    values, best = (scores_V + noise_V).topk(min(LIKELIEST, scores_V.shape[0]))
+    others = best[(best != drawn) & (values > float("-inf"))].tolist()
+    told = [drawn, *others][:LIKELIEST]  # of equal ones the lowest id was drawn
+    chances = (scores_V[told] - scores_V.logsumexp(0)).exp().tolist()
+    columns = zip(told, chances, noise_V[told].tolist(), strict=True)
+    return [[token, word(token), four_digits(chance), round(more, 3)] for token, chance, more in columns]
 
 
 def four_digits(chance: float) -> float:

@@ -245,9 +245,9 @@ function growth(event) {
 
 function tree(event, drafted) {
   const W = 106,
-    H = 34,
+    H = 32,
     GAP = 32,
-    ROW = 40,
+    ROW = 30,
     TOP = 26;
   const taken = new Set(event.path),
     end = event.path.at(-1),
@@ -260,12 +260,13 @@ function tree(event, drafted) {
   });
   kids.push([]);
   if (!cut) kids[end].push(bonus);
+  const right = (row) => row === bonus || taken.has(row);
+  for (const line of kids) line.sort((one, other) => right(other) - right(one)); // the walk runs straight along the top
   const y = [];
   let leaves = 0;
   const place = (row) => {
     kids[row].forEach(place);
-    const line = kids[row].map((child) => y[child]);
-    y[row] = line.length ? (line[0] + line.at(-1)) / 2 : leaves++;
+    y[row] = kids[row].length ? y[kids[row][0]] : leaves++;
   };
   place(0);
   const depth = Math.max(...event.nodes.map((node) => node[3]), cut ? 0 : bonusDepth);
@@ -310,7 +311,7 @@ function tree(event, drafted) {
     );
     if (parent >= 0) {
       group.append(
-        s("text", { x: W - 5, y: 15.5, "text-anchor": "end", class: "soft" }, chance.toFixed(2)),
+        s("text", { x: W - 5, y: 15.5, "text-anchor": "end", class: "soft" }, chance < 0.005 ? "<.01" : chance.toFixed(2)),
         s("rect", { class: "chance", x: 1, y: H - 11, width: Math.max(1, (W - 2) * chance), height: 3, rx: 1.5 }),
       );
     }
