@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from eyas.bench.prompts import PromptItem
@@ -31,12 +32,13 @@ from eyas.config import PRECISIONS, EyasError, Request, TrainSettings
 from eyas.decode.prompt import Prompt
 from eyas.engine import Engine, load
 from eyas.files.disk import recover_directory, replace_text
-from eyas.files.target import load_target, target_directory
+from eyas.files.target import check_device, load_target, target_directory
 from eyas.train import trainer as training
 from eyas.train.build import Setup, Studied, build, with_trees
 from eyas.train.card import CARD, PICTURE, card
+from eyas.train.device_writer import DevicePlay, write_here
 from eyas.train.features import Example, ShardStates, StateSource, kept_states
-from eyas.train.forecast import MadeUpStates, forecast, made_up_examples
+from eyas.train.forecast import MadeUpStates, forecast, forecast_on, made_up_examples
 from eyas.train.selfplay import SLOTS, Writer
 from eyas.train.shards import PATTERN, Counts, counts_of
 from eyas.train.template import Template
@@ -63,6 +65,7 @@ class Run:
     finished: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     writer: bool = False  # whether an engine that runs already writes
+    device: str = "cpu"
 
     @classmethod
     def begun(cls, out: Path, wanted: Run) -> Run:
@@ -76,7 +79,7 @@ class Run:
             found = cls(**json.loads((out / RUN).read_text()))
         except (OSError, ValueError, TypeError):
             raise EyasError(f"{out / RUN} cannot be read; choose another --out") from None
-        names = ("target_sha256", "hours", "seed_prompts", "chat_template_kwargs", "writer")
+        names = ("target_sha256", "hours", "seed_prompts", "chat_template_kwargs", "writer", "device")
         pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
         told = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
         if told:
@@ -96,10 +99,16 @@ class Job:
     settings: TrainSettings
     out: Path
     hours: float
+    device: str = "cpu"
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the model writes, and the draft trains, on a GPU: as tokens, whose states are read there."""
+        return self.device.startswith("cuda")
 
     @property
     def workers(self) -> int:
-        return os.cpu_count() or 1
+        return 1 if self.on_card else os.cpu_count() or 1  # who share a card wait for each other
 
     def setup(
         self,
@@ -109,7 +118,7 @@ class Job:
         say: Callable[[str], None] = lambda line: None,
     ) -> Setup:
         return Setup(
-            target=load_target(self.studied.directory, "fp32"),
+            target=load_target(self.studied.directory, "fp32", self.device),
             taps=self.studied.taps,
             examples=examples,
             source=source,
@@ -127,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
     if options.hours > MOST_HOURS:
         raise EyasError(f"--hours {options.hours:g} is longer than anything runs; give at most {MOST_HOURS:g}")
     check_writer(options)
+    check_device(options.device)
     if options.writer and options.dry_run:
         raise EyasError("--dry-run measures how fast the target writes here, and --writer lets an engine write; leave one of them out")
     out = Path(options.out).expanduser().resolve()
@@ -142,11 +152,12 @@ def run(options: argparse.Namespace) -> int:
         words.play.seed_prompts,
         chat_template_kwargs=studied.chat_template_kwargs,
         writer=options.writer is not None,
+        device=options.device,
     )
     if (state := Run.begun(out, wanted)).finished:
         print(f"{out} is finished; see {out / CARD}")
         return 0
-    job = Job(studied, words, settings, out, options.hours)
+    job = Job(studied, words, settings, out, options.hours, options.device)
     if options.dry_run:
         return dry_run(job, console)
     if not can_draw():
@@ -170,7 +181,7 @@ def trained(options: argparse.Namespace, job: Job, state: Run, console: Console)
     examples, source, data = text_of(options, job, state, before, console)
     facts = {**data, **job.studied.facts(), "command": again(options)}
     trainer = build(job.setup(examples, source, facts, lambda line: console.print(line, soft_wrap=True)))
-    with_trees(trainer, job.studied.directory)
+    with_trees(trainer, job.studied.directory, job.device)
     if before is not None:
         trainer.resume(before)
     follow(trainer, training.Budget(minutes=60 * TRAINING * job.hours), console)
@@ -181,11 +192,13 @@ def text_of(
     options: argparse.Namespace, job: Job, state: Run, before: dict[str, Any] | None, console: Console
 ) -> tuple[list[Example], StateSource, dict[str, Any]]:
     """Examples, written now where none were trained on before; where their states come from, and what they are."""
-    if options.writer:
-        path = earlier_text(before) if before else write_by_engine(options, job, state, console)
+    if options.writer or job.on_card:
+        write_text = write_by_engine if options.writer else write_on_card
+        path = earlier_text(before) if before else write_text(options, job, state, console)
         examples, data = written_text(options, job.words, job.settings, before, path)
-        source = kept_states(reading_target(job.studied, "cpu"), job.studied.taps, examples)
-        say_own_share(source, examples, data, console)
+        source = kept_states(reading_target(job.studied, job.device), job.studied.taps, examples)
+        if options.writer:
+            say_own_share(source, examples, data, console)
         return examples, source, data
     if before is None:
         write(job, state, disk_limit(options.disk, job.words.folder), console)
@@ -196,15 +209,36 @@ def text_of(
 
 def dry_run(job: Job, console: Console) -> int:
     """Say what the run would take and make; nothing is written."""
-    console.print("measuring for about a minute ...")
     words, directory, config = job.words, job.studied.directory, job.studied.config
+    if job.on_card:
+        for line in memory_on_card(job):
+            print(line)
+    console.print("measuring for about a minute ...")
     trainer = build(job.setup(made_up_examples(config), MadeUpStates(config)))
-    writer = Writer(load_target(directory, writing_precision()).prepare(), words.template, words.play, words.questions, SLOTS)
-    told = forecast(writer, trainer, affordable(job.workers, directory, words.play))
+    if job.on_card:
+        told = forecast_on(reading_target(job.studied, job.device), words.template, words.play, words.questions, trainer)
+    else:
+        writer = Writer(load_target(directory, writing_precision()).prepare(), words.template, words.play, words.questions, SLOTS)
+        told = forecast(writer, trainer, affordable(job.workers, directory, words.play))
     for line in told.lines(60 * WRITING * job.hours, 60 * TRAINING * job.hours):
         print(line)
     print(f"{free_space(words.folder) / 1e9:.0f} GB are free for the written text, {free_space(job.out) / 1e9:.0f} GB for the draft")
     return 0
+
+
+def memory_on_card(job: Job) -> list[str]:
+    """What the run holds in the card's memory, before any of it is loaded."""
+    config, weights = job.studied.config, sum(file.stat().st_size for file in job.studied.directory.glob("*.safetensors"))
+    longest = min(job.words.play.longest, config.max_position_embeddings)
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    state = 2 * (len(job.studied.taps) + 1) * config.hidden_size
+    free = torch.cuda.mem_get_info(job.device)[0] if torch.cuda.is_available() else None
+    told = "" if free is None else f"; {free / 1e9:.0f} GB are free on {job.device}"
+    return [
+        f"on the card: the target takes about {weights / 1e9:.1f} GB to write and to read, and as loose weights beside the draft up to "
+        f"{2 * weights / 1e9:.1f} GB",
+        f"a conversation under way takes {row * longest / 1e6:.0f} MB for its keys, a token's kept states {state} bytes{told}",
+    ]
 
 
 def make_directory(out: Path) -> None:
@@ -237,6 +271,14 @@ def write_by_engine(options: argparse.Namespace, job: Job, state: Run, console: 
     """The same by an engine; the file of its text."""
     with writing("the engine writes", job, state, console) as (left, report):
         return let_write(options, job.words, Limit(minutes=left), report, console)
+
+
+def write_on_card(options: argparse.Namespace, job: Job, state: Run, console: Console) -> Path:
+    """The same by the target on a GPU, as many conversations at once as its memory holds."""
+    target = reading_target(job.studied, job.device)
+    with writing("the target writes", job, state, console) as (left, report):
+        play = DevicePlay.of(job.words.play, target.device)
+        return write_here(target, job.words.template, play, job.words.questions, Limit(minutes=left), report)
 
 
 @contextmanager
@@ -278,7 +320,7 @@ def finish(options: argparse.Namespace, job: Job, state: Run, questions: list[st
     out, chat = job.out, job.words.template.chat
     told = json.loads((out / "training.json").read_text())
     deadline = time.monotonic() + 60 * (60 * job.hours - state.written_minutes - told["minutes"])
-    engine = load(job.words.directory, out, precision=PRECISIONS[0])
+    engine = load(job.words.directory, out, job.device, PRECISIONS[0])
     request = Request(seed=0, max_new_tokens=100, raw=not chat, chat_template_kwargs=job.studied.chat_template_kwargs)
     readable = [question for question in questions if fits(engine, question, request)] or [FALLBACK]
     items = [PromptItem(number, question) for number, question in enumerate(readable, start=1)]

@@ -101,6 +101,7 @@ def new_draft_options(commands: argparse._SubParsersAction) -> None:
     apart(new)
     disk(new)
     template_kwargs(new)
+    new.add_argument("--device", default="cpu", help="where the model writes and the draft trains: cpu (default) or cuda")
     new.add_argument("--dry-run", action="store_true", help="measure for a minute and say what the run would take and make")
 
 

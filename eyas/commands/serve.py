@@ -81,7 +81,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     from eyas.serve.app import Server
-    from eyas.serve.jobs import MOST_CHILDREN
+    from eyas.serve.jobs import MOST_CHILDREN, Usual
     from eyas.serve.metrics import Metrics
     from eyas.serve.scheduler import Scheduler, Settings
 
@@ -102,7 +102,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
         engine,
         scheduler,
         metrics,
-        method,
+        Usual(method, context, options.tree),
         names,
         fingerprint(engine),
         keys_of(options),
@@ -156,7 +156,7 @@ async def served(server: Server, listening: socket.socket, options: argparse.Nam
     serving = asyncio.create_task(http.serve(sockets=[listening]))
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"eyas serves {server.names[0]} with {server.method} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+    print(f"eyas serves {server.names[0]} with {server.usual.method} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
     status = await until_the_end(server, serving, signals, options.drain)
     http.should_exit = True
     server.scheduler.stop()

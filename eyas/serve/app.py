@@ -29,7 +29,7 @@ from eyas.engine import Engine
 from eyas.serve.answers import Answer, sse
 from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
 from eyas.serve.forms import Forms
-from eyas.serve.jobs import Ask, ask
+from eyas.serve.jobs import Ask, Usual, ask
 from eyas.serve.metrics import Metrics
 from eyas.serve.recording import INDEX, PAGE, PAGE_HEADERS, page_file
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
@@ -53,7 +53,7 @@ class Server:
     engine: Engine
     scheduler: Scheduler
     metrics: Metrics
-    method: str
+    usual: Usual
     names: list[str]  # that the model goes by; the first is told
     fingerprint: str
     keys: list[str] = field(default_factory=list)
@@ -76,9 +76,8 @@ class Server:
         values, unknown = read(kind, parsed(await body_of(request)), self.strict)
         self.check_model(values["model"])
         self.check_ready()
-        context = self.scheduler.settings.context
         owner = key_of(request.headers) if self.keys and not self.share_prefixes else ""
-        asked = await asyncio.to_thread(ask, self.engine, self.forms, kind, values, unknown, self.method, context, owner)
+        asked = await asyncio.to_thread(ask, self.engine, self.forms, kind, values, unknown, self.usual, owner)
         turns: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -242,7 +241,7 @@ class Server:
         return JSONResponse(self.model(name))
 
     def model(self, name: str) -> dict[str, Any]:
-        own = {"draft": str(self.engine.draft.name) if self.engine.draft else None, "method": self.method}
+        own = {"draft": str(self.engine.draft.name) if self.engine.draft else None, "method": self.usual.method}
         own |= {"precision": self.engine.precision, "system_fingerprint": self.fingerprint}
         told = {"id": name, "object": "model", "created": 0, "owned_by": "eyas", "max_model_len": self.scheduler.settings.context}
         return {**told, "eyas": own}

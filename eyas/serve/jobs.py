@@ -46,23 +46,29 @@ class Ask:
     grammars: list[Grammar] = field(default_factory=lambda: list[Grammar]())  # one for each sequence, where there is a form
 
 
-def ask(
-    engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unknown: list[str], method: str, context: int, owner: str = ""
-) -> Ask:
-    """What these values ask for. `forms`: compiles them; `method`: the server's; `context`: tokens of a prompt and its answer; `owner`: who
-    asks. Raises `Refused`."""
+@dataclass(frozen=True)
+class Usual:
+    """What a server decodes with, where a request says nothing else."""
+
+    method: str
+    context: int  # tokens of a prompt and its answer
+    tree: str = "auto"
+
+
+def ask(engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unknown: list[str], usual: Usual, owner: str = "") -> Ask:
+    """What these values ask for. `forms`: compiles them; `owner`: who asks. Raises `Refused`."""
     usage = stream_options(values)
     check_served(kind, values)
     form = form_of(kind, values)
     matcher = forms.matcher(form) if form else None
     seed = new_seed() if values["seed"] is None else values["seed"] % SEEDS
-    request = request_of(kind, values, method)
+    request = request_of(kind, values, usual)
     prompts = prompts_of(engine, kind, values, request)
-    shape = shape_of(engine, request, method)
+    shape = shape_of(engine, request, usual)
     sequences, echo, grammars = list[Written](), list[str](), list[Grammar]()
     many = len(prompts) * values["n"] > 1
     for prompt, told in prompts:
-        settings = replace(request, max_new_tokens=limit(values, kind, len(prompt), context))
+        settings = replace(request, max_new_tokens=limit(values, kind, len(prompt), usual.context))
         for _ in range(values["n"]):
             number = len(sequences)
             drawn = derived_seed(seed, number) if many and number else seed
@@ -80,12 +86,14 @@ def ask(
     return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, reader, grammars)
 
 
-def shape_of(engine: Engine, request: Request, method: str) -> TreeShape:
+def shape_of(engine: Engine, request: Request, usual: Usual) -> TreeShape:
     """The largest tree of a round. Raises `Refused` for one that is none, or larger than the server has room for."""
     try:
-        shape = engine.shape(request.tree, request.method or method)
+        shape = engine.shape(request.tree, request.method or usual.method)
     except EyasError as error:
         raise Refused(str(error), "eyas") from None
+    if request.tree == usual.tree:
+        return shape
     if shape.nodes > MAX_TREE.nodes or shape.depth > MAX_TREE.depth or shape.top_k > MOST_CHILDREN:
         most = f"{MAX_TREE.nodes} nodes, {MAX_TREE.depth} levels and {MOST_CHILDREN} children"
         raise Refused(f"tree {request.tree} has {shape.nodes} nodes, {shape.depth} levels; this server has room for {most}", "eyas")
@@ -128,8 +136,8 @@ def check_choice(values: Mapping[str, Any]) -> None:
         raise Refused(f"tool_choice names {short(missing[0])}, and there is no such tool", "tool_choice")
 
 
-def request_of(kind: str, values: Mapping[str, Any], method: str) -> Request:
-    own = values["eyas"] or {}
+def request_of(kind: str, values: Mapping[str, Any], usual: Usual) -> Request:
+    own, method = values["eyas"] or {}, usual.method
     if unknown := [name for name in own if name not in ("tree", "method")]:
         raise Refused(f"eyas has no {unknown[0]}; it takes tree and method", "eyas")
     asked = own.get("method")
@@ -139,7 +147,7 @@ def request_of(kind: str, values: Mapping[str, Any], method: str) -> Request:
     try:
         return Request(
             method=asked or method,
-            tree=own.get("tree", "auto"),
+            tree=own.get("tree", usual.tree),
             sampling=Sampling(
                 temperature=values["temperature"],
                 top_k=max(values["top_k"], 0),

@@ -74,7 +74,10 @@ def write_here(
     report(int(min(journal.answer_tokens, limit.tokens)))
     try:
         if not done():
-            for index, row in written(target, template, settings, given, journal, limit):
+            longest = min(settings.longest, target.config.max_position_embeddings)
+            last = len(given) if settings.regenerate else None
+            indices = missing(Dialogues(template, settings, given, longest), journal, limit.tokens, last)
+            for index, row in conversations(target, template, settings, given, indices, limit.tokens):
                 journal.add(Noted.of(row, True) if row is not None else Noted(index, [], [], 0.0, False))
                 report(int(min(journal.answer_tokens, limit.tokens)))
                 if done():
@@ -84,15 +87,14 @@ def write_here(
     return packed(journal.in_order(limit.tokens), settings, folder, "the target")
 
 
-def written(
-    target: TargetModel, template: Template, settings: DevicePlay, given: Sequence[Asked], journal: Journal, limit: Limit
+def conversations(
+    target: TargetModel, template: Template, settings: DevicePlay, given: Sequence[Asked], indices: Iterator[int], tokens: float
 ) -> Iterator[tuple[int, Conversation | None]]:
-    """The conversations that are not in the journal, as they end. Where there are answer tokens enough no other is begun."""
+    """The conversations of these indices as they end, in the form that suits the target; `tokens`: how many of answers are wanted."""
     config = target.config
     longest = min(settings.longest, config.max_position_embeddings)
     free = torch.cuda.mem_get_info(target.device)[0] if target.device.type == "cuda" else None
-    slots = slots_for(config, target.dtype.itemsize, longest, limit.tokens, free)
-    indices = missing(Dialogues(template, settings, given, longest), journal, limit.tokens, len(given) if settings.regenerate else None)
+    slots = slots_for(config, target.dtype.itemsize, longest, tokens, free)
     if steps_fit(target):
         yield from FixedWriter(target, template, settings, given, slots).write(indices)
         return

@@ -5,18 +5,26 @@ Knows a writer and a trainer well enough to time each for a while; writes no fil
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from eyas.config import TargetConfig
+from eyas.model.protocols import TargetModel
+from eyas.train.device_writer import DevicePlay, conversations
+from eyas.train.dialogue import Conversation
 from eyas.train.features import Example, States
+from eyas.train.questions import Asked, SelfPlay
 from eyas.train.selfplay import Writer
+from eyas.train.template import Template
 from eyas.train.trainer import Trainer
 
 SECONDS = 25.0  # seconds of each measurement
+BYTES_OF_TEXT = 9  # for each token in the journal, and in the file of text that is made of it
 DOCUMENT, ANSWER = 200, 140  # tokens of a typical conversation, and of its answer
 
 
@@ -54,6 +62,19 @@ def writing_rate(writer: Writer, workers: int, seconds: float = SECONDS) -> floa
     return workers * counted / (time.monotonic() - counting_since)
 
 
+def writing_rate_of(found: Iterator[tuple[int, Conversation | None]], seconds: float = SECONDS) -> float:
+    """Answer tokens per second of conversations as they end, from the first of them on: before that all are under way."""
+    counted, started = 0, 0.0
+    for _, row in found:
+        if not started:
+            started = time.monotonic()
+        elif row is not None:
+            counted += sum(map(len, row.answers))
+        if time.monotonic() > started + seconds:
+            break
+    return counted / max(time.monotonic() - started, 1e-9)
+
+
 def training_rate(trainer: Trainer, seconds: float = SECONDS) -> float:
     """Anchors per second, after one step that is not counted. The trainer must not be used afterwards."""
     batch = next(trainer.batches(0))
@@ -81,6 +102,15 @@ class MadeUpStates:
         rows, width = sum(len(example.tokens) for example in examples), self.config.hidden_size
         features, hidden = torch.randn(rows, 3 * width).bfloat16(), torch.randn(rows, width).bfloat16()
         return States(features, hidden, torch.randint(0, self.config.vocab_size, (rows,)))
+
+
+def forecast_on(
+    target: TargetModel, template: Template, play: SelfPlay, given: Sequence[Asked], trainer: Trainer, seconds: float = SECONDS
+) -> Forecast:
+    """The same for a target, prepared, that writes on a GPU, as tokens."""
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    rate = writing_rate_of(conversations(target, template, DevicePlay.of(play, target.device), given, itertools.count(), math.inf), seconds)
+    return Forecast(parameters, rate, training_rate(trainer, seconds), BYTES_OF_TEXT, 1)
 
 
 def forecast(writer: Writer, trainer: Trainer, writers: int, seconds: float = SECONDS) -> Forecast:

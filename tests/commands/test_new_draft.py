@@ -20,7 +20,7 @@ from eyas import cli
 from eyas.commands import new_draft
 from eyas.commands.output import terminal
 from eyas.files.disk import recover_directory
-from eyas.train import card, forecast, writers
+from eyas.train import card, device_writer, forecast, writers
 from eyas.train import trainer as training
 from tests.commands.words import environment
 from tests.own_cache import own_cache
@@ -99,7 +99,7 @@ def test_what_there_is_no_time_to_measure_is_said(target, tmp_path, capsys, monk
     (out / "training.json").write_text(json.dumps(TOLD | {"minutes": 6.0}))
     options = SimpleNamespace(model=str(target), arguments=["new-draft"], first=[], plugins=[])
     words = SimpleNamespace(directory=target, template=SimpleNamespace(chat=True))
-    job = SimpleNamespace(out=out, hours=0.2, words=words, studied=SimpleNamespace(chat_template_kwargs=None))
+    job = SimpleNamespace(out=out, hours=0.2, words=words, studied=SimpleNamespace(chat_template_kwargs=None), device="cpu")
     own, left = new_draft.run_bench, []
 
     def late(*given):
@@ -195,6 +195,26 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, place, caps
     assert re.fullmatch(told.format("writing", r"\d+", "GB of disk"), lines[1])
     assert re.fullmatch(told.format("training", r"[1-9]\d*", "passes over what was written"), lines[2])
     assert "GB are free" in lines[3] and not (place / "draft").exists() and not (place / "cache" / "selfplay").exists()
+
+
+def test_on_a_card_the_model_writes_tokens_and_reads_them_again(target, place, amounts, capsys, monkeypatch):
+    """What a GPU does, by the same steps on this CPU: text as tokens, states kept, a measured draft; and a dry run that tells memory."""
+    monkeypatch.setattr(new_draft.Job, "on_card", property(lambda job: True))
+    monkeypatch.setattr(device_writer, "GRACE", 30.0)
+    assert cli.main(words(target, place / "draft")) == 0
+    told = json.loads((place / "draft" / "training.json").read_text())
+    assert told["data"]["answer_tokens"] >= 300 and "shards" not in told["data"] and told["steps"] == 3
+    (text,) = told["data"]["texts"]
+    assert (place / "cache" / "selfplay" / text["file"]).is_file() and told["data"]["settings"][0]["device"] == "cpu"
+    assert (place / "draft" / card.CARD).exists() and json.loads((place / "draft" / "bench.json").read_text())["methods"]
+    monkeypatch.setattr(forecast.forecast_on, "__defaults__", (2.0,))
+    monkeypatch.setattr(device_writer, "MOST_SLOTS", 16)
+    capsys.readouterr()
+    assert cli.main(words(target, place / "other", "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("on the card: the target takes about 0.0 GB") and "a conversation under way takes" in lines[1]
+    assert re.search(r"minutes of writing at [1-9]\d* answer tokens a second", lines[3])
+    assert cli.main(["new-draft", str(target), "--hours", HOURS, "--out", str(place / "third"), "--device", "cuda:9"]) == 2
 
 
 def test_a_model_of_another_family_gets_a_draft_too(place, amounts, writes_here, capsys):

@@ -118,7 +118,7 @@ def test_a_run_of_other_text_is_not_gone_on_with(run, targets, engine, questions
     out = tmp_path / "draft"
     assert run("train", "--target", targets / "target", "--out", out, *SHAPE, "--data", data, "--steps", "1")[0] == 0
     status, _, err = run(*words(targets, out, questions, "http://127.0.0.1:9", "--steps", "2", "--resume"))
-    assert status == 2 and "the text that an engine wrote for the run to resume is not there" in err
+    assert status == 2 and "the text that was written for the run to resume is not there" in err
 
 
 # ---- new-draft ----

@@ -206,6 +206,16 @@ def test_tokens_and_templates_are_told(engine, client):
     assert client.post("/detokenize", json={"tokens": ["a"]}).status_code == 400
 
 
+def test_a_servers_own_tree_is_what_requests_get(engine):
+    with served(engine, "--tree", "5x2x2") as (client, server):
+        seen = []
+        server.scheduler.decoder.watch = lambda record: seen.append(len(record.tree))
+        client.post(CHAT, json=ask(max_tokens=30, ignore_eos=True))
+        assert 1 < max(seen) <= 5
+        client.post(CHAT, json=ask(max_tokens=30, ignore_eos=True, eyas={"tree": "20x3x4"}))
+        assert 5 < max(seen) <= 20
+
+
 def test_more_than_fits_is_refused_with_a_time_to_come_again(engine):
     with served(engine, "--slots", "1", "--queue", "1") as (client, server):
         threads = [
