@@ -95,7 +95,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("form", "fits"), FORMS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("form", "fits"), FORMS, ids=[str(form)[:40] for form, _ in FORMS])
 def test_other_forms_hold_for_chat_and_for_text(client, form, fits):
     law = {"temperature": 1.0, "seed": 3, "max_tokens": 100, "structured_outputs": form}
     for tree in TREES[:2]:

@@ -97,7 +97,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("choice", "names"), CHOICES, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("choice", "names"), CHOICES, ids=[str(choice)[:30] for choice, _ in CHOICES])
 def test_a_forced_call_is_one_with_its_own_arguments_whatever_the_tree(client, choice, names):
     body = ask(max_tokens=200, temperature=1.0, tools=TOOLS, tool_choice=choice)
     for seed in (1, 2, 3):
