@@ -54,7 +54,7 @@ def test_a_watcher_hears_the_rounds_that_were_decoded(engine, law):
         if "logit_bias" in law:
             settings["logit_bias"] = {int(token): bias for token, bias in law["logit_bias"].items()}
         wanted = engine.generate(
-            "abab" * 6, seed=5, max_new_tokens=20, method=server.method, generation_config="none", watch=records.append, **settings
+            "abab" * 6, seed=5, max_new_tokens=20, method=server.usual.method, generation_config="none", watch=records.append, **settings
         )
         with watched(client, server, "mine") as told:
             client.post(CHAT, json=ask("other", seed=9), headers={"X-Request-Id": "other"})
