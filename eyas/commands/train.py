@@ -97,8 +97,8 @@ def train(options: argparse.Namespace, settings: TrainSettings, budget: training
         ranks=ranks,
         start=start,
         split=split,
-        keep=split
-        and (bool(options.text or options.writer) or device.startswith("cuda")),  # there states have no bits that keeping would round away
+        # of such text, and on a card, states have no bits that keeping would round away
+        keep=split and (bool(options.text or options.writer) or device.startswith("cuda")),
         say=lambda line: console.print(line, soft_wrap=True),
     )
     trainer = build(setup)
@@ -144,9 +144,7 @@ def data_of(
     if options.writer:
         examples, facts = from_writer(options, words, settings, wanted, before, console)
     elif on_card:
-        examples, facts = from_device(
-            options, words, settings, wanted, before, lambda: reading_target(studied, device_of(options.device, ranks))
-        )
+        examples, facts = from_device(options, words, settings, wanted, before, lambda: reading_target(studied, device))
     else:
         examples, facts = from_self_play(options, words, settings, wanted, workers_of(options), before)
     if ranks.first:

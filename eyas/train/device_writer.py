@@ -25,7 +25,7 @@ from eyas.train.questions import Asked, SelfPlay
 from eyas.train.selfplay import Writer
 from eyas.train.shards import claim_folder, data_folder
 from eyas.train.template import Template
-from eyas.train.writers import GRACE, Limit
+from eyas.train.writers import Limit
 
 MOST_SLOTS, LEAST_SLOTS = 2048, 8
 ANY_ROWS = 256  # conversations at once of a target whose steps have no fixed shapes: more would wait for the host
@@ -67,20 +67,16 @@ def write_here(
     journal = Journal(folder / JOURNAL)
     deadline = time.monotonic() + 60 * limit.minutes
 
-    def done() -> bool:
-        over = time.monotonic() - deadline
-        return journal.held >= limit.tokens or over >= 60 * GRACE or (over >= 0 and journal.kept() > 1)
-
     report(int(min(journal.answer_tokens, limit.tokens)))
     try:
-        if not done():
+        if not journal.enough(limit, deadline):
             longest = min(settings.longest, target.config.max_position_embeddings)
             last = len(given) if settings.regenerate else None
             indices = missing(Dialogues(template, settings, given, longest), journal, limit.tokens, last)
             for index, row in conversations(target, template, settings, given, indices, limit.tokens):
                 journal.add(Noted.of(row, True) if row is not None else Noted(index, [], [], 0.0, False))
                 report(int(min(journal.answer_tokens, limit.tokens)))
-                if done():
+                if journal.enough(limit, deadline):
                     break
     finally:
         journal.close()
@@ -106,7 +102,7 @@ def conversations(
 def missing(dialogues: Dialogues, journal: Journal, tokens: float, last: int | None) -> Iterator[int]:
     """The numbers of conversations that are not there. Those that follow one another are written together or not at all."""
     for run in dialogues.runs(itertools.count() if last is None else iter(range(last))):
-        if journal.answer_tokens >= tokens and run[0] > journal.last:
+        if journal.begins_no_more(run, tokens):
             return
         if not all(index in journal.noted for index in run):
             yield from run

@@ -18,6 +18,7 @@ from eyas.train.dialogue import Conversation
 from eyas.train.questions import SelfPlay
 from eyas.train.shards import Counts, Written
 from eyas.train.texts import write_text
+from eyas.train.writers import Limit
 
 JOURNAL = "conversations.jsonl"
 
@@ -101,6 +102,14 @@ class Journal:
         """How many conversations there are to train on."""
         with self.lock:
             return sum(bool(noted.tokens) for noted in self.noted.values())
+
+    def enough(self, limit: Limit, deadline: float) -> bool:
+        """Whether a limit is reached; `deadline`: when its minutes are over, on the clock of time.monotonic."""
+        return self.held >= limit.tokens or limit.late(deadline, self.kept)
+
+    def begins_no_more(self, run: Sequence[int], tokens: float) -> bool:
+        """Whether these conversations need not be begun: there are so many answer tokens, and none is missing before them."""
+        return self.answer_tokens >= tokens and run[0] > self.last
 
     def in_order(self, tokens: float) -> list[Noted]:
         """The first conversations, none left out, that together hold `tokens` answer tokens; all of them where that is no number. To take

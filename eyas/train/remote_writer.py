@@ -20,7 +20,7 @@ from eyas.train.journal import JOURNAL, Journal, Noted, packed
 from eyas.train.questions import Asked, SelfPlay
 from eyas.train.remote import Server
 from eyas.train.shards import claim_folder, data_folder
-from eyas.train.writers import GRACE, Limit
+from eyas.train.writers import Limit
 
 SHORT = 64  # conversations one after the other of which nothing is kept: then nothing will be
 
@@ -77,7 +77,7 @@ class Crew:
             while not self.ended.is_set():
                 with self.lock:
                     run = next(self.runs, None)
-                if run is None or (self.journal.answer_tokens >= self.tokens and run[0] > self.journal.last):
+                if run is None or self.journal.begins_no_more(run, self.tokens):
                     return
                 self.write(run)
         except BaseException as error:
@@ -135,8 +135,7 @@ def write_remotely(
     crew = Crew(server, dialogues, journal, indices, limit.tokens, at_once)
 
     def done() -> bool:
-        over = time.monotonic() - deadline
-        return journal.held >= limit.tokens or over >= 60 * GRACE or (over >= 0 and journal.kept() > 1)
+        return journal.enough(limit, deadline)
 
     def tell() -> None:
         report(int(min(journal.answer_tokens, limit.tokens)))

@@ -44,6 +44,13 @@ class Limit:
     minutes: float = math.inf
     bytes: float = math.inf  # of all shards together
 
+    @staticmethod
+    def late(deadline: float, kept: Callable[[], int]) -> bool:
+        """Whether the minutes are over, at `deadline` on the clock of time.monotonic, with a conversation to train on and one to measure
+        with, if they come soon. `kept`: how many there are."""
+        over = time.monotonic() - deadline
+        return over >= 60 * GRACE or (over >= 0 and kept() > 1)
+
 
 def write_own_data(
     directory: Path,
@@ -65,9 +72,7 @@ def write_own_data(
         total = shards.look().total()
         enough = math.isfinite(limit.tokens) and shards.in_order(int(limit.tokens)) is not None
         kept = settings.per_shard * len(shards.counts) - total.dropped
-        over = time.monotonic() - deadline
-        late = over >= 60 * GRACE or (over >= 0 and kept > 1)  # one to train on and one to measure with, if they come soon
-        return enough or late or full(total.bytes) or len(shards.counts) >= last
+        return enough or limit.late(deadline, lambda: kept) or full(total.bytes) or len(shards.counts) >= last
 
     def full(used: int) -> bool:
         return used >= limit.bytes or shutil.disk_usage(folder).free < SPARE_BYTES

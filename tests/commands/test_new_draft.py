@@ -200,7 +200,6 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(target, place, caps
 def test_on_a_card_the_model_writes_tokens_and_reads_them_again(target, place, amounts, capsys, monkeypatch):
     """What a GPU does, by the same steps on this CPU: text as tokens, states kept, a measured draft; and a dry run that tells memory."""
     monkeypatch.setattr(new_draft.Job, "on_card", property(lambda job: True))
-    monkeypatch.setattr(device_writer, "GRACE", 30.0)
     assert cli.main(words(target, place / "draft")) == 0
     told = json.loads((place / "draft" / "training.json").read_text())
     assert told["data"]["answer_tokens"] >= 300 and "shards" not in told["data"] and told["steps"] == 3
