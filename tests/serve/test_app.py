@@ -10,19 +10,7 @@ import pytest
 
 from eyas.decode.sampling import derived_seed
 from eyas.serve.fields import FIELDS
-from tests.serve.serving import CHAT, TEXT, ask, events, saved_engine, served
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return saved_engine(tmp_path_factory.mktemp("serve"), max_position_embeddings=512)
-
-
-@pytest.fixture(scope="module")
-def client(engine):
-    with served(engine, "--slots", "4") as (client, _):
-        yield client
-
+from tests.serve.serving import CHAT, TEXT, ask, events, served
 
 LAWS = [
     {"temperature": 0},

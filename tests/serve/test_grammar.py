@@ -13,21 +13,10 @@ from eyas.decode.grammar import Grammar
 from eyas.decode.tree import Tree
 from eyas.serve import forms
 from eyas.serve.forms import Form, Forms
-from tests.serve.serving import CHAT, TEXT, ask, events, saved_engine, served
+from tests.serve.serving import CHAT, TEXT, ask, events
 from tests.tiny import byte_tokenizer
 
 TREES = [{"method": "plain"}, {"tree": "8x2x3"}, {"tree": "20x4x3"}, {}]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return saved_engine(tmp_path_factory.mktemp("grammar"), max_position_embeddings=512)
-
-
-@pytest.fixture(scope="module")
-def client(engine):
-    with served(engine, "--slots", "4") as (client, _):
-        yield client
 
 
 def closed(**properties):

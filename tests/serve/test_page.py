@@ -16,7 +16,7 @@ import pytest
 from eyas.serve import watching
 from eyas.serve.recording import INDEX, PAGE, page_file, page_with, recording
 from eyas.serve.watching import MOST_BEHIND, MOST_WATCHERS, Rounds
-from tests.serve.serving import CHAT, ask, events, saved_engine, served
+from tests.serve.serving import CHAT, ask, events, served
 
 ROUNDS = "/v1/eyas/rounds"
 TREE = {"tree": "8x2x3"}
@@ -25,11 +25,6 @@ LAWS = [
     {"temperature": 1.0},
     {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "frequency_penalty": 0.7, "logit_bias": {"65": 4.0}},
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return saved_engine(tmp_path_factory.mktemp("page"), max_position_embeddings=512)
 
 
 @contextmanager

@@ -7,14 +7,9 @@ import pytest
 from eyas.config import Request, Sampling
 from eyas.decode.prefixes import common
 from eyas.decode.sequence import result_of
-from tests.serve.serving import CHAT, ask, saved_engine, served
+from tests.serve.serving import CHAT, ask, served
 
 METHODS = ["plain", "eagle3", "eagle3+copy", "lookup", "draft-model"]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return saved_engine(tmp_path_factory.mktemp("prefixes"), max_position_embeddings=512)
 
 
 def decoded(engine, prompts, method: str, keep: bool, together: bool, slots: int = 3, **sampling):

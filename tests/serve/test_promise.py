@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.serving import CHAT, TEXT, events, saved_engine, served
+from tests.serve.serving import CHAT, TEXT, events, served
 
 COUNT = 24
 SERVERS = [
@@ -51,11 +51,6 @@ def said(client, path: str, body: dict[str, Any]) -> tuple[str | None, ...]:
             texts[choice["index"]] += (choice["delta"].get("content") or "") if path == CHAT else choice["text"]
             ends[choice["index"]] = choice["finish_reason"] or ends[choice["index"]]
     return tuple(part for pair in zip(texts, ends) for part in pair)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return saved_engine(tmp_path_factory.mktemp("promise"), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,6 @@ def engine(tmp_path_factory):
     return saved_engine(tmp_path_factory.mktemp("tools"), max_position_embeddings=1024)
 
 
-@pytest.fixture(scope="module")
-def client(engine):
-    with served(engine, "--slots", "4") as (client, _):
-        yield client
-
-
 @pytest.fixture
 def shown(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "chat_template", SHOWS_TOOLS)
