@@ -363,10 +363,20 @@ def test_a_round_in_which_a_core_was_taken_away_teaches_nothing(monkeypatch):
 
     told, taken = Told(), iter([3, 3, 3, 4, 4, 4])
     monkeypatch.setattr(clock, "cores_taken", lambda: next(taken))
+    monkeypatch.setattr(clock.RoundClock, "disturbances", clock.Disturbances())
     for _ in range(3):
         told.begin(1)
         told.ends(4, 2)
     assert len(told.taught) == 2, "not the second, while which a core was taken"
+
+
+def test_where_every_round_loses_cores_those_that_lose_no_more_than_usual_teach():
+    disturbances = clock.Disturbances()
+    left_out = [disturbances.more_than_usual(3, 0.07) for _ in range(60)]
+    assert left_out[0] and not any(left_out[30:]), "what is usual is learned within some rounds"
+    assert disturbances.more_than_usual(5, 0.07), "more than usual"
+    assert not disturbances.more_than_usual(3, 0.07)
+    assert not disturbances.more_than_usual(5, 0.14), "no oftener, only longer"
 
 
 def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
