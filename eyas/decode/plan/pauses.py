@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 TRIAL_ROUNDS = 200  # rounds until what guessing brings is believed, and rounds remembered; for n sequences an n-th of them
 FEWEST_ROUNDS = 10  # the least that this comes to for many sequences
-SHORTEST_PAUSE, LONGEST_PAUSE = 48, 768  # rounds of a pause
+SHORTEST_PAUSE, LONGEST_PAUSE = 48, 768  # rounds of a pause; and rounds in which no draft was worth asking, until it is asked all the same
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Gain:
     plain: float = 1.0  # seconds of a plain round divided by the price of its pass
     tried: int = 0  # rounds since the last pause
     length: int = SHORTEST_PAUSE  # rounds of the next pause
+    silent: int = 0  # rounds since the draft was last asked
+    patience: int = SHORTEST_PAUSE  # after so many it is asked although it is not worth that
 
 
 class Pauses:
@@ -54,6 +56,19 @@ class Pauses:
             gain.length = SHORTEST_PAUSE
         gain.tried += 1
         return False
+
+    def overdue(self, asked: bool) -> bool:
+        """Whether a draft that is not worth asking (`asked`) shall be tried all the same. A trial costs more than a round: the draft first
+        reads all text since the last. So the next one waits twice as long, until the draft is worth asking by itself."""
+        gain = self.gain
+        if asked:
+            gain.silent, gain.patience = 0, SHORTEST_PAUSE
+            return False
+        gain.silent += 1
+        if gain.silent < gain.patience:
+            return False
+        gain.silent, gain.patience = 0, min(2 * gain.patience, LONGEST_PAUSE)
+        return True
 
     def record(self, guessing: bool, tokens: int, seconds: float) -> None:
         """Learn from the round that is over. `guessing`: whether it was allowed to guess, the opposite of what `begin` said."""

@@ -26,7 +26,6 @@ MAX_TREE = TreeShape(64, 7, 4)  # the largest tree that is planned
 ROUND_WEIGHT = 0.04  # weight of a new round in the mean over the last rounds
 PRIOR_ROUNDS, PRIOR_SPEEDUP = 4, 1.2  # the belief that drafting is PRIOR_SPEEDUP times as fast as plain decoding weighs this many rounds
 PRICE_SPAN_ROWS = 4  # the price of one more row is the mean over this many: differences of a single row are noise
-PROBE_ROUNDS = 48  # rounds without drafting after which the draft is tried again
 USUAL_BEST_CHANCE = 0.45  # chance of a root's best child, assumed where nothing is drafted yet
 
 
@@ -89,7 +88,6 @@ class Planner(Plan):
         self.pauses = pauses or Pauses()
         self.sizes: dict[int, RecentRounds] = {}  # by number of sequences, so that nothing is forgotten when one joins or leaves
         self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # those of the round under way; rate in tokens per second
-        self.silent = 0  # rounds since the draft was last used
         self.grown: dict[int, tuple[Guesses, list[float]]] = {}  # by identity: growths of this round and their `chances`, level by level
 
     @property
@@ -118,9 +116,8 @@ class Planner(Plan):
         """For each sequence, whether the draft's first level is worth its time. `covered`: for each, the chance that another drafter's
         guess at the root's child is right."""
         asked = self.worth_each(covered)
-        self.silent = 0 if any(asked) else self.silent + 1
-        if self.silent == PROBE_ROUNDS:
-            self.silent, asked[0] = 0, True
+        if self.pauses.overdue(any(asked)):
+            asked[0] = True
         return asked
 
     def worth_each(self, covered: Sequence[float]) -> list[bool]:

@@ -13,7 +13,8 @@ from eyas.config import Sampling
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.calibration import RECENT_NODES, Calibration
-from eyas.decode.plan.planner import MAX_TREE, PROBE_ROUNDS, Planner
+from eyas.decode.plan.pauses import LONGEST_PAUSE, SHORTEST_PAUSE, Pauses
+from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.prices import Prices
 from eyas.decode.tree import Growth, Tree
 from eyas.drafters.copying import CopyingDrafter
@@ -89,18 +90,31 @@ def test_siblings_are_never_likelier_than_their_parent_together():
 
 def test_nothing_is_drafted_where_it_cannot_pay_but_now_and_then_one_sequence_tries():
     dear = planner({1: 1.0, 64: 64.0}, step=5.0, batch=3)
-    asked = [dear.worth_drafting([0.0] * 3) for _ in range(2 * PROBE_ROUNDS)]
+    asked = [dear.worth_drafting([0.0] * 3) for _ in range(3 * SHORTEST_PAUSE)]
     assert [sum(each) for each in asked].count(1) == 2 and sum(map(sum, asked)) == 2
-    assert asked[PROBE_ROUNDS - 1] == [True, False, False]
+    assert asked[SHORTEST_PAUSE - 1] == asked[-1] == [True, False, False], "the second time after twice as many rounds"
     assert planner({1: 1.0, 64: 1.1}, step=0.01).worth_drafting([0.0]) == [True]
 
 
 def test_rounds_are_counted_from_the_last_in_which_the_draft_was_asked():
     made = planner({1: 1.0, 64: 2.0}, step=0.2)
-    middle, asked = PROBE_ROUNDS // 2, []
-    for number in range(3 * PROBE_ROUNDS // 2):
+    middle, asked = SHORTEST_PAUSE // 2, []
+    for number in range(3 * SHORTEST_PAUSE // 2):
         asked += made.worth_drafting([0.0 if number == middle else 0.95])
     assert [place for place, each in enumerate(asked) if each] == [middle], "asked once, so not tried until as many rounds later"
+
+
+def test_trials_get_rarer_from_call_to_call_until_the_draft_pays():
+    shared, asked = {}, 0
+    for _ in range(100):  # calls of 100 rounds
+        call = Planner(Prices({1: 1.0, 64: 64.0}), Prices({1: 5.0}), Calibration(frozen=True), Pauses(shared))
+        for _ in range(100):
+            call.begin(1)
+            asked += sum(call.worth_drafting([0.0]))
+    assert 100 * 100 // LONGEST_PAUSE <= asked <= 5 + 100 * 100 // LONGEST_PAUSE
+    cheap = Planner(Prices({1: 1.0, 64: 1.1}), Prices({1: 0.01}), Calibration(frozen=True), Pauses(shared))
+    cheap.begin(1)
+    assert cheap.worth_drafting([0.0]) == [True] and shared[1].patience == SHORTEST_PAUSE
 
 
 def test_a_first_level_is_worth_what_the_second_will_bring_too():
