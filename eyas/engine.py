@@ -17,10 +17,11 @@ from eyas.config import PLAIN, PRECISIONS, EyasError, Request, Sampling, Setting
 from eyas.decode.drafter import Drafter
 from eyas.decode.generate import Decoder
 from eyas.decode.grow import growth_named
+from eyas.decode.kept import Kept
 from eyas.decode.logprobs import Piece
 from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.store import PlanStore
-from eyas.decode.prompt import Prompt, Prompts, TooLong, WrittenPrompt, checked_ids, is_many, is_token_ids, render
+from eyas.decode.prompt import ANSWER, Prompt, Prompts, TooLong, WrittenPrompt, checked_ids, is_many, is_token_ids, render
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Result, RoundRecord, Sequence, new_sequence, result_of
 from eyas.decode.verifiers import VERIFY, check_shape, draws
@@ -157,17 +158,19 @@ class Engine:
         raw: bool = False,
         tools: AnySequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        ends: str = ANSWER,
     ) -> list[int]:
         """The token ids of a prompt. A string is one user turn, or with `raw` plain text to go on with; messages go through the chat
         template; token ids stay as they are. Raises `EyasError` for an empty prompt, one too long for the target, one the template
-        refuses, or ids that the target does not have. `tools` and `chat_template_kwargs` are what `Request` says of them."""
+        refuses, or ids that the target does not have. `tools` and `chat_template_kwargs` are what `Request` says of them. `ends`: where
+        messages end: where an answer begins ("answer"), behind the last turn ("turn"), or within it, to go on with it ("message")."""
         context = self.target.config.max_position_embeddings
         if (tools or chat_template_kwargs) and (raw or is_token_ids(prompt)):
             raise EyasError("tools and chat-template-kwargs are for a chat template, and this prompt goes through none; leave them out")
         if is_token_ids(prompt):
             ids = checked_ids(prompt, self.target.config.vocab_size, "a prompt's numbers")
         else:
-            ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory, tools, chat_template_kwargs)
+            ids = render(self.tokenizer, cast("WrittenPrompt", prompt), raw, self.directory, tools, chat_template_kwargs, ends)
             check_known(self.tokenizer, ids, self.target.config.vocab_size, "the prompt")
         if len(ids) >= context:
             raise TooLong(len(ids), context)
@@ -279,19 +282,27 @@ class Engine:
         return results if n is not None or is_many(prompt) else results[0]
 
     def stream(
-        self, prompt: Prompt, request: Request | None = None, *, watch: Watch | None = None, **settings: Unpack[Settings]
+        self,
+        prompt: Prompt,
+        request: Request | None = None,
+        *,
+        watch: Watch | None = None,
+        kept: Kept | None = None,
+        **settings: Unpack[Settings],
     ) -> Iterator[str | Result]:
         """Yield pieces of the answer's text as rounds commit them, then its `Result`. Together the pieces are the result's text. With
         `logprobs` each is a `Piece`, which has those of the tokens that came with it; such a piece may have no text.
 
-        Takes what `generate` takes but `n`, for one prompt. Raises `EyasError` as `generate` does, once the first piece is asked for.
+        Takes what `generate` takes but `n`, for one prompt. Calls that share a `Kept()` are turns of one conversation, of the same settings
+        but for the seed: what a prompt has in common with the turn before is not read again. Raises `EyasError` as
+        `generate` does, once the first piece is asked for.
         """
         if is_many(prompt) or "n" in settings:
             raise EyasError("stream takes one prompt and writes one answer; use generate for several")
         request = self.request(request, **settings)
         sequence: Sequence | None = None
         told = 0
-        for (sequence,) in self.rounds(prompt, request, watch):
+        for (sequence,) in self.rounds(prompt, request, watch, kept=kept):
             piece = sequence.stream.certain()
             if request.logprobs is not None:
                 piece, told = Piece(piece, sequence.logprobs[told:]), len(sequence.logprobs)
@@ -320,14 +331,21 @@ class Engine:
         return make_request(request, **settings)
 
     def rounds(
-        self, prompt: Prompt | Prompts, request: Request, watch: Watch | None = None, n: int | None = None
+        self,
+        prompt: Prompt | Prompts,
+        request: Request,
+        watch: Watch | None = None,
+        n: int | None = None,
+        kept: Kept | None = None,
     ) -> Iterator[list[Sequence]]:
         """Decode a call's prompts, and yield all its sequences once prompts are read and after each round; `generate` and `stream` are made
         of it."""
-        sequences, decoder = self.sequences(prompt, request, n), self.decoder(request, watch)
+        sequences = self.sequences(prompt, request, n)
+        decoder = (kept and kept.decoder) or self.decoder(request)
+        decoder.watch = watch
         try:
             with within_memory(SMALLER):
-                yield from decoder.run_all(sequences, request.batch)
+                yield from kept.run(decoder, sequences[0]) if kept else decoder.run_all(sequences, request.batch)
         finally:  # a stream may be closed early; what its rounds taught the planner is kept all the same
             if self.plans and decoder.plan.planner:
                 self.plans.save()

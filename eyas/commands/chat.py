@@ -11,6 +11,7 @@ from eyas import launched
 from eyas.commands.common import conversation_from, engine_from, settings_from, settled, without_a_draft
 from eyas.commands.generate import tell
 from eyas.config import EyasError
+from eyas.decode.kept import Kept
 from eyas.decode.sequence import Result
 from eyas.files.chat_data import Conversation
 
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     request = settled(engine, options)
     print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
-    turn = 0
+    turn, kept = 0, Kept()
     while True:
         try:
             text = input("> ")
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
         seeded = request if request.seed is None else replace(request, seed=request.seed + turn)
         said: list[str] = []
         try:
-            tell(noted(engine.stream(messages, seeded), said), None if turn else without_a_draft(engine, options))
+            tell(noted(engine.stream(messages, seeded, kept=kept), said), None if turn else without_a_draft(engine, options))
         except EyasError as error:  # say, the context is full: the conversation before this turn is still there
             messages.pop()
             print(f"eyas: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
 PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activations and how long others wait
+TOLD_PART = 64  # the same where the logits of all these rows are wanted
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -208,32 +209,44 @@ class Decoder:
         while self.waiting and self.free:
             if self.prefixes is None:
                 self.waiting[0].slot = self.free.pop(0)
-            elif self.prefixes.worth_waiting(self.waiting[0], self.cache):
+            elif self.waiting[0].reuses and self.prefixes.worth_waiting(self.waiting[0], self.cache):
                 break
             else:
                 self.waiting[0].slot = self.prefixes.seat(self.waiting[0], self.free, self.cache, self.drafter)
+            self.waiting[0].seated = time.perf_counter()
             self.reading.append(self.waiting.popleft())
 
     @on_its_cores
     def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:
         """Read up to `most` rows of the oldest unread prompt and hand them to the drafter. After the prompt's last row, draw the first
-        token."""
+        token, where the text may have any."""
         sequence = self.reading[0]
+        most = min(most, TOLD_PART) if sequence.tells_prompt else most
         start, end = sequence.read, min(sequence.read + most, sequence.prompt_length)
         rows = chain_rows(sequence.slot, sequence.tokens[start:end], start)
-        out = self.target(rows, self.cache, self.drafter.wants, slice(-1, None))
+        out = self.target(rows, self.cache, self.drafter.wants, None if sequence.tells_prompt else slice(-1, None))
         self.cache.keep(sequence.slot, range(end - start))
         sequence.read = end
+        if sequence.tells_prompt:
+            sequence.record_prompt(out.logits, start)
         if end == sequence.prompt_length:
-            token = draw(sequence.processed(out.logits[-1]), sequence.sampling, sequence.noise_at(end))
-            sequence.commit([token], self.target.config.eos_token_ids)
-            sequence.record_logprobs(out.logits[-1:], [token])
-            sequence.prefill_seconds = sequence.seconds
+            self.draw_first(sequence, out.logits[-1:])
             self.decoding.append(self.reading.popleft())
         if not sequence.finish_reason:
             self.drafter.observe(sequence.slot, sequence.tokens[start + (start > 0) : end + 1], out.features)
         self.dismiss()
         return [sequence]
+
+    def draw_first(self, sequence: Sequence, logits_1V: Tensor) -> None:
+        """Draw a text's first token; one that may have none is over."""
+        if sequence.remaining > 0:
+            token = draw(sequence.processed(logits_1V[0]), sequence.sampling, sequence.noise_at(sequence.prompt_length))
+            sequence.commit([token], self.target.config.eos_token_ids)
+            sequence.record_logprobs(logits_1V, [token])
+        else:
+            sequence.commit([], ())
+            sequence.finish("length")
+        sequence.prefill_seconds = sequence.seconds
 
     def decode(self) -> list[Sequence]:
         """Run one round of all sequences whose prompts are read, and return them."""
@@ -295,6 +308,10 @@ class Decoder:
         """Decode these sequences as `run` does its prompts."""
         slots = min(batch or len(everyone), len(everyone))
         self.reserve(slots, max(sequence.limit for sequence in everyone), {sequence.shape for sequence in everyone})
+        yield from self.go_on(everyone)
+
+    def go_on(self, everyone: list[Sequence]) -> Iterator[list[Sequence]]:
+        """The same in the room that there is."""
         for sequence in everyone:
             self.admit(sequence)
         while self.busy:

@@ -20,6 +20,8 @@ TokenIds = Sequence[int]
 WrittenPrompt = str | Messages
 Prompt = WrittenPrompt | TokenIds
 Prompts = list[str] | list[list[Message]] | list[list[dict[str, Any]]] | list[list[int]] | list[Prompt]
+ANSWER, TURN, MESSAGE = "answer", "turn", "message"  # where a conversation ends: where an answer begins, behind its last turn, in it
+GOES_ON = "<goes-on-here>"  # stands behind the text that is to be gone on with while the template is asked
 FORMS = "text, a list of messages, or a list of token ids"
 
 
@@ -70,9 +72,10 @@ def render(
     directory: Path,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
+    ends: str = ANSWER,
 ) -> list[int]:
     """Token ids of a prompt: a string is one user turn (or plain text under `raw`), messages go through the chat template, with the tools
-    on offer and with variables of its own.
+    on offer and with variables of its own, up to where it `ends`.
 
     `tokenizer`: transformers' of the target in `directory`. Raises EyasError for what the template or the tokenizer cannot say.
     """
@@ -89,8 +92,22 @@ def render(
         raise EyasError("the prompt is empty; give at least one message")
     if not getattr(tokenizer, "chat_template", None):
         raise EyasError(f"{directory} has no chat template; use --raw to continue plain text")
-    text = encodable(written(tokenizer, conversation_of(tokenizer, prompt, tools, variables), prompt=True).text, "the prompt")
+    text = encodable(ended(tokenizer, conversation_of(tokenizer, prompt, tools, variables), ends), "the prompt")
     return encoded(tokenizer, text, add_special_tokens=False)["input_ids"]  # the template wrote them
+
+
+def ended(tokenizer: Any, conversation: Conversation, ends: str) -> str:
+    """The template's text of a conversation up to where it `ends`. Raises `EyasError` where the last message cannot be gone on with."""
+    if ends != MESSAGE:
+        return written(tokenizer, conversation, prompt=ends == ANSWER).text
+    last = conversation[-1]
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise EyasError("the last message has no text to go on with")
+    text = written(tokenizer, conversation.with_messages([*conversation[:-1], {**last, "content": content + GOES_ON}])).text
+    if GOES_ON not in text:
+        raise EyasError("the chat template does not show the last message's end; it cannot be gone on with")
+    return text[: text.rindex(GOES_ON)]
 
 
 def conversation_of(

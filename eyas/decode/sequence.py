@@ -39,6 +39,7 @@ class Sequence:
     top_logprobs: int | None = None  # for each of its tokens so many likeliest are told, and its own log probability; None: none
     number: int = 0  # its index among the sequences of its call
     call: str = ""  # what its caller names the call, for watchers
+    tells_prompt: bool = False  # whether the log probabilities of its prompt's tokens are told too, where those of its own are
     slot: int = -1  # its slot in the caches; -1: none yet
     read: int = 0  # tokens of the prompt that the target has read
     owner: str = ""  # whose it is: rows of a prompt are reused for the same owner alone, where they are
@@ -50,8 +51,10 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(
         default_factory=lambda: list[TokenLogprobs]()
     )  # one for each token of the answer, where asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=lambda: list[TokenLogprobs]())  # of each token read but the first
     accepted_lengths: Counter[int] = field(default_factory=lambda: Counter[int]())  # tokens committed by a round -> rounds
     admitted: float = 0.0  # when the decoder took it in, on the clock of time.perf_counter
+    seated: float = 0.0  # when it got its slot, on the same clock; 0: not yet
     prefill_seconds: float = 0.0  # from `admitted` until its first token
     seconds: float = 0.0  # from `admitted` until its last token so far
 
@@ -130,6 +133,12 @@ class Sequence:
         """Keep what the target thought of N committed tokens, if that was asked for; `logits_NV`: what each was drawn from."""
         if self.top_logprobs is not None:
             self.logprobs += token_logprobs(logits_NV, tokens, self.top_logprobs)
+
+    def record_prompt(self, logits_NV: Tensor, first: int) -> None:
+        """Keep what the target thought of the prompt's tokens behind N rows of it; `first`: the position of the first of these rows."""
+        tokens = self.tokens[first + 1 : min(first + 1 + len(logits_NV), self.prompt_length)]
+        if self.top_logprobs is not None and tokens:
+            self.prompt_logprobs += token_logprobs(logits_NV[: len(tokens)], tokens, self.top_logprobs)
 
     def finish(self, reason: str) -> None:
         self.finish_reason = reason
