@@ -14,10 +14,11 @@ from pathlib import Path
 
 from eyas.checks import EyasError
 
-SHARED = ("generate", "chat", "bench", "trace")  # commands that share keys out under --context-parallel
+SHARED = ("generate", "chat", "bench", "trace", "serve")  # commands that share keys out under --context-parallel
 ended_by_torchrun = False  # whether it asked this process to end, because of another or of a signal of its own
 follows = False  # whether this process ends with the first one, and not before it has met it
 met = False  # whether this process has met the others
+patience = 0.0  # seconds that the first process takes to end once torchrun asks it to: so long the others stay
 INTERRUPTED = 130  # the status of a process that Ctrl-C ended
 
 

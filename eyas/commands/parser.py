@@ -12,6 +12,7 @@ from eyas.commands.options import (
     Version,
     add,
     apart,
+    context_parallel,
     conversation,
     copy,
     disk,
@@ -303,6 +304,7 @@ def import_options(commands: argparse._SubParsersAction) -> None:
 def serve_options(commands: argparse._SubParsersAction) -> None:
     serve = add(commands, "serve", "answer OpenAI's clients: chat and completions, many at a time (pip install 'eyas[serve]')")
     models(serve)
+    context_parallel(serve)
     serve.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")
     serve.add_argument("--plain", action="store_true", help="the same as --method plain")
     copy(serve, "with every method that drafts")
@@ -325,8 +327,11 @@ def serve_options(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help="what the model is called here")
     serve.add_argument("--any-model", action="store_true", help="answer whatever model a request names")
     serve.add_argument("--strict-fields", action="store_true", help="refuse requests with fields that are not known")
-    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="an origin whose pages may use this server")
+    cors = "an origin whose pages may use this server; localhost: pages of this machine"
+    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help=cors)
     serve.add_argument("--metrics-prefix", default="eyas", help="of the names at /metrics (default %(default)s; vllm for its dashboards)")
+    traces = "a span for each request by OpenTelemetry, sent where OTEL_EXPORTER_OTLP_ENDPOINT says (needs eyas[otel])"
+    serve.add_argument("--traces", action="store_true", help=traces)
     serve.add_argument("--drain", type=float, default=30, metavar="S", help="seconds that answers may take after SIGTERM (default 30)")
     serve.add_argument(
         "--hang-seconds", type=float, default=30, metavar="S", help="seconds without a round after which /health says so (default 30)"

@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import eyas
+from eyas import launched
 from eyas.commands.common import engine_from, method_from
 from eyas.config import EyasError, Request, Sampling, TreeShape
 from eyas.decode.plan.planner import MAX_TREE
@@ -25,6 +26,7 @@ from eyas.kernels import native
 from eyas.kernels.linear import capability
 from eyas.methods import COPY
 from eyas.model.exactness import why_texts_may_part
+from eyas.parallel.target import ShardedTarget
 
 if TYPE_CHECKING:
     from eyas.decode.sequence import RoundRecord
@@ -45,8 +47,10 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"serving needs {error.name}: pip install 'eyas[serve]'") from None
     del prometheus_client, starlette, uvicorn
     check(options)
-    listening = bound(options.host, options.port)  # before a model is loaded
+    launched.patience = options.drain
+    listening = bound(options.host, options.port) if launched.rank() == 0 else None  # before a model is loaded
     engine = engine_from(options)
+    assert listening is not None, "the other processes follow the first one's passes until it ends"
     server = server_of(engine, options)
     return asyncio.run(served(server, listening, options))
 
@@ -84,6 +88,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     from eyas.serve.jobs import MOST_CHILDREN, Usual
     from eyas.serve.metrics import Metrics
     from eyas.serve.scheduler import Scheduler, Settings
+    from eyas.serve.traces import Traces
 
     method = method_from(options) or engine.default_method
     request = Request(method=method, copy=options.copy, tree=options.tree, sampling=Sampling(temperature=1.0))
@@ -110,6 +115,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
         options.any_model,
         options.hang_seconds,
         options.share_prefixes,
+        Traces(names[0]) if options.traces else None,
         watch_all=options.host in LOOPBACK,
     )
 
@@ -133,6 +139,8 @@ def fingerprint(engine: Engine) -> str:
         "device": str(engine.target.device),
         "kernel": [native.kernel() is not None, capability()],
     }
+    if isinstance(engine.target, ShardedTarget):
+        told["shards"] = engine.target.arrangement if engine.target.together else str(engine.target.layout)
     return "fp_" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

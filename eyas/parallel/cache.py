@@ -89,6 +89,8 @@ class Shards(Cache, Generic[Inner]):
         self.cut(slot, 0)
 
     def copy_prefix(self, other: Self, source: int, slot: int, length: int) -> None:
+        if other is self:  # another cache's rows are nobody's to copy where processes follow
+            self.told.append(("copy", slot, [source, length]))
         self.inner.copy_prefix(other.inner, source, slot, self.part(length))
         self.lengths[slot] = length
 
@@ -97,6 +99,8 @@ class Shards(Cache, Generic[Inner]):
         for what, slot, rows in told:
             if what == "keep":
                 self.keep(slot, rows)
+            elif what == "copy":
+                self.copy_prefix(self, rows[0], slot, rows[1])
             else:
                 self.cut(slot, rows[0])
         self.told.clear()

@@ -168,7 +168,7 @@ class Presence:
                 return
             if lost := silence.beyond(self.timeout):
                 self.end_soon(ENDED, self.lost(lost, self.slow), 0.0)
-            if self.asked_to_end is not None and time.monotonic() - self.asked_to_end > NAMED + GRACE:
+            if self.asked_to_end is not None and time.monotonic() - self.asked_to_end > NAMED + GRACE + launched.patience:
                 lost = silence.beyond(NAMED)
                 self.end_soon(ENDED, self.lost(lost, "gone") if lost else None, 0.0)
             self.listen()

@@ -58,7 +58,8 @@ class Answer:
         choices = []
         for number, (sequence, echo) in enumerate(zip(self.ask.sequences, self.ask.echo, strict=True)):
             result = result_of(sequence)
-            logprobs = self.logprobs(number, result.logprobs) if result.logprobs is not None else None
+            prompt = sequence.prompt_logprobs if sequence.tells_prompt else None
+            logprobs = self.logprobs(number, result.logprobs, prompt) if result.logprobs is not None else None
             choice = {"index": number, "logprobs": logprobs, "finish_reason": result.finish_reason}
             if self.chat:
                 choice["message"] = self.message(number, result)
@@ -95,24 +96,27 @@ class Answer:
     # ---- in pieces ----
 
     def first(self) -> list[bytes]:
-        """What a stream begins with: who speaks, or the text that is repeated."""
+        """What a stream begins with: who speaks, or the text that is repeated, unless that comes with its log probabilities."""
         if self.chat:
             begins = {"role": "assistant", "content": None}
             return [self.chunk([{"index": number, "delta": begins, "logprobs": None, "finish_reason": None}]) for number in self.numbers()]
-        return [self.chunk([self.text_choice(number, echo, None, None)]) for number, echo in enumerate(self.ask.echo) if echo]
+        alone = [number for number in self.numbers() if self.ask.echo[number] and not self.ask.sequences[number].tells_prompt]
+        return [self.chunk([self.text_choice(number, self.ask.echo[number], None, None)]) for number in alone]
 
     def pieces(self, found: Sequence[Piece]) -> list[bytes]:
         """What a turn brought, one chunk a choice; a chunk of nothing is not sent."""
         chunks = []
         for piece in found:
-            logprobs = self.logprobs(piece.choice, piece.logprobs) if piece.logprobs else None
+            told = piece.prompt_logprobs is not None
+            logprobs = self.logprobs(piece.choice, piece.logprobs, piece.prompt_logprobs) if piece.logprobs or told else None
             if self.chat:
                 for delta in self.deltas(piece, bool(logprobs)):
                     choice = {"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
                     chunks.append(self.chunk([choice]))
                     logprobs = None
             elif piece.text or logprobs:
-                chunks.append(self.chunk([self.text_choice(piece.choice, piece.text, logprobs, None)]))
+                text = self.ask.echo[piece.choice] + piece.text if told else piece.text
+                chunks.append(self.chunk([self.text_choice(piece.choice, text, logprobs, None)]))
             if piece.finish_reason:
                 if self.chat:
                     reason = self.reason(piece.choice, piece.finish_reason)
@@ -137,7 +141,7 @@ class Answer:
 
     def end(self) -> list[bytes]:
         """What a stream ends with."""
-        counts = [self.chunk([], usage=self.usage())] if self.ask.usage else []
+        counts = [self.chunk([], usage=self.usage(), last=True)] if self.ask.usage else []
         return [*counts, DONE]
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, last: bool = False) -> bytes:
@@ -178,11 +182,13 @@ class Answer:
     def timings(self) -> dict[str, Any]:
         """As llama.cpp's server names them, of the first choice."""
         sequence = self.ask.sequences[0]
-        written, writing = len(sequence.tokens) - sequence.prompt_length, sequence.seconds - sequence.prefill_seconds
+        written, reading = len(sequence.tokens) - sequence.prompt_length, sequence.prefill_seconds
+        writing = sequence.seconds - reading
         return {
             "prompt_n": sequence.prompt_length - sequence.reused,
             "cache_n": sequence.reused,
-            "prompt_ms": round(1e3 * sequence.prefill_seconds, 3),
+            "prompt_ms": round(1e3 * reading, 3),
+            "prompt_per_second": round((sequence.prompt_length - sequence.reused) / reading, 3) if reading > 0 else None,
             "predicted_n": written,
             "predicted_ms": round(1e3 * writing, 3),
             "predicted_per_second": round((written - 1) / writing, 3) if writing > 0 else None,
@@ -203,20 +209,28 @@ class Answer:
             told["warning"] = f"fields that are not known here were not read: {', '.join(sorted(self.ask.unknown))}"
         return told
 
-    def logprobs(self, number: int, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def logprobs(self, number: int, found: Sequence[TokenLogprobs], prompt: Sequence[TokenLogprobs] | None = None) -> dict[str, Any]:
+        """Of tokens of an answer; `prompt`: and before them of the prompt's, the first of which comes after nothing."""
         if self.chat:
             return {"content": [self.chat_logprob(each) for each in found], "refusal": None}
-        told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        sequence = self.ask.sequences[number]
+        before = [] if prompt is None else sequence.tokens[: sequence.prompt_length]
+        tokens = [*before, *(each.token for each in found)]
+        logprobs = [*([None] if before else []), *(prompt or []), *found]
+        offsets = self.words.places(before, self.ask.echo[number])
         for each in found:
-            word, _ = self.words.text_and_bytes(each.token)
-            told["tokens"].append(word)
-            told["token_logprobs"].append(each.logprob)
-            told["top_logprobs"].append(
-                {self.words.text_and_bytes(token)[0]: logprob for token, logprob in each.top} | {word: each.logprob}
-            )
-            told["text_offset"].append(self.offsets[number])
-            self.offsets[number] += len(word)
-        return told
+            offsets.append(self.offsets[number])
+            self.offsets[number] += len(self.words.text_and_bytes(each.token)[0])
+        return {
+            "tokens": list(map(self.words.name, tokens)),
+            "token_logprobs": [each and each.logprob for each in logprobs],
+            "top_logprobs": [each and self.top(each) for each in logprobs],
+            "text_offset": offsets,
+        }
+
+    def top(self, each: TokenLogprobs) -> dict[str, float]:
+        likeliest_last = [(each.token, each.logprob), *reversed(each.top)]  # two tokens may have one name
+        return {self.words.name(token): logprob for token, logprob in likeliest_last}
 
     def chat_logprob(self, each: TokenLogprobs) -> dict[str, Any]:
         return self.token(each.token, each.logprob) | {"top_logprobs": [self.token(token, logprob) for token, logprob in each.top]}

@@ -10,7 +10,7 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -29,20 +29,23 @@ from eyas.engine import Engine
 from eyas.serve.answers import Answer, sse
 from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
 from eyas.serve.forms import Forms
-from eyas.serve.jobs import Ask, Usual, ask
+from eyas.serve.jobs import Ask, Usual, ask, ends_of
 from eyas.serve.metrics import Metrics
 from eyas.serve.recording import INDEX, PAGE, PAGE_HEADERS, page_file
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
 from eyas.serve.scheduler import Job, Piece, Scheduler
+from eyas.serve.traces import Trace, Traces
 from eyas.serve.watching import MOST_WATCHERS, Rounds, Watcher
 from eyas.serve.words import Words
 
+Turns: TypeAlias = "asyncio.Queue[list[Piece] | Exception]"  # what a request's turns bring, or its fault
 EVENTS, NOT_KEPT = "text/event-stream", {"Cache-Control": "no-cache"}
 CALL = re.compile(r"[A-Za-z0-9_.-]{1,100}")  # what a request may call itself
 MOST_BYTES = 4 << 20  # of a request's body
 PING = 15.0  # seconds without a piece after which a stream says that it lives
 MOST_QUEUED = 1024  # turns that a slow reader may be behind before its answer is cut
 OPEN_PATHS = ("/", "/health", "/livez", "/readyz", "/v1/health")  # served without a key
+OWN_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages of this machine, for `--cors localhost`
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "testserver")
 
 
@@ -61,6 +64,7 @@ class Server:
     any_model: bool = False
     hang: float = 30.0  # seconds without a turn after which it counts as dead
     share_prefixes: bool = False  # whether what one key's prompts left serves another's: how fast an answer comes then tells of others
+    traces: Traces | None = None
     watch_all: bool = False  # whether the rounds of all requests may be watched at once
     draining: bool = False
 
@@ -78,7 +82,7 @@ class Server:
         self.check_ready()
         owner = key_of(request.headers) if self.keys and not self.share_prefixes else ""
         asked = await asyncio.to_thread(ask, self.engine, self.forms, kind, values, unknown, self.usual, owner)
-        turns: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
+        turns: Turns = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(found: list[Piece] | Exception) -> None:
@@ -93,14 +97,15 @@ class Server:
             self.check_ready()
             raise busy(self.scheduler.most)
         headers = {"X-Request-Id": call}
+        trace = self.traces and self.traces.request(kind, values, answer.id, request.headers)
         if asked.stream:
-            return StreamingResponse(self.streamed(job, answer, turns), media_type=EVENTS, headers=headers | NOT_KEPT)
-        await self.finished(request, job, turns)
+            return StreamingResponse(self.streamed(job, answer, turns, trace), media_type=EVENTS, headers=headers | NOT_KEPT)
+        await self.finished(request, job, turns, trace)
         if failed := failure_of(asked):
             raise failed
         return JSONResponse(answer.whole(), headers=headers)
 
-    async def streamed(self, job: Job, answer: Answer, turns: asyncio.Queue[list[Piece] | Exception]) -> AsyncIterator[bytes]:
+    async def streamed(self, job: Job, answer: Answer, turns: Turns, trace: Trace | None) -> AsyncIterator[bytes]:
         """The events of a stream. Where the client leaves, the job is cancelled."""
         try:
             for chunk in answer.first():
@@ -126,9 +131,9 @@ class Server:
             for chunk in answer.end():
                 yield chunk
         finally:
-            self.leave(job)
+            self.leave(job, trace)
 
-    async def finished(self, request: Request, job: Job, turns: asyncio.Queue[list[Piece] | Exception]) -> None:
+    async def finished(self, request: Request, job: Job, turns: Turns, trace: Trace | None) -> None:
         """Wait until all of a job's sequences have ended. Raises `Refused` for a fault, `ClientDisconnect` where the client left."""
         gone = asyncio.ensure_future(left_by(request))
         try:
@@ -145,7 +150,7 @@ class Server:
                 left -= self.note_ends(job, found)
         finally:
             gone.cancel()
-            self.leave(job)
+            self.leave(job, trace)
 
     def note_ends(self, job: Job, found: list[Piece]) -> int:
         ended = [job.sequences[piece.choice] for piece in found if piece.finish_reason]
@@ -153,8 +158,10 @@ class Server:
             self.metrics.ended(sequence, job.asked)
         return len(ended)
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: Job, trace: Trace | None) -> None:
         """Nobody waits for a job any more."""
+        if trace:
+            trace.ended(job)
         if job.open and not self.scheduler.failure:
             sequences = [sequence for sequence in job.sequences if not sequence.finish_reason]
             for sequence in sequences:
@@ -269,7 +276,20 @@ class Server:
                 raise Refused("tokenize takes content or prompt, a string, or messages", "content")
             special = given.get("add_special", given.get("add_special_tokens", False))
             tokens = self.engine.tokenizer(text, add_special_tokens=bool(special))["input_ids"]
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.scheduler.settings.context})
+        shown = [{"id": token, "piece": self.words.piece(token)} for token in tokens] if given.get("with_pieces") else tokens
+        return JSONResponse({"tokens": shown, "count": len(tokens), "max_model_len": self.scheduler.settings.context})
+
+    async def input_tokens(self, request: Request) -> Response:
+        """How many tokens a chat's prompt has."""
+        values, _ = read(CHAT, parsed(await body_of(request)))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(await asyncio.to_thread(self.rendered, values))})
+
+    def rendered(self, values: dict[str, Any]) -> list[int]:
+        """The tokens of a chat's prompt. Raises `Refused` where there is none."""
+        if values["messages"] is None:
+            raise Refused("messages is missing: the conversation so far", "messages")
+        engine, variables = self.engine, values["chat_template_kwargs"]
+        return render(engine.tokenizer, values["messages"], False, engine.directory, values["tools"], variables, ends_of(values))
 
     async def detokenize(self, request: Request) -> Response:
         tokens = parsed(await body_of(request)).get("tokens")
@@ -281,11 +301,7 @@ class Server:
 
     async def template(self, request: Request) -> Response:
         values, _ = read(CHAT, parsed(await body_of(request)))
-        if values["messages"] is None:
-            raise Refused("messages is missing: the conversation so far", "messages")
-        engine = self.engine
-        ids = render(engine.tokenizer, values["messages"], False, engine.directory, values["tools"], values["chat_template_kwargs"])
-        return JSONResponse({"prompt": engine.tokenizer.decode(ids)})
+        return JSONResponse({"prompt": self.engine.tokenizer.decode(await asyncio.to_thread(self.rendered, values))})
 
 
 def failure_of(asked: Ask) -> Refused | None:
@@ -380,6 +396,7 @@ def make_app(server: Server, loopback: bool = True, cors: list[str] | None = Non
     """The application."""
     posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/chat/completions": server.chat,
+        "/chat/completions/input_tokens": server.input_tokens,
         "/completions": server.completions,
         "/tokenize": server.tokenize,
         "/detokenize": server.detokenize,
@@ -415,6 +432,7 @@ def make_app(server: Server, loopback: bool = True, cors: list[str] | None = Non
 
     middleware = [Middleware(Gate, server=server, loopback=loopback)]
     if cors:
-        middleware.append(Middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"]))
+        own = OWN_ORIGINS if "localhost" in cors else None
+        middleware.append(Middleware(CORSMiddleware, allow_origins=cors, allow_origin_regex=own, allow_methods=["*"], allow_headers=["*"]))
     handlers: dict[Any, Any] = {Refused: refuse, EyasError: other, HTTPException: unknown}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)

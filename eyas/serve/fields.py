@@ -237,6 +237,7 @@ def anything(name: str, value: Any) -> Any:
 # ---- the table ----
 
 STRING, BOOLEAN, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+ECHO = "whether the prompt's text comes first, with its log probabilities under logprobs; max_tokens may then be 0"
 FIELDS: tuple[Field, ...] = (
     Field("model", "a name that the server goes by", text, STRING),
     Field("messages", "the conversation so far", messages, {"type": "array", "items": OBJECT, "minItems": 1}, of=(CHAT,)),
@@ -260,7 +261,7 @@ FIELDS: tuple[Field, ...] = (
     Field("logprobs", "whether log probabilities are told", boolean, BOOLEAN, default=False, of=(CHAT,)),
     Field("top_logprobs", "of so many likeliest tokens too", *integer(0, 20), default=0, of=(CHAT,)),
     Field("logprobs", "log probabilities of so many likeliest tokens", text_logprobs, {}, of=(TEXT,)),
-    Field("echo", "whether the prompt's text comes first", boolean, BOOLEAN, default=False, of=(TEXT,)),
+    Field("echo", ECHO, boolean, BOOLEAN, default=False, of=(TEXT,)),
     Field("stream", "whether the answer comes in pieces", boolean, BOOLEAN, default=False),
     Field("stream_options", "include_usage: a last piece with the counts", mapping, OBJECT),
     Field("response_format", "text, json_object or json_schema; always enforced", response_format, OBJECT, of=(CHAT,)),
@@ -268,10 +269,25 @@ FIELDS: tuple[Field, ...] = (
     Field("tools", "functions on offer, which the chat template shows", tools, {"type": "array", "items": OBJECT}, of=(CHAT,)),
     Field("tool_choice", "auto, none, required, a function, or allowed_tools", tool_choice, {"anyOf": [STRING, OBJECT]}, of=(CHAT,)),
     Field("chat_template_kwargs", "variables of the chat template", mapping, OBJECT, of=(CHAT,)),
+    Field("add_generation_prompt", "whether an answer's beginning ends the prompt", boolean, BOOLEAN, of=(CHAT,)),
+    Field("continue_final_message", "whether the answer goes on with the last message", boolean, BOOLEAN, default=False, of=(CHAT,)),
+    Field("grammar", "as structured_outputs has it", text, STRING),
+    Field("json_schema", "as structured_outputs has json", mapping, OBJECT),
     Field("cache_prompt", "whether rows of earlier prompts may be reused; no answer changes by it", boolean, BOOLEAN, default=True),
     Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),
     Field("user", "not read", anything, {}),
     Field("metadata", "not read", anything, {}),
+    Field("prediction", "not read", anything, {}, of=(CHAT,)),
+    Field("id_slot", "not read", *integer(-1, 1 << 31)),
+    Field("timings_per_token", "not read: timings come with the end", boolean, BOOLEAN),
+    Field("return_progress", "not read", boolean, BOOLEAN),
+    Field("verbose", "not read", boolean, BOOLEAN),
+    Field("skip_special_tokens", "they are", *only(True)),
+    Field("include_stop_str_in_output", "it is not", *only(False)),
+    Field("use_beam_search", "is not served", *only(False)),
+    Field("functions", "are tools by now", *only(None), of=(CHAT,)),
+    Field("function_call", "is tool_choice by now", *only(None), of=(CHAT,)),
+    Field("audio", "is not served", *only(None), of=(CHAT,)),
     Field("store", "nothing is stored", *only(False)),
     Field("service_tier", "there is one", *only("auto", "default")),
     Field("parallel_tool_calls", "as the model likes", anything, BOOLEAN, of=(CHAT,)),

@@ -36,7 +36,11 @@ class Form(NamedTuple):
 
 def form_of(kind: str, values: Mapping[str, Any]) -> Form | None:
     """The form that a request asks for, if any. Raises `Refused` where it asks for two."""
-    found = [form for form in (structured(values), *([response(values), forced(values)] if kind == CHAT else [])) if form is not None]
+    found = [
+        form
+        for form in (*own(values), structured(values), *([response(values), forced(values)] if kind == CHAT else []))
+        if form is not None
+    ]
     if len(found) > 1:
         raise Refused(f"{found[0].field} and {found[1].field} both say what the answer is to be; leave one out", found[1].field)
     if found and values["ignore_eos"]:
@@ -54,6 +58,12 @@ def response(values: Mapping[str, Any]) -> Form | None:
     if given.get("type") == "json_schema":
         return Form("json", given["json_schema"].get("schema", {}), "response_format")
     return None
+
+
+def own(values: Mapping[str, Any]) -> list[Form]:
+    """Under the names that llama.cpp's server gives them."""
+    named = (("json_schema", "json"), ("grammar", "grammar"))
+    return [Form(kind, values[name], name) for name, kind in named if values[name] is not None]
 
 
 def structured(values: Mapping[str, Any]) -> Form | None:

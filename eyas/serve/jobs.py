@@ -13,7 +13,7 @@ from typing import Any
 from eyas.config import EyasError, Request, Sampling, TreeShape, short
 from eyas.decode.grammar import Grammar
 from eyas.decode.plan.planner import MAX_TREE
-from eyas.decode.prompt import TooLong
+from eyas.decode.prompt import ANSWER, MESSAGE, TURN, TooLong
 from eyas.decode.sampling import derived_seed, new_seed
 from eyas.decode.sequence import Sequence as Written
 from eyas.decode.sequence import new_sequence
@@ -21,7 +21,7 @@ from eyas.engine import Engine
 from eyas.files.chat_template import NotShown
 from eyas.methods import parted
 from eyas.serve.calls import Reader, reader_of
-from eyas.serve.fields import CHAT, is_whole
+from eyas.serve.fields import CHAT, TEXT, is_whole
 from eyas.serve.forms import Forms, form_of, must_call, offered
 from eyas.serve.refusals import Refused
 
@@ -67,13 +67,15 @@ def ask(engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unkn
     shape = shape_of(engine, request, usual)
     sequences, echo, grammars = list[Written](), list[str](), list[Grammar]()
     many = len(prompts) * values["n"] > 1
+    tells_prompt = kind == TEXT and values["echo"] and values["logprobs"] is not None
     for prompt, told in prompts:
         settings = replace(request, max_new_tokens=limit(values, kind, len(prompt), usual.context))
         for _ in range(values["n"]):
             number = len(sequences)
             drawn = derived_seed(seed, number) if many and number else seed
             sequence = new_sequence(prompt, settings, shape, drawn, engine.target.config, engine.tokenizer, number)
-            sequence.reuses, sequence.owner = values["cache_prompt"], owner
+            sequence.tells_prompt, sequence.owner = tells_prompt, owner
+            sequence.reuses = values["cache_prompt"] and not tells_prompt  # rows that are not read tell nothing
             if matcher is not None:
                 grammars.append(Grammar(matcher.deep_copy(), len(prompt), forms.ends))
                 sequence.processors += (grammars[-1],)
@@ -181,7 +183,7 @@ def prompts_of(engine: Engine, kind: str, values: Mapping[str, Any], request: Re
     found = []
     for each in given:
         try:
-            tokens = encoded(engine, each, request, kind == CHAT and must_call(values))
+            tokens = encoded(engine, each, request, kind == CHAT and must_call(values), ends_of(values) if kind == CHAT else ANSWER)
         except TooLong as error:
             raise too_long(error.tokens, error.context) from None
         except Refused:
@@ -194,29 +196,38 @@ def prompts_of(engine: Engine, kind: str, values: Mapping[str, Any], request: Re
     return found
 
 
-def encoded(engine: Engine, prompt: Any, request: Request, must: bool) -> list[int]:
+def ends_of(values: Mapping[str, Any]) -> str:
+    """Where a conversation is cut off. Raises `Refused` for two places at once."""
+    begins, goes_on = values["add_generation_prompt"], values["continue_final_message"]
+    if begins and goes_on:
+        words = "continue_final_message goes on with the last message, add_generation_prompt begins another; leave one out"
+        raise Refused(words, "continue_final_message")
+    return MESSAGE if goes_on else ANSWER if begins is not False else TURN
+
+
+def encoded(engine: Engine, prompt: Any, request: Request, must: bool, ends: str) -> list[int]:
     """A prompt's tokens. A template that shows no tools is none for them, but where a call is forced (`must`)."""
     try:
-        return engine.encode(prompt, request.raw, request.tools, request.chat_template_kwargs)
+        return engine.encode(prompt, request.raw, request.tools, request.chat_template_kwargs, ends)
     except NotShown as error:
         if not request.tools or not str(error).endswith("show tools"):
             raise
     if not must:
         raise Refused("this model's chat template knows no tools; set tool_choice to required, or leave them out", "tools")
-    return engine.encode(prompt, request.raw, None, request.chat_template_kwargs)
+    return engine.encode(prompt, request.raw, None, request.chat_template_kwargs, ends)
 
 
 def limit(values: Mapping[str, Any], kind: str, prompt: int, context: int) -> int:
     """Tokens of the answer: what is asked for, or what fits."""
     fits = context - prompt
-    if fits < 1:
-        raise too_long(prompt, context)
     name = "max_completion_tokens" if values.get("max_completion_tokens") is not None else "max_tokens"
     wanted = values.get(name)
     if wanted is None:
         wanted = -1 if kind == CHAT else TEXT_TOKENS
-    if wanted == 0:
-        raise Refused(f"{name} must be at least 1, or -1 for what fits", name)
+    if wanted == 0 and not (kind == TEXT and values["echo"]):
+        raise Refused(f"{name} must be at least 1, or -1 for what fits; 0 is for /v1/completions with echo", name)
+    if fits < (wanted != 0):
+        raise too_long(prompt, context)
     if values["min_tokens"] > wanted >= 0:
         raise Refused(f"min_tokens {values['min_tokens']} is more than {name} {wanted}", "min_tokens")
     return fits if wanted < 0 else min(wanted, fits)

@@ -82,7 +82,7 @@ class Metrics:
         self.prefix_hits.labels(self.model).inc(sequence.reused)
         before = sequence.admitted - asked
         self.first_token.labels(self.model).observe(before + sequence.prefill_seconds)
-        self.queued.labels(self.model).observe(max(before, 0.0))
+        self.queued.labels(self.model).observe(max(sequence.seated - asked, 0.0))
         self.whole.labels(self.model).observe(time.perf_counter() - asked)
         if written > 1:
             self.each_token.labels(self.model).observe((sequence.seconds - sequence.prefill_seconds) / (written - 1))

@@ -35,6 +35,7 @@ class Piece:
     tokens: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt's tokens but the first, in the first piece of a text that tells them
 
 
 @dataclass(eq=False)
@@ -200,7 +201,8 @@ class Scheduler:
         first = job.told[number]
         tokens = sequence.tokens[sequence.prompt_length + first :]
         job.told[number] += len(tokens)
-        return Piece(number, sequence.stream.certain(), tokens, sequence.logprobs[first:], sequence.finish_reason)
+        prompt = sequence.prompt_logprobs if sequence.tells_prompt and not first else None
+        return Piece(number, sequence.stream.certain(), tokens, sequence.logprobs[first:], sequence.finish_reason, prompt)
 
     def forget(self, job: Job, sequence: Sequence) -> None:
         if self.jobs.pop(id(sequence), None) is not None:

@@ -6,6 +6,7 @@ Knows a tokenizer; knows nothing of answers.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,29 @@ class Words:
         else:
             found = (piece.replace("\u2581", " ") if not self.letters else self.tokenizer.decode([token])).encode()
         return found.decode(errors="replace"), list(found)
+
+    def name(self, token: int) -> str:
+        """A token's text, or where it is no whole character its bytes, as OpenAI's completions write them."""
+        word, found = self.text_and_bytes(token)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found) if "\ufffd" in word else word
+
+    def piece(self, token: int) -> str | list[int]:
+        """A token's text, or its bytes where it is no whole character."""
+        word, found = self.text_and_bytes(token)
+        return found if "\ufffd" in word else word
+
+    def places(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Where each token of a text begins in it, in characters. One that does not stand there, as a token that begins every prompt,
+        takes no room."""
+        whole, found, at = text.encode(), list[int](), 0
+        for token in tokens:
+            found.append(len(whole[:at].decode(errors="ignore")))
+            written = bytes(self.text_and_bytes(token)[1])
+            for each in (written, written.removeprefix(b" ")):  # some tokenizers write a blank before a text's first word
+                if whole.startswith(each, at):
+                    at += len(each)
+                    break
+        return found
 
 
 def has_byte_level(tokenizer: Any) -> bool:

@@ -194,6 +194,47 @@ def test_tokens_and_templates_are_told(engine, client):
     assert client.post("/detokenize", json={"tokens": ["a"]}).status_code == 400
 
 
+def test_a_chats_tokens_are_counted_and_told_piece_by_piece(engine, client):
+    counted = client.post(CHAT + "/input_tokens", json=ask()).json()["input_tokens"]
+    assert counted == len(engine.encode("How can a hawk see?")) == client.post(CHAT, json=ask()).json()["usage"]["prompt_tokens"]
+    assert client.post(CHAT + "/input_tokens", json={}).status_code == 400
+    pieces = client.post("/tokenize", json={"content": "a \N{OWL}", "with_pieces": True}).json()["tokens"]
+    assert [each["id"] for each in pieces] == engine.encode("a \N{OWL}", raw=True)
+    assert b"".join(bytes(each["piece"]) if isinstance(each["piece"], list) else each["piece"].encode() for each in pieces) == (
+        "a \N{OWL}".encode()
+    )
+
+
+def test_a_conversation_ends_where_it_is_told_to(client):
+    turns = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a hawk <|im"}]}
+    prompt = client.post("/apply-template", json=turns).json()["prompt"]
+    assert prompt.endswith("a hawk <|im<|im_end|>\n<|im_start|>assistant\n")
+    closed = client.post("/apply-template", json=turns | {"add_generation_prompt": False}).json()["prompt"]
+    assert closed + "<|im_start|>assistant\n" == prompt
+    going_on = client.post("/apply-template", json=turns | {"continue_final_message": True}).json()["prompt"]
+    assert closed == going_on + "<|im_end|>\n" and going_on.endswith("a hawk <|im")
+    told = client.post(CHAT, json=turns | {"continue_final_message": True, "max_tokens": 6, "seed": 1}).json()
+    same = client.post(
+        TEXT, json={"prompt": client.post("/tokenize", json={"content": going_on}).json()["tokens"], "max_tokens": 6, "seed": 1}
+    )
+    assert told["choices"][0]["message"]["content"] == same.json()["choices"][0]["text"]
+    both = client.post(CHAT, json=turns | {"continue_final_message": True, "add_generation_prompt": True})
+    assert both.status_code == 400 and "leave one out" in both.json()["error"]["message"]
+
+
+def test_pages_of_this_machine_may_be_let_in(engine):
+    with served(engine, "--cors", "localhost") as (client, _):
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        for origin, allowed in (
+            ("http://localhost:3000", True),
+            ("http://[::1]", True),
+            ("http://localhost.evil.example", False),
+            ("http://127.0.0.1.evil.example", False),
+        ):
+            answer = client.options(CHAT, headers=asked | {"origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == (origin if allowed else None)
+
+
 def test_a_servers_own_tree_is_what_requests_get(engine):
     with served(engine, "--tree", "5x2x2") as (client, server):
         seen = []

@@ -251,3 +251,12 @@ def test_a_drafts_own_vocabulary_is_masked_by_what_its_columns_stand_for(tokeniz
     assert found.tolist() == [[1.0, float("-inf"), float("-inf")], [1.0, 2.0, 3.0]]  # it has no b, so it guesses as it likes
     logits = torch.full((1, len(tokenizer)), float("-inf"))
     assert grammar.rows(prompt, [[a]], logits, None)[0].isfinite().nonzero()[:, 0].tolist() == [b]
+
+
+def test_llama_cpps_names_for_forms_are_understood(client):
+    assert content(client.post(CHAT, json=ask(json_schema={"const": 42}))) == "42"
+    assert content(client.post(CHAT, json=ask(grammar='root ::= "a"{3,3} "b"'))) == "aaab"
+    both = client.post(CHAT, json=ask(grammar='root ::= "a"', json_schema={"const": 1}))
+    assert both.status_code == 400 and "both say what the answer is to be" in both.json()["error"]["message"]
+    wrong = client.post(TEXT, json={"prompt": "a", "grammar": "root ::= this is (not valid"})
+    assert wrong.status_code == 400 and "grammar" in wrong.json()["error"]["message"]
