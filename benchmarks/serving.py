@@ -12,13 +12,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -26,9 +23,8 @@ from typing import Any, NamedTuple
 from common import KINDS, options, parsed, tell, tiny
 
 from eyas.bench.prompts import read_prompts
+from eyas.bench.servers import serving
 from eyas.engine import load
-
-ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v1")
 
 
 class Answered(NamedTuple):
@@ -38,43 +34,25 @@ class Answered(NamedTuple):
     whole: float
 
 
-@contextlib.contextmanager
-def server(models: dict[str, str], slots: int) -> Iterator[tuple[str, int]]:
-    """A server in a process of its own: where it listens."""
-    command = [sys.executable, "-m", "eyas", "serve", "--port", "0", "--slots", str(slots), "--queue", "1000"]
-    command += [word for name, value in models.items() for word in (f"--{name}", value)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if told := ADDRESS.search(line):
-                    threading.Thread(target=process.stderr.read, daemon=True).start()
-                    yield told[1], int(told[2])
-                    return
-            raise SystemExit("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def asked(address: tuple[str, int], body: dict[str, Any]) -> Answered:
-    """One streamed answer."""
-    connection = http.client.HTTPConnection(*address, timeout=600)
+def asked(address: str, body: dict[str, Any]) -> Answered:
+    """One streamed answer of the server at http://HOST:PORT, to messages or to a prompt."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=600)
     began, first, text, usage = time.perf_counter(), 0.0, "", 0
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     for line in connection.getresponse():
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[6:])
         for choice in event.get("choices", []):
-            if piece := choice["delta"].get("content"):
+            if piece := choice.get("text") or choice.get("delta", {}).get("content"):
                 first, text = first or time.perf_counter() - began, text + piece
         usage = (event.get("usage") or {}).get("completion_tokens", usage)
     connection.close()
     return Answered(text, usage, first, time.perf_counter() - began)
 
 
-def load_of(address: tuple[str, int], bodies: Sequence[dict[str, Any]], at_once: int) -> tuple[list[Answered], float]:
+def load_of(address: str, bodies: Sequence[dict[str, Any]], at_once: int) -> tuple[list[Answered], float]:
     """All answers, with so many requests under way, and the seconds that they took."""
     waiting, found = SimpleQueue[int](), dict[int, Answered]()
     for number in range(len(bodies)):
@@ -116,7 +94,8 @@ def main(words: Sequence[str] | None = None) -> None:
     ]
     engine = load(**models)
     found: dict[str, Any] = {"prompts": len(turns), "max_new_tokens": given.max_new_tokens, "temperature": given.temperature}
-    with server(models, max(given.at_once)) as address:
+    words = [word for name, value in models.items() for word in (f"--{name}", value)]
+    with serving(*words, "--slots", str(max(given.at_once)), "--queue", "1000") as address:
         load_of(address, bodies[:2], 1)  # what is made on first use is there
         for at_once in given.at_once:
             found[f"{at_once} at once"] = compared(engine, address, bodies, at_once, given)
@@ -124,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> None:
     tell(found, given.out)
 
 
-def compared(engine: Any, address: tuple[str, int], bodies: list[dict[str, Any]], at_once: int, given: Any) -> dict[str, Any]:
+def compared(engine: Any, address: str, bodies: list[dict[str, Any]], at_once: int, given: Any) -> dict[str, Any]:
     settings = {"max_new_tokens": given.max_new_tokens, "generation_config": "none"}
     served, library, firsts, texts = [], [], [], list[str]()
     for number in range(given.repeats):
@@ -150,7 +129,7 @@ def compared(engine: Any, address: tuple[str, int], bodies: list[dict[str, Any]]
     return told | {"first_token_ms": {"median": round(1e3 * firsts[len(firsts) // 2]), "most": round(1e3 * firsts[-1])}, "same_texts": True}
 
 
-def second_turn(address: tuple[str, int], bodies: list[dict[str, Any]]) -> dict[str, Any]:
+def second_turn(address: str, bodies: list[dict[str, Any]]) -> dict[str, Any]:
     """Seconds to the first token of a conversation's second turn, with and without what the first one left."""
     body = bodies[0]
     said = asked(address, body).text

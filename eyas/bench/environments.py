@@ -72,17 +72,26 @@ def run(command: Sequence[str | Path], **environ: str) -> None:
         raise EyasError(f"an engine's environment could not be made ({error}); what the command said stands above") from None
 
 
-def llama_cpp() -> Path:
-    """llama.cpp's sources with llama-server built in them. Wants a C++ compiler; cmake and ninja come from pip."""
+def llama_cpp_sources() -> Path:
+    """llama.cpp's sources, its server's tests among them, as llama-cpp-python carries them."""
     place, (name, version) = workplace("llama_cpp"), LLAMA_CPP.split("==")
     folder = place / f"{name.replace('-', '_')}-{version}"
-    sources, done = folder / "vendor" / "llama.cpp", folder / "complete"
+    done = folder / "unpacked"
+    if not done.exists():
+        run([sys.executable, "-m", "pip", "-q", "download", "--no-binary", ":all:", "--no-deps", "--dest", place, LLAMA_CPP])
+        run(["tar", "-xzf", f"{folder}.tar.gz", "-C", place])
+        done.touch()
+    return folder / "vendor" / "llama.cpp"
+
+
+def llama_cpp() -> Path:
+    """llama.cpp's sources with llama-server built in them. Wants a C++ compiler; cmake and ninja come from pip."""
+    sources = llama_cpp_sources()
+    done = sources.parents[1] / "complete"
     if not done.exists():
         if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             raise EyasError("llama.cpp is built from source, and there is no C++ compiler here; install one")
         tools = environment("llama_cpp", LLAMA_CPP_TOOLS)
-        run([tools, "-m", "pip", "-q", "download", "--no-binary", ":all:", "--no-deps", "--dest", place, LLAMA_CPP])
-        run(["tar", "-xzf", f"{folder}.tar.gz", "-C", place])
         cmake, ninja = tools.with_name("cmake"), tools.with_name("ninja")
         build = ["-S", sources, "-B", sources / "build", "-DCMAKE_BUILD_TYPE=Release", *(f"-D{flag}" for flag in LLAMA_CPP_FLAGS)]
         run([cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *build])

@@ -296,6 +296,13 @@ def test_serving(found):
     assert told["second turn"]["without_ms"] > 0
 
 
+def test_serving_peers(found):
+    told = found("serving_peers")
+    for at_once in ("1 at once", "2 at once"):
+        assert set(told[at_once]) == {"eyas", "eyas plain"}
+        assert all(each["same_texts"] == 3 and each["tokens_per_second"] > 0 for each in told[at_once].values())
+
+
 def test_acceptance(found):
     """Walking a draft along the target's texts finds the tau of the rounds that would have written them."""
     told = found("acceptance")
