@@ -19,7 +19,7 @@ from eyas.config import EyasError
 MODULES = {"import": "import_draft"}  # commands whose name no module may have
 SMALLER = "free some, or ask for less: a smaller model or --precision, shorter texts, smaller trees, fewer answers at a time"
 SMALLER_TRAINING = "free some, or ask for less: fewer --workers, or with `eyas train` a smaller --draft-vocab or --set tokens_per_batch=320"
-TRAINING = ("train", "new-draft", "ablate", "compare")  # commands that train
+TRAINING = ("train", "new-draft", "ablate", "compare", "lesson")  # commands that train
 
 
 def terminated(number: int, frame: object) -> None:

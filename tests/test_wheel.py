@@ -28,6 +28,7 @@ def test_a_built_wheel_contains_the_draft_and_runs_the_demo(embedded, tmp_path):
     assert "eyas/bundled/config.json" in names
     assert "eyas/bundled/training.json" in names
     assert any(name.startswith("eyas/bundled/") and name.endswith(".safetensors") for name in names)
+    assert "eyas/lessons/smollm2-135m.safetensors" in names
     assert {f"eyas/serve/page/{name}" for name in PAGE} <= set(names)
     code = "import eyas, sys; assert eyas.__file__.startswith(sys.argv[1]); from eyas.cli import main; sys.exit(main(sys.argv[2:]))"
     demo = ["demo", "--json", "--precision", "fp32", "--tree", "chain:3", "--max-new-tokens", "16"]

@@ -44,16 +44,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         for variant in variants:
             console.print(f"training {variant.name}", markup=False, soft_wrap=True)
-            setup = Setup(
-                target=load_target(studied.directory, "fp32", options.device),
-                taps=variant.taps or taps,
-                examples=kept,
-                held_out=held_out,
-                source=TapsOf(source, studied.taps, variant.taps or taps),
-                settings=base,
-                method=method_of(options),
-                workers=workers_of(options),
-            )
+            setup = setup_of(options, studied, base, kept, held_out, source, variant.taps or taps)
             found[variant.name] = trained(setup, variant, budget, options.seeds, lambda trainer, budget: with_bar(trainer, budget, console))
             result["variants"][variant.name] = told(variant, found[variant.name], found[BASE])
             if out:
@@ -123,6 +114,28 @@ def data_of(options: argparse.Namespace, studied: Studied, base: TrainSettings, 
     wanted = options.self_play or SELF_PLAY
     examples, _ = from_self_play(options, words, base, wanted, workers_of(options), None)
     return examples, ShardStates()
+
+
+def setup_of(
+    options: argparse.Namespace,
+    studied: Studied,
+    base: TrainSettings,
+    kept: list[Example],
+    held_out: list[Example],
+    source: StateSource,
+    taps: tuple[int, ...],
+) -> Setup:
+    """What a draft is trained from. `source` holds the states that enter the layers of `studied`; the draft reads those of `taps`."""
+    return Setup(
+        target=load_target(studied.directory, "fp32", options.device),
+        taps=taps,
+        examples=kept,
+        held_out=held_out,
+        source=TapsOf(source, studied.taps, taps),
+        settings=base,
+        method=method_of(options),
+        workers=workers_of(options),
+    )
 
 
 # ---- telling ----

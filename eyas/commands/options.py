@@ -111,9 +111,11 @@ def writer(command: argparse.ArgumentParser) -> None:
     )
 
 
-def models(command: argparse.ArgumentParser, tree: bool = True) -> None:
+def models(command: argparse.ArgumentParser, tree: bool = True, two: str = "") -> None:
+    """`two`: what a second draft is for, where a command takes two: `draft` is then a list."""
     command.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
-    command.add_argument("--draft", help="draft directory, or `bundled` (default: the bundled one for the embedded target)")
+    draft = f"draft directory, or `bundled` (default: the bundled one for the embedded target){two}"
+    command.add_argument("--draft", action="append" if two else "store", help=draft)
     command.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -152,10 +154,11 @@ def generation(
     copies: str = "with every method that drafts",
     new_tokens: int | None = None,
     generation_config: str = "none",
+    two: str = "",
 ) -> None:
     """Options of the commands that write text. Those left out are None, so that a model's generation_config.json may have its say;
-    `copies`, `new_tokens` and `generation_config`: a command's own defaults."""
-    models(command)
+    `copies`, `new_tokens` and `generation_config`: a command's own defaults; `two`: what a second draft is for."""
+    models(command, two=two)
     context_parallel(command)
     if method:
         command.add_argument("--method", default=None, help=f"{known_methods()} (default: the first of these that the draft serves)")

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         ablate_options,
         plan_options,
         trace_options,
+        lesson_options,
         export_options,
         import_options,
         serve_options,
@@ -269,7 +270,30 @@ def trace_options(commands: argparse._SubParsersAction) -> None:
     trace.add_argument("--raw", action="store_true", help="continue plain text, no chat template")
     trace.add_argument("--rounds", type=int, help="how many rounds to tell (default 4; with --html all)")
     trace.add_argument("--html", metavar="F.html", help="write the rounds there instead, as a page to look at and go through")
-    generation(trace, method=False, copies="the draft alone", new_tokens=48)
+    generation(trace, method=False, copies="the draft alone", new_tokens=48, two="; given twice: both on the same text, side by side")
+
+
+def lesson_options(commands: argparse._SubParsersAction) -> None:
+    lesson = add(
+        commands, "lesson", "ttt: two drafts trained on one small text, with one unroll step and with seven; which guesses are right"
+    )
+    lesson.add_argument("lesson", choices=("ttt",), help="training-time test")
+    lesson.add_argument("--target", help="directory, .gguf file or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    lesson.add_argument(
+        "--self-play",
+        type=int,
+        metavar="TOKENS",
+        help="let the target write so many answer tokens (default: a text that is here, or 20000)",
+    )
+    lesson.add_argument("--minutes", type=float, help="of training for each draft (default 1 if nothing else is given)")
+    lesson.add_argument("--steps", type=int, help="so many optimiser steps for each draft")
+    lesson.add_argument("--tokens", type=int, help="so many answer tokens for each draft")
+    lesson.add_argument("--taps", metavar="L,M,H", help="layers whose inputs the drafts read (default 2, n//2, n-3)")
+    lesson.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
+    lesson.add_argument("--plot", metavar="F.svg", help="draw it there (.png, .svg or .pdf)")
+    disk(lesson)
+    # what `ablate` lets a user choose, and a lesson does not
+    lesson.set_defaults(method="eagle3", device="cpu", common=[], data=None, shards=[], regenerate=False, apart=[])
 
 
 def export_options(commands: argparse._SubParsersAction) -> None:

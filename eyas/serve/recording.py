@@ -27,10 +27,14 @@ def page_file(name: str) -> str:
     return (files("eyas.serve") / "page" / name).read_text(encoding="utf-8")
 
 
-def recording(about: dict[str, Any], prompt: str, answer: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """A recording of one text, as the page saves and opens it. `about`: what wrote it; `rounds`: as view/rounds.py tells them."""
-    turn = {"request": "", "choice": 0, "prompt": prompt, "answer": answer, "rounds": rounds}
-    return {"recording": FORM, "about": about, "turns": [turn]}
+def turn(prompt: str, answer: str, rounds: list[dict[str, Any]], draft: str = "") -> dict[str, Any]:
+    """One text of a recording. `rounds`: as view/rounds.py tells them; `draft`: whose guesses they have, where a recording has several."""
+    return {"request": "", "choice": 0, "prompt": prompt, "answer": answer, "draft": draft, "rounds": rounds}
+
+
+def recording(about: dict[str, Any], *turns: dict[str, Any]) -> dict[str, Any]:
+    """A recording, as the page saves and opens it. `about`: what wrote its texts."""
+    return {"recording": FORM, "about": about, "turns": list(turns)}
 
 
 def page_with(told: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,20 @@ def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_steps(drafts: Mapping[str, Sequence[float]], path: Path) -> None:
+    """How often each draft's guess is right at step 1, 2, .., of those whose guesses before were right."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    for name, right in drafts.items():
+        axes.plot(range(1, len(right) + 1), right, marker="o", label=name)
+    axes.set(xlabel="step: the so many-th guess ahead", ylabel="right, of those right before", ylim=(0, 1))
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

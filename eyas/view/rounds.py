@@ -6,7 +6,7 @@ Knows records of rounds and the decoder that made them; knows nothing of how the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,15 +72,25 @@ def round_told(record: RoundRecord, decoder: Decoder, word: Word) -> dict[str, A
     }
 
 
-def rounds_of(engine: Engine, prompt: Prompt, request: Request, most: int | None = None) -> tuple[Sequence, list[dict[str, Any]]]:
-    """The answer to a prompt and its rounds, told one by one; of `most` rounds at most."""
+class Run(NamedTuple):
+    """An answer and its rounds."""
+
+    draft: str  # the name of the draft's directory
+    text: Sequence
+    answer: str
+    rounds: list[dict[str, Any]]  # as `round_told` tells them
+
+
+def rounds_of(engine: Engine, prompt: Prompt, request: Request, most: int | None = None) -> Run:
+    """Decode an answer and tell its rounds one by one; of `most` rounds at most."""
     decoder, told = engine.decoder(request), list[dict[str, Any]]()
     decoder.watch = lambda record: told.append(round_told(record, decoder, lambda token: engine.tokenizer.decode([token])))
     (text,) = everyone = engine.sequences(prompt, request)
     for _ in decoder.run_all(everyone):
         if most is not None and len(told) >= most:
             break
-    return text, told
+    answer = engine.tokenizer.decode(text.tokens[text.prompt_length :], skip_special_tokens=True)
+    return Run(engine.draft.name if engine.draft else "", text, answer, told)
 
 
 def root_of(record: RoundRecord, text: Sequence) -> int:

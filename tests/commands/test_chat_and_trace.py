@@ -7,10 +7,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from eyas.view.side_by_side import verdict
 from tests.commands.words import generate, interrupt_round
+from tests.tiny import save_tiny_draft
 
 
 def chat(models: Path, *words) -> list:
@@ -151,3 +154,44 @@ def test_trace_without_a_draft_says_how_to_get_one(models, refused):
     assert refused("trace", "hi", "--target", models / "target") == (
         "no draft for target; name one with --draft, train one with `eyas train`, or use --method plain"
     )
+
+
+@pytest.fixture(scope="module")
+def two(models, tmp_path_factory) -> list:
+    """Options that name two drafts, the second of other weights."""
+    other = save_tiny_draft(tmp_path_factory.mktemp("two") / "other", models / "target", seed=5)
+    return ["--target", models / "target", "--draft", models / "draft", "--draft", other, "--precision", "fp32"]
+
+
+def test_trace_tells_two_drafts_side_by_side_on_one_text(models, run, two):
+    status, out, err = run("trace", "How can", *two, "--rounds", "3", "--temperature", "1", "--seed", "4", "--max-new-tokens", "20")
+    assert status == 0, err
+    assert re.search(r"┃ behind +┃ draft +┃ other +┃", out)
+    taus = re.findall(r"^(\w+): (\d+) tokens in (\d+) rounds, tau (\d\.\d\d)$", out, re.M)
+    assert [name for name, *_ in taus] == ["draft", "other"] and {tokens for _, tokens, *_ in taus} == {"20"}
+    assert all(abs(19 / int(rounds) - float(tau)) < 0.01 for _, _, rounds, tau in taus)
+    alone = json.loads(
+        run(*generate(models, "How can", "--plain", "--temperature", "1", "--seed", "4", "--max-new-tokens", "20", "--json"))[1]
+    )
+    assert f"The same 20 tokens of the target with both, seed 4: {alone['text']!r}" in out
+    assert re.search(r"\d guesses in both trees, \d in this one alone", out) and "bonus" in out
+
+
+def test_trace_writes_two_drafts_into_one_page(run, two, tmp_path):
+    page = tmp_path / "two.html"
+    status, _, err = run("trace", "How can", *two, "--temperature", "1", "--seed", "4", "--html", page)
+    assert status == 0 and re.search(r"two\.html: \d+ and \d+ rounds, seed 4; open it in a browser\n$", err)
+    (held,) = re.findall(r'<script type="application/json" id="recording">(.*?)</script>', page.read_text(encoding="utf-8"))
+    told = json.loads(held)
+    one, other = told["turns"]
+    assert [one["draft"], other["draft"]] == ["draft", "other"] and told["about"]["draft"] == "draft beside other"
+    assert one["answer"] == other["answer"] and one["rounds"][0]["root"] == other["rounds"][0]["root"]
+
+
+def test_trace_compares_two_drafts_and_no_more(refused, two):
+    assert refused("trace", "hi", *two, "--draft", "bundled").startswith("two drafts are compared at a time")
+
+
+def test_where_texts_part_is_said():
+    parted = [SimpleNamespace(text=SimpleNamespace(tokens=[9, 1, last], prompt_length=1, seed=0)) for last in (2, 3)]
+    assert verdict(*parted, None).startswith("The texts part behind 1 tokens")

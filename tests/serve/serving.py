@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from eyas.commands.parser import parser
@@ -36,6 +39,22 @@ def served(engine: Engine, *words: str) -> Iterator[tuple[TestClient, Server]]:
     finally:
         server.scheduler.stop()
         server.scheduler.thread.join(30)
+
+
+@contextlib.contextmanager
+def listening(engine: Engine, *words: str) -> Iterator[str]:
+    """The address of a real server."""
+    with served(engine, *words) as (_, server):
+        http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=http.run, daemon=True)
+        thread.start()
+        while not http.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}/"
+        finally:
+            server.draining = http.should_exit = True
+            thread.join(10)
 
 
 def events(content: str) -> list[Any]:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from eyas.serve import watching
-from eyas.serve.recording import INDEX, PAGE, page_file, page_with, recording
+from eyas.serve.recording import INDEX, PAGE, page_file, page_with, recording, turn
 from eyas.serve.watching import MOST_BEHIND, MOST_WATCHERS, Rounds
-from tests.serve.serving import CHAT, ask, events, served
+from tests.serve.serving import CHAT, ask, events, listening, served
 
 ROUNDS = "/v1/eyas/rounds"
 TREE = {"tree": "8x2x3"}
@@ -220,26 +220,6 @@ def opened(scheme: str = "light", width: int = 1280):
             browser.close()
 
 
-@contextmanager
-def listening(engine):
-    """The address of a real server."""
-    import uvicorn
-
-    from eyas.serve.app import make_app
-
-    with served(engine) as (_, server):
-        http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=http.run, daemon=True)
-        thread.start()
-        while not http.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}/"
-        finally:
-            server.draining = http.should_exit = True
-            thread.join(10)
-
-
 @pytest.mark.browser
 @needs_browser
 def test_a_chat_is_seen_round_by_round_and_again_from_its_recording(engine, tmp_path):
@@ -280,7 +260,7 @@ def test_a_file_with_a_recording_opens_from_a_disk(engine, tmp_path, scheme, wid
     with served(engine) as (client, server), watched(client, server, "all") as told:
         answer = client.post(CHAT, json=ask(temperature=1.0, eyas=TREE)).json()["choices"][0]["message"]["content"]
     file = tmp_path / "rounds.html"
-    file.write_text(page_with(recording({"model": "tiny", "method": "eagle3"}, "<b>&</script>", answer, told)), encoding="utf-8")
+    file.write_text(page_with(recording({"model": "tiny", "method": "eagle3"}, turn("<b>&</script>", answer, told))), encoding="utf-8")
     with opened(scheme, width) as (page, wrong):
         page.goto(file.as_uri())
         page.wait_for_function(f"() => document.querySelector('#where').textContent.startsWith('1 of {len(told)}')")
