@@ -29,6 +29,8 @@ from eyas.model.exactness import why_texts_may_part
 from eyas.parallel.target import ShardedTarget
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from eyas.decode.sequence import RoundRecord
     from eyas.serve.app import Server
 
@@ -36,6 +38,7 @@ KEYS = "EYAS_API_KEYS"  # of the environment: keys with commas between them
 USUAL_CONTEXT = 4096  # tokens of a prompt and its answer, where the model has more and nothing is said
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FAILED = 1
+GONE_SECONDS = 60  # without a sign from the other side after which a connection's client counts as gone
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,10 +80,20 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises `EyasError` where it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        listening = socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
         words = getattr(error, "strerror", None) or error
         raise EyasError(f"cannot listen at {host}, port {port} ({words}); choose another --port or --host") from None
+    watch_for_the_gone(listening)
+    return listening
+
+
+def watch_for_the_gone(listening: socket.socket) -> None:
+    """Have the system end connections whose other side has vanished, or has not read for long, where it can."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", GONE_SECONDS), ("TCP_USER_TIMEOUT", 1000 * GONE_SECONDS)):
+        if hasattr(socket, name):
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def server_of(engine: Engine, options: argparse.Namespace) -> Server:
@@ -144,16 +157,24 @@ def fingerprint(engine: Engine) -> str:
     return "fp_" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-async def served(server: Server, listening: socket.socket, options: argparse.Namespace) -> int:
-    """Serve until a signal, or until the thread that decodes has failed; the exit status."""
+def http_of(server: Server, options: argparse.Namespace) -> uvicorn.Server:
+    """What speaks HTTP for a server. Signals are not its business."""
     import uvicorn
 
     from eyas.serve.app import make_app
+    from eyas.serve.connections import KEEP_SECONDS, Connection
 
     app = make_app(server, options.host in LOOPBACK, options.cors)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, limit_concurrency=None, lifespan="off")
+    log = {"log_level": "warning", "access_log": False}
+    config = uvicorn.Config(app, http=Connection, ws="none", timeout_keep_alive=KEEP_SECONDS, lifespan="off", **log)
     http = uvicorn.Server(config)
     http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  (its own would give the signal back at the end)
+    return http
+
+
+async def served(server: Server, listening: socket.socket, options: argparse.Namespace) -> int:
+    """Serve until a signal, or until the thread that decodes has failed; the exit status."""
+    http = http_of(server, options)
     signals = asyncio.Queue[int]()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -168,8 +189,11 @@ async def served(server: Server, listening: socket.socket, options: argparse.Nam
     status = await until_the_end(server, serving, signals, options.drain)
     http.should_exit = True
     server.scheduler.stop()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(serving), 5)
+    for seconds in (5, 1):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving), seconds)
+        for connection in list(http.server_state.connections):  # of clients that have not sent all, or do not read
+            connection.transport.abort()
     http.force_exit = True
     await serving
     return status
@@ -180,7 +204,7 @@ async def until_the_end(server: Server, serving: asyncio.Task[None], signals: as
     scheduler, deadline = server.scheduler, None
     loop = asyncio.get_running_loop()
     while not serving.done():
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(signals.get(), 0.2)
             if deadline is not None:
                 break

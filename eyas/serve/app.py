@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,23 +27,24 @@ from eyas.config import EyasError
 from eyas.decode.prompt import render
 from eyas.engine import Engine
 from eyas.serve.answers import Answer, sse
-from eyas.serve.fields import CHAT, TEXT, is_whole, openapi, parsed, read
+from eyas.serve.fields import CHAT, TEXT, is_whole, parsed, read
 from eyas.serve.forms import Forms
 from eyas.serve.jobs import Ask, Usual, ask, ends_of
 from eyas.serve.metrics import Metrics
+from eyas.serve.openapi import openapi
 from eyas.serve.recording import INDEX, PAGE, PAGE_HEADERS, page_file
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
 from eyas.serve.scheduler import Job, Piece, Scheduler
+from eyas.serve.streams import Events, Mailbox, Post, left
 from eyas.serve.traces import Trace, Traces
 from eyas.serve.watching import MOST_WATCHERS, Rounds, Watcher
 from eyas.serve.words import Words
 
-Turns: TypeAlias = "asyncio.Queue[list[Piece] | Exception]"  # what a request's turns bring, or its fault
-EVENTS, NOT_KEPT = "text/event-stream", {"Cache-Control": "no-cache"}
+Turns: TypeAlias = "Mailbox[list[Piece] | Exception]"  # what a request's turns bring, or its fault
 CALL = re.compile(r"[A-Za-z0-9_.-]{1,100}")  # what a request may call itself
 MOST_BYTES = 4 << 20  # of a request's body
 PING = 15.0  # seconds without a piece after which a stream says that it lives
-MOST_QUEUED = 1024  # turns that a slow reader may be behind before its answer is cut
+BODY_SECONDS = 30.0  # for a request's body to come
 OPEN_PATHS = ("/", "/health", "/livez", "/readyz", "/v1/health")  # served without a key
 OWN_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages of this machine, for `--cors localhost`
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "testserver")
@@ -73,6 +74,7 @@ class Server:
         config = self.engine.target.config
         self.forms = Forms(self.engine.tokenizer, config.vocab_size, config.eos_token_ids)
         self.rounds = Rounds(lambda token: self.words.text_and_bytes(token)[0], self.watch_all)
+        self.to_loop: Post | None = None
 
     # ---- generation ----
 
@@ -82,75 +84,71 @@ class Server:
         self.check_ready()
         owner = key_of(request.headers) if self.keys and not self.share_prefixes else ""
         asked = await asyncio.to_thread(ask, self.engine, self.forms, kind, values, unknown, self.usual, owner)
-        turns: Turns = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(found: list[Piece] | Exception) -> None:
-            loop.call_soon_threadsafe(turns.put_nowait, found)
-
         answer = Answer(asked, self.names[0], self.fingerprint, self.words)
         call = call_of(request) or answer.id
         for sequence in asked.sequences:
             sequence.call = call
-        job = Job(asked.sequences, tell)
+        turns: Turns = Mailbox(self.post())
+        job = Job(asked.sequences, turns.put, asked.stream)
         if not self.scheduler.submit(job):
             self.check_ready()
             raise busy(self.scheduler.most)
         headers = {"X-Request-Id": call}
         trace = self.traces and self.traces.request(kind, values, answer.id, request.headers)
         if asked.stream:
-            return StreamingResponse(self.streamed(job, answer, turns, trace), media_type=EVENTS, headers=headers | NOT_KEPT)
+            return Events(self.streamed(job, answer, turns), lambda: self.leave(job, trace), headers)
         await self.finished(request, job, turns, trace)
         if failed := failure_of(asked):
             raise failed
         return JSONResponse(answer.whole(), headers=headers)
 
-    async def streamed(self, job: Job, answer: Answer, turns: Turns, trace: Trace | None) -> AsyncIterator[bytes]:
-        """The events of a stream. Where the client leaves, the job is cancelled."""
-        try:
-            for chunk in answer.first():
-                yield chunk
-            left = len(job.sequences)
-            while left:
-                try:
-                    found = await asyncio.wait_for(turns.get(), PING)
-                except TimeoutError:
-                    yield b": ping\n\n"
-                    continue
+    def post(self) -> Post:
+        """What takes pieces to this event loop."""
+        if self.to_loop is None or self.to_loop.loop is not asyncio.get_running_loop():
+            self.to_loop = Post()
+        return self.to_loop
+
+    async def streamed(self, job: Job, answer: Answer, turns: Turns) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        for chunk in answer.first():
+            yield chunk
+        left = len(job.sequences)
+        while left:
+            brought = await turns.read(PING)
+            if not brought:
+                yield b": ping\n\n"
+            for found in brought:
                 if isinstance(found, Exception):
                     yield sse(self.fault(found).body(), "error")
-                    return
-                if turns.qsize() > MOST_QUEUED:
-                    yield sse(Refused("the reader is too slow", status=408, kind="request_cancelled").body(), "error")
                     return
                 left -= self.note_ends(job, found)
                 if failed := failure_of(answer.ask):
                     yield sse(failed.body(), "error")
                     return
-                yield b"".join(answer.pieces(found))
-            for chunk in answer.end():
-                yield chunk
-        finally:
-            self.leave(job, trace)
+                if chunks := answer.pieces(found):
+                    yield b"".join(chunks)
+        yield b"".join(answer.end())
 
     async def finished(self, request: Request, job: Job, turns: Turns, trace: Trace | None) -> None:
         """Wait until all of a job's sequences have ended. Raises `Refused` for a fault, `ClientDisconnect` where the client left."""
-        gone = asyncio.ensure_future(left_by(request))
+        ending, gone = asyncio.ensure_future(self.ended(job, turns)), asyncio.ensure_future(left(request.receive))
         try:
-            left = len(job.sequences)
-            while left:
-                coming = asyncio.ensure_future(turns.get())
-                await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
-                    raise ClientDisconnect
-                found = coming.result()
+            await asyncio.wait({ending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                raise ClientDisconnect
+            ending.result()
+        finally:
+            self.leave(job, trace)
+            ending.cancel()
+            gone.cancel()
+
+    async def ended(self, job: Job, turns: Turns) -> None:
+        left = len(job.sequences)
+        while left:
+            for found in await turns.read():
                 if isinstance(found, Exception):
                     raise self.fault(found)
                 left -= self.note_ends(job, found)
-        finally:
-            gone.cancel()
-            self.leave(job, trace)
 
     def note_ends(self, job: Job, found: list[Piece]) -> int:
         ended = [job.sequences[piece.choice] for piece in found if piece.finish_reason]
@@ -186,23 +184,20 @@ class Server:
         watcher = self.rounds.watch(None if wanted == "all" else wanted)
         if watcher is None:
             raise Refused(f"{MOST_WATCHERS} watch already, which is all there may be", status=429, kind="rate_limit_error")
-        return StreamingResponse(self.watched(watcher), media_type=EVENTS, headers=NOT_KEPT)
+        return Events(self.watched(watcher), lambda: self.rounds.leave(watcher))
 
-    async def watched(self, watcher: Watcher) -> AsyncIterator[bytes]:
+    async def watched(self, watcher: Watcher) -> AsyncGenerator[bytes, None]:
         """The events of a watcher, until it leaves or the server ends."""
-        try:
-            yield b": watching\n\n"
-            silent = 0
-            while not (self.scheduler.failure or (self.draining and self.scheduler.idle)):
-                try:
-                    yield await asyncio.wait_for(watcher.rounds.get(), 1.0)
-                    silent = 0
-                except TimeoutError:
-                    silent += 1
-                    if silent % PING == 0:
-                        yield b": ping\n\n"
-        finally:
-            self.rounds.leave(watcher)
+        yield b": watching\n\n"
+        silent = 0
+        while not (self.scheduler.failure or (self.draining and self.scheduler.idle)):
+            try:
+                yield await asyncio.wait_for(watcher.rounds.get(), 1.0)
+                silent = 0
+            except asyncio.TimeoutError:
+                silent += 1
+                if silent % PING == 0:
+                    yield b": ping\n\n"
 
     async def page(self, request: Request) -> Response:
         """The page, or a file of it."""
@@ -325,18 +320,19 @@ async def body_of(request: Request) -> bytes:
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind not in ("application/json", ""):
         raise Refused(f"the body must be application/json, not {kind}", status=415)
+    try:
+        return await asyncio.wait_for(content_of(request), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise Refused(f"the request's body did not come within {BODY_SECONDS:g} seconds", status=408) from None
+
+
+async def content_of(request: Request) -> bytes:
     found = bytearray()
     async for part in request.stream():
         found += part
         if len(found) > MOST_BYTES:
             raise Refused(f"the body is larger than {MOST_BYTES} bytes", status=413)
     return bytes(found)
-
-
-async def left_by(request: Request) -> None:
-    """Returns when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Gate:

@@ -101,7 +101,7 @@ def biases(name: str, value: Any) -> dict[int, float]:
         raise Refused(f"{name} must be an object of up to {MOST_BIASED} token ids and what to add to their logits", name)
     found = {}
     for key, bias in value.items():
-        if not str(key).isdecimal() or len(str(key)) > 9:
+        if not key.isascii() or not key.isdecimal() or len(key) > 9:
             raise Refused(f"{name}: {short(key)} is no token id", name)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise Refused(f"{name}: a bias is a number from -100 to 100, not {short(bias)}", name)
@@ -238,10 +238,16 @@ def anything(name: str, value: Any) -> Any:
 
 STRING, BOOLEAN, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 ECHO = "whether the prompt's text comes first, with its log probabilities under logprobs; max_tokens may then be 0"
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+SOME = {"type": "string", "minLength": 1}
+PROMPTS = {"anyOf": [SOME, IDS, {"type": "array", "items": {"anyOf": [SOME, IDS]}, "minItems": 1, "maxItems": MOST_PROMPTS}]}
+STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+STRINGS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MOST_STOPS}]}
+COUNTED = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 20}, BOOLEAN]}
 FIELDS: tuple[Field, ...] = (
     Field("model", "a name that the server goes by", text, STRING),
     Field("messages", "the conversation so far", messages, {"type": "array", "items": OBJECT, "minItems": 1}, of=(CHAT,)),
-    Field("prompt", "text to go on with, or its token ids; several give several choices", prompts, {}, of=(TEXT,)),
+    Field("prompt", "text to go on with, or its token ids; several give several choices", prompts, PROMPTS, of=(TEXT,)),
     Field("max_completion_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31), of=(CHAT,)),
     Field("max_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31)),
     Field("temperature", "0: the likeliest token", *number(0, 2), default=1.0),
@@ -254,13 +260,13 @@ FIELDS: tuple[Field, ...] = (
     Field("logit_bias", "token ids and what is added to their logits", biases, OBJECT),
     Field("seed", "what the answer is drawn with; told in the answer", *integer(-INT64, INT64 - 1)),
     Field("n", "answers", *integer(1, MOST_CHOICES), default=1),
-    Field("stop", "strings that end the answer", stops, {}, default=()),
+    Field("stop", "strings that end the answer", stops, STRINGS, default=()),
     Field("stop_token_ids", "token ids that end it", stop_ids, {"type": "array", "items": {"type": "integer"}}, default=()),
     Field("min_tokens", "tokens before which nothing ends it", *integer(0, 1 << 31), default=0),
     Field("ignore_eos", "the model's own end does not end it", boolean, BOOLEAN, default=False),
     Field("logprobs", "whether log probabilities are told", boolean, BOOLEAN, default=False, of=(CHAT,)),
     Field("top_logprobs", "of so many likeliest tokens too", *integer(0, 20), default=0, of=(CHAT,)),
-    Field("logprobs", "log probabilities of so many likeliest tokens", text_logprobs, {}, of=(TEXT,)),
+    Field("logprobs", "log probabilities of so many likeliest tokens", text_logprobs, COUNTED, of=(TEXT,)),
     Field("echo", ECHO, boolean, BOOLEAN, default=False, of=(TEXT,)),
     Field("stream", "whether the answer comes in pieces", boolean, BOOLEAN, default=False),
     Field("stream_options", "include_usage: a last piece with the counts", mapping, OBJECT),
@@ -342,32 +348,3 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def no_constant(name: str) -> float:
     raise Refused(f"{name} is no JSON number")
-
-
-def openapi(version: str) -> dict[str, Any]:
-    """What /openapi.json says."""
-    paths = {}
-    for kind, path, required in ((CHAT, "/v1/chat/completions", "messages"), (TEXT, "/v1/completions", "prompt")):
-        told = {
-            name: {"description": field.meaning, **field.schema, **({} if field.default in (None, ()) else {"default": field.default})}
-            for name, field in fields_of(kind).items()
-        }
-        schema = {"type": "object", "required": [required], "properties": told}
-        answers = {"200": {"description": "the answer"}, "400": {"description": "the request is refused"}}
-        answers |= {str(status): {"description": what} for status, what in ANSWERS.items()}
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"operationId": kind, "requestBody": body, "responses": answers}}
-    for path in ("/v1/models", "/health", "/metrics"):
-        paths[path] = {"get": {"operationId": path.rsplit("/", 1)[-1], "responses": {"200": {"description": "as it is"}}}}
-    return {"openapi": "3.1.0", "info": {"title": "eyas serve", "version": version}, "paths": paths}
-
-
-ANSWERS = {
-    401: "no key, or a wrong one",
-    404: "no such model",
-    413: "the body is too large",
-    415: "the body is no JSON",
-    429: "the queue is full",
-    500: "the server failed",
-    503: "the server is loading or ending",
-}

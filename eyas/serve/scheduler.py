@@ -1,8 +1,8 @@
 """One thread that decodes, turn by turn: who is admitted, who reads, who is told what came of it.
 
 The thread owns the decoder; others leave sequences in its inbox and get pieces through a function of theirs. Between any two turns requests
-join and leave: a long prompt is read in parts, and after each part everybody else gets a round. Knows the decoder's turns and its
-sequences; knows nothing of HTTP, JSON or prompts.
+join and leave: prompts are read in parts that take no longer than a round, and after these everybody else gets a round. Knows the
+decoder's turns and its sequences; knows nothing of HTTP, JSON or prompts.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Job:
 
     sequences: list[Sequence]
     tell: Callable[[list[Piece] | Exception], None]
+    piecewise: bool = True  # whether each turn's pieces are wanted; else the last one of each sequence alone is told
     told: list[int] = field(default_factory=list)  # tokens of each that were told
     open: int = 0  # sequences that have not ended
     asked: float = field(default_factory=time.perf_counter)
@@ -79,7 +80,10 @@ class Scheduler:
         self.accepting, self.stopping = True, False
         self.failure: Exception | None = None
         self.turned = time.monotonic()  # when the last turn ended, or the thread last waited for work
-        self.seconds_a_row = 0.0
+        self.seconds_a_row = 0.0  # of a prompt that is read
+        self.round_seconds = 0.0  # of the last round
+        self.seconds = self.decoder_seconds = 0.0  # of all turns; the part of them that the decoder took
+        self.woke = 0.0  # when the turn under way began
         self.thread = threading.Thread(target=self.run, name="eyas decodes", daemon=True)
 
     # ---- from any thread ----
@@ -135,6 +139,7 @@ class Scheduler:
             while self.take_in():
                 self.turn()
                 self.turned = time.monotonic()
+                self.seconds += time.perf_counter() - self.woke
         except Exception as error:  # a fault in a pass is everybody's: no later turn could be trusted
             self.failure = error
         with self.lock:
@@ -149,6 +154,7 @@ class Scheduler:
                 self.lock.wait(1.0)
             if self.stopping:
                 return False
+            self.woke = time.perf_counter()
             new, gone = list(self.inbox), list(self.cancels)
             self.inbox.clear()
             self.cancels.clear()
@@ -163,33 +169,48 @@ class Scheduler:
         return True
 
     def turn(self) -> None:
-        """One part of the oldest unread prompt, then one round of all that decode."""
-        decoder, served = self.decoder, dict[int, "Sequence"]()
+        """Parts of the oldest unread prompts, for as long as those that decode may be held up, then one round of all that decode."""
+        decoder, held = self.decoder, 0.0
         decoder.seat()
-        if decoder.reading:
-            started = time.perf_counter()
-            before = decoder.reading[0].read
-            (sequence,) = decoder.read_prompt(self.part())
-            rows = sequence.read - before
-            taken = (time.perf_counter() - started) / max(rows, 1)
-            self.seconds_a_row += (taken - self.seconds_a_row) * (RATE_WEIGHT if self.seconds_a_row else 1.0)
-            if sequence.read == sequence.prompt_length:
-                served[id(sequence)] = sequence
+        while decoder.reading and (rows := self.part(held)):
+            held += self.read_part(rows)
+            decoder.seat()  # who waited for what is read now
         if decoder.decoding:
-            served |= {id(sequence): sequence for sequence in decoder.decode()}
-        self.tell(served.values())
+            began = time.perf_counter()
+            served = decoder.decode()
+            self.round_seconds = time.perf_counter() - began
+            self.decoder_seconds += self.round_seconds
+            self.tell(served)
 
-    def part(self) -> int:
-        """Rows of a prompt to read now: as many as `stall` allows while others decode."""
+    def read_part(self, rows: int) -> float:
+        """Read so many rows of the oldest unread prompt, and tell its first token if that is its end. Returns the seconds for which that
+        held up others."""
+        others, before, began = bool(self.decoder.decoding), self.decoder.reading[0].read, time.perf_counter()
+        (sequence,) = self.decoder.read_prompt(rows)
+        seconds = time.perf_counter() - began
+        self.decoder_seconds += seconds
+        a_row = seconds / max(sequence.read - before, 1)
+        self.seconds_a_row += (a_row - self.seconds_a_row) * (RATE_WEIGHT if self.seconds_a_row else 1.0)
+        if sequence.read == sequence.prompt_length:
+            self.tell([sequence])
+        return seconds if others else 0.0
+
+    def part(self, held: float) -> int:
+        """Rows of a prompt to read now, where others were held up for `held` seconds in this turn; 0: none. They wait for as long as a
+        round takes, or `stall` if that is more."""
         if not self.decoder.decoding or not self.seconds_a_row:
             return PROMPT_PART
-        return max(LEAST_PART, min(PROMPT_PART, int(self.settings.stall / self.seconds_a_row)))
+        rows = min(PROMPT_PART, int((max(self.settings.stall, self.round_seconds) - held) / self.seconds_a_row))
+        if held:
+            return rows if rows >= LEAST_PART else 0
+        return max(LEAST_PART, rows)
 
     def tell(self, served: Iterable[Sequence]) -> None:
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
         for sequence in served:
             job, number = self.jobs[id(sequence)]
-            pieces.setdefault(id(job), (job, []))[1].append(self.piece(job, number, sequence))
+            if job.piecewise or sequence.finish_reason:
+                pieces.setdefault(id(job), (job, []))[1].append(self.piece(job, number, sequence))
             if sequence.finish_reason:
                 self.forget(job, sequence)
         for job, found in pieces.values():

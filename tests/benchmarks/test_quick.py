@@ -293,7 +293,21 @@ def test_serving(found):
     told = found("serving")
     for at_once in ("1 at once", "3 at once"):
         assert told[at_once]["same_texts"] and told[at_once]["over_library"] > 0 and told[at_once]["first_token_ms"]["most"] > 0
-    assert told["second turn"]["without_ms"] > 0
+    assert told["second turn"]["without_ms"] > 0 and told["beside others"]["ratio"] > 0 and 0 < told["1 at once"]["own"] < 1
+
+
+def test_serving_promise(found):
+    told = found("serving_promise")
+    assert told["different"] == 0 and told["requests alone"] == 12 and len(told["fingerprints"]) == 1, told["the first of these"]
+    assert list(told["same, by server"].values()) == [12]
+
+
+def test_serving_soak(found):
+    told = found("serving_soak")
+    assert not told["wrong"] and not told["trouble in the log"] and told["5xx"] == 0
+    assert told["requests"] == 80 and told["the answer given alone"] > 20 and told["left"] > 5
+    assert told["ended in the middle"]["exit status"] == told["ended at last"]["exit status"] == 0
+    assert told["at the end"]["slots free"] == 16 and told["at the end"]["running"] == told["at the end"]["waiting"] == 0
 
 
 def test_serving_peers(found):
