@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
         raise EyasError(f"rounds must be at least 1, not {options.rounds}")
     if len(drafts) > 2 or (len(drafts) == 2 and options.context_parallel):
         raise EyasError("two drafts are compared at a time, in one process; give --draft at most twice, and no --context-parallel")
+    if len(set(drafts)) < len(drafts):
+        raise EyasError(f"both drafts are {drafts[0]}; name two different ones")
     settings_from(options, "eagle3")
     if not options.prompt.strip():
         raise EyasError("the prompt is empty; give some text")

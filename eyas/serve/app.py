@@ -176,12 +176,14 @@ class Server:
 
     async def watch(self, request: Request) -> Response:
         """The rounds of one request, or of all, as they end."""
-        wanted = request.query_params.get("request", "")
+        wanted, draws = request.query_params.get("request", ""), request.query_params.get("draws", "path")
         if wanted != "all" and not CALL.fullmatch(wanted):
             raise Refused("say whose rounds: request=ID, the X-Request-Id that a request is sent with, or request=all", "request")
+        if draws not in ("path", "all"):
+            raise Refused("draws=path tells the target's draws on the walk's path, draws=all those at every row", "draws")
         if wanted == "all" and not self.rounds.everyone:
             raise Refused("all rounds may be watched on the server's own machine alone", "request", 403, "permission_error")
-        watcher = self.rounds.watch(None if wanted == "all" else wanted)
+        watcher = self.rounds.watch(None if wanted == "all" else wanted, draws == "all")
         if watcher is None:
             raise Refused(f"{MOST_WATCHERS} watch already, which is all there may be", status=429, kind="rate_limit_error")
         return Events(self.watched(watcher), lambda: self.rounds.leave(watcher))

@@ -23,10 +23,11 @@ MOST_BEHIND = 64  # rounds that a watcher may be behind before it loses some
 
 
 class Watcher:
-    """Gets the rounds of one request, or of all where `request` is None. Made and read on the event loop."""
+    """Gets the rounds of one request, or of all where `request` is None; with the target's draws at every row where it wants them
+    `everywhere`. Made and read on the event loop."""
 
-    def __init__(self, request: str | None) -> None:
-        self.request = request
+    def __init__(self, request: str | None, everywhere: bool = False) -> None:
+        self.request, self.everywhere = request, everywhere
         self.rounds: asyncio.Queue[bytes] = asyncio.Queue(MOST_BEHIND)
         self.loop = asyncio.get_running_loop()
 
@@ -52,12 +53,12 @@ class Rounds:
         self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self.lock = threading.Lock()
 
-    def watch(self, request: str | None) -> Watcher | None:
+    def watch(self, request: str | None, everywhere: bool = False) -> Watcher | None:
         """A new watcher; None where there are too many."""
         with self.lock:
             if len(self.watchers) >= MOST_WATCHERS:
                 return None
-            self.watchers.add(watcher := Watcher(request))
+            self.watchers.add(watcher := Watcher(request, everywhere))
         return watcher
 
     def leave(self, watcher: Watcher) -> None:
@@ -71,7 +72,8 @@ class Rounds:
         call = record.text.call
         with self.lock:
             wanting = [watcher for watcher in self.watchers if watcher.wants(call)]
-        if wanting:
-            event = sse(round_told(record, decoder, self.word))
+        for everywhere in {watcher.everywhere for watcher in wanting}:
+            event = sse(round_told(record, decoder, self.word, everywhere))
             for watcher in wanting:
-                watcher.tell(event)
+                if watcher.everywhere == everywhere:
+                    watcher.tell(event)

@@ -5,6 +5,7 @@ Knows records of rounds and the decoder that made them; knows nothing of how the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from eyas.decode.generate import Decoder
 from eyas.decode.grammar import FORCED, Grammar
 from eyas.decode.prompt import Prompt
 from eyas.decode.rules import path_to
-from eyas.decode.sampling import allowed
+from eyas.decode.sampling import allowed, draw
 from eyas.decode.sequence import RoundRecord, Sequence
 from eyas.decode.tree import Tree
 from eyas.drafters.copying import LEAST, CopyingDrafter
@@ -29,21 +30,26 @@ LIKELIEST = 5  # tokens that are told of a draw
 DRAFT, COPY, FORM = "draft", "copy", "form"
 
 
-def round_told(record: RoundRecord, decoder: Decoder, word: Word) -> dict[str, Any]:
+def round_told(record: RoundRecord, decoder: Decoder, word: Word, everywhere: bool = False) -> dict[str, Any]:
     """What a round did, for JSON. Ask while `watch` is called: the drafter and the clock then still stand at this round.
 
     `nodes`: rows of the target's pass, root first, each [token, text, parent's row, depth, chance that its path is drawn as the drafter
     scored it, who guessed it]. A guess counts as copied where at least two tokens before it stood earlier in the text, followed by it; the
     answer's form guesses what it forces.
     `path`: the rows that the walk kept. `draws`: for each of these the target's draw there, and the tokens that came nearest to being
-    drawn, each with its chance and its noise; none where the verifier is not the walk. `ms`: of the whole round `draft` and `pass`,
-    shared by its `sequences`; of this text `first`, until its first token, and `at`, until this round's last.
+    drawn, each with its chance and its noise; `beside`: for each of these the guesses there, as [row, the target's chance, noise]. Both
+    are empty where the verifier is not the walk. `drawn`: where asked for `everywhere`, the target's draw at each row, on the path or not.
+    `ms`: of the whole round `draft` and `pass`, shared by its `sequences`, and `plain`, what a pass without guesses is known to take (null
+    where no planner knows it); of this text `first`, until its first token, and `at`, until this round's last; `end`: when the round
+    ended, by a clock of which differences alone mean something.
     """
     text, tree, accepted = record.text, record.tree, record.accepted
     assert text is not None, "the decoder's records have their sequence"
     root = root_of(record, text)
     clock, named = decoder.plan, [word(token) for token in tree.tokens]
     chances = torch.tensor(tree.scores, dtype=torch.float64).exp().tolist()
+    draws = draws_told(record, text, word) if decoder.verifier.shares_noise else []
+    sequences = max(1, len(decoder.decoding))
     guessers = ["", *guessed_by(tree, decoder, text)]
     return {
         "n": text.rounds,
@@ -58,15 +64,20 @@ def round_told(record: RoundRecord, decoder: Decoder, word: Word) -> dict[str, A
         "path": accepted.path,
         "bonus": [accepted.bonus, word(accepted.bonus)],
         "committed": [[token, word(token)] for token in record.committed],
-        "draws": draws_told(record, text, word) if decoder.verifier.shares_noise else [],
+        "draws": [lines for lines, _ in draws],
+        "beside": [guesses for _, guesses in draws],
+        "drawn": drawn_everywhere(record, text, word) if everywhere and draws else [],
         "temperature": text.sampling.temperature,
         "rows": len(tree),
-        "sequences": max(1, len(decoder.decoding)),
+        "sequences": sequences,
+        "slot": text.slot,
         "ms": {
             "draft": milliseconds(clock.pass_began - clock.began),
             "pass": milliseconds(clock.pass_seconds),
+            "plain": milliseconds(clock.planner.passes.of(sequences)) if clock.planner else None,
             "first": milliseconds(text.prefill_seconds),
             "at": milliseconds(text.seconds),
+            "end": milliseconds(time.perf_counter()),
         },
         "end": text.finish_reason,
     }
@@ -127,16 +138,30 @@ def logits_at(record: RoundRecord, text: Sequence, row: int) -> Tensor:
     return logits_V
 
 
-def draws_told(record: RoundRecord, text: Sequence, word: Word) -> list[list[list[Any]]]:
-    """For each row of the walk's path the drawn token, and then those that came nearest to being drawn."""
+def draws_told(record: RoundRecord, text: Sequence, word: Word) -> list[tuple[list[list[Any]], list[list[Any]]]]:
+    """For each row of the walk's path the drawn token and those that came nearest to being drawn, and the guesses there."""
     path = record.accepted.path
     drawn = [*(record.tree.tokens[row] for row in path[1:]), record.accepted.bonus]
     return [draw_told(record, text, row, token, word) for row, token in zip(path, drawn, strict=True)]
 
 
-def draw_told(record: RoundRecord, text: Sequence, row: int, drawn: int, word: Word) -> list[list[Any]]:
-    """The tokens with the highest log chance + noise at a row, the drawn one first: [token, text, chance, noise]. Greedy text has no noise;
-    its chances are those at temperature 1."""
+def draw_told(record: RoundRecord, text: Sequence, row: int, drawn: int, word: Word) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The tokens with the highest log chance + noise at a row, the drawn one first: [token, text, chance, noise]. And the guesses behind
+    that row: [row of the guess, the target's chance of it, noise]. Greedy text has no noise; its chances are those at temperature 1."""
+    log_chances_V, noise_V = drawn_from(record, text, row)
+    values, best = (log_chances_V + noise_V).topk(min(LIKELIEST, log_chances_V.shape[0]))
+    others = best[(best != drawn) & (values > float("-inf"))].tolist()
+    told = [drawn, *others][:LIKELIEST]  # of equal ones the lowest id was drawn
+    guessed = record.tree.children[row]
+    tokens = [*told, *guessed]
+    chances, noises = log_chances_V[tokens].exp().tolist(), noise_V[tokens].tolist()
+    columns = [(token, four_digits(chance), round(more, 3)) for token, chance, more in zip(tokens, chances, noises, strict=True)]
+    lines = [[token, word(token), chance, more] for token, chance, more in columns[: len(told)]]
+    return lines, [[guessed[token], chance, more] for token, chance, more in columns[len(told) :]]
+
+
+def drawn_from(record: RoundRecord, text: Sequence, row: int) -> tuple[Tensor, Tensor]:
+    """What the target draws from at a row, after filters: log chances [V] and noise [V], float64 on the CPU; greedy: no noise."""
     sampling = text.sampling
     scores_V = logits_at(record, text, row).double().cpu() / (1.0 if sampling.greedy else sampling.temperature)
     ids = None if sampling.greedy else allowed(scores_V, sampling)
@@ -144,12 +169,18 @@ def draw_told(record: RoundRecord, text: Sequence, row: int, drawn: int, word: W
         scores_V = torch.full_like(scores_V, float("-inf")).index_copy_(0, ids, scores_V[ids])
     noise_V = text.noise_at(root_of(record, text) + record.tree.depths[row] + 1)
     noise_V = torch.zeros_like(scores_V) if noise_V is None else noise_V.double().cpu()
-    values, best = (scores_V + noise_V).topk(min(LIKELIEST, scores_V.shape[0]))
-    others = best[(best != drawn) & (values > float("-inf"))].tolist()
-    told = [drawn, *others][:LIKELIEST]  # of equal ones the lowest id was drawn
-    chances = (scores_V[told] - scores_V.logsumexp(0)).exp().tolist()
-    columns = zip(told, chances, noise_V[told].tolist(), strict=True)
-    return [[token, word(token), four_digits(chance), round(more, 3)] for token, chance, more in columns]
+    return scores_V - scores_V.logsumexp(0), noise_V
+
+
+def drawn_everywhere(record: RoundRecord, text: Sequence, word: Word) -> list[list[Any]]:
+    """The target's draw at each row of the tree: [token, text]."""
+    root, path = root_of(record, text), record.accepted.path
+    settled = dict(zip(path, [*(record.tree.tokens[row] for row in path[1:]), record.accepted.bonus], strict=True))
+    drawn = [
+        settled[row] if row in settled else draw(logits_at(record, text, row), text.sampling, text.noise_at(root + depth + 1))
+        for row, depth in enumerate(record.tree.depths)
+    ]
+    return [[token, word(token)] for token in drawn]
 
 
 def four_digits(chance: float) -> float:

@@ -190,6 +190,7 @@ def test_trace_writes_two_drafts_into_one_page(run, two, tmp_path):
 
 def test_trace_compares_two_drafts_and_no_more(refused, two):
     assert refused("trace", "hi", *two, "--draft", "bundled").startswith("two drafts are compared at a time")
+    assert refused("trace", "hi", "--draft", "a", "--draft", "a") == "both drafts are a; name two different ones"
 
 
 def test_where_texts_part_is_said():

@@ -28,10 +28,10 @@ LAWS = [
 
 
 @contextmanager
-def watched(client, server, request):
+def watched(client, server, request, **more):
     """The rounds that a watcher heard by the end of the block. The server takes nothing more in after it."""
     told, before = [], len(server.rounds.watchers)
-    thread = threading.Thread(target=lambda: told.extend(events(client.get(ROUNDS, params={"request": request}).text)))
+    thread = threading.Thread(target=lambda: told.extend(events(client.get(ROUNDS, params={"request": request, **more}).text)))
     thread.start()
     while len(server.rounds.watchers) == before:
         time.sleep(0.01)
@@ -71,6 +71,8 @@ def test_a_watcher_hears_the_rounds_that_were_decoded(engine, law):
     assert [told[0]["root"]["id"], *(token for each in told for token, _ in each["committed"])] == wanted.tokens
     assert told[-1]["end"] == wanted.finish_reason and told[0]["end"] is None
     assert all(0 < each["ms"]["first"] < each["ms"]["at"] and each["ms"]["pass"] > 0 for each in told)
+    ends = [each["ms"]["end"] for each in told]
+    assert ends == sorted(ends) and len({each["slot"] for each in told}) == 1
 
 
 def test_a_drawn_token_has_the_highest_log_chance_and_noise(engine):
@@ -78,6 +80,38 @@ def test_a_drawn_token_has_the_highest_log_chance_and_noise(engine):
         client.post(CHAT, json=ask(temperature=1.0))
     sums = [[math.log(chance) + noise for _, _, chance, noise in draw] for each in told for draw in each["draws"]]
     assert sums and all(line[0] >= max(line) - 0.01 for line in sums)
+
+
+def test_guesses_are_told_with_the_noise_that_the_target_drew_with(engine):
+    """Behind each row of the walk, with the target's own chance; the one that holds the draw has what is told of the draw."""
+    with served(engine) as (client, server), watched(client, server, "all") as told:
+        client.post(CHAT, json=ask(temperature=1.0, eyas=TREE, max_tokens=40))
+    held = 0
+    for each in told:
+        nodes = each["nodes"]
+        for row, draw, beside in zip(each["path"], each["draws"], each["beside"], strict=True):
+            assert sorted(child for child, *_ in beside) == [child for child, node in enumerate(nodes) if node[2] == row]
+            sums = {nodes[child][0]: (chance, noise) for child, chance, noise in beside}
+            top = math.log(draw[0][2]) + draw[0][3]
+            assert all(math.log(chance) + noise <= top + 0.01 for chance, noise in sums.values() if chance)
+            if draw[0][0] in sums:
+                assert sums[draw[0][0]] == tuple(draw[0][2:])
+                held += 1
+    assert held == sum(len(each["path"]) - 1 for each in told) > 0
+
+
+def test_draws_at_every_row_are_told_where_they_are_asked_for(engine):
+    with served(engine) as (client, server):
+        body = ask(temperature=1.0, eyas=TREE)
+        alone = client.post(CHAT, json=body).json()["choices"]
+        assert client.get(ROUNDS, params={"request": "a", "draws": "some"}).status_code == 400
+        with watched(client, server, "all", draws="all") as told, watched(client, server, "all") as fewer:
+            assert client.post(CHAT, json=body).json()["choices"] == alone
+    assert len(told) == len(fewer) and not any(each["drawn"] for each in fewer)
+    assert any(len(each["nodes"]) > len(each["path"]) for each in told)
+    for each in told:
+        assert len(each["drawn"]) == len(each["nodes"])
+        assert [each["drawn"][row][0] for row in each["path"]] == [draw[0][0] for draw in each["draws"]]
 
 
 def test_a_guess_is_told_as_copied_where_the_tokens_before_it_were_followed_by_it(engine):
@@ -226,6 +260,7 @@ def test_a_chat_is_seen_round_by_round_and_again_from_its_recording(engine, tmp_
     with listening(engine) as address, opened() as (page, wrong):
         page.goto(address)
         page.fill("#limit", "24")
+        page.check("#everywhere")
         page.fill("#message", "abab abab abab")
         page.click("#send")
         page.wait_for_function("() => document.querySelector('#status').textContent.includes(' rounds')")
@@ -236,6 +271,8 @@ def test_a_chat_is_seen_round_by_round_and_again_from_its_recording(engine, tmp_
         assert page.inner_text("#where").startswith(f"{count - 1} of {count}:")
         assert page.get_attribute("#slider", "aria-valuetext") == f"round {count - 1} of {count}"
         assert page.locator("#strokes svg").count() == 2 and page.locator(".draw").count() > 0
+        assert page.locator(".soft.drawn").count() > 1 and "draft" in page.inner_text("#times")
+        assert "1 text in 1 slot" in page.inner_text("#lanes")
         page.click("#compare")
         page.wait_for_function("() => document.querySelector('#status').textContent.includes('to the last character')")
         with page.expect_download() as saved:

@@ -9,7 +9,7 @@ const PACES = { strokes: 900, second: 1000 / STROKES, fast: 200 / STROKES };
 
 const state = {
   about: {}, // what wrote the texts
-  turns: [], // { request, choice, prompt, answer, rounds, mine, seed, ended, view }
+  turns: [], // { request, choice, prompt, answer, draft, rounds, mine, seed, ended, view }
   all: [], // every round there is: { turn, event }
   at: -1, // the one that is shown
   follow: true, // whether a new round is shown as it comes
@@ -67,7 +67,8 @@ function newTurn(given) {
   const turn = { request: "", choice: 0, prompt: "", answer: "", rounds: [], mine: true, ...given };
   const answer = h("p", { class: "answer" });
   const prompt = turn.prompt || (turn.mine ? "" : `another request, ${turn.request}`);
-  turn.view = h("div", { class: "turn" }, prompt && h("p", { class: "prompt" }, prompt), answer);
+  const named = turn.draft && h("p", { class: "note" }, `draft ${turn.draft}`);
+  turn.view = h("div", { class: "turn" }, prompt && h("p", { class: "prompt" }, prompt), named, answer);
   turn.text = answer;
   state.turns.push(turn);
   $("turns").append(turn.view);
@@ -145,7 +146,7 @@ function show(index, stroke = STROKES) {
   const group = document.querySelector(`.turn .round[data-index="${state.at}"]`);
   group?.classList.add("shown");
   if (group) within($("turns"), group);
-  [features, growth, pass, walk, keep].forEach((draw, number) => {
+  [features, growthOfAll, pass, walk, keep].forEach((draw, number) => {
     const [words, figure] = draw(event);
     const item = $("strokes").children[number];
     item.querySelector("p").textContent = words;
@@ -243,11 +244,26 @@ function growth(event) {
   return [`${words}${both} ${chances}`, tree(event, true)];
 }
 
+function growthOfAll(event) {
+  // of a recording of two drafts: the other's tree behind the same token too
+  const [words, figure] = growth(event);
+  const { turn } = state.all[state.at];
+  if (!turn.draft || !figure) return [words, figure];
+  const place = (each) => each.root.pos === event.root.pos;
+  const others = state.turns.filter((each) => each !== turn && each.draft);
+  const lines = others.map((other) => {
+    const theirs = other.rounds.find(place);
+    const mark = h("p", { class: "note" }, `draft ${other.draft}${theirs ? "" : ": this token lies within a round of its"}`);
+    return [mark, theirs && reads(theirs) ? tree(theirs, true) : null];
+  });
+  return [words, [h("p", { class: "note" }, `draft ${turn.draft}`), figure, ...lines.flat().filter(Boolean)]];
+}
+
 function tree(event, drafted) {
   const W = 106,
     H = 32,
     GAP = 32,
-    ROW = 30,
+    ROW = event.drawn?.length ? 42 : 30,
     TOP = 26;
   const taken = new Set(event.path),
     end = event.path.at(-1),
@@ -309,6 +325,8 @@ function tree(event, drafted) {
       s("rect", { class: "box", width: W, height: H - 12, rx: 4 }),
       s("text", { x: 6, y: 15.5 }, short(text, parent < 0 ? 12 : 8)),
     );
+    const drawn = event.drawn?.[row];
+    if (drawn) group.append(s("text", { x: 6, y: H + 2, class: "soft drawn" }, `draws ${short(drawn[1], 11)}`));
     if (parent >= 0) {
       group.append(
         s("text", { x: W - 5, y: 15.5, "text-anchor": "end", class: "soft" }, chance < 0.005 ? "<.01" : chance.toFixed(2)),
@@ -425,7 +443,11 @@ function walk(event) {
     : "its likeliest token";
   const words =
     `At each row it reaches the target draws a token of its own: ${law}. A child that holds it is where the walk goes on; the first ` +
-    `draw that no child holds is the bonus token, and ends it. So no guess can change the text.`;
+    `draw that no child holds is the bonus token, and ends it. So no guess can change the text.` +
+    (sampled(event) && reads(event)
+      ? " The draft ranks its guesses with the very same noise, so it guesses what will be drawn, not what is likely: that is why " +
+        "guesses stay right when text is sampled."
+      : "");
   return [
     words,
     event.draws.length
@@ -442,41 +464,60 @@ function drawn(event, draw, place) {
   const row = event.path[place],
     last = place === event.path.length - 1,
     noisy = sampled(event);
-  const head = noisy ? ["", "chance", "log", "noise", "sum"] : ["", "chance", ""];
   const best = Math.max(...draw.map(([, , chance]) => chance), 1e-9);
   const lines = draw.map(([, text, chance, noise], rank) => {
-    const log = Math.log(chance);
-    const number = chance < 0.0001 ? "<0.0001" : chance.toFixed(chance < 0.01 ? 4 : 2);
-    const bar = h("span", { class: "bar" });
-    bar.style.width = `${Math.round((56 * chance) / best)}px`;
-    const cells = noisy
-      ? [number, log, noise, log + noise].map((each) => (each === number ? number : signed(each))).map((each) => h("td", {}, each))
-      : [h("td", {}, number), h("td", {}, bar)];
-    return h("tr", { class: rank ? "" : "drawn" }, h("td", {}, short(text, 14)), cells);
+    const cells = noisy ? summed(chance, noise) : [small(chance), bar(chance / best)];
+    return line(text, cells, rank ? "" : "drawn");
   });
+  const head = noisy ? ["", "chance", "log", "noise", "sum"] : ["", "chance", ""];
   const verdict = last ? (event.nodes.length > 1 ? "in no child: the bonus token" : "the round's one token") : "a child holds it: on";
   return h(
     "div",
     { class: `draw${last ? " last" : ""}` },
-    h(
-      "table",
-      {},
-      h("caption", {}, `behind ${quoted(event.nodes[row][1])}`),
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          head.map((each) => (each ? h("th", { scope: "col" }, each) : h("td", {}))),
-        ),
-      ),
-      h("tbody", {}, lines),
-    ),
+    list(`the target, behind ${quoted(event.nodes[row][1])}`, head, lines),
     h("p", { class: "verdict" }, verdict),
+    guesses(event, draw, place),
   );
 }
 
+function guesses(event, draw, place) {
+  // the draft's guesses at a row of the walk, with the noise that the target drew with
+  const beside = (event.beside?.[place] ?? []).slice(0, 5);
+  if (!beside.length) return null;
+  const noisy = sampled(event);
+  const lines = beside.map(([row, chance, noise]) => {
+    const [token, text] = event.nodes[row],
+      mine = own(event, row);
+    const log = Math.log(Math.max(mine, 1e-12)) - noise;
+    const cells = noisy ? [small(mine), signed(log), signed(noise), signed(log + noise)] : [small(mine), small(chance)];
+    return line(text, cells, token === draw[0][0] ? "drawn" : "");
+  });
+  const head = noisy ? ["", "chance, given the noise", "log q + c", "noise", "sum"] : ["", "draft", "target"];
+  return list(noisy ? "the guesses, with the same noise" : "the guesses", head, lines);
+}
+
+function list(caption, head, lines) {
+  const cells = head.map((each) => (each ? h("th", { scope: "col" }, each) : h("td", {})));
+  return h("table", {}, h("caption", {}, caption), h("thead", {}, h("tr", {}, cells)), h("tbody", {}, lines));
+}
+
+function line(text, cells, kind) {
+  return h(
+    "tr",
+    { class: kind },
+    h("td", {}, short(text, 14)),
+    cells.map((each) => h("td", {}, each)),
+  );
+}
+
+function bar(share) {
+  const part = h("span", { class: "bar" });
+  part.style.width = `${Math.round(56 * share)}px`;
+  return part;
+}
+
+const small = (chance) => (chance < 0.0001 ? "<0.0001" : chance.toFixed(chance < 0.01 ? 4 : 2));
+const summed = (chance, noise) => [small(chance), signed(Math.log(chance)), signed(noise), signed(Math.log(chance) + noise)];
 const signed = (number) => (number < 0 ? "−" : "") + Math.abs(number).toFixed(2);
 
 // 5
@@ -568,6 +609,8 @@ function overTime() {
   $("speeds").replaceChildren(
     plot(indices, null, speed, count ? `${speed(state.at).toFixed(0)} tokens a second at round ${state.at + 1}` : "nothing yet"),
   );
+  $("times").replaceChildren(...times(indices));
+  $("lanes").replaceChildren(...lanes());
   const counts = new Map();
   for (const { event } of state.all) counts.set(event.committed.length, (counts.get(event.committed.length) ?? 0) + 1);
   $("lengths").replaceChildren(lengths(counts));
@@ -608,6 +651,89 @@ function plot(indices, bars, line, words) {
       s("polyline", { class: "line", points: indices.map((index, place) => `${x(place) + step / 2},${y(line(index))}`).join(" ") }),
     );
   return drawing;
+}
+
+function spent(index) {
+  // a round's milliseconds: the draft's, the pass's, all else; all else is not known of a text's first round
+  const { turn, event } = state.all[index];
+  const before = turn.rounds[turn.rounds.indexOf(event) - 1];
+  const whole = before && before.n === event.n - 1 ? event.ms.at - before.ms.at : event.ms.draft + event.ms.pass;
+  return [event.ms.draft, event.ms.pass, Math.max(0, whole - event.ms.draft - event.ms.pass)];
+}
+
+function times(indices) {
+  const W = 480,
+    H = 110,
+    LEFT = 34,
+    BASE = H - 4;
+  const parts = indices.map(spent),
+    plain = indices.map((index) => state.all[index].event.ms.plain ?? null);
+  const most = Math.max(1, ...parts.map(sum), ...plain.map((each) => each ?? 0)) * 1.05;
+  const step = (W - LEFT) / Math.max(indices.length, 24),
+    height = (value) => ((BASE - 4) * value) / most;
+  const now = state.at >= 0 ? spent(state.at) : null,
+    price = state.at >= 0 ? state.all[state.at].event.ms.plain : null;
+  const words = now
+    ? `round ${state.at + 1}: draft ${ms(now[0])}, pass ${ms(now[1])}, rest ${ms(now[2])}` +
+      (price ? `; a plain pass, for one token, takes ${ms(price)}` : "")
+    : "nothing yet";
+  const drawing = s("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words });
+  const mark = Math.floor(most / 1.05);
+  drawing.append(
+    s("line", { class: "axis", x1: LEFT, x2: W, y1: BASE - height(mark), y2: BASE - height(mark) }),
+    s("text", { class: "soft", x: LEFT - 4, y: BASE - height(mark) + 4, "text-anchor": "end" }, String(mark)),
+  );
+  indices.forEach((index, place) => {
+    let top = BASE;
+    parts[place].forEach((part, kind) => {
+      top -= height(part);
+      const box = { x: LEFT + place * step + step * 0.1, width: step * 0.8, y: top, height: height(part) };
+      drawing.append(s("rect", { class: ["head-a", "head-g", "rest"][kind], ...box }));
+    });
+    if (plain[place] !== null) {
+      const y = BASE - height(plain[place]);
+      drawing.append(s("line", { class: "line", x1: LEFT + place * step, x2: LEFT + (place + 1) * step, y1: y, y2: y }));
+    }
+    if (index === state.at) drawing.append(s("rect", { class: "here", x: LEFT + place * step, width: step, y: 2, height: BASE - 1 }));
+  });
+  return [drawing, h("p", { class: "note" }, `${words}.`)];
+}
+
+function lanes() {
+  // a line for each slot: a text waits and reads, then ticks as its rounds end, taller for more tokens
+  const texts = state.turns.filter((turn) => turn.rounds.length && turn.rounds[0].ms.end !== undefined);
+  const begun = (turn) => turn.rounds[0].ms.end - turn.rounds[0].ms.at,
+    ended = (turn) => turn.rounds.at(-1).ms.end;
+  const last = Math.max(0, ...texts.map(ended)),
+    first = Math.max(last - 30000, Math.min(last, ...texts.map(begun)));
+  const slots = [...new Set(texts.map((turn) => turn.rounds[0].slot ?? 0))].sort((a, b) => a - b);
+  const W = 480,
+    ROW = 26,
+    LEFT = 34,
+    H = Math.max(1, slots.length) * ROW + 4;
+  const x = (time) => LEFT + ((W - LEFT - 2) * (Math.max(time, first) - first)) / Math.max(last - first, 1);
+  const words = texts.length ? `${some(texts.length, "text")} in ${some(slots.length, "slot")}` : "nothing yet";
+  const drawing = s("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words });
+  slots.forEach((slot, place) => {
+    const base = (place + 1) * ROW;
+    drawing.append(
+      s("text", { class: "soft", x: LEFT - 6, y: base - 4, "text-anchor": "end" }, String(slot)),
+      s("line", { class: "axis", x1: LEFT, x2: W, y1: base, y2: base }),
+    );
+    for (const turn of texts.filter((each) => (each.rounds[0].slot ?? 0) === slot && ended(each) >= first)) {
+      const reading = begun(turn),
+        written = reading + turn.rounds[0].ms.first;
+      drawing.append(
+        s("rect", { class: "reading", x: x(reading), y: base - 9, width: Math.max(1, x(written) - x(reading)), height: 8 }),
+      );
+      for (const event of turn.rounds) {
+        if (event.ms.end < first) continue;
+        const height = Math.min(22, 4 + 4 * event.committed.length);
+        drawing.append(s("line", { class: "tick", x1: x(event.ms.end), x2: x(event.ms.end), y1: base, y2: base - height }));
+      }
+    }
+  });
+  return [drawing, h("p", { class: "note" }, `${words}${last > first ? `, ${((last - first) / 1000).toFixed(1)} seconds` : ""}.`)];
 }
 
 function lengths(counts) {
@@ -720,7 +846,8 @@ async function* events(response) {
 
 async function watch(request, signal) {
   // resolves once the server watches; the rounds come in by themselves
-  const response = await fetch(`v1/eyas/rounds?request=${encodeURIComponent(request)}`, { headers: headers(), signal });
+  const draws = $("everywhere").checked ? "&draws=all" : "";
+  const response = await fetch(`v1/eyas/rounds?request=${encodeURIComponent(request)}${draws}`, { headers: headers(), signal });
   if (!response.ok) throw new Error(await refusal(response));
   const over = (async () => {
     try {
@@ -888,7 +1015,7 @@ function clear() {
 }
 
 function save() {
-  const turns = state.turns.map(({ request, choice, prompt, answer, rounds }) => ({ request, choice, prompt, answer, rounds }));
+  const turns = state.turns.map(({ request, choice, prompt, answer, draft, rounds }) => ({ request, choice, prompt, answer, draft, rounds }));
   const file = new Blob([JSON.stringify({ recording: FORM, about: state.about, turns })], { type: "application/json" });
   const link = h("a", { href: URL.createObjectURL(file), download: "rounds.json" });
   link.click();
