@@ -254,9 +254,15 @@ function growthOfAll(event) {
   const lines = others.map((other) => {
     const theirs = other.rounds.find(place);
     const mark = h("p", { class: "note" }, `draft ${other.draft}${theirs ? "" : ": this token lies within a round of its"}`);
-    return [mark, theirs && reads(theirs) ? tree(theirs, true) : null];
+    return [mark, theirs && reads(theirs) ? alone(tree(theirs, true)) : null];
   });
   return [words, [h("p", { class: "note" }, `draft ${turn.draft}`), figure, ...lines.flat().filter(Boolean)]];
+}
+
+function alone(drawing) {
+  // its rows are not those of the mask
+  for (const each of drawing.querySelectorAll("[data-row]")) each.removeAttribute("data-row");
+  return drawing;
 }
 
 function tree(event, drafted) {
