@@ -46,7 +46,7 @@ def verdict(one: Run, other: Run, tokenizer: Any) -> str:
     if mine == theirs:
         return f"The same {len(mine)} tokens of the target with both, seed {one.text.seed}: {escape(repr(tokenizer.decode(mine)))}"
     same = next((place for place, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), min(len(mine), len(theirs)))
-    return f"The texts part behind {same} tokens: at a near tie rounding decides here; --precision fp32 keeps them alike."
+    return f"The texts part behind {same} token{'s' * (same != 1)}: at a near tie rounding decides here; --precision fp32 keeps them alike."
 
 
 def cell(this: Round | None, run: Run, place: int, shared: set[Path] | None) -> Group | Text:
@@ -57,8 +57,9 @@ def cell(this: Round | None, run: Run, place: int, shared: set[Path] | None) -> 
     lines: list[Drawing | Text] = [drawing(this)]
     if shared is not None:
         alone = len(this["nodes"]) - 1 - len(shared)
-        lines.append(Text(f"{len(shared)} guesses in both trees, {alone} in this one alone", style="dim"))
-    return Group(*lines, Text(f"{len(this['committed'])} tokens from one pass", style="dim"))
+        lines.append(Text(f"{len(shared)} in both trees, {alone} in this one alone", style="dim"))
+    count = len(this["committed"])
+    return Group(*lines, Text(f"{count} token{'s' * (count > 1)} from one pass", style="dim"))
 
 
 def paths(this: Round) -> dict[Path, int]:
