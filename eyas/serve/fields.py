@@ -238,6 +238,10 @@ def anything(name: str, value: Any) -> Any:
 
 STRING, BOOLEAN, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 ECHO = "whether the prompt's text comes first, with its log probabilities under logprobs; max_tokens may then be 0"
+PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": STRING}}
+ROLES = {"enum": ["system", "developer", "user", "assistant", "tool"]}
+SAID = {"role": ROLES, "content": {"anyOf": [STRING, {"type": "array", "items": PART}, {"type": "null"}]}}
+MESSAGES = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"], "properties": SAID}}
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 SOME = {"type": "string", "minLength": 1}
 PROMPTS = {"anyOf": [SOME, IDS, {"type": "array", "items": {"anyOf": [SOME, IDS]}, "minItems": 1, "maxItems": MOST_PROMPTS}]}
@@ -246,7 +250,7 @@ STRINGS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MOST_STO
 COUNTED = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 20}, BOOLEAN]}
 FIELDS: tuple[Field, ...] = (
     Field("model", "a name that the server goes by", text, STRING),
-    Field("messages", "the conversation so far", messages, {"type": "array", "items": OBJECT, "minItems": 1}, of=(CHAT,)),
+    Field("messages", "the conversation so far", messages, MESSAGES, of=(CHAT,)),
     Field("prompt", "text to go on with, or its token ids; several give several choices", prompts, PROMPTS, of=(TEXT,)),
     Field("max_completion_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31), of=(CHAT,)),
     Field("max_tokens", "tokens of the answer at most; -1: what fits", *integer(-1, 1 << 31)),

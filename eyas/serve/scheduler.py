@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eyas.decode.sequence import Sequence
 
 LEAST_PART = 16  # rows of a prompt that are read at once, however long others then wait
+MOST_STALLS = 5  # how many times `stall` those that decode are held up at most, unless a round takes longer
 RATE_WEIGHT = 0.2  # weight of a new part in the mean of seconds a row
 
 
@@ -196,14 +197,19 @@ class Scheduler:
         return seconds if others else 0.0
 
     def part(self, held: float) -> int:
-        """Rows of a prompt to read now, where others were held up for `held` seconds in this turn; 0: none. They wait for as long as a
-        round takes, or `stall` if that is more."""
+        """Rows of a prompt to read now, where others were held up for `held` seconds in this turn; 0: none."""
         if not self.decoder.decoding or not self.seconds_a_row:
             return PROMPT_PART
-        rows = min(PROMPT_PART, int((max(self.settings.stall, self.round_seconds) - held) / self.seconds_a_row))
+        rows = min(PROMPT_PART, int((self.patience() - held) / self.seconds_a_row))
         if held:
             return rows if rows >= LEAST_PART else 0
         return max(LEAST_PART, rows)
+
+    def patience(self) -> float:
+        """Seconds for which those that decode may be held up in a turn: as long as a round takes, or `stall` if that is more; where many
+        prompts wait for few texts longer in proportion, since rounds of few cost most a token."""
+        usual, share = max(self.settings.stall, self.round_seconds), len(self.decoder.reading) / len(self.decoder.decoding)
+        return min(usual * (1 + share), max(MOST_STALLS * self.settings.stall, usual))
 
     def tell(self, served: Iterable[Sequence]) -> None:
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
