@@ -64,6 +64,7 @@ def text_of(options: argparse.Namespace, studied: Studied, settings: TrainSettin
     is asked for; else the target writes one."""
     words = own_words(studied, None, None, console)
     if options.self_play is None and wrote(words.play):
+        console.print("the target reads a text that it wrote before", soft_wrap=True)
         examples, _ = from_text([TEXT], words, settings, None, [])
         return examples, kept_states(reading_target(studied, options.device), studied.taps, examples)
     examples, _ = from_self_play(options, words, settings, options.self_play or SELF_PLAY, workers_of(options), None)
