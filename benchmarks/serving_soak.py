@@ -6,7 +6,7 @@ So many clients ask a server in a process of its own, one request after the othe
 now and then, send half a head and wait, send too much or no JSON; processes with sixteen streams are killed. A tenth of the way the server
 is asked to end while requests are under way, and starts again on the same port. Every whole answer must be the one that the same request
 got alone, and every cut one the beginning of it. What the server holds at the end (memory, threads, files, slots) is compared with what
-it held after the first thousand. The model is the tests' tiny one, or with `--embedded` the embedded target. `--quick` asks 80.
+it held after the first thousand. The model is the tests' tiny one, or with `--embedded` the embedded target. `--quick` asks 40.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--embedded", action="store_true", help="the embedded target in place of a tiny one")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--log", type=Path, help="what the server says (default: a temporary file)")
-    given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, requests=80, at_once=8)
+    given = parsed(parser, words, {"prompts": f"prompts/{KINDS['chat']}"}, requests=40, at_once=8)
     target = target_directory(None) if given.embedded else tiny().target
     models = [] if given.embedded else ["--target", str(tiny().target), "--draft", str(tiny().draft)]
     prompts = [str(item.prompt)[:200] for item in read_prompts(str(given.prompts))[0]]
