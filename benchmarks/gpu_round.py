@@ -173,7 +173,13 @@ def main(words: Sequence[str] | None = None) -> None:
         "context": given.long,
         "passes_ms": passes(target, drafter.wants, (1, max(given.nodes)), given.long, given.repeats),
     }
-    forms = {"launched": (False, GREEDY), "captured": (True, GREEDY), "captured, temperature 1": (True, Sampling(1.0))}
+    forms = {
+        "launched": (False, GREEDY),
+        "captured": (True, GREEDY),
+        "captured, temperature 1": (True, Sampling(1.0)),
+        "captured, temperature 1, top-p 0.9": (True, Sampling(1.0, top_p=0.9)),
+        "captured, temperature 1, top-k 20": (True, Sampling(1.0, top_k=20)),
+    }
     for name, (captured, sampling) in forms.items():
         form = Form(captured, sampling, given.context, given.rounds)
         plain = round_ms(target, None, PLAIN, form)

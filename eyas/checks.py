@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, cast
@@ -26,8 +26,9 @@ WANTED = re.compile(r"to allocate (\d+(?:\.\d+)?)\.? (bytes|[KMGTP]iB)")
 
 
 @contextmanager
-def within_memory(way_out: str) -> Iterator[None]:
-    """Raise `EyasError` in one line where the block runs out of memory, the machine's or a GPU's. `way_out`: what the user may lower."""
+def within_memory(way_out: str | Callable[[], str]) -> Iterator[None]:
+    """Raise `EyasError` in one line where the block runs out of memory, the machine's or a GPU's. `way_out`: what the user may lower, or
+    what tells it then."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -36,7 +37,7 @@ def within_memory(way_out: str) -> Iterator[None]:
         wanted = WANTED.search(str(error))
         number = f" ({float(wanted[1]):,g} {wanted[2]} more were wanted)" if wanted else ""
         where = "the GPU" if "cuda" in f"{type(error).__name__} {error}".lower() else "this machine"
-        raise EyasError(f"{where} is out of memory{number}; {way_out}") from error
+        raise EyasError(f"{where} is out of memory{number}; {way_out if isinstance(way_out, str) else way_out()}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -112,7 +112,7 @@ def test_trees_grown_by_one_graph_are_the_plain_growths_on_cuda(shape, sampling)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3)], ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3), Sampling(1.3, top_p=0.9), Sampling(1.2, top_k=5, min_p=0.05)], ids=str)
 @pytest.mark.parametrize("shape", ["chain:4", "20x4x5", "64x7x6"])
 def test_rounds_that_are_one_graph_commit_what_plain_rounds_do_on_cuda(shape, sampling):
     """Few tokens, so that guesses of a random draft often come true."""

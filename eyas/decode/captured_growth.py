@@ -14,7 +14,8 @@ from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.fixed import grow_fixed, log_scores, tree_of
+from eyas.decode.fixed import Drawn, grow_fixed, log_scores, tree_of
+from eyas.decode.fixed_filters import law_of
 from eyas.decode.philox import gumbel_on, wrapped
 from eyas.decode.tree import Tree
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
@@ -32,11 +33,14 @@ class CapturedGrowth:
         self.ids_D = vocab.on(network.device)
         self.deepest: dict[tuple[int, int], int] = {}  # by nodes and children of a node: levels of the deepest tree that was asked for
 
-    def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree:
-        """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept."""
+    def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree | None:
+        """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept. None where
+        it cannot be captured."""
         form, given = self.form(request, cache), numbers_of(request)
         run = partial(form.grow, Draft(self.network, cache.slabs, self.group), self.vocab.vocab_size)
-        (found,) = fixed_call(run, ("growth", form), cache.slabs, *given, a_1H, self.ids_D)
+        if (outputs := fixed_call(run, ("growth", form), cache.slabs, *given, a_1H, self.ids_D)) is None:
+            return None
+        (found,) = outputs
         assert found is not None
         return tree_of(request.root, found)
 
@@ -47,14 +51,14 @@ class CapturedGrowth:
         levels = self.deepest[shape.nodes, shape.top_k] = max(shape.levels, self.deepest.get((shape.nodes, shape.top_k), 0))
         window = window_of(request.position + (levels - 1) * shape.top_k, cache.capacity + 1)
         whole = TreeShape(shape.nodes, levels - 1, shape.top_k)
-        return Levels(whole, window, not request.sampling.greedy, request.noise is not None)
+        return Levels(whole, window, Drawn.of(request))
 
 
 def numbers_of(request: TreeRequest, *more: int) -> tuple[Tensor, Tensor]:
-    """What changes from round to round: int64 [3 + ..] seed, position of the root, levels for which the text has room, and `more`; and the
-    temperature, float64 [1]."""
+    """What changes from round to round: int64 [3 + ..] seed, position of the root, levels for which the text has room, and `more`; and how
+    tokens are drawn, as `law_of` has it."""
     numbers = torch.tensor([wrapped(request.seed or 0), request.position, request.shape.levels, *more])
-    return numbers, torch.tensor([request.sampling.temperature], dtype=torch.float64)
+    return numbers, law_of(request.sampling)
 
 
 class Draft(NamedTuple):
@@ -75,15 +79,14 @@ class Levels(NamedTuple):
 
     shape: TreeShape
     window: int  # keys that are read
-    sampled: bool  # at a temperature; else greedy
-    noisy: bool  # candidates are ranked with the noise that the target will draw with
+    drawn: Drawn
 
-    def grow(self, draft: Draft, vocab_size: int, numbers: Tensor, temperature: Tensor, a_1H: Tensor, ids_D: Tensor) -> tuple[Tensor]:
+    def grow(self, draft: Draft, vocab_size: int, numbers: Tensor, law_4: Tensor, a_1H: Tensor, ids_D: Tensor) -> tuple[Tensor]:
         """The tree, as `grow_fixed` gives it, from what `numbers_of` gives and the output at the root."""
         seed, position, allowed = numbers.split(1)
         depths_L = 1 + torch.arange(self.shape.levels, device=numbers.device)
-        noise_LD = gumbel_on(seed.expand_as(depths_L), position + depths_L, vocab_size)[:, ids_D] if self.noisy else None
-        return (self.tree(draft, a_1H, position, allowed, temperature, noise_LD, ids_D),)
+        noise_LD = gumbel_on(seed.expand_as(depths_L), position + depths_L, vocab_size)[:, ids_D] if self.drawn.noisy else None
+        return (self.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D),)
 
     def tree(
         self,
@@ -91,7 +94,7 @@ class Levels(NamedTuple):
         a_1H: Tensor,
         position: Tensor,
         allowed: Tensor,
-        temperature: Tensor,
+        law_4: Tensor,
         noise_LD: Tensor | None,
         ids_D: Tensor,
     ) -> Tensor:
@@ -102,7 +105,7 @@ class Levels(NamedTuple):
 
         def follows(level: int) -> Tensor:
             logits = network.logits_at(level, a)
-            return log_scores(logits, temperature if self.sampled else None, None if noise_LD is None else noise_LD[level])
+            return log_scores(logits, self.drawn, law_4, None if noise_LD is None else noise_LD[level])
 
         def read(level: int, tokens_K: Tensor, rows_K: Tensor) -> Tensor:
             """Each row reads a node's token with its parent's a, and sees the text, its ancestors and itself."""

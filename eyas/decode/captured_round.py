@@ -1,8 +1,8 @@
 """A whole round of one sequence as one graph: catch up, grow, the target's pass, the walk along its draws, keep.
 
-The host hands in the text that the draft has not read, a few numbers and the temperature, and learns the tokens that the round commits;
-in between it decides nothing. The round in generate.py is the readable twin, and runs wherever something is asked for that this one does
-not know. Knows a target of ours, a draft's growth and their caches; knows nothing of text, ends of it, or plans.
+The host hands in the text that the draft has not read, a few numbers and how tokens are drawn, and learns the tokens that the round
+commits; in between it decides nothing. The round in generate.py is the readable twin, and runs wherever something is asked for that this
+one does not know. Knows a target of ours, a draft's growth and their caches; knows nothing of text, ends of it, or plans.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels, numbers_of
 from eyas.decode.drafter import Drafter, TreeRequest
 from eyas.decode.fixed import grows_fixed, tree_of
+from eyas.decode.fixed_filters import Filters, filtered
 from eyas.decode.philox import gumbel_on
-from eyas.decode.tree import Tree
+from eyas.decode.tree import IMPOSSIBLE, Tree
 from eyas.decode.unread import Unread
 from eyas.decode.verify import Accepted
 from eyas.kernels.captured import StaticAttention, fixed_call, window_of
@@ -40,6 +41,9 @@ class CapturedDrafter(Drafter, Protocol):
         """The last rows of committed text that it has not read, at least one and at most `most`, for a graph that reads them now."""
         ...
 
+    def was_read(self, sequence: int, count: int) -> None:
+        """So many of these rows were read: they stand in the cache."""
+
 
 class Found(NamedTuple):
     """What a round found. Its path's rows are in the caches."""
@@ -49,10 +53,16 @@ class Found(NamedTuple):
     features: Tensor  # [tokens, F] of the path's rows
     logits: Tensor  # [nodes, V] the target's; the next round overwrites them
     nodes: Tensor  # what `tree` is made of
+    ranks: list[int]  # of the path's nodes below the root, by score among all nodes; 1 for the best
 
     def tree(self, root: int) -> Tree:
         """The tree that was read, root included."""
         return tree_of(root, self.nodes)
+
+
+def runs(target: TargetModel, cache: Cache, drafter: Drafter) -> bool:
+    """Whether graphs may run rounds over these caches."""
+    return isinstance(target, Target) and pooled(cache) and isinstance(drafter, CapturedDrafter) and pooled(drafter.cache)
 
 
 def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest) -> Found | None:
@@ -73,15 +83,18 @@ def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request:
     draft = Draft(growth.network, drafted.slabs, growth.group)
     # a graph runs over the slabs of both; it lies with the draft's, and knows the target's without keeping them
     key = ("round", form, weakref.ref(cache.slabs))
-    told, kept, logits, nodes = fixed_call(
-        partial(form.run, target, cache.slabs, draft), key, drafted.slabs, *numbers_of(request, count), tokens, features, growth.ids_D
-    )
+    given = (*numbers_of(request, count), tokens, features, growth.ids_D)
+    if (outputs := fixed_call(partial(form.run, target, cache.slabs, draft), key, drafted.slabs, *given)) is None:
+        return None
+    told, kept, logits, nodes = outputs
     assert told is not None and kept is not None and logits is not None and nodes is not None
-    path, draws = told.tolist()
+    path, draws, ranks = told.tolist()
     accepted = path.index(END) if END in path else len(path)
-    drafted.keep(request.sequence, range(count))
+    drafter.was_read(request.sequence, count)
     cache.keep(request.sequence, range(accepted))  # their rows lie behind each other already
-    return Found(Accepted(path[:accepted], draws[accepted - 1]), draws[:accepted], kept[:accepted].clone(), logits, nodes)
+    return Found(
+        Accepted(path[:accepted], draws[accepted - 1]), draws[:accepted], kept[:accepted].clone(), logits, nodes, ranks[1:accepted]
+    )
 
 
 def pooled(cache: Cache) -> TypeGuard[KVCache]:
@@ -102,29 +115,32 @@ class Round(NamedTuple):
         slabs: Slabs,
         draft: Draft,
         numbers: Tensor,
-        temperature: Tensor,
+        law_4: Tensor,
         tokens_C: Tensor,
         features_CF: Tensor,
         ids_D: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The path's rows up to END and what was drawn there, int64 [2, C]; their features [C, F]; the target's logits [N, V]; the nodes as
-        `grow_fixed` gives them. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread text."""
+        """The path's rows up to END, what was drawn there and their ranks, int64 [3, C]; their features [C, F]; the target's logits [N, V];
+        the nodes as `grow_fixed` gives them. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread text."""
         seed, position, allowed, count = numbers.split(1)
         depths_L = 1 + torch.arange(len(tokens_C), device=numbers.device)
-        noise_LV = gumbel_on(seed.expand_as(depths_L), position + depths_L, target.config.vocab_size) if self.levels.noisy else None
+        noise_LV = gumbel_on(seed.expand_as(depths_L), position + depths_L, target.config.vocab_size) if self.levels.drawn.noisy else None
         a_1H = catch_up(draft, self.levels.window, position, count, tokens_C, features_CF)
         noise_LD = None if noise_LV is None else noise_LV[:-1, ids_D]
-        tree = self.levels.tree(draft, a_1H, position, allowed, temperature, noise_LD, ids_D)
+        tree = self.levels.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D)
         root = tokens_C[count - 1]
         tokens_N, parents_N, depths_N = (torch.cat([first, rest]) for first, rest in zip((root, 0 * root, 0 * root), tree[:3], strict=True))
         ancestors_NN = ancestors(parents_N, len(tokens_C))
         out = self.read(target, slabs, position, tokens_N, depths_N, ancestors_NN)
-        draws_N = drawn(out.logits, temperature if self.levels.sampled else None, None if noise_LV is None else noise_LV[depths_N])
-        path_N = walked(tokens_N, parents_N, depths_N <= allowed, ancestors_NN, draws_N)
+        draws_N = drawn(out.logits, self.levels.drawn.filters, law_4, None if noise_LV is None else noise_LV[depths_N])
+        there_N = torch.cat([root >= 0, tree[3].view(torch.float64) > IMPOSSIBLE])
+        path_N = walked(tokens_N, parents_N, there_N, ancestors_NN, draws_N)
         path_C = path_N.long().sort(descending=True, stable=True).indices[: len(tokens_C)]
         keep(slabs, position, path_C)
         assert out.features is not None
-        told = torch.stack([path_C.masked_fill(~path_N[path_C], END), draws_N[path_C]])
+        order_n = tree[3].view(torch.float64).sort(descending=True, stable=True).indices
+        ranks_N = torch.cat([0 * root, 1 + order_n.argsort()])
+        told = torch.stack([path_C.masked_fill(~path_N[path_C], END), draws_N[path_C], ranks_N[path_C]])
         return told, out.features[path_C], out.logits, tree
 
     def read(self, target: Target, slabs: Slabs, position: Tensor, tokens_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Output:
@@ -154,11 +170,11 @@ def ancestors(parents_N: Tensor, levels: int) -> Tensor:
     return seen
 
 
-def drawn(logits_NV: Tensor, temperature: Tensor | None, noise_NV: Tensor | None) -> Tensor:
-    """The target's draw at each row, as `sampling.draw` draws it without filters: int64 [N]. `temperature` [1]; None: greedy."""
-    if temperature is None or noise_NV is None:
+def drawn(logits_NV: Tensor, filters: Filters, law_4: Tensor, noise_NV: Tensor | None) -> Tensor:
+    """The target's draw at each row, as `sampling.draw` draws it: int64 [N]. Without noise: greedy."""
+    if noise_NV is None:
         return logits_NV.argmax(-1)
-    return (logits_NV.double() / temperature).add_(noise_NV).argmax(-1)
+    return (filtered(logits_NV.double() / law_4[:1], filters, law_4) + noise_NV).argmax(-1)
 
 
 def walked(tokens_N: Tensor, parents_N: Tensor, there_N: Tensor, ancestors_NN: Tensor, draws_N: Tensor) -> Tensor:

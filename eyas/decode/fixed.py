@@ -17,11 +17,23 @@ from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.sampling import unfiltered
+from eyas.decode.fixed_filters import Filters, filtered, loosened
 from eyas.decode.score import top
 from eyas.decode.tree import IMPOSSIBLE, Tree
 
 Read = Callable[[int, Tensor, Tensor], Tensor]  # level, tokens [K], their parents among the last level's rows [K] -> log scores [K, D]
+
+
+class Drawn(NamedTuple):
+    """How the target's token is drawn, as far as a graph depends on it."""
+
+    sampled: bool  # at a temperature; else greedy
+    noisy: bool  # candidates are ranked with the noise that the target will draw with
+    filters: Filters = Filters()
+
+    @classmethod
+    def of(cls, request: TreeRequest) -> Drawn:
+        return cls(not request.sampling.greedy, request.noise is not None, Filters.of(request.sampling))
 
 
 class Candidates(NamedTuple):
@@ -34,16 +46,17 @@ class Candidates(NamedTuple):
 
 def grows_fixed(request: TreeRequest, vocab_size: int) -> bool:
     """Whether the tree that is asked for can be grown in fixed shapes: one whose shape scores settle, from the draft's candidates alone (a
-    vocabulary of `vocab_size`), ranked by their logits or with noise made from a seed, unfiltered."""
+    vocabulary of `vocab_size`), ranked by their logits or with noise made from a seed."""
     shape, others = request.shape, (request.planner, request.processed, request.copied, request.draws)
     ranked = request.noise is None or request.seed is not None
     ours = shape.nodes > 1 and shape.top_k <= vocab_size and not (shape.counts or shape.growth)
-    return ours and ranked and unfiltered(request.sampling) and all(each is None for each in others)
+    return ours and ranked and all(each is None for each in others)
 
 
 def grow_fixed(shape: TreeShape, levels: Tensor, first_1D: Tensor, read: Read, ids_D: Tensor) -> Tensor:
     """The tree of this shape as int64 [4, n], one column for each node but the root: the target's tokens, parents' rows in the tree,
-    depths, and bits of the float64 scores. Nodes deeper than `levels` (int64 [1]) have score -inf, and are the last.
+    depths, and bits of the float64 scores. Nodes that are ruled out, such as those deeper than `levels` (int64 [1]), have score -inf, and
+    are the last.
 
     `first_1D`: log scores of the root's children; `ids_D`: the target's id of each candidate.
     """
@@ -73,17 +86,21 @@ def kept(all_C: Candidates, shape: TreeShape, levels: Tensor) -> Tensor:
     order = torch.arange(len(tokens), device=tokens.device)
     depths = 1 + (order + level - shape.top_k) // level
     scores = scores.masked_fill(depths > levels, IMPOSSIBLE)
-    best = scores.sort(descending=True, stable=True).indices[: shape.nodes - 1].sort().values
+    best = scores.sort(descending=True, stable=True).indices[: shape.nodes - 1]
+    best = best[(best + len(tokens) * (scores[best] == IMPOSSIBLE)).argsort()]
     rows = torch.zeros(1 + len(tokens), dtype=torch.int64, device=tokens.device)
     rows.index_copy_(0, 1 + best, 1 + order[: len(best)])
     return torch.stack([tokens[best], rows[parents[best]], depths[best], scores[best].view(torch.int64)])
 
 
-def log_scores(logits_FD: Tensor, temperature: Tensor | None, noise_D: Tensor | None) -> Tensor:
-    """What `score.log_scores` computes, float64 [F, D]. `temperature`: [1]; None: greedy."""
+def log_scores(logits_FD: Tensor, drawn: Drawn, law_4: Tensor, noise_D: Tensor | None) -> Tensor:
+    """What `score.log_scores` computes, float64 [F, D]."""
     scores = logits_FD if logits_FD.dtype == torch.float64 else logits_FD.float()
-    if temperature is not None:
-        scores = (scores / temperature.to(scores.dtype)).log_softmax(-1)
+    if drawn.sampled:
+        scores = scores / law_4[:1].to(scores.dtype)
+        if any(drawn.filters):
+            scores = scores.masked_fill(filtered(scores.double(), *loosened(drawn.filters, law_4)) == IMPOSSIBLE, IMPOSSIBLE)
+        scores = scores.log_softmax(-1)
     if noise_D is not None:
         scores = scores + noise_D.to(scores.dtype)
     return scores.log_softmax(-1)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from eyas.checks import within_memory
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, Sampling, TreeShape
 from eyas.decode.captured_round import captured_round
+from eyas.decode.captured_round import runs as graphs_run
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
-from eyas.decode.memory import check_memory
+from eyas.decode.memory import check_memory, free_on, would_fit
 from eyas.decode.plan.planner import FixedPlan, Plan
 from eyas.decode.prefixes import Prefixes
 from eyas.decode.sampling import draw
@@ -32,6 +35,7 @@ from eyas.model.mask import ancestor_sight
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Rows, Segment, chain_rows
 
+LOWER = "lower --max-new-tokens, --tree, or how many texts are decoded at a time (batch)"  # where memory is wanting
 PROMPT_PART = 256  # rows of a prompt read at once: bounds the mask, the activations and how long others wait
 TOLD_PART = 64  # the same where the logits of all these rows are wanted
 
@@ -39,11 +43,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def on_its_cores(method: Method) -> Method:
-    """A method of the decoder in inference mode, with the cores for the target's threads."""
+    """A method of the decoder in inference mode, with the cores for the target's threads. Where memory runs out it raises `EyasError`."""
 
     @wraps(method)
     def led(self: Decoder, *arguments: Any) -> Any:
-        with torch.inference_mode(), self.target.threads():
+        with within_memory(self.way_out), torch.inference_mode(), self.target.threads():
             return method(self, *arguments)
 
     return cast("Method", led)
@@ -85,19 +89,24 @@ class Decoder:
 
     def round_as_graph(self, sequence: Sequence) -> bool:
         """Run the round of one sequence as one graph, where a graph can; False: nothing was done."""
-        if sequence.processors or not isinstance(self.plan, FixedPlan) or not self.verifier.shares_noise:
+        if sequence.processors or not self.verifier.shares_noise or not graphs_run(self.target, self.cache, self.drafter):
+            return False
+        asked = self.request(sequence)
+        if (shape := self.plan.whole(asked.shape)) is None:
             return False
         self.plan.pass_begins()
-        found = captured_round(self.target, self.cache, self.drafter, self.request(sequence))
+        found = captured_round(self.target, self.cache, self.drafter, replace(asked, shape=shape, planner=None))
         if found is None:
+            self.plan.no_graph()
             return False
         self.plan.pass_ends(self.target.device)
+        self.plan.judge_whole(found.ranks)
         tree, logits_NV = None, found.logits
         if self.watch:  # else nobody looks at the tree
             tree = found.tree(sequence.root)
             logits_NV = logits_NV[: len(tree)].clone()
         brought = self.settle(sequence, tree, found.accepted, found.tokens, logits_NV, found.features)
-        self.plan.ends(sequence.shape.nodes, brought)
+        self.plan.ends(shape.nodes, brought)
         return True
 
     def request(self, sequence: Sequence) -> TreeRequest:
@@ -165,25 +174,31 @@ class Decoder:
         shapes = list(shapes)
         nodes = max(shape.nodes for shape in shapes)
         room = longest + nodes
-        self.check_memory(slots, room, nodes)
+        self.taken, self.slots = self.memory_of(slots, room, nodes), slots
+        if self.target.device.type == "cpu":  # a GPU says by itself when it is full, and pools what it has
+            check_memory(self.taken, LOWER)
         if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
-        self.cache = self.target.new_cache(slots, room)
-        self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))
+        with within_memory(self.way_out):
+            self.cache = self.target.new_cache(slots, room)
+            self.drafter.reserve(slots, room + max((shape.depth + 1) * shape.top_k for shape in shapes))
         self.free = list(range(slots))
         self.prefixes = Prefixes(slots) if keep_prefixes else None
         self.waiting: deque[Sequence] = deque()  # sequences without a slot
         self.reading: deque[Sequence] = deque()  # sequences whose prompt is not read to its end
         self.decoding: list[Sequence] = []
 
-    def check_memory(self, slots: int, room: int, nodes: int) -> None:
-        """Raise `EyasError` where keys and values of so many rows a slot, or the logits of so many nodes, are more than the memory has."""
+    def memory_of(self, slots: int, room: int, nodes: int) -> dict[str, float]:
+        """The bytes that keys and values of so many rows a slot take, and the logits of so many nodes."""
         config = self.target.config
-        if self.target.device.type == "cpu":  # a GPU says by itself when it is full, and pools what it has
-            width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.target.dtype.itemsize
-            keys, logits = 2 * slots * room * width, 4 * slots * nodes * config.vocab_size
-            parts = {f"keys and values of {slots:,} x {room:,} tokens": keys, f"logits of {slots * nodes:,} nodes": logits}
-            check_memory(parts, "lower --max-new-tokens, --tree, or how many texts are decoded at a time (batch)")
+        width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.target.dtype.itemsize
+        keys, logits = 2 * slots * room * width, 4 * slots * nodes * config.vocab_size
+        return {f"keys and values of {slots:,} x {room:,} tokens": keys, f"logits of {slots * nodes:,} nodes": logits}
+
+    def way_out(self) -> str:
+        """What to lower where memory has run out, and how many texts at a time would have fitted, as far as keys and logits tell."""
+        held, free = getattr(getattr(self, "cache", None), "keys", None), free_on(self.target.device)
+        return LOWER + would_fit(self.taken, self.slots, free and free + (0 if held is None else 2 * held.nbytes))
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence in. It waits until a slot is free; its clock starts now."""

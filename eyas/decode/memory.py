@@ -1,4 +1,4 @@
-"""What something would take of the machine's memory, and what is free: said before any of it is taken.
+"""What something would take of a machine's or a GPU's memory, and what is free: said before any of it is taken, or once there is none left.
 
 Knows numbers of bytes; knows nothing of what they hold.
 """
@@ -8,9 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from eyas.config import EyasError
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_on(device: torch.device) -> float | None:
+    """The bytes of a device's memory that this process may still take, those among them that PyTorch holds and does not use; None where the
+    system does not say."""
+    if device.type != "cuda":
+        return free_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def free_bytes() -> float | None:
@@ -41,3 +52,12 @@ def check_memory(parts: Mapping[str, float], way_out: str) -> None:
     if free is not None and needed > free:
         told = " and ".join(f"{size / 1e9:,.1f} GB for {what}" for what, size in parts.items() if size > 0.01 * needed)
         raise EyasError(f"this takes {told}, and {free / 1e9:,.1f} GB are free; {way_out}")
+
+
+def would_fit(parts: Mapping[str, float], count: int, room: float | None) -> str:
+    """In words, how many of `count` texts that together take these parts fit into `room` bytes at a time, at least one less than did not
+    fit; nothing where the room is not known."""
+    if room is None:
+        return ""
+    most = min(int(room * count / max(sum(parts.values()), 1)), count - 1)
+    return f": of {count} about {most} would fit" if most > 0 else ": as it is not one fits beside the model"

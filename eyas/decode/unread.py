@@ -27,9 +27,14 @@ class PendingRows:
     features: list[Tensor] = field(default_factory=list)  # f_j of these rows, in pieces as they came
     begun: bool = False  # whether `observe` was called: the very first token has no row
 
+    def first(self, count: int) -> Unread:
+        """The first `count` rows; they go on waiting."""
+        if len(self.features) > 1:
+            self.features = [torch.cat(self.features)]
+        return Unread(self.tokens[:count], self.features[0][:count])
+
     def take(self, count: int) -> Unread:
         """The first `count` rows, which wait no longer."""
-        held = self.features[0] if len(self.features) == 1 else torch.cat(self.features)
-        taken = Unread(self.tokens[:count], held[:count])
+        taken, held = self.first(count), self.features[0]
         self.tokens, self.features = self.tokens[count:], [held[count:]] if len(held) > count else []
         return taken

@@ -91,9 +91,16 @@ class Eagle3Drafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         self.asked = {request.sequence: request for request in requests}
+        begin = self.catch_up
         if len(requests) == 1 and self.cache.slabs.pooled and grows_fixed(requests[0], len(self.vocab)):
-            return [self.captured.grow(requests[0], self.catch_up([requests[0].sequence]), self.cache)]
-        trees = grow(requests, self.catch_up, self.read_level, self.logits, self.vocab)
+            a_1H = self.catch_up([requests[0].sequence])
+            if (tree := self.captured.grow(requests[0], a_1H, self.cache)) is not None:
+                return [tree]
+
+            def begin(_: Sequence[int]) -> Tensor:
+                return a_1H
+
+        trees = grow(requests, begin, self.read_level, self.logits, self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's rows are dropped
         return trees
@@ -129,10 +136,15 @@ class Eagle3Drafter:
         self.read(*self.late_rows(sequences, CATCH_UP))
 
     def unread(self, sequence: int, most: int) -> Unread:
-        """The last rows that wait, for a caller that reads them; what is more than `most` is read here."""
+        """The last rows that wait, for a caller that reads them and then says `was_read`; what is more than `most` is read here."""
         while (more := len(self.pending[sequence].tokens) - most) > 0:
             self.read(*self.late_rows([sequence], min(CATCH_UP, more)))
-        return self.pending[sequence].take(most)
+        return self.pending[sequence].first(most)
+
+    def was_read(self, sequence: int, count: int) -> None:
+        """The first `count` of the rows that waited stand in the cache now."""
+        self.pending[sequence].take(count)
+        self.cache.keep(sequence, range(count))
 
     def late_rows(self, sequences: Sequence[int], most: int) -> tuple[list[int], Tensor, list[int], list[Segment]]:
         """Tokens, g, positions and segments of up to `most` of the rows that wait, for each sequence; they wait no longer."""
@@ -179,14 +191,15 @@ class Eagle3Drafter:
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft: a [N, H] of these rows, which stay in the cache until `propose` cuts them."""
         rows = torch.tensor(tokens), torch.tensor(positions)
-        if fits(self.cache, segments):
-            (a,) = fixed_pass(partial(step, self.network), (), self.group, self.cache, *rows, segments[0], g)
-            assert a is not None
-        else:
-            cache, placed = self.cache, (segments, rows[1], self.group)
-            attention = cache.attention_at(*placed) if isinstance(cache, WindowedCache) else cache.attention(segments, self.group)
+        found, cache = None, self.cache
+        if fits(cache, segments):
+            found = fixed_pass(partial(step, self.network), (), self.group, cache, *rows, segments[0], g)
+        if found is None:
+            windowed = isinstance(cache, WindowedCache)
+            attention = cache.attention_at(segments, rows[1], self.group) if windowed else cache.attention(segments, self.group)
             tokens_N, positions_N = (part.to(g.device) for part in rows)
-            (a,) = step(self.network, tokens_N, positions_N, attention, g)
+            found = step(self.network, tokens_N, positions_N, attention, g)
+        (a,) = found
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))
         assert a is not None

@@ -7,6 +7,7 @@ handed in.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from eyas.checks import EyasError
 from eyas.kernels import fused
 from eyas.kernels.attention import PassAttention, grouped_attention
 
@@ -99,31 +101,57 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def captures(device: torch.device) -> bool:
+    """Whether graphs are captured there; elsewhere a function is run as it is."""
+    return device.type == "cuda"
+
+
+def capture(run: Run, inputs: Sequence[Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]:
+    """A graph of a function on CUDA and its outputs. Raises whatever stands in the way."""
+    with torch.cuda.device(device):
+        stream, current = side_stream(device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):  # what PyTorch makes on first use must exist before the capture
+                for _ in range(RUNS - 1):
+                    run(*inputs)
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # of this thread alone: another may ask events or take memory meanwhile, as nccl's does
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                return graph, run(*inputs)
+        finally:
+            torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream in place
+
+
+class NotCaptured(EyasError):
+    """CUDA could not capture a function; the message says why."""
+
+
 class Graph:
     """A function of tensors of fixed shapes; on CUDA captured once and replayed."""
 
     made = 0  # graphs made in this process; a round that makes one is slower than others, so its time tells nothing
+    refused = 0  # those of them that could not be captured
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
+        """Raises `NotCaptured`, and says so once a process, where CUDA cannot capture it."""
         self.run: Run | None = run
         self.inputs, self.graph = inputs, None
         self.device = inputs[0].device
         Graph.made += 1
-        if self.device.type != "cuda":
+        if not captures(self.device):
             run(*inputs)  # on CUDA it runs before the capture too, so tests see what such a run leaves behind
-        else:
-            with torch.cuda.device(self.device):
-                stream = side_stream(self.device)
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):  # what PyTorch makes on first use must exist before the capture
-                    for _ in range(RUNS - 1):
-                        run(*inputs)
-                torch.cuda.current_stream().wait_stream(stream)
-                self.graph = torch.cuda.CUDAGraph()
-                # of this thread alone: another may ask events or take memory meanwhile, as nccl's does
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.outputs = run(*inputs)
-            self.run = None  # it holds the slabs, which hold this graph: nothing of the circle would be freed
+            return
+        try:
+            self.graph, self.outputs = capture(run, inputs, self.device)
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if not Graph.refused:
+                print(f"CUDA cannot capture these steps as one graph ({why}); they are launched one by one, slower", file=sys.stderr)
+            Graph.refused += 1
+            raise NotCaptured(f"CUDA cannot capture these steps as one graph ({why})") from error
+        self.run = None  # it holds the slabs, which hold this graph: nothing of the circle would be freed
 
     def __call__(self) -> tuple[Tensor | None, ...]:
         """The function's outputs for what `inputs` hold now. The next call overwrites them."""
@@ -135,17 +163,29 @@ class Graph:
         return self.outputs
 
 
-def fixed_call(run: Run, key: tuple, slabs: Slabs, *given: Tensor) -> tuple[Tensor | None, ...]:
+def fixed_call(run: Run, key: tuple, slabs: Slabs, *given: Tensor) -> tuple[Tensor | None, ...] | None:
     """The outputs of `run` for these tensors, whose shapes the key settles, over these slabs; the next call overwrites them. `run` must
-    hold no cache, or its slabs would never be idle."""
-    if (graph := slabs.graphs.get(key)) is not None:
-        for held, new in zip(graph.inputs, given, strict=True):
-            held.copy_(new, non_blocking=True)
-    else:
+    hold no cache, or its slabs would never be idle. None where it cannot be captured, which is tried once over these slabs: then it may
+    have written what it writes, and has changed nothing else."""
+    if key not in slabs.graphs:
         with torch.inference_mode(False):  # made inside a round, they may be written to outside one
             inputs = [each.to(slabs.keys.device, copy=True) for each in given]  # a first run writes where this one will
-        graph = slabs.graphs[key] = Graph(run, inputs)
-    return graph()
+        slabs.graphs[key] = graph_over(slabs, run, inputs)
+    elif (held := slabs.graphs[key]) is not None:
+        for each, new in zip(held.inputs, given, strict=True):
+            each.copy_(new, non_blocking=True)
+    graph = slabs.graphs[key]
+    return graph and graph()
+
+
+def graph_over(slabs: Slabs, run: Run, inputs: Sequence[Tensor]) -> Graph | None:
+    """A graph of `run`; None where it cannot be captured and its steps may be launched one by one instead."""
+    try:
+        return Graph(run, inputs)
+    except NotCaptured:
+        if slabs.captured_alike:
+            raise
+        return None
 
 
 def fits(cache: FixedCache, segments: Sequence[Segment]) -> bool:
@@ -160,9 +200,9 @@ def padded(count: int) -> int:
 
 def fixed_pass(
     run: Run, key: tuple, group: int, cache: FixedCache, tokens: Tensor, positions: Tensor, segment: Segment, *others: Tensor
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...] | None:
     """The outputs [N, ...] of `run` for these rows, in fixed shapes. `tokens` and `positions` [N] are on the CPU, `others` [N, ...] on the
-    device.
+    device. None as `fixed_call` has it.
 
     `key`: everything besides the shapes that the graph depends on; `group`: query heads for each key head.
     """
@@ -176,6 +216,8 @@ def fixed_pass(
     if key not in graphs:
         graphs[key] = graph_of(run, fixed, cache.slabs, laid, others)
     graph, given = graphs[key], (laid, *fixed.masks)
+    if graph is None:
+        return None
     for held, new in zip(graph.inputs, given, strict=False):
         held.copy_(new, non_blocking=True)
     for held, new in zip(graph.inputs[len(given) :], others, strict=True):
@@ -183,7 +225,7 @@ def fixed_pass(
     return tuple(part if part is None else part[:count].clone() for part in graph())
 
 
-def graph_of(run: Run, fixed: Fixed, slabs: Slabs, laid: Tensor, others: Sequence[Tensor]) -> Graph:
+def graph_of(run: Run, fixed: Fixed, slabs: Slabs, laid: Tensor, others: Sequence[Tensor]) -> Graph | None:
     """A graph of `run` with inputs of its own, shaped like this pass's. `run` must hold no cache, or its slabs would never be idle."""
     rows, device, masks, attention = laid.shape[1], slabs.keys.device, len(fixed.masks), fixed.attention
 
@@ -194,7 +236,7 @@ def graph_of(run: Run, fixed: Fixed, slabs: Slabs, laid: Tensor, others: Sequenc
     with torch.inference_mode(False):  # made inside a round, they may be written to outside one
         inputs = [each.to(device, copy=True) for each in (laid, *fixed.masks)]  # a first run writes where this pass will
         inputs += [torch.zeros((rows, *each.shape[1:]), dtype=each.dtype, device=device) for each in others]
-    return Graph(whole, inputs)
+    return graph_over(slabs, whole, inputs)
 
 
 def window_of(keys: int, most: int) -> int:

@@ -140,9 +140,11 @@ class Target(nn.Module):
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         if logits_of is None and fits(cache, rows.segments):
             run = partial(self.read, taps=taps, logits_of=None)
-            logits, features, hidden = fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0])
-            assert logits is not None and hidden is not None  # of what `read` gives only the features may be none
-            return Output(logits, features, hidden)
+            found = fixed_pass(run, (*taps,), group, cache, rows.tokens, rows.positions, rows.segments[0])
+            if found is not None:
+                logits, features, hidden = found
+                assert logits is not None and hidden is not None  # of what `read` gives only the features may be none
+                return Output(logits, features, hidden)
         windowed = isinstance(cache, WindowedCache)
         attention = cache.attention_at(rows.segments, rows.positions, group) if windowed else cache.attention(rows.segments, group)
         rows = rows.on(self.device)

@@ -95,6 +95,7 @@ class ShardedTarget:
         if self.together and self.pool and slots == 1:
             (layers, kv_heads, width), kind = self.shape, (self.target.dtype, self.target.device)
             inner = self.pool.cache(layers, roomy(room(self.layout, self.peers.count, capacity)), kv_heads, width, *kind)
+            inner.slabs.captured_alike = self.peers.count > 1
         slabs = inner and (inner.keys.shape[3], self.number(inner.slabs))
         cache = self.made(slots, capacity, inner)
         self.peers.tell(("cache", self.number(cache), self.ended(), slots, capacity, slabs))
@@ -172,6 +173,7 @@ class ShardedTarget:
         if number not in known:
             layers, kv_heads, width = self.shape
             known[number] = Slabs((layers, 1, kv_heads, rows, width), self.target.dtype, self.target.device, pooled=True)
+            known[number].captured_alike = True
         return KVCache.over(known[number], rows - 1)
 
     def follow_fixed(self, rows: Rows, cache: Shards[Any], taps: Sequence[int]) -> None:

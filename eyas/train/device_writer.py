@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from eyas.config import EyasError, TargetConfig
+from eyas.kernels.captured import NotCaptured
 from eyas.model.protocols import TargetModel
 from eyas.train.dialogue import Conversation, Dialogues
 from eyas.train.fixed_writer import FixedWriter
@@ -92,8 +93,13 @@ def conversations(
     free = torch.cuda.mem_get_info(target.device)[0] if target.device.type == "cuda" else None
     slots = slots_for(config, target.dtype.itemsize, longest, tokens, free)
     if steps_fit(target):
-        yield from FixedWriter(target, template, settings, given, slots).write(indices)
-        return
+        try:
+            fixed = FixedWriter(target, template, settings, given, slots)
+        except NotCaptured:  # it has said so
+            pass
+        else:
+            yield from fixed.write(indices)
+            return
     with torch.inference_mode():
         for index, finished in Writer(target, template, settings, given, min(slots, ANY_ROWS)).write(indices):
             yield index, finished and finished.row

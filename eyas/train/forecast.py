@@ -35,13 +35,15 @@ class Forecast:
     slots: float  # anchors trained per second
     bytes_per_token: int  # bytes of a shard for each token
     workers: int  # workers that train
+    largest_batch: int | None = None  # tokens of the largest batch that a card's memory holds, where that is known
 
     def lines(self, writing_minutes: float, training_minutes: float) -> list[str]:
         tokens, slots = 60 * writing_minutes * self.answer_tokens, 60 * training_minutes * self.slots
         disk = tokens * DOCUMENT / ANSWER * self.bytes_per_token
         memory = self.parameters * 4 * (4 + self.workers)  # weights, the best ones, two moments, each worker's gradients
+        most = "" if self.largest_batch is None else f"; batches of up to about {self.largest_batch:,} tokens fit"
         return [
-            f"the draft trains {self.parameters / 1e6:.1f} million parameters: {memory / 1e9:.2f} GB of memory beside the target's",
+            f"the draft trains {self.parameters / 1e6:.1f} million parameters: {memory / 1e9:.2f} GB of memory beside the target's{most}",
             f"{writing_minutes:.0f} minutes of writing at {self.answer_tokens:.0f} answer tokens a second: {tokens / 1e3:.0f} thousand, "
             f"{disk / 1e9:.1f} GB of disk",
             f"{training_minutes:.0f} minutes of training at {self.slots:.0f} answer tokens a second: {slots / 1e3:.0f} thousand, "
@@ -110,7 +112,7 @@ def forecast_on(
     """The same for a target, prepared, that writes on a GPU, as tokens."""
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     rate = writing_rate_of(conversations(target, template, DevicePlay.of(play, target.device), given, itertools.count(), math.inf), seconds)
-    return Forecast(parameters, rate, training_rate(trainer, seconds), BYTES_OF_TEXT, 1)
+    return Forecast(parameters, rate, training_rate(trainer, seconds), BYTES_OF_TEXT, 1, trainer.memory.most())
 
 
 def forecast(writer: Writer, trainer: Trainer, writers: int, seconds: float = SECONDS) -> Forecast:

@@ -36,6 +36,7 @@ from eyas.train.acceptance import rank_accuracies, simulate
 from eyas.train.batches import make_batch, numbered_answers, split_evenly
 from eyas.train.features import Example, StateSource
 from eyas.train.losses import choose_columns
+from eyas.train.memory import StepMemory
 from eyas.train.parallel import ALONE, Ranks
 from eyas.train.split import SplitStates
 from eyas.train.teacher import Teacher
@@ -134,6 +135,7 @@ class Trainer:
         self.matrices = Matrices()  # in bfloat16, of the step under way
         self.progress = Progress()
         self.tree_tau = run.tree_tau
+        self.memory = StepMemory(run.network.device)
         self.best: dict[str, Tensor] = {}  # the weights with the highest held-out tau so far, once measured
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers > 1 else None
 
@@ -219,7 +221,11 @@ class Trainer:
 
     def step(self, examples: list[Example], spent: float = 0.0) -> list[float]:
         """One step of the optimiser on a batch; `spent`: the share of the budget that is used. Returns the mean loss of each unroll step,
-        then the gradients' norm. Raises `EyasError` where the loss exploded."""
+        then the gradients' norm. Raises `EyasError` where the loss exploded, or memory does not hold the batch."""
+        with self.memory.step(sum(len(example.tokens) for example in examples)):
+            return self.stepped(examples, spent)
+
+    def stepped(self, examples: list[Example], spent: float) -> list[float]:
         rule = self.settings.loss if spent >= self.settings.loss_from else "soft"
         parts = [part for part in split_evenly(examples, self.workers * self.ranks.count) if part]
         seeds = [f"{self.settings.seed}-{self.progress.steps}-{number}" for number in range(len(parts))]

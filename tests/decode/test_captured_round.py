@@ -11,6 +11,8 @@ from eyas.config import Request, Sampling, TreeShape
 from eyas.decode import generate
 from eyas.decode.captured_growth import Draft, Levels
 from eyas.decode.captured_round import Round, ancestors, walked
+from eyas.decode.fixed import Drawn
+from eyas.decode.fixed_filters import Filters
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import Plan
 from eyas.decode.sequence import new_sequence
@@ -24,6 +26,7 @@ from tests.tiny import tiny_draft, tiny_target
 
 V = 8  # tokens, so that guesses of a random draft often come true
 SAMPLINGS = [Sampling(), Sampling(0.6), Sampling(1.3)]
+FILTERED = [Sampling(1.3, top_p=0.8), Sampling(1.2, top_k=3), Sampling(1.3, min_p=0.1), Sampling(1.2, top_k=5, top_p=0.9, min_p=0.05)]
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +59,13 @@ def pair(pooled, dtype=torch.float64, eos=(), **settings):
     return target, Eagle3Drafter(network, vocab)
 
 
-def run(target, drafter, shape, sampling, prompts=([1, 2, 3],), verifier="walk", **more):
+def run(target, drafter, shape, sampling, prompts=([1, 2, 3],), verifier="walk", seed=5, **more):
     decoder = Decoder(target, drafter, verifier)
-    *_, texts = decoder.run(prompts, TreeShape.parse(shape), sampling, [5] * len(prompts), 40, **more)
+    *_, texts = decoder.run(prompts, TreeShape.parse(shape), sampling, [seed] * len(prompts), 40, **more)
     return [(text.tokens, text.accepted_lengths, text.finish_reason) for text in texts]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS + FILTERED, ids=str)
 @pytest.mark.parametrize("shape", ["chain:1", "chain:4", "20x4x5", "200x2x6", "64x7x4"])
 def test_rounds_commit_what_the_plain_rounds_do(shape, sampling, rounds):
     """Tokens, and how many of them in how many rounds, call after call."""
@@ -102,7 +105,15 @@ def test_rounds_of_both_kinds_may_take_turns(rounds):
     assert 2 < len(list(filter(None, rounds))) < text.rounds - 2
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+@pytest.mark.parametrize("seed", range(24))
+def test_filtered_rounds_commit_what_the_plain_rounds_do_for_any_seed(seed, rounds):
+    draw = random.Random(seed)
+    sampling = Sampling(draw.uniform(0.5, 1.5), draw.choice([0, 1, 2, 5, 9]), draw.choice([1.0, 0.95, 0.5]), draw.choice([0.0, 0.02, 0.3]))
+    wanted, found = (run(*pair(pooled), "12x3x3", sampling, seed=seed) for pooled in (False, True))
+    assert found == wanted and None not in rounds[:-1]
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLINGS[:2], FILTERED[-1]], ids=str)
 @pytest.mark.parametrize("shape", ["chain:3", "20x4x5"])
 def test_a_watcher_sees_the_plain_rounds_trees_paths_and_logits(shape, sampling, rounds):
     def watched(pooled):
@@ -133,8 +144,7 @@ class OtherPlan(Plan):
 
 
 def test_what_a_graph_does_not_know_is_a_plain_round(rounds):
-    for sampling in (Sampling(1.0, top_p=0.9), Sampling(1.0, presence_penalty=0.5)):
-        run(*pair(True), "8x2x3", sampling)
+    run(*pair(True), "8x2x3", Sampling(1.0, presence_penalty=0.5))
     run(*pair(True), "static:3.2.0.1", Sampling())
     run(*pair(True), "8x2x3", Sampling(), [[1, 2], [3, 4]])
     run(*pair(True), "chain:3", Sampling(1.0), verifier="block")
@@ -170,8 +180,8 @@ def test_the_path_is_the_walks(seed):
     assert short.nonzero()[:, 0].tolist() == accepted.path[:3]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_round_asks_the_host_for_no_number(sampled):
+@pytest.mark.parametrize("drawn", [Drawn(False, False), Drawn(True, True), Drawn(True, True, Filters(8, True, True))])
+def test_a_round_asks_the_host_for_no_number(drawn):
     """On the device "meta" there are no numbers: to ask for one is an error."""
     target = tiny_target(prepare=False)
     network, _ = tiny_draft(target)
@@ -181,8 +191,8 @@ def test_a_round_asks_the_host_for_no_number(sampled):
     def slabs(layers):
         return Slabs((layers, 1, target.config.num_key_value_heads, 64, target.config.head_dim), torch.float64, torch.device("meta"))
 
-    form = Round(Levels(TreeShape(20, 4, 5), 64, sampled, sampled), 64, (1, 2, 4))
-    given = torch.zeros(4).long(), torch.ones(1).double(), torch.zeros(6).long(), torch.zeros(6, 96).double(), torch.arange(29)
+    form = Round(Levels(TreeShape(20, 4, 5), 64, drawn), 64, (1, 2, 4))
+    given = torch.zeros(4).long(), torch.ones(4).double(), torch.zeros(6).long(), torch.zeros(6, 96).double(), torch.arange(29)
     told, features, logits, nodes = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
-    assert told.shape == (2, 6) and told.dtype == torch.int64 and features.shape == (6, 96)
+    assert told.shape == (3, 6) and told.dtype == torch.int64 and features.shape == (6, 96)
     assert logits.shape == (20, 53) and nodes.shape == (4, 19)

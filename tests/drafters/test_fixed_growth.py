@@ -10,7 +10,8 @@ import torch
 from eyas.config import PLAIN, Sampling, TreeShape
 from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.fixed import grows_fixed
+from eyas.decode.fixed import Drawn, grows_fixed
+from eyas.decode.fixed_filters import Filters
 from eyas.decode.generate import Decoder
 from eyas.decode.sampling import Noise
 from eyas.drafters.eagle3 import Eagle3Drafter
@@ -20,7 +21,7 @@ from tests.tiny import tiny_draft, tiny_target
 
 V = 53
 SHAPES = ["chain:1", "chain:4", "2x3x3", "8x2x3", "20x4x5", "60x7x10", "500x2x4", "6x7x2"]
-SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.6)]
+SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.6), Sampling(1.2, top_k=4), Sampling(1.2, top_k=20, top_p=0.7, min_p=0.02)]
 
 
 @pytest.fixture(autouse=True)
@@ -183,14 +184,14 @@ def test_what_fixed_shapes_do_not_know_grows_plainly(grown):
     assert not grown and grows_fixed(asked, 29) and not grows_fixed(replace(asked, seed=None), 29) and not grows_fixed(asked, 2)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_growth_asks_the_host_for_no_number(sampled):
+@pytest.mark.parametrize("drawn", [Drawn(False, False), Drawn(True, True), Drawn(True, True, Filters(8, True, True))])
+def test_growth_asks_the_host_for_no_number(drawn):
     """On the device "meta" there are no numbers: to ask for one is an error."""
     network, _ = tiny_draft(tiny_target(prepare=False))
     network.to("meta").embedding = [network.embedding[0].to("meta")]
     shape = (1, 1, network.midlayer.self_attn.kv_heads, 64, network.midlayer.self_attn.head_dim)
     slabs = Slabs(shape, torch.float64, torch.device("meta"))
-    form = Levels(TreeShape(20, 4, 5), 64, sampled, sampled)
-    given = torch.zeros(3, dtype=torch.int64), torch.ones(1).double(), torch.zeros(1, 32, dtype=torch.float64), torch.arange(29)
+    form = Levels(TreeShape(20, 4, 5), 64, drawn)
+    given = torch.zeros(3, dtype=torch.int64), torch.ones(4).double(), torch.zeros(1, 32, dtype=torch.float64), torch.arange(29)
     (found,) = form.grow(Draft(network, slabs, 2), V, *(each.to("meta") for each in given))
     assert found.shape == (4, 19) and found.dtype == torch.int64

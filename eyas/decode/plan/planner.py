@@ -20,6 +20,7 @@ from eyas.decode.plan.calibration import Calibration
 from eyas.decode.plan.clock import RoundClock
 from eyas.decode.plan.pauses import Pauses
 from eyas.decode.plan.prices import Prices
+from eyas.decode.plan.shapes import Shapes
 from eyas.decode.tree import Tree
 
 MAX_TREE = TreeShape(64, 7, 4)  # the largest tree that is planned
@@ -54,8 +55,19 @@ class Plan(RoundClock):
         """The parts of the drafted trees that the target shall read."""
         return trees
 
+    def whole(self, most: TreeShape) -> TreeShape | None:
+        """The shape of a tree, at most this one, for a round that may run as one graph, in which nobody is asked. None: the round shall not
+        be a graph."""
+        return None
+
+    def no_graph(self) -> None:
+        """The round cannot be a graph after all."""
+
     def judge(self, tree: Tree, path: list[int]) -> None:
         """Learn which of a tree's guesses were right from the path of its walk."""
+
+    def judge_whole(self, ranks: list[int]) -> None:
+        """The same of a round that ran as one graph, from the ranks by score of its path's nodes."""
 
     def ends(self, rows: int, tokens: int) -> None:
         """The round is over: its pass read `rows` rows, and it committed `tokens` tokens."""
@@ -68,6 +80,9 @@ class Plan(RoundClock):
 
 class FixedPlan(Plan):
     """No plan: the target reads every tree as it was drafted."""
+
+    def whole(self, most: TreeShape) -> TreeShape | None:
+        return most
 
 
 @dataclass
@@ -82,10 +97,14 @@ class RecentRounds:
 class Planner(Plan):
     """One call's plan; calls may share prices, calibration and what pauses learned."""
 
-    def __init__(self, passes: Prices, steps: Prices, calibration: Calibration, pauses: Pauses | None = None) -> None:
-        """`passes`: prices of the target's passes, by rows; `steps`: prices of the draft's passes, by rows of a level."""
+    def __init__(
+        self, passes: Prices, steps: Prices, calibration: Calibration, pauses: Pauses | None = None, shapes: Shapes | None = None
+    ) -> None:
+        """`passes`: prices of the target's passes, by rows; `steps`: prices of the draft's passes, by rows of a level; `shapes`: what is
+        known of rounds that run as one graph."""
         self.passes, self.steps, self.calibration = passes, steps, calibration
-        self.pauses = pauses or Pauses()
+        self.pauses, self.shapes = pauses or Pauses(), shapes or Shapes()
+        self.chosen: TreeShape | None = None  # of the round under way, where it may be a graph
         self.sizes: dict[int, RecentRounds] = {}  # by number of sequences, so that nothing is forgotten when one joins or leaves
         self.recent, self.batch, self.rate = RecentRounds(0.0), 0, 0.0  # those of the round under way; rate in tokens per second
         self.grown: dict[int, tuple[Guesses, list[float]]] = {}  # by identity: growths of this round and their `chances`, level by level
@@ -100,12 +119,22 @@ class Planner(Plan):
         """A round of `batch` sequences begins. The rate it has to beat is that of the last rounds with as many sequences: at first a little
         above plain decoding's, and never below it."""
         super().begin(batch)
-        self.grown = {}
+        self.grown, self.chosen = {}, None
         self.batch, self.recent = batch, self.sizes.setdefault(batch, RecentRounds(3.0 * batch))
         alone = self.passes.of(batch)
         plain, some = batch / alone, PRIOR_ROUNDS * ROUND_WEIGHT * alone
         self.rate = max(plain, (self.recent.tokens + PRIOR_SPEEDUP * plain * some) / (self.recent.seconds + some))
         self.guesses = not self.pauses.begin(batch, alone)
+
+    def whole(self, most: TreeShape) -> TreeShape | None:
+        self.chosen = self.shapes.choose(most)
+        if self.chosen.nodes > 1:
+            return self.chosen
+        self.guesses = False
+        return None
+
+    def no_graph(self) -> None:
+        self.chosen = None
 
     def row(self) -> float:
         """The price of one more row of a pass, in tokens: what the row has to bring."""
@@ -197,8 +226,15 @@ class Planner(Plan):
                 taken = children.index(path[place + 1]) if place + 1 < len(path) else None
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
+    def judge_whole(self, ranks: list[int]) -> None:
+        if self.chosen is not None:
+            self.shapes.judge(self.chosen, ranks)
+
     def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """Learn from a round that captured no graph: its pass's rows and seconds, the tokens it committed and its own seconds."""
+        if self.chosen is not None:
+            self.shapes.record(self.chosen, seconds)
+            return
         self.passes.record(rows, pass_seconds)
         self.pauses.record(self.guesses, tokens, seconds)
         recent = self.recent

@@ -20,6 +20,7 @@ from eyas.decode.plan.calibration import Calibration
 from eyas.decode.plan.pauses import Gain, Pauses
 from eyas.decode.plan.planner import Planner
 from eyas.decode.plan.prices import Prices
+from eyas.decode.plan.shapes import Shapes
 from eyas.files.disk import replace_text
 from eyas.kernels.captured import synchronize
 from eyas.kernels.linear import capability
@@ -43,7 +44,7 @@ class PlanStore:
         arranged = getattr(target, "arrangement", None)  # of sharded keys
         self.key = "|".join(map(str, (*where, directory.resolve(), draft_key(draft), precision, *filter(None, [arranged]))))
         self.known: dict[str, Any] = self.read().get(self.key, {})
-        self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain]]] = {}
+        self.planned: dict[str, tuple[Prices, Calibration, dict[int, Gain], Shapes]] = {}
         self.passes: Prices | None = None
         self.frozen = False  # True in a measurement: nothing is learned or saved
 
@@ -61,10 +62,12 @@ class PlanStore:
             alone = self.passes.of(1)
             steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in DRAFT_STEP_SHARE.items()})
             counts = known.get("calibration")
-            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}
-        steps, calibration, gains = self.planned[name]
+            self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}, Shapes(known.get("rounds"))
+        steps, calibration, gains, shapes = self.planned[name]
         calibration.frozen = self.frozen
-        return Planner(self.passes, steps, calibration, Pauses(copy.deepcopy(gains) if self.frozen else gains))
+        if self.frozen:
+            gains, shapes = copy.deepcopy((gains, shapes))
+        return Planner(self.passes, steps, calibration, Pauses(gains), shapes)
 
     def time(self) -> Prices:
         print("timing passes (once on this machine) ...", file=sys.stderr, flush=True)
@@ -81,7 +84,10 @@ class PlanStore:
         """Write what was learned to the file, whole or not at all. A file that cannot be written only means timing again next time."""
         if self.passes is None or self.frozen:
             return
-        learned = {name: {"steps": steps.table(), "calibration": counts.as_dict()} for name, (steps, counts, _) in self.planned.items()}
+        learned = {
+            name: {"steps": steps.table(), "calibration": counts.as_dict()} | ({"rounds": shapes.table()} if shapes.seconds else {})
+            for name, (steps, counts, _, shapes) in self.planned.items()
+        }
         self.known |= {"passes": self.passes.table()} | learned
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import pytest
 
 from eyas.config import EyasError, Sampling
 from eyas.decode.plan import store
+from eyas.decode.plan.shapes import SHAPES
 from eyas.decode.plan.store import PlanStore, time_passes
 from tests.tiny import tiny_target
 
@@ -124,3 +125,17 @@ def test_passes_of_a_real_target_are_timed_for_every_number_of_rows_that_fits():
     assert set(seconds) <= set(store.TIMED_ROWS) and 1 in seconds and all(value > 0 for value in seconds.values())
     with pytest.raises(EyasError, match="--tree"):
         time_passes(tiny_target(max_position_embeddings=1))
+
+
+def test_what_rounds_of_each_shape_cost_and_bring_is_kept_and_not_learned_in_a_measurement(timed):
+    held = new_store()
+    shapes = held.planner("eagle3", Sampling()).shapes
+    shapes.judge(SHAPES[-1], [1, 2])
+    shapes.record(SHAPES[-1], 0.5)
+    held.frozen = True
+    held.planner("eagle3", Sampling()).shapes.record(SHAPES[2], 0.1)
+    held.frozen = False
+    held.save()
+    again = new_store()
+    assert again.planner("eagle3", Sampling()).shapes.seconds == {60: 0.5}
+    assert not again.planner("eagle3", Sampling(1.0)).shapes.seconds
