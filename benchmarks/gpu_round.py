@@ -4,8 +4,8 @@
 
 Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's dense products alone,
 its pass kernel after kernel, and its pass in fixed shapes as a captured graph, by PyTorch's operations and by our kernels; the same behind
-`--long` keys; then whole rounds, draft steps included, through the same `Decoder` as anywhere, without and with captured passes. `--quick`
-runs the same on a CPU.
+`--long` keys; then whole rounds, draft steps included, through the same `Decoder` as anywhere: launched, and as one graph, greedy, sampled
+and filtered, with copying alone, and in each shape that a planner chooses among. `--quick` runs the same on a CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from common import options, parsed, tell
 
 from eyas.config import GREEDY, PLAIN, Sampling, TargetConfig, TreeShape
 from eyas.decode.generate import Decoder
+from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.planner import MAX_TREE, Planner
+from eyas.decode.plan.prices import Prices
+from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.kernels import fused
 from eyas.kernels.captured import Graph
@@ -154,6 +158,16 @@ def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, fo
     return statistics.median(taken[len(taken) // 2 + 3 :])
 
 
+def planned_ms(target: Target, drafter: Eagle3Drafter, form: Form) -> dict[int, float]:
+    """By nodes: milliseconds of a whole round of each shape that a planner chooses among, as it has timed them."""
+    target.pool = drafter.network.pool = Pool()
+    plan = Planner(Prices({1: 1.0}), Prices({1: 0.1}), Calibration())
+    for _ in range(2):
+        for _ in Decoder(target, drafter, plan=plan).run([[1] * form.context], MAX_TREE, form.sampling, [0], 2 * form.rounds):
+            pass
+    return {nodes: round(1e3 * seconds, 2) for nodes, seconds in sorted(plan.shapes.seconds.items())}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--device", default="cuda")
@@ -188,6 +202,10 @@ def main(words: Sequence[str] | None = None) -> None:
             shape = SHAPES[nodes]
             taken = round_ms(target, drafter, TreeShape.parse(shape), form)
             found[name]["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
+    form = Form(True, GREEDY, given.context, given.rounds)
+    copied = round_ms(target, CopyingDrafter(drafter), TreeShape.parse(SHAPES[min(given.nodes)]), form)
+    found["copying_alone_ms"] = round(copied, 2)  # the prompt repeats one token, so copying is sure, and the draft is not used
+    found["planned_ms"] = planned_ms(target, drafter, form)
     tell(found, given.out)
 
 

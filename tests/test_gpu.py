@@ -10,16 +10,20 @@ import torch
 from eyas.config import PLAIN, Sampling, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.decode.philox import uniforms_on, wrapped
+from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.planner import MAX_TREE, Planner
+from eyas.decode.plan.prices import Prices
 from eyas.decode.sampling import uniforms
 from eyas.decode.score import top
 from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
 from eyas.files.target import load_target
-from eyas.kernels import fused
+from eyas.kernels import captured, fused
 from eyas.kernels.captured import Graph
 from eyas.kernels.linear import Dense
 from eyas.methods import METHODS, trained
+from eyas.model.cache import Slabs
 from eyas.train import features
 from eyas.train.build import Setup, build
 from eyas.train.features import Example, kept_states
@@ -130,6 +134,41 @@ def test_rounds_that_are_one_graph_commit_what_plain_rounds_do_on_cuda(shape, sa
     network.pool = target.pool = None
     assert captured == [committed()] * 2
     assert len(graphs) == 1 and graphs[0].graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.2, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("planned", [False, True], ids=["named", "planned"])
+def test_rounds_with_copying_and_planned_ones_are_graphs_with_plain_text_on_cuda(planned, sampling):
+    target = tiny_target(prepare=False, vocab_size=8).to("cuda")
+    network, vocab = tiny_draft(target, draft_vocab_size=7)
+    drafter = CopyingDrafter(Eagle3Drafter(network.to("cuda").prepare(), vocab))
+    target.prepare()
+    plan = Planner(Prices({1: 1.0, 64: 2.0}), Prices({1: 0.1}), Calibration()) if planned else None
+
+    def tokens(drafter, shape, plan=None):
+        *_, texts = Decoder(target, drafter, plan=plan).run([[1, 2, 3, 4, 5, 1, 2, 3]], shape, sampling, [5], 100)
+        return texts[0].tokens
+
+    assert tokens(drafter, MAX_TREE if planned else TreeShape.parse("20x4x5"), plan) == tokens(None, PLAIN)
+    held = [drafter.draft.cache.slabs, *target.pool.idle]
+    graphs = {key[1]: graph for slabs in held for key, graph in slabs.graphs.items() if key[0] == "round"}
+    assert all(graph and graph.graph for graph in graphs.values()) and {form.given > 0 for form in graphs} >= {True}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_cuda_cannot_capture_is_launched_one_by_one(capsys):
+    """To ask the host for a number in a graph is an error, after which the stream serves on."""
+    slabs = Slabs((1, 1, 1, 64, 8), torch.float32, torch.device("cuda"), pooled=True)
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        assert captured.fixed_call(lambda x: (x + int(x.sum()),), ("form",), slabs, torch.ones(3)) is None
+    assert torch.cuda.current_stream() == stream and (torch.ones(3, device="cuda") + 1).sum() == 6
+    assert capsys.readouterr().err.count("CUDA cannot capture") <= 1
+    (found,) = captured.fixed_call(lambda x: (x + 1,), ("another",), slabs, torch.ones(3))
+    assert found.tolist() == [2, 2, 2]
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from eyas.commands.common import engine_from
 from eyas.commands.output import picture_file, progress, terminal
 from eyas.config import EyasError, Sampling
 from eyas.decode.plan.calibration import Calibration
+from eyas.decode.plan.shapes import Shapes
 from eyas.decode.sequence import RoundRecord
 from eyas.engine import Engine
 from eyas.methods import COPY, METHODS, copies, parted
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
         shape = (str(each.levels), str(each.nodes)) if each.levels else ("-", "no tree")
         plans.add_row(str(each.batch), *shape, f"{each.tokens:.2f}", f"{1e3 * each.seconds:.1f}", f"{each.gain:.2f}")
     console.print(plans)
+    if planner.shapes.table():
+        console.print(whole_rounds_table(planner.shapes))
     console.print(reliability_table(planner.calibration))
     if picture:
         save_picture(planner, rounds, picture)
@@ -77,6 +80,14 @@ def practise(engine: Engine, method: str, copy: bool, sampling: Sampling, variab
 
         for prompt in PRACTICE:
             engine.generate(prompt, watch=watch, **settings)
+
+
+def whole_rounds_table(shapes: Shapes) -> Table:
+    """What rounds that run as one graph cost and brought, where there are any."""
+    table = Table("nodes", "milliseconds", "tokens", title="Rounds of one sequence that are one graph")
+    for nodes, (seconds, tokens) in sorted(shapes.table().items(), key=lambda each: int(each[0])):
+        table.add_row(nodes, f"{1e3 * seconds:.1f}", f"{tokens:.2f}")
+    return table
 
 
 def reliability_table(calibration: Calibration) -> Table:

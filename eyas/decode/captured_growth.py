@@ -42,7 +42,7 @@ class CapturedGrowth:
             return None
         (found,) = outputs
         assert found is not None
-        return tree_of(request.root, found)
+        return tree_of(request.root, found)[0]
 
     def form(self, request: TreeRequest, cache: KVCache) -> Levels:
         """Levels are those of the deepest such tree that was asked for: near a text's end trees get lower round by round, and each would

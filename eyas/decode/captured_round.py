@@ -8,15 +8,17 @@ one does not know. Knows a target of ours, a draft's growth and their caches; kn
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from eyas.config import TreeShape
 from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels, numbers_of
 from eyas.decode.drafter import Drafter, TreeRequest
-from eyas.decode.fixed import grows_fixed, tree_of
+from eyas.decode.fixed import Drawn, settled, tree_of
 from eyas.decode.fixed_filters import Filters, filtered
 from eyas.decode.philox import gumbel_on
 from eyas.decode.tree import IMPOSSIBLE, Tree
@@ -28,6 +30,8 @@ from eyas.model.protocols import TargetModel
 from eyas.model.target import Output, Target
 
 END = -1  # behind a path's last row
+MOST_GIVEN = 16  # rows of guesses that are given
+DEEP = 15  # levels of them
 
 
 @runtime_checkable
@@ -45,55 +49,100 @@ class CapturedDrafter(Drafter, Protocol):
         """So many of these rows were read: they stand in the cache."""
 
 
+@runtime_checkable
+class GivingDrafter(Drafter, Protocol):
+    """A drafter that makes guesses on the host, without a model, which a graph takes as they are: beside those of another drafter, if there
+    is one."""
+
+    @property
+    def beside(self) -> Drafter | None: ...
+
+    def given(self, request: TreeRequest, levels: int) -> tuple[Tree, bool]:
+        """A tree of its guesses, at most so deep; and whether it is so sure of them that the other drafter would add little."""
+        ...
+
+
 class Found(NamedTuple):
     """What a round found. Its path's rows are in the caches."""
 
     accepted: Accepted
     tokens: list[int]  # accepted, the bonus token last
-    features: Tensor  # [tokens, F] of the path's rows
-    logits: Tensor  # [nodes, V] the target's; the next round overwrites them
-    nodes: Tensor  # what `tree` is made of
-    ranks: list[int]  # of the path's nodes below the root, by score among all nodes; 1 for the best
+    features: Tensor | None  # [tokens, F] of the path's rows
+    logits: Tensor  # [rows, V] the target's; the next round overwrites them
+    nodes: Tensor  # what `seen` is made of
+    ranks: list[int] | None  # of the path's nodes below the root, by score among the draft's; 0: a given one. None: there was no draft
 
-    def tree(self, root: int) -> Tree:
-        """The tree that was read, root included."""
-        return tree_of(root, self.nodes)
+    def seen(self, root: int) -> tuple[Tree, Accepted, Tensor]:
+        """The tree that was read, root included, the path in it and its logits [nodes, V]. A guess made twice is one node."""
+        tree, places = tree_of(root, self.nodes)
+        path = [places[row] for row in self.accepted.path]
+        return tree, Accepted(path, self.accepted.bonus), self.logits[[places.index(place) for place in range(len(tree))]]
 
 
 def runs(target: TargetModel, cache: Cache, drafter: Drafter) -> bool:
     """Whether graphs may run rounds over these caches."""
-    return isinstance(target, Target) and pooled(cache) and isinstance(drafter, CapturedDrafter) and pooled(drafter.cache)
+    able = draft_of(drafter) is not None or (isinstance(drafter, GivingDrafter) and drafter.beside is None)
+    return isinstance(target, Target) and pooled(cache) and able
 
 
-def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest) -> Found | None:
-    """Run a round. None, and nothing done, where a graph cannot run it."""
-    if not (isinstance(target, Target) and pooled(cache) and isinstance(drafter, CapturedDrafter) and pooled(drafter.cache)):
+def draft_of(drafter: Drafter | None) -> CapturedDrafter | None:
+    """The drafter whose part a graph may run, where there is one."""
+    drafter = drafter.beside if isinstance(drafter, GivingDrafter) else drafter
+    return drafter if isinstance(drafter, CapturedDrafter) and pooled(drafter.cache) else None
+
+
+def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest, shape: TreeShape) -> Found | None:
+    """Run a round. None, and nothing done, where a graph cannot run it. `shape`: of the draft's guesses, where there is a draft; together
+    with those that are given they are no more than the request allows."""
+    if not (isinstance(target, Target) and pooled(cache) and settled(request)):
         return None
-    growth, drafted = drafter.captured, drafter.cache
-    if not grows_fixed(request, len(growth.vocab)):
+    draft, given, sure, most = draft_of(drafter), Tree.root(request.root), False, request.shape.nodes
+    if isinstance(drafter, GivingDrafter):
+        if draft is None and drafter.beside is not None:
+            return None  # only the plain round can ask it
+        given, sure = drafter.given(request, min(DEEP, request.deepest or request.shape.levels))
+    rows = 0
+    if len(given) > 1:
+        rows = min(MOST_GIVEN, max(most // 2, 1) if draft and not sure else most - 1)
+        shape = replace(shape, nodes=min(shape.nodes, most - rows))
+    drafts = draft is not None and not sure and shape.nodes > 1
+    if not (rows or drafts) or (draft and drafts and shape.top_k > len(draft.captured.vocab)):
         return None
-    levels = growth.form(request, drafted)
-    most = levels.shape.levels + 1  # a round commits no more
-    unread = drafter.unread(request.sequence, most)
+    return run_round(target, cache, draft if drafts else None, drafter.wants, replace(request, shape=shape), columns_of(given, rows))
+
+
+def run_round(
+    target: Target, cache: KVCache, drafter: CapturedDrafter | None, taps: tuple[int, ...], request: TreeRequest, given_4M: Tensor
+) -> Found | None:
+    """The round with this drafter's guesses, where there is one, and those that are given."""
+    levels, rows = drafter.captured.form(request, drafter.cache) if drafter else None, given_4M.shape[1]
+    most = 1 + max(levels.shape.levels if levels else 0, min(rows, DEEP))  # a round commits no more
+    window = window_of(request.position + (levels.shape.nodes if levels else 1) + rows, cache.capacity + 1)
+    form = Round(levels, rows, most, Drawn.of(request), window, taps)
+    unread = drafter.unread(request.sequence, most) if drafter else Unread([request.root], torch.zeros(1, 1))
     count = len(unread.tokens)
-    window = window_of(request.position + levels.shape.nodes, cache.capacity + 1)
-    form = Round(levels, window, drafter.wants)
     tokens, features = torch.zeros(most, dtype=torch.int64), unread.features.new_zeros(most, unread.features.shape[1])
     tokens[:count], features[:count] = torch.tensor(unread.tokens), unread.features
-    draft = Draft(growth.network, drafted.slabs, growth.group)
+    draft = Draft(drafter.captured.network, drafter.cache.slabs, drafter.captured.group) if drafter else None
     # a graph runs over the slabs of both; it lies with the draft's, and knows the target's without keeping them
-    key = ("round", form, weakref.ref(cache.slabs))
-    given = (*numbers_of(request, count), tokens, features, growth.ids_D)
-    if (outputs := fixed_call(partial(form.run, target, cache.slabs, draft), key, drafted.slabs, *given)) is None:
+    key, slabs = ("round", form, weakref.ref(cache.slabs)), drafter.cache.slabs if drafter else cache.slabs
+    inputs = (*numbers_of(request, count), tokens, features, given_4M, drafter.captured.ids_D if drafter else tokens[:0])
+    if (outputs := fixed_call(partial(form.run, target, cache.slabs, draft), key, slabs, *inputs)) is None:
         return None
     told, kept, logits, nodes = outputs
-    assert told is not None and kept is not None and logits is not None and nodes is not None
+    assert told is not None and logits is not None and nodes is not None
     path, draws, ranks = told.tolist()
     accepted = path.index(END) if END in path else len(path)
-    drafter.was_read(request.sequence, count)
+    if drafter:
+        drafter.was_read(request.sequence, count)
     cache.keep(request.sequence, range(accepted))  # their rows lie behind each other already
     return Found(
-        Accepted(path[:accepted], draws[accepted - 1]), draws[:accepted], kept[:accepted].clone(), logits, nodes, ranks[1:accepted]
+        Accepted(path[:accepted], draws[accepted - 1]),
+        draws[:accepted],
+        None if kept is None else kept[:accepted].clone(),
+        logits,
+        nodes,
+        ranks[1:accepted] if drafter else None,
     )
 
 
@@ -105,7 +154,10 @@ def pooled(cache: Cache) -> TypeGuard[KVCache]:
 class Round(NamedTuple):
     """All that a round's graph depends on besides models and slabs."""
 
-    levels: Levels
+    levels: Levels | None  # of the draft; None: it makes no guesses
+    given: int  # rows of guesses that are given
+    most: int  # tokens that a round may commit
+    drawn: Drawn
     window: int  # keys that the target reads
     taps: tuple[int, ...]
 
@@ -113,35 +165,38 @@ class Round(NamedTuple):
         self,
         target: Target,
         slabs: Slabs,
-        draft: Draft,
+        draft: Draft | None,
         numbers: Tensor,
         law_4: Tensor,
         tokens_C: Tensor,
         features_CF: Tensor,
+        given_4M: Tensor,
         ids_D: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The path's rows up to END, what was drawn there and their ranks, int64 [3, C]; their features [C, F]; the target's logits [N, V];
-        the nodes as `grow_fixed` gives them. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread text."""
+        the nodes as `grow_fixed` gives them, then those given. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread
+        text."""
         seed, position, allowed, count = numbers.split(1)
-        depths_L = 1 + torch.arange(len(tokens_C), device=numbers.device)
-        noise_LV = gumbel_on(seed.expand_as(depths_L), position + depths_L, target.config.vocab_size) if self.levels.drawn.noisy else None
-        a_1H = catch_up(draft, self.levels.window, position, count, tokens_C, features_CF)
-        noise_LD = None if noise_LV is None else noise_LV[:-1, ids_D]
-        tree = self.levels.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D)
-        root = tokens_C[count - 1]
-        tokens_N, parents_N, depths_N = (torch.cat([first, rest]) for first, rest in zip((root, 0 * root, 0 * root), tree[:3], strict=True))
-        ancestors_NN = ancestors(parents_N, len(tokens_C))
+        depths_C = 1 + torch.arange(self.most, device=numbers.device)
+        noise_CV = gumbel_on(seed.expand_as(depths_C), position + depths_C, target.config.vocab_size) if self.drawn.noisy else None
+        root, nodes = tokens_C[count - 1], given_4M
+        if self.levels and draft:
+            a_1H = catch_up(draft, self.levels.window, position, count, tokens_C, features_CF)
+            noise_LD = None if noise_CV is None else noise_CV[: self.levels.shape.levels, ids_D]
+            nodes = beside(self.levels.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D), given_4M)
+        tokens_N, parents_N, depths_N = (
+            torch.cat([first, rest]) for first, rest in zip((root, 0 * root, 0 * root), nodes[:3], strict=True)
+        )
+        there_N = torch.cat([root >= 0, nodes[3].view(torch.float64) > IMPOSSIBLE])
+        ancestors_NN = ancestors(parents_N, self.most)
         out = self.read(target, slabs, position, tokens_N, depths_N, ancestors_NN)
-        draws_N = drawn(out.logits, self.levels.drawn.filters, law_4, None if noise_LV is None else noise_LV[depths_N])
-        there_N = torch.cat([root >= 0, tree[3].view(torch.float64) > IMPOSSIBLE])
-        path_N = walked(tokens_N, parents_N, there_N, ancestors_NN, draws_N)
-        path_C = path_N.long().sort(descending=True, stable=True).indices[: len(tokens_C)]
+        draws_N = drawn(out.logits, self.drawn.filters, law_4, None if noise_CV is None else noise_CV[depths_N])
+        path_N = longest(walked(tokens_N, parents_N, there_N, ancestors_NN, draws_N), depths_N, ancestors_NN)
+        path_C = path_N.long().sort(descending=True, stable=True).indices[: self.most]
         keep(slabs, position, path_C)
-        assert out.features is not None
-        order_n = tree[3].view(torch.float64).sort(descending=True, stable=True).indices
-        ranks_N = torch.cat([0 * root, 1 + order_n.argsort()])
+        ranks_N = torch.cat([0 * root, ranks_of(nodes[3, : nodes.shape[1] - self.given].view(torch.float64)), 0 * given_4M[0]])
         told = torch.stack([path_C.masked_fill(~path_N[path_C], END), draws_N[path_C], ranks_N[path_C]])
-        return told, out.features[path_C], out.logits, tree
+        return told, None if out.features is None else out.features[path_C], out.logits, nodes
 
     def read(self, target: Target, slabs: Slabs, position: Tensor, tokens_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Output:
         """The target's pass over a tree: each row sees the text and its ancestors."""
@@ -178,11 +233,40 @@ def drawn(logits_NV: Tensor, filters: Filters, law_4: Tensor, noise_NV: Tensor |
 
 
 def walked(tokens_N: Tensor, parents_N: Tensor, there_N: Tensor, ancestors_NN: Tensor, draws_N: Tensor) -> Tensor:
-    """Which rows are on the path of `verify.walk`, bool [N]: those that are there and were drawn at their parents, as all above them were.
-    Row 0 is the root."""
+    """Which rows a walk may come to, bool [N]: those that are there and were drawn at their parents, as all above them were. Row 0 is the
+    root. Where no guess was made twice they are the path of `verify.walk`."""
     right_N = there_N & (tokens_N == draws_N[parents_N])
     right_N[:1].fill_(True)
     return (right_N | ~ancestors_NN).all(1)
+
+
+def longest(walked_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Tensor:
+    """The rows of the longest path among those that a walk may come to, bool [N]: two of equal tokens, one guessed and one given, go as far
+    as their children do."""
+    last = (walked_N * (1 + depths_N)).argmax(0, keepdim=True)
+    return ancestors_NN.index_select(0, last)[0]
+
+
+def ranks_of(scores_n: Tensor) -> Tensor:
+    """Each score's rank, int64 [n]; 1 for the best."""
+    return 1 + scores_n.sort(descending=True, stable=True).indices.argsort()
+
+
+def columns_of(tree: Tree, rows: int) -> Tensor:
+    """A tree's best nodes below its root as `grow_fixed` gives them, int64 [4, rows]."""
+    tree, found = tree.best(1 + rows), torch.zeros(4, rows, dtype=torch.int64)
+    scores = torch.full((rows,), IMPOSSIBLE, dtype=torch.float64)
+    scores[: len(tree) - 1] = torch.tensor(tree.scores[1:], dtype=torch.float64)
+    found[:3, : len(tree) - 1] = torch.tensor([tree.tokens[1:], tree.parents[1:], tree.depths[1:]])
+    found[3] = scores.view(torch.int64)
+    return found
+
+
+def beside(nodes_4n: Tensor, given_4M: Tensor) -> Tensor:
+    """The nodes of two trees with one root, as `grow_fixed` gives them."""
+    tokens, parents, depths, bits = given_4M
+    moved = torch.stack([tokens, parents + nodes_4n.shape[1] * (parents > 0), depths, bits])
+    return torch.cat([nodes_4n, moved], 1)
 
 
 def keep(slabs: Slabs, position: Tensor, path_C: Tensor) -> None:

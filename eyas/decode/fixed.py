@@ -47,10 +47,14 @@ class Candidates(NamedTuple):
 def grows_fixed(request: TreeRequest, vocab_size: int) -> bool:
     """Whether the tree that is asked for can be grown in fixed shapes: one whose shape scores settle, from the draft's candidates alone (a
     vocabulary of `vocab_size`), ranked by their logits or with noise made from a seed."""
-    shape, others = request.shape, (request.planner, request.processed, request.copied, request.draws)
-    ranked = request.noise is None or request.seed is not None
-    ours = shape.nodes > 1 and shape.top_k <= vocab_size and not (shape.counts or shape.growth)
-    return ours and ranked and all(each is None for each in others)
+    return settled(request) and request.shape.nodes > 1 and request.shape.top_k <= vocab_size
+
+
+def settled(request: TreeRequest) -> bool:
+    """Whether nobody is asked about single nodes while a tree grows, and noise is made from a seed."""
+    others = (request.planner, request.processed, request.copied, request.draws)
+    noisy = request.noise is None or request.seed is not None
+    return noisy and not (request.shape.counts or request.shape.growth) and all(each is None for each in others)
 
 
 def grow_fixed(shape: TreeShape, levels: Tensor, first_1D: Tensor, read: Read, ids_D: Tensor) -> Tensor:
@@ -106,10 +110,21 @@ def log_scores(logits_FD: Tensor, drawn: Drawn, law_4: Tensor, noise_D: Tensor |
     return scores.log_softmax(-1)
 
 
-def tree_of(root: int, found: Tensor) -> Tree:
-    """The tree whose nodes below the root `grow_fixed` gave."""
-    tokens, parents, depths, bits = found.cpu()
-    scores = bits.view(torch.float64)
-    count = int((scores > IMPOSSIBLE).sum())
-    below = (part[:count].tolist() for part in (tokens, parents, depths, scores))
-    return Tree(*([first, *rest] for first, rest in zip((root, -1, 0, 0.0), below, strict=True)))
+def tree_of(root: int, found: Tensor) -> tuple[Tree, list[int]]:
+    """The tree whose nodes below the root `grow_fixed` gave, or two of one root beside each other, and by row its row in the tree: -1 for
+    what was ruled out. Of equal siblings the later one is none of its own."""
+    tokens, parents, depths, scores, places = [root], [-1], [0], [0.0], [0]
+    rows: dict[tuple[int, int], int] = {}  # (parent's row, token) -> row
+    columns, bits = found[:3].tolist(), found[3].cpu().view(torch.float64).tolist()
+    for token, above, depth, score in zip(*columns, bits, strict=True):
+        key = (places[above], token)
+        if score == IMPOSSIBLE or key in rows:
+            places.append(rows[key] if score > IMPOSSIBLE else -1)
+            continue
+        rows[key] = len(tokens)
+        places.append(len(tokens))
+        tokens.append(token)
+        parents.append(key[0])
+        depths.append(depth)
+        scores.append(score)
+    return Tree(tokens, parents, depths, scores), places

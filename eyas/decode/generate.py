@@ -95,18 +95,14 @@ class Decoder:
         if (shape := self.plan.whole(asked.shape)) is None:
             return False
         self.plan.pass_begins()
-        found = captured_round(self.target, self.cache, self.drafter, replace(asked, shape=shape, planner=None))
+        found = captured_round(self.target, self.cache, self.drafter, replace(asked, planner=None), shape)
+        self.plan.judge_whole(None if found is None else found.ranks)
         if found is None:
-            self.plan.no_graph()
             return False
         self.plan.pass_ends(self.target.device)
-        self.plan.judge_whole(found.ranks)
-        tree, logits_NV = None, found.logits
-        if self.watch:  # else nobody looks at the tree
-            tree = found.tree(sequence.root)
-            logits_NV = logits_NV[: len(tree)].clone()
-        brought = self.settle(sequence, tree, found.accepted, found.tokens, logits_NV, found.features)
-        self.plan.ends(shape.nodes, brought)
+        tree, accepted, logits_NV = found.seen(sequence.root) if self.watch else (None, found.accepted, found.logits)
+        brought = self.settle(sequence, tree, accepted, found.tokens, logits_NV, found.features)
+        self.plan.ends(len(found.logits), brought)
         return True
 
     def request(self, sequence: Sequence) -> TreeRequest:

@@ -57,6 +57,14 @@ class CopyingDrafter:
         drafted = self.draft.propose([self.ask(request, tree) for request, tree in zip(requests, found, strict=True)])
         return [both(request, one, other) for request, one, other in zip(requests, drafted, found, strict=True)]
 
+    @property
+    def beside(self) -> Drafter:
+        return self.draft
+
+    def given(self, request: TreeRequest, levels: int) -> tuple[Tree, bool]:
+        found = copied_tree(self.texts[request.sequence], request, levels)
+        return found, len(found) > 1 and max(found.scores[1:]) >= math.log(SURE)
+
     def found(self, request: TreeRequest) -> Tree:
         """Copying's own tree. Its guesses cost no pass of the draft, so it may be as deep as the shape has nodes."""
         if request.draws is not None:

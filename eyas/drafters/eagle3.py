@@ -97,7 +97,7 @@ class Eagle3Drafter:
             if (tree := self.captured.grow(requests[0], a_1H, self.cache)) is not None:
                 return [tree]
 
-            def begin(_: Sequence[int]) -> Tensor:
+            def begin(sequences: Sequence[int]) -> Tensor:
                 return a_1H
 
         trees = grow(requests, begin, self.read_level, self.logits, self.vocab)

@@ -21,6 +21,7 @@ class LookupDrafter:
     """Proposes what followed earlier occurrences of the text's last tokens."""
 
     wants: tuple[int, ...] = ()
+    beside = None
 
     def __init__(self) -> None:
         self.texts: dict[int, CopiedText] = {}
@@ -37,6 +38,9 @@ class LookupDrafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         return [copied_tree(self.texts[request.sequence], request, request.shape.levels) for request in requests]
+
+    def given(self, request: TreeRequest, levels: int) -> tuple[Tree, bool]:
+        return copied_tree(self.texts[request.sequence], request, min(levels, request.shape.levels)), False
 
 
 def alone(target: TargetModel) -> LookupDrafter:

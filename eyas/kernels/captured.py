@@ -30,6 +30,7 @@ RUNS = 3  # how often making a graph on CUDA runs its function: twice before the
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
 Run = Callable[..., tuple[Tensor | None, ...]]
+Memory = tuple[int, int]  # of graphs, as PyTorch names it
 
 
 def synchronize(device: torch.device) -> None:
@@ -106,8 +107,11 @@ def captures(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(run: Run, inputs: Sequence[Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]:
-    """A graph of a function on CUDA and its outputs. Raises whatever stands in the way."""
+def capture(
+    run: Run, inputs: Sequence[Tensor], device: torch.device, memory: Memory | None
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]:
+    """A graph of a function on CUDA and its outputs. Graphs of one `memory` lie in the same: replaying one overwrites outputs of another.
+    Raises whatever stands in the way."""
     with torch.cuda.device(device):
         stream, current = side_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
@@ -118,7 +122,7 @@ def capture(run: Run, inputs: Sequence[Tensor], device: torch.device) -> tuple[t
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # of this thread alone: another may ask events or take memory meanwhile, as nccl's does
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 return graph, run(*inputs)
         finally:
             torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream in place
@@ -134,7 +138,7 @@ class Graph:
     made = 0  # graphs made in this process; a round that makes one is slower than others, so its time tells nothing
     refused = 0  # those of them that could not be captured
 
-    def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, run: Run, inputs: Sequence[Tensor], memory: Memory | None = None) -> None:
         """Raises `NotCaptured`, and says so once a process, where CUDA cannot capture it."""
         self.run: Run | None = run
         self.inputs, self.graph = inputs, None
@@ -144,7 +148,7 @@ class Graph:
             run(*inputs)  # on CUDA it runs before the capture too, so tests see what such a run leaves behind
             return
         try:
-            self.graph, self.outputs = capture(run, inputs, self.device)
+            self.graph, self.outputs = capture(run, inputs, self.device, memory)
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if not Graph.refused:
@@ -154,7 +158,7 @@ class Graph:
         self.run = None  # it holds the slabs, which hold this graph: nothing of the circle would be freed
 
     def __call__(self) -> tuple[Tensor | None, ...]:
-        """The function's outputs for what `inputs` hold now. The next call overwrites them."""
+        """The function's outputs for what `inputs` hold now. The next call overwrites them, of this graph or of one in the same memory."""
         if self.graph is None:
             assert self.run is not None
             return self.run(*self.inputs)
@@ -164,9 +168,9 @@ class Graph:
 
 
 def fixed_call(run: Run, key: tuple, slabs: Slabs, *given: Tensor) -> tuple[Tensor | None, ...] | None:
-    """The outputs of `run` for these tensors, whose shapes the key settles, over these slabs; the next call overwrites them. `run` must
-    hold no cache, or its slabs would never be idle. None where it cannot be captured, which is tried once over these slabs: then it may
-    have written what it writes, and has changed nothing else."""
+    """The outputs of `run` for these tensors, whose shapes the key settles, over these slabs; the next call over them overwrites these.
+    `run` must hold no cache, or its slabs would never be idle. None where it cannot be captured, which is tried once over these
+    slabs: then it may have written what it writes, and has changed nothing else."""
     if key not in slabs.graphs:
         with torch.inference_mode(False):  # made inside a round, they may be written to outside one
             inputs = [each.to(slabs.keys.device, copy=True) for each in given]  # a first run writes where this one will
@@ -179,10 +183,14 @@ def fixed_call(run: Run, key: tuple, slabs: Slabs, *given: Tensor) -> tuple[Tens
 
 
 def graph_over(slabs: Slabs, run: Run, inputs: Sequence[Tensor]) -> Graph | None:
-    """A graph of `run`; None where it cannot be captured and its steps may be launched one by one instead."""
+    """A graph of `run`; None where it cannot be captured and its steps may be launched one by one instead. All graphs over the same slabs
+    share memory: one runs at a time, and what it gives is used before the next."""
+    if slabs.memory is None and slabs.keys.is_cuda:
+        slabs.memory = torch.cuda.graph_pool_handle()
     try:
-        return Graph(run, inputs)
+        return Graph(run, inputs, slabs.memory)
     except NotCaptured:
+        slabs.memory = None  # a capture that ended in an error may not have let go of it
         if slabs.captured_alike:
             raise
         return None

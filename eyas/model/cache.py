@@ -34,6 +34,7 @@ class Slabs:
         with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled slabs outlive the call that made them
             self.keys, self.values = (pages.zeros(shape, dtype, device) for _ in range(2))
         self.pooled = pooled
+        self.memory: captured.Memory | None = None  # of the graphs
         self.captured_alike = False  # whether other processes capture the same graphs, so that this one may not leave one out
         self.graphs: dict[tuple[object, ...], captured.Graph | None] = {}  # None: it could not be captured
 

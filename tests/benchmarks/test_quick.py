@@ -136,7 +136,8 @@ def test_long_context(found):
 def test_gpu_round(found):
     told = found("gpu_round")
     assert list(told["passes_ms"]) == list(told["long_context"]["passes_ms"]) == ["1", "8"]
-    for form in ("launched", "captured", "captured, temperature 1"):
+    assert told["copying_alone_ms"] > 0 and all(nodes in ("1", "4", "8", "16", "32", "60") for nodes in told["planned_ms"])
+    for form in ("launched", "captured", "captured, temperature 1", "captured, temperature 1, top-p 0.9"):
         assert all(each["over_plain"] > 0 for each in told[form]["rounds"].values()) and list(told[form]["rounds"]) == ["8"]
 
 

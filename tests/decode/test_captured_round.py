@@ -20,13 +20,15 @@ from eyas.decode.tree import Tree
 from eyas.decode.verify import walk
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.kernels import captured
+from eyas.methods import METHODS
 from eyas.model.cache import Pool, Slabs
 from eyas.model.mask import ancestor_mask
 from tests.tiny import tiny_draft, tiny_target
+from tests.tiny_family import tiny_network
 
 V = 8  # tokens, so that guesses of a random draft often come true
 SAMPLINGS = [Sampling(), Sampling(0.6), Sampling(1.3)]
-FILTERED = [Sampling(1.3, top_p=0.8), Sampling(1.2, top_k=3), Sampling(1.3, min_p=0.1), Sampling(1.2, top_k=5, top_p=0.9, min_p=0.05)]
+FILTERED = Sampling(1.2, top_k=5, top_p=0.9, min_p=0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def run(target, drafter, shape, sampling, prompts=([1, 2, 3],), verifier="walk",
     return [(text.tokens, text.accepted_lengths, text.finish_reason) for text in texts]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS + FILTERED, ids=str)
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, FILTERED], ids=str)
 @pytest.mark.parametrize("shape", ["chain:1", "chain:4", "20x4x5", "200x2x6", "64x7x4"])
 def test_rounds_commit_what_the_plain_rounds_do(shape, sampling, rounds):
     """Tokens, and how many of them in how many rounds, call after call."""
@@ -81,6 +83,20 @@ def test_rounds_commit_what_the_plain_rounds_do(shape, sampling, rounds):
 def test_rounds_of_other_drafts_and_in_float32_commit_the_same(settings, rounds):
     wanted = run(*pair(False, **settings), "20x4x5", Sampling(0.6))
     assert run(*pair(True, **settings), "20x4x5", Sampling(0.6)) == wanted
+    assert len(list(filter(None, rounds))) > 9
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+def test_rounds_of_an_eagle_2_draft_commit_the_same(sampling, rounds):
+    def both(pooled):
+        target = tiny_target(prepare=False, vocab_size=V)
+        network, vocab = tiny_network("eagle1", target, size=V - 1)
+        network.prepare()
+        target.prepare()
+        target.pool, network.pool = (Pool(), Pool()) if pooled else (None, None)
+        return target, METHODS["eagle2"].decoding().drafter(network, vocab)
+
+    assert run(*both(True), "20x4x5", sampling) == run(*both(False), "20x4x5", sampling)
     assert len(list(filter(None, rounds))) > 9
 
 
@@ -105,7 +121,7 @@ def test_rounds_of_both_kinds_may_take_turns(rounds):
     assert 2 < len(list(filter(None, rounds))) < text.rounds - 2
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(10))
 def test_filtered_rounds_commit_what_the_plain_rounds_do_for_any_seed(seed, rounds):
     draw = random.Random(seed)
     sampling = Sampling(draw.uniform(0.5, 1.5), draw.choice([0, 1, 2, 5, 9]), draw.choice([1.0, 0.95, 0.5]), draw.choice([0.0, 0.02, 0.3]))
@@ -113,7 +129,7 @@ def test_filtered_rounds_commit_what_the_plain_rounds_do_for_any_seed(seed, roun
     assert found == wanted and None not in rounds[:-1]
 
 
-@pytest.mark.parametrize("sampling", [*SAMPLINGS[:2], FILTERED[-1]], ids=str)
+@pytest.mark.parametrize("sampling", [*SAMPLINGS[:2], FILTERED], ids=str)
 @pytest.mark.parametrize("shape", ["chain:3", "20x4x5"])
 def test_a_watcher_sees_the_plain_rounds_trees_paths_and_logits(shape, sampling, rounds):
     def watched(pooled):
@@ -191,8 +207,9 @@ def test_a_round_asks_the_host_for_no_number(drawn):
     def slabs(layers):
         return Slabs((layers, 1, target.config.num_key_value_heads, 64, target.config.head_dim), torch.float64, torch.device("meta"))
 
-    form = Round(Levels(TreeShape(20, 4, 5), 64, drawn), 64, (1, 2, 4))
-    given = torch.zeros(4).long(), torch.ones(4).double(), torch.zeros(6).long(), torch.zeros(6, 96).double(), torch.arange(29)
+    form = Round(Levels(TreeShape(20, 4, 5), 64, drawn), 7, 8, drawn, 64, (1, 2, 4))
+    given = [torch.zeros(4).long(), torch.ones(4).double(), torch.zeros(8).long(), torch.zeros(8, 96).double()]
+    given += [torch.zeros(4, 7).long(), torch.arange(29)]
     told, features, logits, nodes = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
-    assert told.shape == (3, 6) and told.dtype == torch.int64 and features.shape == (6, 96)
-    assert logits.shape == (20, 53) and nodes.shape == (4, 19)
+    assert told.shape == (3, 8) and told.dtype == torch.int64 and features.shape == (8, 96)
+    assert logits.shape == (27, 53) and nodes.shape == (4, 26)

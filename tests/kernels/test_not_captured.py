@@ -26,7 +26,7 @@ def tried(monkeypatch):
     """The number of captures that were tried: each ran the function, as CUDA does before the capture, and failed."""
     count = []
 
-    def capture(run, inputs, _device):
+    def capture(run, inputs, *_where):
         run(*inputs)
         count.append(1)
         raise RuntimeError(WHY)

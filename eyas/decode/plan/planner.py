@@ -60,14 +60,12 @@ class Plan(RoundClock):
         be a graph."""
         return None
 
-    def no_graph(self) -> None:
-        """The round cannot be a graph after all."""
-
     def judge(self, tree: Tree, path: list[int]) -> None:
         """Learn which of a tree's guesses were right from the path of its walk."""
 
-    def judge_whole(self, ranks: list[int]) -> None:
-        """The same of a round that ran as one graph, from the ranks by score of its path's nodes."""
+    def judge_whole(self, ranks: list[int] | None) -> None:
+        """The same of a round that ran as one graph, from the ranks by score of its path's nodes. None: no draft made guesses in it, or it
+        was no graph after all."""
 
     def ends(self, rows: int, tokens: int) -> None:
         """The round is over: its pass read `rows` rows, and it committed `tokens` tokens."""
@@ -127,14 +125,11 @@ class Planner(Plan):
         self.guesses = not self.pauses.begin(batch, alone)
 
     def whole(self, most: TreeShape) -> TreeShape | None:
+        if not self.guesses:
+            return None
         self.chosen = self.shapes.choose(most)
-        if self.chosen.nodes > 1:
-            return self.chosen
-        self.guesses = False
-        return None
-
-    def no_graph(self) -> None:
-        self.chosen = None
+        self.guesses = self.chosen.nodes > 1
+        return self.chosen
 
     def row(self) -> float:
         """The price of one more row of a pass, in tokens: what the row has to bring."""
@@ -226,14 +221,19 @@ class Planner(Plan):
                 taken = children.index(path[place + 1]) if place + 1 < len(path) else None
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
-    def judge_whole(self, ranks: list[int]) -> None:
-        if self.chosen is not None:
+    def judge_whole(self, ranks: list[int] | None) -> None:
+        assert self.chosen is not None, "a shape was chosen"
+        if ranks is not None:
             self.shapes.judge(self.chosen, ranks)
+        elif self.chosen.nodes > 1:  # not one of its rounds
+            self.chosen = None
 
     def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """Learn from a round that captured no graph: its pass's rows and seconds, the tokens it committed and its own seconds."""
         if self.chosen is not None:
             self.shapes.record(self.chosen, seconds)
+            if self.chosen.nodes == 1:
+                self.shapes.judge(self.chosen, [0] * (tokens - 1))
             return
         self.passes.record(rows, pass_seconds)
         self.pauses.record(self.guesses, tokens, seconds)

@@ -18,6 +18,7 @@ from eyas.decode.plan.prices import LARGEST_NEWS
 SHAPES = (PLAIN, *map(TreeShape.parse, ("4x2x2", "8x3x2", "16x4x3", "32x5x4", "60x7x4")))
 TRIALS = 3  # rounds of a shape before its price is believed
 WEIGHT = 0.04  # of a new round in what a shape brings and costs
+MOST_TOKENS = 64  # of a round
 KNOWN = 25  # rounds that a file's numbers weigh
 TRIED_AGAIN = 48  # rounds until the largest shape is tried again
 
@@ -49,10 +50,11 @@ class Shapes:
 
     def judge(self, shape: TreeShape, ranks: Sequence[int]) -> None:
         """Learn what a round of this shape brought. `ranks`: of the nodes on its path below the root, by score among its nodes, 1 for the
-        best."""
+        best; 0 for one that was given, whatever the shape."""
         for each in SHAPES:
             if each.nodes <= shape.nodes:
-                came = next((depth for depth, rank in enumerate(ranks[: each.levels]) if rank >= each.nodes), min(len(ranks), each.levels))
+                left = (depth for depth, rank in enumerate(ranks) if rank and (rank >= each.nodes or depth >= each.levels))
+                came = next(left, len(ranks))
                 judged = self.judged[each.nodes] = self.judged.get(each.nodes, 0) + 1
                 before = self.tokens.get(each.nodes, 0.0)
                 self.tokens[each.nodes] = before + max(WEIGHT, 1 / judged) * (came + 1 - before)
@@ -83,7 +85,7 @@ def checked(known: Any) -> dict[int, tuple[float, float]]:
             if str(shape.nodes) not in known:
                 continue
             seconds, tokens = map(float, known[str(shape.nodes)])
-            if 0 < seconds < 1e4 and 1 <= tokens <= shape.levels + 1:
+            if 0 < seconds < 1e4 and 1 <= tokens <= MOST_TOKENS:
                 found[shape.nodes] = seconds, tokens
     except (KeyError, TypeError, ValueError):
         return {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from rich.console import Console
 
+from eyas.commands.plan import whole_rounds_table
 from eyas.config import PLAIN, Sampling, TreeShape
 from eyas.decode import generate
 from eyas.decode.generate import Decoder
@@ -51,7 +53,7 @@ def served(shapes: Shapes, prices: dict[int, float], right: float, rounds: int, 
         (RISING, 0.05, {1}),
         (dict.fromkeys(RISING, 1.0), 0.8, {60}),
         (RISING, 0.75, {8, 16}),
-        ({nodes: 1.0 + 0.5 * nodes for nodes in RISING}, 0.9, {1}),
+        ({nodes: 1.0 if nodes == 1 else 9.0 for nodes in RISING}, 0.9, {1}),
     ],
     ids=["poor draft", "free nodes", "rising prices", "dear nodes"],
 )
@@ -70,6 +72,8 @@ def test_larger_rounds_tell_what_smaller_ones_bring():
     assert shapes.tokens == {1: 1, 4: 3, 8: 4, 16: 4, 32: 5, 60: 5}
     shapes.judge(SHAPES[2], [1])
     assert shapes.tokens == {1: 1, 4: 2.5, 8: 3, 16: 4, 32: 5, 60: 5}
+    shapes.judge(SHAPES[3], [0, 0, 0, 0, 0, 0])
+    assert shapes.tokens == {1: 3, 4: 4, 8: pytest.approx(13 / 3), 16: 5.5, 32: 5, 60: 5}, "what is given comes with every shape"
 
 
 def test_a_dearer_machine_and_a_better_text_change_the_choice():
@@ -90,9 +94,20 @@ def test_a_table_is_what_the_next_process_begins_with_and_a_damaged_one_is_nothi
     served(shapes, RISING, 0.75, 300)
     again = Shapes(shapes.table())
     assert again.tokens == shapes.tokens and again.seconds == shapes.seconds and again.choose(MAX_TREE) == shapes.choose(MAX_TREE)
-    for damaged in (None, [], {"8": 3}, {"8": ["x", 1]}, {"8": [0, 1]}, {"8": [1, 99]}, {"8": [1]}):
+    for damaged in (None, [], {"8": 3}, {"8": ["x", 1]}, {"8": [0, 1]}, {"8": [1, 999]}, {"8": [1]}):
         assert not Shapes(damaged).seconds
     assert list(Shapes({"8": [0.5, 2.0], "16": [0.7, 0.0]}).seconds) == [8]
+
+
+def test_the_plan_command_shows_them():
+    shapes = Shapes({"16": [0.002, 2.5], "1": [0.001, 1.0]})
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(whole_rounds_table(shapes))
+    lines = shown.get().splitlines()
+    assert any("1.0" in line and "1.00" in line for line in lines) and any(
+        "16" in line and "2.0" in line and "2.50" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3), Sampling(1.2, top_p=0.9)], ids=str)
@@ -107,11 +122,11 @@ def test_planned_rounds_run_as_graphs_and_the_text_is_plain_texts(sampling, monk
     target.pool, network.pool = Pool(), Pool()
     plan = Planner(Prices({1: 1.0, 64: 2.0}), Prices({1: 0.1}), Calibration())
     asked, inner = [], generate.captured_round
-    monkeypatch.setattr(generate, "captured_round", lambda *given: asked.append(given[3].shape) or inner(*given))
+    monkeypatch.setattr(generate, "captured_round", lambda *given: asked.append(given[4]) or inner(*given))
     drafter = Eagle3Drafter(network, vocab)
     assert tokens_of(Decoder(target, drafter, plan=plan), sampling, MAX_TREE) == wanted
     assert {shape.nodes for shape in asked} == {4, 8, 16, 32, 60}, "each was timed"
-    assert set(plan.shapes.seconds) == set(RISING) and plan.shapes.tokens[60] >= plan.shapes.tokens[8] > 1 and not plan.recent.tokens
+    assert set(plan.shapes.seconds) == set(RISING) and min(plan.shapes.tokens[nodes] for nodes in (4, 8, 60)) > 1 and not plan.recent.tokens
 
 
 def tokens_of(decoder: Decoder, sampling: Sampling, shape: TreeShape = PLAIN) -> list[int]:
