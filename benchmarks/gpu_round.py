@@ -142,12 +142,12 @@ class Form:
     rounds: int
 
 
-def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, form: Form) -> float:
-    """Milliseconds of one round, drafting included, once what is made on first use is there."""
+def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, form: Form, copy: bool = False) -> float:
+    """Milliseconds of one round, drafting included, once what is made on first use is there. `copy`: copying joins the drafter."""
     target.pool = Pool() if form.captured else None
     if drafter:
         drafter.network.pool = Pool() if form.captured else None
-    decoder, taken = Decoder(target, drafter), []
+    decoder, taken = Decoder(target, CopyingDrafter(drafter) if drafter and copy else drafter), []
     for _ in range(2):
         last = time.perf_counter()
         for _ in decoder.run([[1] * form.context], shape, form.sampling, [0], form.rounds):
@@ -203,7 +203,7 @@ def main(words: Sequence[str] | None = None) -> None:
             taken = round_ms(target, drafter, TreeShape.parse(shape), form)
             found[name]["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
     form = Form(True, GREEDY, given.context, given.rounds)
-    copied = round_ms(target, CopyingDrafter(drafter), TreeShape.parse(SHAPES[min(given.nodes)]), form)
+    copied = round_ms(target, drafter, TreeShape.parse(SHAPES[min(given.nodes)]), form, copy=True)
     found["copying_alone_ms"] = round(copied, 2)  # the prompt repeats one token, so copying is sure, and the draft is not used
     found["planned_ms"] = planned_ms(target, drafter, form)
     tell(found, given.out)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eyas.config import PLAIN, Sampling, TrainSettings, TreeShape
+from eyas.config import PLAIN, Request, Sampling, TrainSettings, TreeShape
 from eyas.decode.generate import Decoder
 from eyas.decode.philox import uniforms_on, wrapped
 from eyas.decode.plan.calibration import Calibration
@@ -15,6 +15,7 @@ from eyas.decode.plan.planner import MAX_TREE, Planner
 from eyas.decode.plan.prices import Prices
 from eyas.decode.sampling import uniforms
 from eyas.decode.score import top
+from eyas.decode.sequence import new_sequence
 from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.engine import load
@@ -155,6 +156,30 @@ def test_rounds_with_copying_and_planned_ones_are_graphs_with_plain_text_on_cuda
     held = [drafter.draft.cache.slabs, *target.pool.idle]
     graphs = {key[1]: graph for slabs in held for key, graph in slabs.graphs.items() if key[0] == "round"}
     assert all(graph and graph.graph for graph in graphs.values()) and {form.given > 0 for form in graphs} >= {True}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_text_that_is_left_of_several_goes_on_in_graphs_on_cuda():
+    target = tiny_target(prepare=False, vocab_size=8).to("cuda")
+    network, vocab = tiny_draft(target, draft_vocab_size=7)
+    drafter, prompts = Eagle3Drafter(network.to("cuda").prepare(), vocab), [[1, 2], [3, 4], [5] * 30]
+    target.prepare()
+
+    def tokens(drafter, shape):
+        decoder, found = Decoder(target, drafter), []
+        decoder.reserve(3, 120, [shape])
+        for length in (70, 8, 20):
+            request = Request(sampling=Sampling(1.3), max_new_tokens=length)
+            found.append(new_sequence(prompts[len(found)], request, shape, len(found), target.config))
+            decoder.admit(found[-1])
+        while decoder.busy:
+            decoder.step()
+        return [text.tokens for text in found]
+
+    assert tokens(drafter, TreeShape.parse("20x4x5")) == tokens(None, PLAIN)
+    graphs = [graph for view in drafter.cache.slabs.views.values() for key, graph in view.graphs.items() if key[0] == "round"]
+    assert graphs and all(graph.graph for graph in graphs)
 
 
 @pytest.mark.gpu

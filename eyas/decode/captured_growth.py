@@ -37,8 +37,9 @@ class CapturedGrowth:
         """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept. None where
         it cannot be captured."""
         form, given = self.form(request, cache), numbers_of(request)
-        run = partial(form.grow, Draft(self.network, cache.slabs, self.group), self.vocab.vocab_size)
-        if (outputs := fixed_call(run, ("growth", form), cache.slabs, *given, a_1H, self.ids_D)) is None:
+        slabs = cache.slabs.of(request.sequence)
+        run = partial(form.grow, Draft(self.network, slabs, self.group), self.vocab.vocab_size)
+        if (outputs := fixed_call(run, ("growth", form), slabs, *given, a_1H, self.ids_D)) is None:
             return None
         (found,) = outputs
         assert found is not None

@@ -123,11 +123,12 @@ def run_round(
     count = len(unread.tokens)
     tokens, features = torch.zeros(most, dtype=torch.int64), unread.features.new_zeros(most, unread.features.shape[1])
     tokens[:count], features[:count] = torch.tensor(unread.tokens), unread.features
-    draft = Draft(drafter.captured.network, drafter.cache.slabs, drafter.captured.group) if drafter else None
-    # a graph runs over the slabs of both; it lies with the draft's, and knows the target's without keeping them
-    key, slabs = ("round", form, weakref.ref(cache.slabs)), drafter.cache.slabs if drafter else cache.slabs
+    read = cache.slabs.of(request.sequence)
+    drafted = drafter.cache.slabs.of(request.sequence) if drafter else read
+    draft = Draft(drafter.captured.network, drafted, drafter.captured.group) if drafter else None
+    key = ("round", form, weakref.ref(read))  # a graph runs over the slabs of both; it lies with the draft's, and does not keep the others
     inputs = (*numbers_of(request, count), tokens, features, given_4M, drafter.captured.ids_D if drafter else tokens[:0])
-    if (outputs := fixed_call(partial(form.run, target, cache.slabs, draft), key, slabs, *inputs)) is None:
+    if (outputs := fixed_call(partial(form.run, target, read, draft), key, drafted, *inputs)) is None:
         return None
     told, kept, logits, nodes = outputs
     assert told is not None and logits is not None and nodes is not None

@@ -219,7 +219,8 @@ class Decoder:
         """Give free slots to the waiting sequences, in the order they were admitted."""
         while self.waiting and self.free:
             if self.prefixes is None:
-                self.waiting[0].slot = self.free.pop(0)
+                self.waiting[0].slot = slot = min(self.free)  # one text after the other takes the same, over which there are graphs
+                self.free.remove(slot)
             elif self.waiting[0].reuses and self.prefixes.worth_waiting(self.waiting[0], self.cache):
                 break
             else:

@@ -61,7 +61,7 @@ class Eagle3Drafter:
         if window is not None and capacity > window:
             self.cache = WindowedCache(window, layers, sequences, *shape)
         else:
-            self.cache = pool.cache(layers, *shape) if pool and sequences == 1 else KVCache(layers, sequences, *shape)
+            self.cache = pool.cache(layers, sequences, *shape) if pool else KVCache(layers, sequences, *shape)
         self.pending = {sequence: PendingRows() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:
@@ -91,16 +91,12 @@ class Eagle3Drafter:
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         self.asked = {request.sequence: request for request in requests}
-        begin = self.catch_up
+        a_1H = None
         if len(requests) == 1 and self.cache.slabs.pooled and grows_fixed(requests[0], len(self.vocab)):
             a_1H = self.catch_up([requests[0].sequence])
             if (tree := self.captured.grow(requests[0], a_1H, self.cache)) is not None:
                 return [tree]
-
-            def begin(sequences: Sequence[int]) -> Tensor:
-                return a_1H
-
-        trees = grow(requests, begin, self.read_level, self.logits, self.vocab)
+        trees = grow(requests, self.catch_up if a_1H is None else lambda _: a_1H, self.read_level, self.logits, self.vocab)
         for request in requests:
             self.cache.cut(request.sequence, request.position)  # rows 0 .. P-1 hold the text; the tree's rows are dropped
         return trees
@@ -191,14 +187,13 @@ class Eagle3Drafter:
     def read(self, tokens: list[int], g: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
         """One pass of the draft: a [N, H] of these rows, which stay in the cache until `propose` cuts them."""
         rows = torch.tensor(tokens), torch.tensor(positions)
-        found, cache = None, self.cache
-        if fits(cache, segments):
-            found = fixed_pass(partial(step, self.network), (), self.group, cache, *rows, segments[0], g)
+        cache, run = self.cache, partial(step, self.network)
+        found = fixed_pass(run, (), self.group, cache, *rows, segments[0], g) if fits(cache, segments) else None
         if found is None:
             windowed = isinstance(cache, WindowedCache)
             attention = cache.attention_at(segments, rows[1], self.group) if windowed else cache.attention(segments, self.group)
             tokens_N, positions_N = (part.to(g.device) for part in rows)
-            found = step(self.network, tokens_N, positions_N, attention, g)
+            found = run(tokens_N, positions_N, attention, g)
         (a,) = found
         for segment in segments:
             self.cache.keep(segment.slot, range(segment.count))

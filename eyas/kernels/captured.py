@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ RUNS = 3  # how often making a graph on CUDA runs its function: twice before the
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
 Run = Callable[..., tuple[Tensor | None, ...]]
-Memory = tuple[int, int]  # of graphs, as PyTorch names it
+
+
+class Memory:
+    """What several graphs share: one runs at a time, and what it gives is used before the next one runs."""
+
+    handle: Any = None  # PyTorch's name for it
 
 
 def synchronize(device: torch.device) -> None:
@@ -110,8 +115,8 @@ def captures(device: torch.device) -> bool:
 def capture(
     run: Run, inputs: Sequence[Tensor], device: torch.device, memory: Memory | None
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]:
-    """A graph of a function on CUDA and its outputs. Graphs of one `memory` lie in the same: replaying one overwrites outputs of another.
-    Raises whatever stands in the way."""
+    """A graph of a function on CUDA and its outputs. Replaying one overwrites the outputs of others in the same memory. Raises whatever
+    stands in the way."""
     with torch.cuda.device(device):
         stream, current = side_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
@@ -122,7 +127,7 @@ def capture(
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # of this thread alone: another may ask events or take memory meanwhile, as nccl's does
-            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory and memory.handle, stream=stream, capture_error_mode="thread_local"):
                 return graph, run(*inputs)
         finally:
             torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream in place
@@ -183,14 +188,13 @@ def fixed_call(run: Run, key: tuple, slabs: Slabs, *given: Tensor) -> tuple[Tens
 
 
 def graph_over(slabs: Slabs, run: Run, inputs: Sequence[Tensor]) -> Graph | None:
-    """A graph of `run`; None where it cannot be captured and its steps may be launched one by one instead. All graphs over the same slabs
-    share memory: one runs at a time, and what it gives is used before the next."""
-    if slabs.memory is None and slabs.keys.is_cuda:
-        slabs.memory = torch.cuda.graph_pool_handle()
+    """A graph of `run`; None where it cannot be captured and its steps may be launched one by one instead."""
+    if slabs.memory.handle is None and slabs.keys.is_cuda:
+        slabs.memory.handle = torch.cuda.graph_pool_handle()
     try:
         return Graph(run, inputs, slabs.memory)
     except NotCaptured:
-        slabs.memory = None  # a capture that ended in an error may not have let go of it
+        slabs.memory.handle = None  # a capture that ended in an error may not have let go of it
         if slabs.captured_alike:
             raise
         return None
@@ -220,10 +224,10 @@ def fixed_pass(
     laid = torch.zeros(3, rows, dtype=torch.int64)
     laid[0] = fixed.places
     laid[1:, :count] = torch.stack([tokens, positions])
-    graphs, key = cache.slabs.graphs, (*key, rows, fixed.window)
-    if key not in graphs:
-        graphs[key] = graph_of(run, fixed, cache.slabs, laid, others)
-    graph, given = graphs[key], (laid, *fixed.masks)
+    slabs, key = cache.slabs.of(segment.slot), (*key, rows, fixed.window)
+    if key not in slabs.graphs:
+        slabs.graphs[key] = graph_of(run, fixed, slabs, laid, others)
+    graph, given = slabs.graphs[key], (laid, *fixed.masks)
     if graph is None:
         return None
     for held, new in zip(graph.inputs, given, strict=False):

@@ -10,6 +10,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,20 @@ class Slabs:
         with torch.inference_mode(not pooled and torch.is_inference_mode_enabled()):  # pooled slabs outlive the call that made them
             self.keys, self.values = (pages.zeros(shape, dtype, device) for _ in range(2))
         self.pooled = pooled
-        self.memory: captured.Memory | None = None  # of the graphs
+        self.memory = captured.Memory()  # of the graphs
+        self.views: dict[int, Slabs] = {}  # by slot
         self.captured_alike = False  # whether other processes capture the same graphs, so that this one may not leave one out
         self.graphs: dict[tuple[object, ...], captured.Graph | None] = {}  # None: it could not be captured
+
+    def of(self, slot: int) -> Slabs:
+        """The part of one slot, with graphs of its own; the slabs themselves, where they have no other."""
+        if self.keys.shape[1] == 1:
+            return self
+        if slot not in self.views:
+            view = self.views[slot] = copy(self)
+            view.keys, view.values = (slab[:, slot : slot + 1] for slab in (self.keys, self.values))
+            view.graphs, view.views = {}, {}
+        return self.views[slot]
 
 
 class Cache(ABC):
@@ -147,9 +159,13 @@ class Pool:
         self.idle: list[Slabs] = []
         self.lock = threading.RLock()  # reentrant: the garbage collector may run inside `cache` and call `take_back`
 
-    def cache(self, layers: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """A cache for one sequence, of at least `capacity` rows. The last row of its slabs is spare: rows that pad a pass are written
-        there."""
+    def cache(
+        self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """A cache for so many sequences, of at least `capacity` rows each. The last row of a slot is spare: rows that pad a pass are
+        written there. Slabs of several slots are nobody's after their call: they would hold much memory for a batch that may not come."""
+        if slots > 1:
+            return KVCache.over(Slabs((layers, slots, kv_heads, capacity + 1, head_dim), dtype, device, pooled=True), capacity)
         with self.lock:
             fitting = [slabs for slabs in self.idle if slabs.keys.shape[3] > capacity]
             slabs = min(fitting, key=lambda slabs: slabs.keys.shape[3], default=None)

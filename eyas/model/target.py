@@ -130,8 +130,8 @@ class Target(nn.Module):
         if config.sliding_window is not None and capacity > config.sliding_window:
             shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
             return WindowedCache(config.sliding_window, *shape, *kind)
-        if self.pool and slots == 1:
-            return self.pool.cache(config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, *kind)
+        if self.pool:
+            return self.pool.cache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
         return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:

@@ -94,7 +94,7 @@ class ShardedTarget:
         inner = None
         if self.together and self.pool and slots == 1:
             (layers, kv_heads, width), kind = self.shape, (self.target.dtype, self.target.device)
-            inner = self.pool.cache(layers, roomy(room(self.layout, self.peers.count, capacity)), kv_heads, width, *kind)
+            inner = self.pool.cache(layers, 1, roomy(room(self.layout, self.peers.count, capacity)), kv_heads, width, *kind)
             inner.slabs.captured_alike = self.peers.count > 1
         slabs = inner and (inner.keys.shape[3], self.number(inner.slabs))
         cache = self.made(slots, capacity, inner)

@@ -387,6 +387,7 @@ def test_a_round_that_captured_a_graph_teaches_nothing(monkeypatch):
             self.taught.append(what)
 
     told = Told()
+    monkeypatch.setattr(Graph, "made", 2)
     for made in (3, 4, 4):
         told.begin(1)
         monkeypatch.setattr(Graph, "made", made)

@@ -172,12 +172,11 @@ def test_rounds_grow_the_same_trees_and_write_the_same_text_call_after_call(shap
 
 
 def test_what_fixed_shapes_do_not_know_grows_plainly(grown):
-    """Penalties, static trees, several sequences, noise of unknown make."""
+    """Penalties, static trees, noise of unknown make."""
     target, (_, fixed) = tiny_target(), drafters()
     shape = TreeShape.parse("8x2x3")
     Told().decoded(fixed, target, shape, Sampling(1.0, presence_penalty=0.5))
     Told().decoded(fixed, target, TreeShape.parse("static:3.2.0.1"), Sampling())
-    Told().decoded(fixed, target, shape, Sampling(), ([1, 2], [3, 4, 5]))
     Told().decoded(fixed, target, TreeShape.parse("chain:3"), Sampling(1.0), verifier="block")
     asked = request([1, 2, 3], "8x2x3", Sampling(1.0))
     assert not grown and grows_fixed(asked, 29) and not grows_fixed(replace(asked, seed=None), 29) and not grows_fixed(asked, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from eyas.decode.plan.planner import FixedPlan
 from eyas.drafters.draft_model import ModelDrafter
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.kernels import captured
-from eyas.model.cache import KEPT, Pool
+from eyas.model.cache import KEPT, Pool, Slabs
 from eyas.model.mask import ancestor_mask
 from eyas.model.rows import Rows, Segment, chain_rows
 from tests.tiny import tiny_draft, tiny_target
@@ -109,7 +110,7 @@ def test_slabs_and_what_was_captured_serve_the_next_call():
 
 def test_two_calls_at_once_have_slabs_of_their_own():
     pool = Pool()
-    caches = [pool.cache(2, 20, 1, 8, torch.float32, torch.device("cpu")) for _ in range(KEPT + 2)]
+    caches = [pool.cache(2, 1, 20, 1, 8, torch.float32, torch.device("cpu")) for _ in range(KEPT + 2)]
     assert len({id(cache.slabs) for cache in caches}) == KEPT + 2
     caches.clear()
     assert len(pool.idle) == KEPT
@@ -119,13 +120,32 @@ def test_a_call_takes_the_smallest_slabs_that_hold_its_text():
     pool = Pool()
 
     def slabs(capacity):
-        return pool.cache(2, capacity, 1, 8, torch.float32, torch.device("cpu")).slabs
+        return pool.cache(2, 1, capacity, 1, 8, torch.float32, torch.device("cpu")).slabs
 
-    held = pool.cache(2, 20, 1, 8, torch.float32, torch.device("cpu"))
+    held = pool.cache(2, 1, 20, 1, 8, torch.float32, torch.device("cpu"))
     large, small = slabs(90), held.slabs
     del held
     assert [slabs(capacity) for capacity in (10, 31, 32, 95)] == [small, small, large, large]
     assert slabs(200) not in (small, large) and len(pool.idle) == 1  # the others were given up
+    assert pool.cache(2, 3, 20, 1, 8, torch.float32, torch.device("cpu")).slabs.keys.shape == (2, 3, 1, 21, 8)
+    assert len(pool.idle) == 1  # those of a batch are not kept
+
+
+def test_slots_have_graphs_of_their_own_and_go_with_their_slabs():
+    slabs = Slabs((2, 3, 1, 21, 8), torch.float32, torch.device("cpu"), pooled=True)
+    first, second = slabs.of(0), slabs.of(1)
+    second.keys[1, 0] = 7
+    assert slabs.keys[1, 1].min() == 7 and not slabs.keys[:, [0, 2]].any() and slabs.of(1) is second
+    assert first.graphs is not second.graphs and first.memory is second.memory is slabs.memory
+    alone = Slabs((2, 1, 1, 21, 8), torch.float32, torch.device("cpu"), pooled=True)
+    assert alone.of(0) is alone
+    gone = weakref.ref(slabs)
+    gc.disable()  # memory of a batch comes back when its call ends, not when somebody collects
+    try:
+        del slabs
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_windows_double_and_end_where_the_slabs_do():
