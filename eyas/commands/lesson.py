@@ -11,7 +11,7 @@ from rich.table import Table
 from eyas.commands.ablate import base_settings, setup_of
 from eyas.commands.data import from_self_play, from_text, own_words, reading_target
 from eyas.commands.follow import with_bar
-from eyas.commands.output import picture_file, terminal
+from eyas.commands.output import picture_file, progress, terminal
 from eyas.commands.train import budget_from, taps_from, workers_of
 from eyas.config import EyasError, TrainSettings
 from eyas.files.target import target_config, target_directory
@@ -64,9 +64,14 @@ def text_of(options: argparse.Namespace, studied: Studied, settings: TrainSettin
     is asked for; else the target writes one."""
     words = own_words(studied, None, None, console)
     if options.self_play is None and wrote(words.play):
-        console.print("the target reads a text that it wrote before", soft_wrap=True)
         examples, _ = from_text([TEXT], words, settings, None, [])
-        return examples, kept_states(reading_target(studied, options.device), studied.taps, examples)
+        source = kept_states(reading_target(studied, options.device), studied.taps, examples)
+        with progress(console) as bar:  # now: else the first draft would spend its minutes on it
+            task = bar.add_task("the target reads a text that it wrote before", total=len(examples), unit="conversations")
+            for number, example in enumerate(examples, start=1):
+                source.states([example])
+                bar.update(task, completed=number)
+        return examples, source
     examples, _ = from_self_play(options, words, settings, options.self_play or SELF_PLAY, workers_of(options), None)
     return examples, ShardStates()
 
