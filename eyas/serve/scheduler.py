@@ -174,8 +174,7 @@ class Scheduler:
         decoder, held = self.decoder, 0.0
         decoder.seat()
         while decoder.reading and (rows := self.part(held)):
-            held += self.read_part(rows)
-            decoder.seat()  # who waited for what is read now
+            held += self.read_part(rows)  # who waits for these rows is seated in the next turn, when the draft has read them too
         if decoder.decoding:
             began = time.perf_counter()
             served = decoder.decode()
