@@ -66,7 +66,9 @@ await said("a stream that is left frees its slot", async () => {
 await said("a 429 is tried again", async () => {
   const before = await tooMany();
   const held = await made(busy, 8).chat.completions.create({ ...law, max_tokens: 4000, stream: true, ignore_eos: true });
-  setTimeout(() => held.controller.abort(), 2500);
-  const found = (await patient.chat.completions.create(law)).choices[0].message.content;
+  const answer = patient.chat.completions.create(law);
+  for (let turn = 0; turn < 600 && (await tooMany()) === before; turn++) await new Promise((done) => setTimeout(done, 100));
+  held.controller.abort();
+  const found = (await answer).choices[0].message.content;
   return found && (await tooMany()) > before ? null : "not refused, or no answer";
 });

@@ -26,7 +26,7 @@ LAW: dict[str, Any] = {"max_tokens": 40, "seed": 1}
 CITIES = ["Ghent", "Lyon"]
 PARAMETERS = {"type": "object", "properties": {"city": {"enum": CITIES}}, "required": ["city"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS}}
-LONG, HELD = 2000, 2.5  # tokens of a stream that is left; seconds for which another holds the slot
+LONG, PATIENCE = 2000, 60  # tokens of a stream that is left; seconds for which a request may be on its way
 
 
 class Sighting(BaseModel):
@@ -93,7 +93,8 @@ class LiteLLM:
             for chunk in stream:
                 yield chunk.choices[0].delta.content or ""
         finally:
-            stream.completion_stream.close()
+            if stream.completion_stream is not None:  # it is not at its end
+                stream.completion_stream.close()
 
     def tool(self) -> Any:
         (call,) = self.create(tools=[TOOL], tool_choice="required").choices[0].message.tool_calls
@@ -136,10 +137,10 @@ class LangChain:
 
 
 class LLM:
-    """`llm`, as a library; it offers tools and cannot force one."""
+    """`llm`, as a library: it offers tools and cannot force one, and its streams are read to their end."""
 
     package = "llm"
-    tool = None
+    tool = leaves = None
 
     def __init__(self, address: str, retries: int) -> None:
         folder = Path(tempfile.mkdtemp())
@@ -166,6 +167,8 @@ class LLM:
 
 
 class Instructor:
+    """instructor in its modes that send a schema; JSON mode asks for any object, which a small model need not end."""
+
     package = "instructor"
 
     def __init__(self, address: str, retries: int) -> None:
@@ -173,20 +176,20 @@ class Instructor:
         import openai
 
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=retries, timeout=120)
-        modes = instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA
-        self.plain, self.tools, *self.forms = client, *(instructor.from_openai(client, mode=mode) for mode in modes)
+        modes = instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA
+        self.tools, self.forms = (instructor.from_openai(client, mode=mode) for mode in modes)
 
     def asked(self, client: Any, **more: Any) -> Any:
         asked = [{"role": "user", "content": "What is on the roof?"}]
         return client.chat.completions.create(model="eyas", messages=asked, response_model=Sighting, max_retries=0, **LAW | more)
 
     def whole(self) -> str:
-        return self.asked(self.forms[1]).model_dump_json()
+        return self.asked(self.forms).model_dump_json()
 
     def pieces(self, **more: Any) -> Iterator[str]:
         """The answer so far, each time: told as what is new of it."""
         asked = [{"role": "user", "content": "What is on the roof?"}]
-        found = self.forms[1].chat.completions.create_partial(model="eyas", messages=asked, response_model=Sighting, **LAW | more)
+        found = self.forms.chat.completions.create_partial(model="eyas", messages=asked, response_model=Sighting, **LAW | more)
         *_, last = found
         yield last.model_dump_json()
 
@@ -194,10 +197,10 @@ class Instructor:
         return CITIES[0] if self.asked(self.tools) else None
 
     def form(self) -> Any:
-        return [self.asked(client) for client in self.forms][-1]
+        return self.asked(self.forms)
 
     def wrong(self) -> None:
-        self.asked(self.forms[1], temperature=7)
+        self.asked(self.forms, temperature=7)
 
 
 CLIENTS: dict[str, Any] = {
@@ -236,24 +239,21 @@ def dropped(client: Any) -> str | None:
     return None if client.whole() else "no answer"
 
 
-def held(address: str) -> threading.Thread:
-    """The slot is taken for a while by somebody else."""
+def tried_again(client: Any, address: str) -> str | None:
+    """Whether a request that finds the server full is sent again until it is not: somebody else holds the slot until one was refused."""
+    before = too_many(address)
     body = {"messages": QUESTION, "max_tokens": 4000, "stream": True, "ignore_eos": True}
     answer = urlopen(Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}), timeout=60)
     answer.readline()
 
-    def wait() -> None:
-        time.sleep(HELD)
+    def leave() -> None:
+        until = time.monotonic() + PATIENCE
+        while too_many(address) == before and time.monotonic() < until:
+            time.sleep(0.05)
         answer.close()
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=leave)
     thread.start()
-    return thread
-
-
-def tried_again(client: Any, address: str) -> str | None:
-    """Whether a request that finds the server full is sent again until it is not."""
-    thread, before = held(address), too_many(address)
     try:
         found = client.whole()
     finally:
@@ -278,7 +278,8 @@ def main() -> None:
         said("a forced tool", lambda: None if client.tool() in CITIES else "another city")
     said("an answer of a form", lambda: None if Sighting.model_validate(client.form()) else "no form")
     said("a 400 in our words", lambda: refused(client))
-    said("a stream that is left frees its slot", lambda: dropped(patient))
+    if getattr(client, "leaves", True):
+        said("a stream that is left frees its slot", lambda: dropped(patient))
     said("a 429 is tried again", lambda: tried_again(patient, busy))
 
 

@@ -53,12 +53,12 @@ def checked(name: str, address: str, busy: str) -> bool:
         place, python = HERE, environment(f"clients-{name}", [("install", *PACKAGES[name])])
         command = [python, "client_calls.py", name, address, busy]
     said = subprocess.run(command, cwd=place, capture_output=True, text=True, env=os.environ | OFFLINE, timeout=600)
-    lines = said.stdout.splitlines()
-    held = sum(line.startswith("ok ") for line in lines)
-    version = next((line.split()[1] for line in lines if line.startswith("version ")), "?")
-    good = said.returncode == 0 and held == len(lines) - 1
-    print(f"{name} {version}: {held} of {len(lines) - 1} claims", flush=True)
-    for line in lines[1:]:
+    lines = [line for line in said.stdout.splitlines() if line.startswith(("version ", "ok ", "FAILED "))]  # libraries may say more
+    version, claims = lines[0].removeprefix("version ") if lines else "?", lines[1:]
+    held = sum(line.startswith("ok ") for line in claims)
+    good = said.returncode == 0 and 0 < held == len(claims)
+    print(f"{name} {version}: {held} of {len(claims)} claims", flush=True)
+    for line in claims:
         print(f"  {line}")
     if said.returncode:
         print(f"  ended with {said.returncode}: {said.stderr.strip()[-600:]}")

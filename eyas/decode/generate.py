@@ -101,6 +101,7 @@ class Decoder:
             return False
         self.plan.pass_ends(self.target.device)
         tree, accepted, logits_NV = found.seen(sequence.root) if self.watch else (None, found.accepted, found.logits)
+        sequence.guesses += len(found.logits) - 1
         brought = self.settle(sequence, tree, accepted, found.tokens, logits_NV, found.features)
         self.plan.ends(len(found.logits), brought)
         return True
@@ -140,6 +141,7 @@ class Decoder:
 
     def advance(self, sequence: Sequence, tree: Tree, logits_NV: Tensor, features: Tensor | None) -> int:
         """Verify a tree that the target has read, keep its path and commit the path's tokens; returns how many were committed."""
+        sequence.guesses += len(tree) - 1
         accepted = self.verifier.verify(tree, logits_NV, sequence)
         self.cache.keep(sequence.slot, accepted.path)  # rejected branches hold rows at positions that the next round reuses
         tokens = [*(tree.tokens[row] for row in accepted.path[1:]), accepted.bonus]

@@ -48,6 +48,7 @@ class Sequence:
     prompt_length: int = field(init=False)
     finish_reason: str | None = None
     rounds: int = 0
+    guesses: int = 0  # that its rounds' passes read
     logprobs: list[TokenLogprobs] = field(
         default_factory=lambda: list[TokenLogprobs]()
     )  # one for each token of the answer, where asked for

@@ -192,6 +192,7 @@ class Answer:
             "predicted_n": written,
             "predicted_ms": round(1e3 * writing, 3),
             "predicted_per_second": round((written - 1) / writing, 3) if writing > 0 else None,
+            "draft_n": sequence.guesses,
             "draft_n_rounds": sequence.rounds,
             "draft_n_accepted": sum((length - 1) * count for length, count in sequence.accepted_lengths.items()),
         }

@@ -35,6 +35,8 @@ def test_an_answer_is_what_the_engine_writes_whole_and_in_pieces(engine, client,
     assert choice["message"]["content"] == wanted.text and choice["finish_reason"] == wanted.finish_reason
     assert whole["usage"]["completion_tokens"] == len(wanted.tokens) and whole["eyas"]["seed"] == 5
     assert whole["usage"]["prompt_tokens"] == wanted.prompt_tokens
+    timings = whole["timings"]
+    assert timings["draft_n"] >= timings["draft_n_accepted"] == len(wanted.tokens) - 1 - timings["draft_n_rounds"]
     told = events(client.post(CHAT, json=ask(**law, stream=True, stream_options={"include_usage": True})).text)
     assert told[-1] == "[DONE]" and told[-2]["choices"] == [] and told[-2]["usage"] == whole["usage"]
     assert told[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
