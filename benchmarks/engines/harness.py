@@ -99,7 +99,7 @@ def run_child(
 
 def exported(draft: str | None, target: str | None, layout: str, place: Path, *more: str) -> Path:
     """The draft in an engine's layout, by `eyas export`; `more` are options that this layout needs."""
-    command = [sys.executable, "-m", "eyas", "export", draft or "bundled", "--to", layout, str(place / "draft"), "--force", *more]
+    command = [sys.executable, "-m", "eyas", "export", draft or "bundled", str(place / "draft"), "--to", layout, "--force", *more]
     if target:
         command += ["--target", target]
     subprocess.run(command, check=True, stdout=sys.stderr)

@@ -140,7 +140,7 @@ def contestants(target: str | None, draft: str | None, prompts: list[list[int]],
 
     def export(layout: str, *more: str) -> Path:
         out = environments.workplace("peers") / f"draft-{layout}"
-        command = [sys.executable, "-m", "eyas", "export", draft or "bundled", "--to", layout, str(out), "--force", *more]
+        command = [sys.executable, "-m", "eyas", "export", draft or "bundled", str(out), "--to", layout, "--force", *more]
         if subprocess.run([*command, *(["--target", target] if target else [])], stdout=sys.stderr).returncode:
             raise EyasError(f"the draft could not be exported to {layout}; what was said stands above")
         return out
