@@ -35,6 +35,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "echo": {"prompt": "A hawk", "echo": True},
 }
 
+NULLS = ("finish_reason: None is not one of", "usage: None is not of type")  # of pieces: the specification says these nulls in words alone
+
 
 def asked(address: str, path: str, body: dict[str, Any] | None = None) -> str:
     data = None if body is None else json.dumps(body).encode()
@@ -61,7 +63,8 @@ def answers(address: str) -> Iterator[tuple[str, str, Any]]:
 def main() -> None:
     spec, found = SpecLoader(str(SPEC)), dict[str, set[str]]()
     for name, schema, answer in answers(sys.argv[1]):
-        found.setdefault(name, set()).update(spec.validate(answer, schema))
+        wrong = spec.validate(answer, schema)
+        found.setdefault(name, set()).update(each for each in wrong if not any(null in each for null in NULLS))
     for name, wrong in found.items():
         print(f"FAILED {name}: {'; '.join(sorted(wrong))[:500]}" if wrong else f"ok {name}")
 
