@@ -48,14 +48,17 @@ class Grammar(Processor):
     """Rules out what one sequence's grammar forbids behind its text and a path. `ends`: ids that end the answer.
 
     What other processors have ruled out counts less than the grammar: where nothing else is left, all that it allows is equally likely.
-    A matcher that gives up ends the text; `failed` then says why.
+    A matcher that gives up where the target draws ends the text; `failed` then says why. One that gives up on a guess takes that guess out
+    and nothing else, since plain decoding would not have asked.
     """
 
     def __init__(self, matcher: Matcher, prompt_length: int, ends: Collection[int]) -> None:
-        self.matcher, self.ends = matcher, sorted(ends)
-        self.known = prompt_length  # tokens of the text that the matcher has stepped over, the prompt's included
-        self.path: list[int] = []  # tokens that it has stepped over behind these
+        self.settled, self.matcher = matcher, matcher.deep_copy()  # one follows the text alone, the other paths behind it
+        self.ends = sorted(ends)
+        self.known = prompt_length  # tokens of the text that the matchers have stepped over, the prompt's included
+        self.path: list[int] = []  # tokens that `matcher` has stepped over behind these
         self.masks: dict[tuple[int, ...], Tensor | None] = {}  # by path: which tokens [V] are allowed; None: the path itself is not
+        self.given_up: dict[tuple[int, ...], str] = {}  # by path: why the matcher gave up there
         self.failed: str | None = None
 
     # ---- where a text stands ----
@@ -63,11 +66,12 @@ class Grammar(Processor):
     def move(self, text: list[int], path: Sequence[int]) -> bool:
         """Step to the end of a path behind the text; False where the grammar forbids it, or has failed."""
         if len(text) > self.known:
-            self.step_to([])
-            if self.matcher.try_consume_tokens(text[self.known :]) < len(text) - self.known:
-                self.fail("the text has left its grammar")
+            if self.settled.try_consume_tokens(text[self.known :]) < len(text) - self.known:
+                self.fail(self.settled.get_error() or "the text has left its grammar")
             self.known = len(text)
             self.masks.clear()
+            self.given_up.clear()
+            self.begin_again()
         return self.failed is None and self.step_to(path)
 
     def step_to(self, path: Sequence[int]) -> bool:
@@ -79,7 +83,18 @@ class Grammar(Processor):
         ahead = list(path[common:])
         taken = self.matcher.try_consume_tokens(ahead) if ahead else 0
         self.path = [*path[: common + taken]]
-        return taken == len(ahead)
+        return taken == len(ahead) and not self.gave_up(path)
+
+    def gave_up(self, path: Sequence[int]) -> bool:
+        """Whether the matcher has just given up on a path; another then goes on from the text."""
+        if not self.matcher.is_error():
+            return False
+        self.given_up[tuple(path)] = self.matcher.get_error()
+        self.begin_again()
+        return True
+
+    def begin_again(self) -> None:
+        self.matcher, self.path = self.settled.deep_copy(), []
 
     def fail(self, why: str) -> None:
         self.failed = self.failed or " ".join(why.split())
@@ -89,13 +104,12 @@ class Grammar(Processor):
         if len(text) > self.known:
             self.move(text, ())
         if tuple(path) not in self.masks:
-            self.masks[tuple(path)] = self.mask() if self.move(text, path) else None
+            self.masks[tuple(path)] = self.mask(path) if self.move(text, path) else None
         return self.masks[tuple(path)]
 
-    def mask(self) -> Tensor | None:
+    def mask(self, path: Sequence[int]) -> Tensor | None:
         bits = self.matcher.compute_bitmask()
-        if self.matcher.is_error():
-            self.fail(self.matcher.get_error())
+        if self.gave_up(path):
             return None
         return torch.from_numpy(np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")).bool()
 
@@ -105,6 +119,8 @@ class Grammar(Processor):
         allowed_RC = torch.ones(logits_RC.shape, dtype=torch.bool)
         for row, path in enumerate(paths):
             mask_V = self.allowed(text, path)
+            if columns_V is None and tuple(path) in self.given_up:  # the target draws here, so the text has come to it
+                self.fail(self.given_up[tuple(path)])
             if self.failed is not None:
                 mask_V = torch.zeros(allowed_RC.shape[1] if columns_V is None else len(columns_V), dtype=torch.bool)
                 mask_V[self.ends] = True
@@ -126,8 +142,12 @@ class Grammar(Processor):
         return self.move(text, ()) and bool(self.forced())
 
     def forced(self) -> list[int]:
+        """What is forced where the matcher stands."""
         found = self.matcher.compute_ff_tokens()
-        return [] if self.matcher.is_error() else found
+        if self.matcher.is_error():  # it forces nothing that it could tell; whether it allows anything is another question
+            self.begin_again()
+            return []
+        return found
 
     def fit(self, text: list[int], tree: Tree, nodes: int, deepest: int) -> Tree:
         """The tree without guesses that the grammar forbids, and with those that it forces."""

@@ -172,11 +172,11 @@ def test_expressions_that_intersect_without_end_are_refused_and_leave_nothing_ru
 def test_a_grammar_that_gives_up_ends_its_own_request_alone(client, monkeypatch):
     started = Grammar.mask
 
-    def gives_up(self):
-        if self.path or self.known > 60:
-            self.fail("it has too many states")
+    def gives_up(self, path):
+        if path or self.known > 60:
+            self.given_up[tuple(path)] = "it has too many states"
             return None
-        return started(self)
+        return started(self, path)
 
     assert client.post(CHAT, json=ask(response_format={"type": "json_object"})).status_code == 200
     monkeypatch.setattr(Grammar, "mask", gives_up)
@@ -251,6 +251,56 @@ def test_a_drafts_own_vocabulary_is_masked_by_what_its_columns_stand_for(tokeniz
     assert found.tolist() == [[1.0, float("-inf"), float("-inf")], [1.0, 2.0, 3.0]]  # it has no b, so it guesses as it likes
     logits = torch.full((1, len(tokenizer)), float("-inf"))
     assert grammar.rows(prompt, [[a]], logits, None)[0].isfinite().nonzero()[:, 0].tolist() == [b]
+
+
+class GivesUp:
+    """A matcher that gives up where a text of the grammar comes to certain tokens, and is of no use from then on."""
+
+    def __init__(self, matcher, where, seen=()):
+        self.matcher, self.where, self.seen, self.broken = matcher, where, list(seen), False
+
+    def try_consume_tokens(self, tokens):
+        taken = 0 if self.broken else self.matcher.try_consume_tokens(tokens)
+        self.seen += tokens[:taken]
+        return taken
+
+    def rollback(self, count):
+        del self.seen[len(self.seen) - count :]
+        return self.matcher.rollback(count)
+
+    def compute_bitmask(self):
+        self.broken |= self.seen == self.where
+        return self.matcher.compute_bitmask()
+
+    def compute_ff_tokens(self):
+        self.broken |= self.seen == self.where
+        return self.matcher.compute_ff_tokens()
+
+    def is_error(self):
+        return self.broken or self.matcher.is_error()
+
+    def get_error(self):
+        return "too much to follow" if self.broken else self.matcher.get_error()
+
+    def deep_copy(self):
+        return GivesUp(self.matcher.deep_copy(), self.where, self.seen)
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_a_matcher_that_gives_up_on_a_guess_fails_no_text_but_one_that_comes_there(tokenizer, grammar, guessed):
+    prompt, (a, b, c, x) = spell(tokenizer, "hi"), spell(tokenizer, "abcx")
+    columns, scores = torch.arange(len(tokenizer)), torch.zeros(1, len(tokenizer))
+    careful = Grammar(GivesUp(grammar.settled, [a, b, x]), 2, grammar.ends)
+    text = [*prompt, a, b]
+    if guessed:
+        careful.rows(text, [[x]], scores, columns)
+        found = careful.fit(text, Tree([b, c, x], [-1, 0, 0], [0, 1, 1], [0.0, -0.5, -1.5]), 20, 10)
+        assert "cdef" in paths(tokenizer, found)
+    drawn = careful.rows(text, [[]], scores, None)[0].isfinite().nonzero()[:, 0].tolist()
+    assert careful.failed is None and sorted(drawn) == sorted([c, x])
+    assert careful.rows(text, [[x]], scores, None)[0].isfinite().nonzero()[:, 0].tolist() == grammar.ends
+    assert careful.failed == "too much to follow"
+    assert careful.rows([*text, x], [[]], scores, None)[0].isfinite().nonzero()[:, 0].tolist() == grammar.ends
 
 
 def test_llama_cpps_names_for_forms_are_understood(client):
