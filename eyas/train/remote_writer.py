@@ -93,7 +93,7 @@ class Crew:
 
     def converse(self, index: int, text: Sequence[int]) -> Noted:
         row = self.dialogues.begin(index, text)
-        while not self.take(row, self.server.go_on(row, self.dialogues, self.room(row))):
+        while (room := self.room(row)) and not self.take(row, self.server.go_on(row, self.dialogues, room)):
             pass
         kept = self.dialogues.finish(row)
         with self.lock:
@@ -105,10 +105,10 @@ class Crew:
         return Noted.of(row, kept)
 
     def room(self, row: Conversation) -> int:
-        """How many tokens the question or answer under way may have yet."""
+        """How many tokens the question or answer under way may have yet; 0 where the conversation fills the context before it is asked."""
         settings, read = self.dialogues.settings, len(row.tokens) + len(row.waiting)
         longest = settings.longest_question + 1 if row.asking else settings.longest_answer
-        return max(1, min(row.part + longest, self.dialogues.capacity - 1) - read)
+        return max(1, min(row.part + longest, self.dialogues.capacity - 1) - read) if read < self.dialogues.capacity else 0
 
     def take(self, row: Conversation, tokens: Sequence[int]) -> bool:
         """Take tokens as far as the conversation goes on with them. Says whether it is over."""
