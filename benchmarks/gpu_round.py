@@ -5,7 +5,8 @@
 Needs about 18 GB of GPU memory in bfloat16, no files and no network. For each number of rows it times the target's dense products alone,
 its pass kernel after kernel, and its pass in fixed shapes as a captured graph, by PyTorch's operations and by our kernels; the same behind
 `--long` keys; then whole rounds, draft steps included, through the same `Decoder` as anywhere: launched, and as one graph, greedy, sampled
-and filtered, with copying alone, and in each shape that a planner chooses among. `--quick` runs the same on a CPU.
+and filtered, with copying alone, and in each shape that a planner chooses among; and rounds of `--batch` sequences over a plain step of as
+many. `--quick` runs the same on a CPU.
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ class Form:
     sampling: Sampling
     context: int
     rounds: int
+    batch: int = 1  # sequences
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [[1] * self.context] * self.batch
 
 
 def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, form: Form, copy: bool = False) -> float:
@@ -150,7 +156,7 @@ def round_ms(target: Target, drafter: Eagle3Drafter | None, shape: TreeShape, fo
     decoder, taken = Decoder(target, CopyingDrafter(drafter) if drafter and copy else drafter), []
     for _ in range(2):
         last = time.perf_counter()
-        for _ in decoder.run([[1] * form.context], shape, form.sampling, [0], form.rounds):
+        for _ in decoder.run(form.prompts, shape, form.sampling, range(form.batch), form.rounds):
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(1e3 * (time.perf_counter() - last))
@@ -163,9 +169,18 @@ def planned_ms(target: Target, drafter: Eagle3Drafter, form: Form) -> dict[int, 
     target.pool = drafter.network.pool = Pool()
     plan = Planner(Prices({1: 1.0}), Prices({1: 0.1}), Calibration())
     for _ in range(2):
-        for _ in Decoder(target, drafter, plan=plan).run([[1] * form.context], MAX_TREE, form.sampling, [0], 2 * form.rounds):
+        for _ in Decoder(target, drafter, plan=plan).run(form.prompts, MAX_TREE, form.sampling, range(form.batch), 2 * form.rounds):
             pass
-    return {nodes: round(1e3 * seconds, 2) for nodes, seconds in sorted(plan.shapes.seconds.items())}
+    return {nodes: round(1e3 * seconds, 2) for nodes, seconds in sorted(plan.shapes.of(form.batch).seconds.items())}
+
+
+def rounds_ms(target: Target, drafter: Eagle3Drafter, shapes: Sequence[str], form: Form) -> dict[str, Any]:
+    """A plain step's milliseconds, and by nodes those of rounds with trees of these shapes, and over the plain step."""
+    plain, rounds = round_ms(target, None, PLAIN, form), {}
+    for shape in map(TreeShape.parse, shapes):
+        taken = round_ms(target, drafter, shape, form)
+        rounds[shape.nodes] = {"shape": str(shape), "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
+    return {"plain_ms": round(plain, 2), "rounds": rounds}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -177,7 +192,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=20, help="of a pass")
     parser.add_argument("--rounds", type=int, default=40)
-    given = parsed(parser, words, device="cpu", layers=7, context=16, long=600, nodes=[8], repeats=1, rounds=14)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of some rounds, with trees of 16 nodes")
+    given = parsed(parser, words, device="cpu", layers=7, context=16, long=600, nodes=[8], repeats=1, rounds=14, batch=2)
     device = torch.device(given.device)
     target, drafter = models(config_of(given.layers, given.quick), device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -196,16 +212,17 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     for name, (captured, sampling) in forms.items():
         form = Form(captured, sampling, given.context, given.rounds)
-        plain = round_ms(target, None, PLAIN, form)
-        found[name] = {"plain_ms": round(plain, 2), "rounds": {}}
-        for nodes in given.nodes:
-            shape = SHAPES[nodes]
-            taken = round_ms(target, drafter, TreeShape.parse(shape), form)
-            found[name]["rounds"][nodes] = {"shape": shape, "ms": round(taken, 2), "over_plain": round(taken / plain, 3)}
+        found[name] = rounds_ms(target, drafter, [SHAPES[nodes] for nodes in given.nodes], form)
     form = Form(True, GREEDY, given.context, given.rounds)
     copied = round_ms(target, drafter, TreeShape.parse(SHAPES[min(given.nodes)]), form, copy=True)
     found["copying_alone_ms"] = round(copied, 2)  # the prompt repeats one token, so copying is sure, and the draft is not used
     found["planned_ms"] = planned_ms(target, drafter, form)
+    found["batch"] = {"sequences": given.batch}
+    for name in ("launched", "captured", "captured, temperature 1"):
+        captured, sampling = forms[name]
+        form = Form(captured, sampling, given.context, given.rounds, given.batch)
+        found["batch"][name] = rounds_ms(target, drafter, [SHAPES[16]], form)
+    found["batch"]["planned_ms"] = planned_ms(target, drafter, Form(True, GREEDY, given.context, given.rounds, given.batch))
     tell(found, given.out)
 
 

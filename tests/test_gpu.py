@@ -184,6 +184,37 @@ def test_the_text_that_is_left_of_several_goes_on_in_graphs_on_cuda():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3), Sampling(1.2, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("shape", ["20x4x5", "1x0x1"])
+def test_rounds_of_several_texts_are_one_graph_with_what_plain_rounds_commit_on_cuda(shape, sampling):
+    """Five texts of lengths of their own in six slots; with trees and as plain decoding."""
+    target = tiny_target(prepare=False, vocab_size=8).to("cuda")
+    network, vocab = tiny_draft(target, draft_vocab_size=7)
+    drafter = Eagle3Drafter(network.to("cuda").prepare(), vocab) if shape != "1x0x1" else None
+    target.prepare()
+
+    def committed():
+        decoder, found = Decoder(target, drafter), []
+        decoder.reserve(6, 120, [TreeShape.parse(shape)])
+        for row, length in enumerate((50, 9, 30, 20, 40)):
+            request = Request(sampling=sampling, max_new_tokens=length)
+            found.append(new_sequence([row, 2, 3], request, TreeShape.parse(shape), row, target.config))
+            decoder.admit(found[-1])
+        while decoder.busy:
+            decoder.step()
+        cache = drafter.cache if drafter else decoder.cache
+        return [(text.tokens, text.accepted_lengths) for text in found], dict(cache.slabs.graphs)
+
+    captured, graphs = committed()
+    target.pool = None
+    if drafter:
+        network.pool = None
+    assert committed() == (captured, {})
+    assert {key[1].seats.count for key in graphs} >= {2, 4, 6} and all(graph.graph for graph in graphs.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_cuda_cannot_capture_is_launched_one_by_one(capsys):
     """To ask the host for a number in a graph is an error, after which the stream serves on."""
     slabs = Slabs((1, 1, 1, 64, 8), torch.float32, torch.device("cuda"), pooled=True)

@@ -83,10 +83,11 @@ def practise(engine: Engine, method: str, copy: bool, sampling: Sampling, variab
 
 
 def whole_rounds_table(shapes: Shapes) -> Table:
-    """What rounds that run as one graph cost and brought, where there are any."""
-    table = Table("nodes", "milliseconds", "tokens", title="Rounds of one sequence that are one graph")
-    for nodes, (seconds, tokens) in sorted(shapes.table().items(), key=lambda each: int(each[0])):
-        table.add_row(nodes, f"{1e3 * seconds:.1f}", f"{tokens:.2f}")
+    """What rounds that run as one graph cost and brought each sequence, where there are any."""
+    table = Table("sequences", "nodes", "milliseconds", "tokens", title="Rounds that are one graph")
+    for each in (shapes, *(shapes.others[size] for size in sorted(shapes.others))):
+        for nodes, (seconds, tokens) in sorted(each.rows().items()):
+            table.add_row(f"{each.sequences}", f"{nodes}", f"{1e3 * seconds:.1f}", f"{tokens:.2f}")
     return table
 
 

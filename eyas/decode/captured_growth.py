@@ -1,11 +1,12 @@
-"""All levels of one sequence's tree as one graph, for networks that guess on from their own output.
+"""All levels of the trees of some sequences as one graph, for networks that guess on from their own output.
 
-fixed.py grows the tree; this module reads its levels, over the slabs of a cache from a pool. Knows a network's step and head, slabs and
+fixed.py grows the trees; this module reads their levels, over the slabs of a cache from a pool. Knows a network's step and head, slabs and
 what a graph depends on; knows nothing of how a sequence catches up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
-from eyas.decode.fixed import Drawn, grow_fixed, log_scores, tree_of
+from eyas.decode.fixed import Drawn, grow_fixed, log_scores, picked, tree_of
 from eyas.decode.fixed_filters import law_of
 from eyas.decode.philox import gumbel_on, wrapped
 from eyas.decode.tree import Tree
-from eyas.kernels.captured import StaticAttention, fixed_call, window_of
+from eyas.kernels.captured import Seats, fixed_call, window_of
 from eyas.model.cache import KVCache, Slabs
 from eyas.model.protocols import EagleModule
 from eyas.model.vocab import DraftVocab
+
+ALONE = Seats(1, scattered=False)
 
 
 class CapturedGrowth:
@@ -36,30 +39,52 @@ class CapturedGrowth:
     def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree | None:
         """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept. None where
         it cannot be captured."""
-        form, given = self.form(request, cache), numbers_of(request)
-        slabs = cache.slabs.of(request.sequence)
+        form, slabs = self.form(request.shape, [request], cache), cache.slabs.of(request.sequence)
+        given = numbers_of(request), law_of(request.sampling)
         run = partial(form.grow, Draft(self.network, slabs, self.group), self.vocab.vocab_size)
-        if (outputs := fixed_call(run, ("growth", form), slabs, *given, a_1H, self.ids_D)) is None:
+        inputs = (*(each[None] for each in given), a_1H[None], self.ids_D)
+        if (outputs := fixed_call(run, ("growth", form), slabs, *inputs)) is None:
             return None
         (found,) = outputs
         assert found is not None
-        return tree_of(request.root, found)[0]
+        return tree_of(request.root, found[0])[0]
 
-    def form(self, request: TreeRequest, cache: KVCache) -> Levels:
-        """Levels are those of the deepest such tree that was asked for: near a text's end trees get lower round by round, and each would
-        need a graph of its own."""
-        shape = request.shape
-        levels = self.deepest[shape.nodes, shape.top_k] = max(shape.levels, self.deepest.get((shape.nodes, shape.top_k), 0))
-        window = window_of(request.position + (levels - 1) * shape.top_k, cache.capacity + 1)
-        whole = TreeShape(shape.nodes, levels - 1, shape.top_k)
-        return Levels(whole, window, Drawn.of(request))
+    def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache) -> Levels:
+        """Levels are those of the deepest tree of so many nodes that was asked for: near a text's end trees get lower round by round, and
+        each would need a graph of its own."""
+        kind = shape.nodes, shape.top_k
+        levels = self.deepest[kind] = max(shape.levels, self.deepest.get(kind, 0))
+        window = window_of(max(request.position for request in requests) + (levels - 1) * shape.top_k, cache.capacity + 1)
+        return Levels(TreeShape(shape.nodes, levels - 1, shape.top_k), window, Drawn.of(requests[0]))
 
 
-def numbers_of(request: TreeRequest, *more: int) -> tuple[Tensor, Tensor]:
-    """What changes from round to round: int64 [3 + ..] seed, position of the root, levels for which the text has room, and `more`; and how
-    tokens are drawn, as `law_of` has it."""
-    numbers = torch.tensor([wrapped(request.seed or 0), request.position, request.shape.levels, *more])
-    return numbers, law_of(request.sampling)
+def numbers_of(request: TreeRequest, unread: int = 1, slot: int = 0) -> Tensor:
+    """What changes from round to round, int64 [5], as `Numbers` names it."""
+    return torch.tensor([wrapped(request.seed or 0), request.position, request.shape.levels, unread, slot])
+
+
+class Numbers(NamedTuple):
+    """What changes from round to round, for each of B sequences, int64 [B, 1]."""
+
+    seed: Tensor
+    position: Tensor  # of the root
+    levels: Tensor  # for which the text has room
+    unread: Tensor  # rows of text that the draft reads; 0: this is no sequence, and its rows pad
+    slot: Tensor
+
+    @classmethod
+    def of(cls, numbers_B5: Tensor) -> Numbers:
+        return cls(*numbers_B5.split(1, 1))
+
+    def places(self, behind: Tensor, slabs: Slabs) -> Tensor:
+        """Where rows go that lie so far `behind` the roots: indices of their slots. Those for which there is none go to the spare row."""
+        spare = slabs.keys.shape[3] - 1
+        return (self.position + behind).clamp(max=spare).masked_fill(self.unread == 0, spare)
+
+    def noise(self, depths: Tensor, vocab_size: int) -> Tensor:
+        """The noise [B, C, V] of the positions that lie C depths behind the roots."""
+        positions = self.position + depths
+        return gumbel_on(self.seed.expand_as(positions).flatten(), positions.flatten(), vocab_size).unflatten(0, positions.shape)
 
 
 class Draft(NamedTuple):
@@ -68,52 +93,46 @@ class Draft(NamedTuple):
     network: EagleModule
     slabs: Slabs
     group: int
+    seats: Seats = ALONE
 
-    def read(self, tokens_R: Tensor, g_RH: Tensor, positions_R: Tensor, places_R: Tensor, seen_RW: Tensor) -> Tensor:
-        """The outputs [R, H] of rows that are written at these places of the slabs; those for which there is none go to the spare row."""
-        places_R = places_R.clamp(max=self.slabs.keys.shape[3] - 1)
-        return self.network.step(tokens_R, g_RH, positions_R, StaticAttention(self.slabs, places_R, seen_RW, group=self.group))
+    def read(self, numbers: Numbers, tokens_BR: Tensor, g_BRH: Tensor, positions_BR: Tensor, places_BR: Tensor, seen_BRW: Tensor) -> Tensor:
+        """The outputs [B, R, H] of rows that are written at these places of their slots."""
+        attention = self.seats.attention(self.slabs, numbers.slot[:, 0], places_BR, seen_BRW, self.group)
+        a = self.network.step(tokens_BR.flatten(), g_BRH.flatten(0, 1), positions_BR.flatten(), attention)
+        return a.unflatten(0, tokens_BR.shape)
 
 
 class Levels(NamedTuple):
-    """The levels of a growth: all that their graph depends on besides the network and the slabs."""
+    """The levels of growths: all that their graph depends on besides the network and the slabs."""
 
     shape: TreeShape
     window: int  # keys that are read
     drawn: Drawn
 
-    def grow(self, draft: Draft, vocab_size: int, numbers: Tensor, law_4: Tensor, a_1H: Tensor, ids_D: Tensor) -> tuple[Tensor]:
-        """The tree, as `grow_fixed` gives it, from what `numbers_of` gives and the output at the root."""
-        seed, position, allowed = numbers.split(1)
-        depths_L = 1 + torch.arange(self.shape.levels, device=numbers.device)
-        noise_LD = gumbel_on(seed.expand_as(depths_L), position + depths_L, vocab_size)[:, ids_D] if self.drawn.noisy else None
-        return (self.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D),)
+    def grow(self, draft: Draft, vocab_size: int, numbers_B5: Tensor, law_B4: Tensor, a_B1H: Tensor, ids_D: Tensor) -> tuple[Tensor]:
+        """The trees, as `grow_fixed` gives them, from what `numbers_of` gives and the outputs at the roots."""
+        numbers, depths_L = Numbers.of(numbers_B5), 1 + torch.arange(self.shape.levels, device=numbers_B5.device)
+        noise_BLD = numbers.noise(depths_L, vocab_size)[..., ids_D] if self.drawn.noisy else None
+        return (self.trees(draft, a_B1H, numbers, law_B4, noise_BLD, ids_D),)
 
-    def tree(
-        self,
-        draft: Draft,
-        a_1H: Tensor,
-        position: Tensor,
-        allowed: Tensor,
-        law_4: Tensor,
-        noise_LD: Tensor | None,
-        ids_D: Tensor,
-    ) -> Tensor:
-        """The same, with the noise [levels, D] at hand."""
+    def trees(self, draft: Draft, a_B1H: Tensor, numbers: Numbers, law_B4: Tensor, noise_BLD: Tensor | None, ids_D: Tensor) -> Tensor:
+        """The same, with the noise [B, levels, D] at hand."""
         count, network, device = self.shape.top_k, draft.network, ids_D.device
         columns_W, width_K = torch.arange(self.window, device=device), torch.arange(count, device=device)
-        seen, a = (columns_W < position)[None], a_1H
+        seen, a = (columns_W < numbers.position)[:, None], a_B1H
 
         def follows(level: int) -> Tensor:
-            logits = network.logits_at(level, a)
-            return log_scores(logits, self.drawn, law_4, None if noise_LD is None else noise_LD[level])
+            logits = network.logits_at(level, a.flatten(0, 1)).unflatten(0, a.shape[:2])
+            return log_scores(logits, self.drawn, law_B4, None if noise_BLD is None else noise_BLD[:, level])
 
-        def read(level: int, tokens_K: Tensor, rows_K: Tensor) -> Tensor:
+        def read(level: int, tokens_BK: Tensor, rows_BK: Tensor) -> Tensor:
             """Each row reads a node's token with its parent's a, and sees the text, its ancestors and itself."""
             nonlocal seen, a
-            places_K = position + (level - 1) * count + width_K
-            seen = seen[rows_K] | (columns_W == places_K[:, None])
-            a = draft.read(tokens_K, network.fed_back(a)[rows_K], (position - 1 + level).expand(count), places_K, seen)
+            behind_K = (level - 1) * count + width_K
+            seen = picked(seen, rows_BK) | (columns_W == (numbers.position + behind_K)[..., None])
+            positions_BK = (numbers.position - 1 + level).expand_as(tokens_BK)
+            g = picked(network.fed_back(a.flatten(0, 1)).unflatten(0, a.shape[:2]), rows_BK)
+            a = draft.read(numbers, tokens_BK, g, positions_BK, numbers.places(behind_K, draft.slabs), seen)
             return follows(level)
 
-        return grow_fixed(self.shape, allowed, follows(0), read, ids_D)
+        return grow_fixed(self.shape, numbers.levels, follows(0), read, ids_D)

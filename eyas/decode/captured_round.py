@@ -1,13 +1,18 @@
-"""A whole round of one sequence as one graph: catch up, grow, the target's pass, the walk along its draws, keep.
+"""A whole round of some sequences as one graph: catch up, grow, the target's pass, the walk along its draws, keep.
 
 The host hands in the text that the draft has not read, a few numbers and how tokens are drawn, and learns the tokens that the round
 commits; in between it decides nothing. The round in generate.py is the readable twin, and runs wherever something is asked for that this
 one does not know. Knows a target of ours, a draft's growth and their caches; knows nothing of text, ends of it, or plans.
+
+A graph serves 1, 2, 4, .. sequences with one shape of tree; rows of those that are none pad. While it runs it holds, for N rows of a tree,
+C depths and V tokens: the target's logits B * N * V * 4 bytes and the noise B * C * V * 8, which at 512 rows and 128,000 tokens is 0.26 GB
+and, with 8 depths of 16 nodes, as much again; draws are taken sequence by sequence, with N * V * 8 bytes two or three times.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
@@ -16,15 +21,14 @@ import torch
 from torch import Tensor
 
 from eyas.config import TreeShape
-from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels, numbers_of
-from eyas.decode.drafter import Drafter, TreeRequest
-from eyas.decode.fixed import Drawn, settled, tree_of
-from eyas.decode.fixed_filters import Filters, filtered
-from eyas.decode.philox import gumbel_on
+from eyas.decode.captured_growth import ALONE, CapturedGrowth, Draft, Levels, Numbers, numbers_of
+from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
+from eyas.decode.fixed import Drawn, picked, settled, tree_of
+from eyas.decode.fixed_filters import Filters, filtered, law_of
 from eyas.decode.tree import IMPOSSIBLE, Tree
 from eyas.decode.unread import Unread
 from eyas.decode.verify import Accepted
-from eyas.kernels.captured import StaticAttention, fixed_call, window_of
+from eyas.kernels.captured import BATCHES, MOST_ROWS, Seats, fixed_call, window_of
 from eyas.model.cache import Cache, KVCache, Slabs
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Output, Target
@@ -63,7 +67,7 @@ class GivingDrafter(Drafter, Protocol):
 
 
 class Found(NamedTuple):
-    """What a round found. Its path's rows are in the caches."""
+    """What a round found for one sequence. Its path's rows are in the caches."""
 
     accepted: Accepted
     tokens: list[int]  # accepted, the bonus token last
@@ -79,10 +83,12 @@ class Found(NamedTuple):
         return tree, Accepted(path, self.accepted.bonus), self.logits[[places.index(place) for place in range(len(tree))]]
 
 
-def runs(target: TargetModel, cache: Cache, drafter: Drafter) -> bool:
-    """Whether graphs may run rounds over these caches."""
+def runs(target: TargetModel, cache: Cache, drafter: Drafter, sequences: int) -> bool:
+    """Whether graphs may run rounds of so many sequences over these caches. Where nothing is guessed for one sequence, its pass alone is a
+    graph."""
     able = draft_of(drafter) is not None or (isinstance(drafter, GivingDrafter) and drafter.beside is None)
-    return isinstance(target, Target) and pooled(cache) and able
+    plain = isinstance(drafter, NoDrafter) and sequences > 1
+    return isinstance(target, Target) and pooled(cache) and (able or plain) and sequences <= BATCHES[-1]
 
 
 def draft_of(drafter: Drafter | None) -> CapturedDrafter | None:
@@ -91,60 +97,111 @@ def draft_of(drafter: Drafter | None) -> CapturedDrafter | None:
     return drafter if isinstance(drafter, CapturedDrafter) and pooled(drafter.cache) else None
 
 
-def captured_round(target: TargetModel, cache: Cache, drafter: Drafter, request: TreeRequest, shape: TreeShape) -> Found | None:
-    """Run a round. None, and nothing done, where a graph cannot run it. `shape`: of the draft's guesses, where there is a draft; together
-    with those that are given they are no more than the request allows."""
-    if not (isinstance(target, Target) and pooled(cache) and settled(request)):
+def captured_round(
+    target: TargetModel, cache: Cache, drafter: Drafter, requests: Sequence[TreeRequest], shape: TreeShape
+) -> list[Found] | None:
+    """Run a round of these sequences, which are `alike`. None, and nothing done, where a graph cannot run it. `shape`: of the draft's
+    guesses, where there is a draft; together with those that are given they are no more than the requests allow."""
+    if not (isinstance(target, Target) and pooled(cache)):
         return None
-    draft, given, sure, most = draft_of(drafter), Tree.root(request.root), False, request.shape.nodes
+    draft, given, sure = draft_of(drafter), [Tree.root(request.root) for request in requests], False
+    seats, most, rows = seats_of(requests, cache), max(request.shape.nodes for request in requests), 0
+    if seats.count > 1:
+        most = min(most, MOST_ROWS // seats.count)
+    if shape.nodes > most:
+        return None
     if isinstance(drafter, GivingDrafter):
         if draft is None and drafter.beside is not None:
             return None  # only the plain round can ask it
-        given, sure = drafter.given(request, min(DEEP, request.deepest or request.shape.levels))
-    rows = 0
-    if len(given) > 1:
+        found = [drafter.given(request, min(DEEP, request.deepest or request.shape.levels)) for request in requests]
+        given, sure = [tree for tree, _ in found], all(its for _, its in found)
+    if any(len(tree) > 1 for tree in given):
         rows = min(MOST_GIVEN, max(most // 2, 1) if draft and not sure else most - 1)
         shape = replace(shape, nodes=min(shape.nodes, most - rows))
     drafts = draft is not None and not sure and shape.nodes > 1
-    if not (rows or drafts) or (draft and drafts and shape.top_k > len(draft.captured.vocab)):
+    if not (rows or drafts or seats.count > 1) or (draft and drafts and shape.top_k > len(draft.captured.vocab)):
         return None
-    return run_round(target, cache, draft if drafts else None, drafter.wants, replace(request, shape=shape), columns_of(given, rows))
+    requests = [replace(request, shape=shape.cut(request.shape.levels)) for request in requests]
+    columns = [columns_of(tree, rows) for tree in given]
+    return run_round(target, cache, draft if drafts else None, drafter.wants, requests, shape, columns, seats)
+
+
+def alike(requests: Sequence[TreeRequest]) -> bool:
+    """Whether one graph may serve these sequences: trees of one shape, but for how deep they may be, and tokens drawn in one way."""
+    shapes = {(request.shape.nodes, request.shape.top_k) for request in requests if request.shape.nodes > 1}
+    return all(map(settled, requests)) and len(shapes) <= 1 and len(set(map(Drawn.of, requests))) == 1
+
+
+def seats_of(requests: Sequence[TreeRequest], cache: KVCache) -> Seats:
+    """The seats of a round of these sequences, at most as many as there are of BATCHES."""
+    if len(requests) == 1:
+        return ALONE
+    count = min(next(size for size in BATCHES if size >= len(requests)), cache.slots)
+    return Seats(count, max(request.sequence for request in requests) >= count)
 
 
 def run_round(
-    target: Target, cache: KVCache, drafter: CapturedDrafter | None, taps: tuple[int, ...], request: TreeRequest, given_4M: Tensor
-) -> Found | None:
-    """The round with this drafter's guesses, where there is one, and those that are given."""
-    levels, rows = drafter.captured.form(request, drafter.cache) if drafter else None, given_4M.shape[1]
+    target: Target,
+    cache: KVCache,
+    drafter: CapturedDrafter | None,
+    taps: tuple[int, ...],
+    requests: Sequence[TreeRequest],
+    shape: TreeShape,
+    given: Sequence[Tensor],
+    seats: Seats,
+) -> list[Found] | None:
+    """The round with this drafter's guesses, where there is one, and those that are given to each sequence, [4, M]."""
+    levels, rows = drafter.captured.form(shape, requests, drafter.cache) if drafter else None, given[0].shape[1]
     most = 1 + max(levels.shape.levels if levels else 0, min(rows, DEEP))  # a round commits no more
-    window = window_of(request.position + (levels.shape.nodes if levels else 1) + rows, cache.capacity + 1)
-    form = Round(levels, rows, most, Drawn.of(request), window, taps)
-    unread = drafter.unread(request.sequence, most) if drafter else Unread([request.root], torch.zeros(1, 1))
-    count = len(unread.tokens)
-    tokens, features = torch.zeros(most, dtype=torch.int64), unread.features.new_zeros(most, unread.features.shape[1])
-    tokens[:count], features[:count] = torch.tensor(unread.tokens), unread.features
-    read = cache.slabs.of(request.sequence)
-    drafted = drafter.cache.slabs.of(request.sequence) if drafter else read
-    draft = Draft(drafter.captured.network, drafted, drafter.captured.group) if drafter else None
+    furthest = max(request.position for request in requests) + (levels.shape.nodes if levels else 1) + rows
+    form = Round(levels, rows, most, Drawn.of(requests[0]), window_of(furthest, cache.capacity + 1), taps, seats)
+    read = slabs_of(cache, requests, seats)
+    drafted = slabs_of(drafter.cache, requests, seats) if drafter else read
+    draft = Draft(drafter.captured.network, drafted, drafter.captured.group, seats) if drafter else None
     key = ("round", form, weakref.ref(read))  # a graph runs over the slabs of both; it lies with the draft's, and does not keep the others
-    inputs = (*numbers_of(request, count), tokens, features, given_4M, drafter.captured.ids_D if drafter else tokens[:0])
+    waiting = [drafter.unread(request.sequence, most) if drafter else Unread([request.root], torch.zeros(1, 1)) for request in requests]
+    first_slots = seats.count > 1 and not seats.scattered
+    homes = [request.sequence if first_slots else place for place, request in enumerate(requests)]  # by sequence, its number in the graph
+    inputs = (*laid(form, requests, homes, waiting, given), drafter.captured.ids_D if drafter else torch.zeros(0, dtype=torch.int64))
     if (outputs := fixed_call(partial(form.run, target, read, draft), key, drafted, *inputs)) is None:
         return None
     told, kept, logits, nodes = outputs
     assert told is not None and logits is not None and nodes is not None
-    path, draws, ranks = told.tolist()
-    accepted = path.index(END) if END in path else len(path)
-    if drafter:
-        drafter.was_read(request.sequence, count)
-    cache.keep(request.sequence, range(accepted))  # their rows lie behind each other already
-    return Found(
-        Accepted(path[:accepted], draws[accepted - 1]),
-        draws[:accepted],
-        None if kept is None else kept[:accepted].clone(),
-        logits,
-        nodes,
-        ranks[1:accepted] if drafter else None,
-    )
+    all_told, found = told.tolist(), list[Found]()
+    for home, request, unread in zip(homes, requests, waiting, strict=True):
+        path, draws, ranks = all_told[home]
+        accepted = path.index(END) if END in path else len(path)
+        if drafter:
+            drafter.was_read(request.sequence, len(unread.tokens))
+        cache.keep(request.sequence, range(accepted))  # their rows lie behind each other already
+        features = None if kept is None else kept[home, :accepted].clone()
+        its_ranks = ranks[1:accepted] if drafter else None
+        found.append(
+            Found(Accepted(path[:accepted], draws[accepted - 1]), draws[:accepted], features, logits[home], nodes[home], its_ranks)
+        )
+    return found
+
+
+def slabs_of(cache: KVCache, requests: Sequence[TreeRequest], seats: Seats) -> Slabs:
+    """The slabs over which these sequences' round is a graph: one's own, or all."""
+    return cache.slabs.of(requests[0].sequence) if seats.count == 1 else cache.slabs
+
+
+def laid(
+    form: Round, requests: Sequence[TreeRequest], homes: Sequence[int], waiting: Sequence[Unread], given: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """What a graph is handed for each of its B sequences: numbers [B, 5], laws [B, 4], C rows of unread text with their features, and given
+    guesses [B, 4, M]. Zeros for those that are none."""
+    count, most = form.seats.count, form.most
+    numbers, laws = torch.zeros(count, 5, dtype=torch.int64), law_of(requests[0].sampling).repeat(count, 1)
+    tokens, columns = torch.zeros(count, most, dtype=torch.int64), torch.zeros(count, *given[0].shape, dtype=torch.int64)
+    features = waiting[0].features.new_zeros(count, most, waiting[0].features.shape[1])
+    for home, request, unread, guesses in zip(homes, requests, waiting, given, strict=True):
+        rows = len(unread.tokens)
+        numbers[home] = numbers_of(request, rows, request.sequence if count > 1 else 0)
+        laws[home], columns[home] = law_of(request.sampling), guesses
+        tokens[home, :rows], features[home, :rows] = torch.tensor(unread.tokens), unread.features
+    return numbers, laws, tokens, features, columns
 
 
 def pooled(cache: Cache) -> TypeGuard[KVCache]:
@@ -161,96 +218,108 @@ class Round(NamedTuple):
     drawn: Drawn
     window: int  # keys that the target reads
     taps: tuple[int, ...]
+    seats: Seats = ALONE
 
     def run(
         self,
         target: Target,
         slabs: Slabs,
         draft: Draft | None,
-        numbers: Tensor,
-        law_4: Tensor,
-        tokens_C: Tensor,
-        features_CF: Tensor,
-        given_4M: Tensor,
+        numbers_B5: Tensor,
+        law_B4: Tensor,
+        tokens_BC: Tensor,
+        features_BCF: Tensor,
+        given_B4M: Tensor,
         ids_D: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """The path's rows up to END, what was drawn there and their ranks, int64 [3, C]; their features [C, F]; the target's logits [N, V];
-        the nodes as `grow_fixed` gives them, then those given. `numbers`: as `numbers_of` gives them, and how many of the C rows are unread
-        text."""
-        seed, position, allowed, count = numbers.split(1)
-        depths_C = 1 + torch.arange(self.most, device=numbers.device)
-        noise_CV = gumbel_on(seed.expand_as(depths_C), position + depths_C, target.config.vocab_size) if self.drawn.noisy else None
-        root, nodes = tokens_C[count - 1], given_4M
+        """The paths' rows up to END, what was drawn there and their ranks, int64 [B, 3, C]; their features [B, C, F]; the target's logits
+        [B, N, V]; the nodes as `grow_fixed` gives them, then those given. `numbers_B5`: as `numbers_of` gives them."""
+        numbers, vocab_size = Numbers.of(numbers_B5), target.config.vocab_size
+        depths_C = 1 + torch.arange(self.most, device=numbers_B5.device)
+        noise_BCV = numbers.noise(depths_C, vocab_size) if self.drawn.noisy else None
+        last_B1 = (numbers.unread - 1).clamp(min=0)
+        root, nodes = tokens_BC.gather(1, last_B1), given_B4M
         if self.levels and draft:
-            a_1H = catch_up(draft, self.levels.window, position, count, tokens_C, features_CF)
-            noise_LD = None if noise_CV is None else noise_CV[: self.levels.shape.levels, ids_D]
-            nodes = beside(self.levels.tree(draft, a_1H, position, allowed, law_4, noise_LD, ids_D), given_4M)
-        tokens_N, parents_N, depths_N = (
-            torch.cat([first, rest]) for first, rest in zip((root, 0 * root, 0 * root), nodes[:3], strict=True)
+            a_B1H = picked(catch_up(draft, self.levels.window, numbers, tokens_BC, features_BCF), last_B1)
+            noise_BLD = None if noise_BCV is None else noise_BCV[:, : self.levels.shape.levels, ids_D]
+            nodes = beside(self.levels.trees(draft, a_B1H, numbers, law_B4, noise_BLD, ids_D), given_B4M)
+        tokens_BN, parents_BN, depths_BN = (
+            torch.cat([first, rest], 1) for first, rest in zip((root, 0 * root, 0 * root), nodes[:, :3].unbind(1), strict=True)
         )
-        there_N = torch.cat([root >= 0, nodes[3].view(torch.float64) > IMPOSSIBLE])
-        ancestors_NN = ancestors(parents_N, self.most)
-        out = self.read(target, slabs, position, tokens_N, depths_N, ancestors_NN)
-        draws_N = drawn(out.logits, self.drawn.filters, law_4, None if noise_CV is None else noise_CV[depths_N])
-        path_N = longest(walked(tokens_N, parents_N, there_N, ancestors_NN, draws_N), depths_N, ancestors_NN)
-        path_C = path_N.long().sort(descending=True, stable=True).indices[: self.most]
-        keep(slabs, position, path_C)
-        ranks_N = torch.cat([0 * root, ranks_of(nodes[3, : nodes.shape[1] - self.given].view(torch.float64)), 0 * given_4M[0]])
-        told = torch.stack([path_C.masked_fill(~path_N[path_C], END), draws_N[path_C], ranks_N[path_C]])
-        return told, None if out.features is None else out.features[path_C], out.logits, nodes
+        there_BN = torch.cat([root >= 0, nodes[:, 3].view(torch.float64) > IMPOSSIBLE], 1)
+        ancestors_BNN = ancestors(parents_BN, self.most)
+        out = self.read(target, slabs, numbers, tokens_BN, depths_BN, ancestors_BNN)
+        logits_BNV = out.logits.unflatten(0, tokens_BN.shape)
+        draws_BN = self.draws(logits_BNV, law_B4, noise_BCV, depths_BN)
+        path_BN = longest(walked(tokens_BN, parents_BN, there_BN, ancestors_BNN, draws_BN), depths_BN, ancestors_BNN)
+        path_BC = path_BN.long().sort(descending=True, stable=True).indices[:, : self.most]
+        keep(slabs, numbers, path_BC)
+        guessed = nodes[:, 3, : nodes.shape[2] - self.given].view(torch.float64)
+        ranks_BN = torch.cat([0 * root, ranks_of(guessed), 0 * given_B4M[:, 0]], 1)
+        told = [path_BC.masked_fill(~path_BN.gather(1, path_BC), END), draws_BN.gather(1, path_BC), ranks_BN.gather(1, path_BC)]
+        features = None if out.features is None else picked(out.features.unflatten(0, tokens_BN.shape), path_BC)
+        return torch.stack(told, 1), features, logits_BNV, nodes
 
-    def read(self, target: Target, slabs: Slabs, position: Tensor, tokens_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Output:
-        """The target's pass over a tree: each row sees the text and its ancestors."""
-        places_N = position + torch.arange(len(tokens_N), device=position.device)
-        seen = (torch.arange(self.window, device=position.device) < position).expand(len(tokens_N), -1)
-        seen = seen.index_copy(1, places_N, ancestors_NN)
+    def read(self, target: Target, slabs: Slabs, numbers: Numbers, tokens_BN: Tensor, depths_BN: Tensor, ancestors_BNN: Tensor) -> Output:
+        """The target's pass over trees: each row sees the text and its ancestors."""
+        order_N, columns_W = (torch.arange(size, device=tokens_BN.device) for size in (tokens_BN.shape[1], self.window))
+        seen = (columns_W < numbers.position)[:, None].expand(-1, len(order_N), -1)
+        seen = seen.scatter(2, (numbers.position + order_N)[:, None].expand_as(ancestors_BNN), ancestors_BNN)
         group = target.config.num_attention_heads // target.config.num_key_value_heads
-        return target.read(tokens_N, position + depths_N, StaticAttention(slabs, places_N, seen, group=group), self.taps, None)
+        attention = self.seats.attention(slabs, numbers.slot[:, 0], numbers.places(order_N, slabs), seen, group)
+        return target.read(tokens_BN.flatten(), (numbers.position + depths_BN).flatten(), attention, self.taps, None)
+
+    def draws(self, logits_BNV: Tensor, law_B4: Tensor, noise_BCV: Tensor | None, depths_BN: Tensor) -> Tensor:
+        """The target's draw at each row, int64 [B, N]; one sequence after the other, which bounds memory."""
+        if noise_BCV is None:
+            return logits_BNV.argmax(-1)
+        each = zip(logits_BNV, law_B4, noise_BCV, depths_BN, strict=True)
+        return torch.stack([drawn(logits, self.drawn.filters, law, noise[depths]) for logits, law, noise, depths in each])
 
 
-def catch_up(draft: Draft, window: int, position: Tensor, count: Tensor, tokens_C: Tensor, features_CF: Tensor) -> Tensor:
-    """The draft's output [1, H] at the last of `count` rows of text, which end before `position`. The other rows go to the spare one."""
-    order_C, columns_W = (torch.arange(size, device=position.device) for size in (len(tokens_C), window))
-    positions_C = position - count + order_C
-    places_C = positions_C.masked_fill(order_C >= count, draft.slabs.keys.shape[3] - 1)
-    seen = columns_W <= positions_C[:, None]
-    g_CH = draft.network.fuse(features_CF.to(draft.network.dtype))
-    return draft.read(tokens_C, g_CH, positions_C, places_C, seen)[count - 1]
+def catch_up(draft: Draft, window: int, numbers: Numbers, tokens_BC: Tensor, features_BCF: Tensor) -> Tensor:
+    """The draft's outputs [B, C, H] at the unread rows of text, which end before the roots. The rows behind them go to the spare one."""
+    order_C, columns_W = (torch.arange(size, device=tokens_BC.device) for size in (tokens_BC.shape[1], window))
+    positions_BC = numbers.position - numbers.unread + order_C
+    places_BC = positions_BC.masked_fill(order_C >= numbers.unread, draft.slabs.keys.shape[3] - 1)
+    seen = columns_W <= positions_BC[..., None]
+    g = draft.network.fuse(features_BCF.flatten(0, 1).to(draft.network.dtype)).unflatten(0, tokens_BC.shape)
+    return draft.read(numbers, tokens_BC, g, positions_BC, places_BC, seen)
 
 
-def ancestors(parents_N: Tensor, levels: int) -> Tensor:
-    """Which rows each row has for ancestors, itself included: bool [N, N]. The root is its own parent; no row lies deeper than `levels`."""
-    seen, above, reach = torch.eye(len(parents_N), dtype=torch.bool, device=parents_N.device), parents_N, 1
+def ancestors(parents_BN: Tensor, levels: int) -> Tensor:
+    """Which rows each row has for ancestors, itself included: bool [B, N, N]. The root is its own parent; no row lies deeper than
+    `levels`."""
+    own = torch.eye(parents_BN.shape[1], dtype=torch.bool, device=parents_BN.device)
+    seen, above, reach = own.expand(len(parents_BN), -1, -1), parents_BN, 1
     while reach <= levels:
-        seen, above, reach = seen | seen[above], above[above], 2 * reach
+        seen, above, reach = seen | picked(seen, above), above.gather(1, above), 2 * reach
     return seen
 
 
-def drawn(logits_NV: Tensor, filters: Filters, law_4: Tensor, noise_NV: Tensor | None) -> Tensor:
-    """The target's draw at each row, as `sampling.draw` draws it: int64 [N]. Without noise: greedy."""
-    if noise_NV is None:
-        return logits_NV.argmax(-1)
+def drawn(logits_NV: Tensor, filters: Filters, law_4: Tensor, noise_NV: Tensor) -> Tensor:
+    """The target's draw at each row, as `sampling.draw` draws it: int64 [N]."""
     return (filtered(logits_NV.double() / law_4[:1], filters, law_4) + noise_NV).argmax(-1)
 
 
-def walked(tokens_N: Tensor, parents_N: Tensor, there_N: Tensor, ancestors_NN: Tensor, draws_N: Tensor) -> Tensor:
-    """Which rows a walk may come to, bool [N]: those that are there and were drawn at their parents, as all above them were. Row 0 is the
-    root. Where no guess was made twice they are the path of `verify.walk`."""
-    right_N = there_N & (tokens_N == draws_N[parents_N])
-    right_N[:1].fill_(True)
-    return (right_N | ~ancestors_NN).all(1)
+def walked(tokens_BN: Tensor, parents_BN: Tensor, there_BN: Tensor, ancestors_BNN: Tensor, draws_BN: Tensor) -> Tensor:
+    """Which rows a walk may come to, bool [B, N]: those that are there and were drawn at their parents, as all above them were. Row 0 is
+    the root. Where no guess was made twice they are the path of `verify.walk`."""
+    right_BN = there_BN & (tokens_BN == draws_BN.gather(1, parents_BN))
+    right_BN[:, :1].fill_(True)
+    return (right_BN[:, None] | ~ancestors_BNN).all(2)
 
 
-def longest(walked_N: Tensor, depths_N: Tensor, ancestors_NN: Tensor) -> Tensor:
-    """The rows of the longest path among those that a walk may come to, bool [N]: two of equal tokens, one guessed and one given, go as far
-    as their children do."""
-    last = (walked_N * (1 + depths_N)).argmax(0, keepdim=True)
-    return ancestors_NN.index_select(0, last)[0]
+def longest(walked_BN: Tensor, depths_BN: Tensor, ancestors_BNN: Tensor) -> Tensor:
+    """The rows of the longest path among those that a walk may come to, bool [B, N]: two of equal tokens, one guessed and one given, go as
+    far as their children do."""
+    last_B1 = (walked_BN * (1 + depths_BN)).argmax(1, keepdim=True)
+    return picked(ancestors_BNN, last_B1)[:, 0]
 
 
-def ranks_of(scores_n: Tensor) -> Tensor:
-    """Each score's rank, int64 [n]; 1 for the best."""
-    return 1 + scores_n.sort(descending=True, stable=True).indices.argsort()
+def ranks_of(scores_Bn: Tensor) -> Tensor:
+    """Each score's rank in its tree, int64 [B, n]; 1 for the best."""
+    return 1 + scores_Bn.sort(descending=True, stable=True).indices.argsort(1)
 
 
 def columns_of(tree: Tree, rows: int) -> Tensor:
@@ -263,15 +332,15 @@ def columns_of(tree: Tree, rows: int) -> Tensor:
     return found
 
 
-def beside(nodes_4n: Tensor, given_4M: Tensor) -> Tensor:
+def beside(nodes_B4n: Tensor, given_B4M: Tensor) -> Tensor:
     """The nodes of two trees with one root, as `grow_fixed` gives them."""
-    tokens, parents, depths, bits = given_4M
-    moved = torch.stack([tokens, parents + nodes_4n.shape[1] * (parents > 0), depths, bits])
-    return torch.cat([nodes_4n, moved], 1)
+    tokens, parents, depths, bits = given_B4M.unbind(1)
+    moved = torch.stack([tokens, parents + nodes_B4n.shape[2] * (parents > 0), depths, bits], 1)
+    return torch.cat([nodes_B4n, moved], 2)
 
 
-def keep(slabs: Slabs, position: Tensor, path_C: Tensor) -> None:
-    """Move the tree's rows on a path to where the text ends. Behind the path any rows may follow: they are not of the text."""
-    places_C = position + torch.arange(len(path_C), device=path_C.device)
-    for slab in (slabs.keys[:, 0], slabs.values[:, 0]):
-        slab.index_copy_(2, places_C, slab.index_select(2, position + path_C))
+def keep(slabs: Slabs, numbers: Numbers, path_BC: Tensor) -> None:
+    """Move the trees' rows on a path to where the texts end. Behind the path any rows may follow: they are not of the text."""
+    to, of = (numbers.places(rows, slabs) for rows in (torch.arange(path_BC.shape[1], device=path_BC.device), path_BC))
+    for slab in (slabs.keys, slabs.values):
+        slab[:, numbers.slot, :, to] = slab[:, numbers.slot, :, of]

@@ -21,7 +21,8 @@ from eyas.decode.fixed_filters import Filters, filtered, loosened
 from eyas.decode.score import top
 from eyas.decode.tree import IMPOSSIBLE, Tree
 
-Read = Callable[[int, Tensor, Tensor], Tensor]  # level, tokens [K], their parents among the last level's rows [K] -> log scores [K, D]
+# level, tokens [B, K], their parents among the last level's rows [B, K] -> log scores [B, K, D]
+Read = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Drawn(NamedTuple):
@@ -37,11 +38,11 @@ class Drawn(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Children of the nodes of one level, in the order of these nodes and best first."""
+    """Children of the nodes of one level of B trees, in the order of these nodes and best first."""
 
-    tokens: Tensor  # [C] the target's ids
-    parents: Tensor  # [C] numbers of nodes; the root is 0, and others are counted as they come
-    scores: Tensor  # [C] float64, the log of the chance that the path down to here is drawn
+    tokens: Tensor  # [B, C] the target's ids
+    parents: Tensor  # [B, C] numbers of nodes; the root is 0, and others are counted as they come
+    scores: Tensor  # [B, C] float64, the log of the chance that the path down to here is drawn
 
 
 def grows_fixed(request: TreeRequest, vocab_size: int) -> bool:
@@ -57,56 +58,62 @@ def settled(request: TreeRequest) -> bool:
     return noisy and not (request.shape.counts or request.shape.growth) and all(each is None for each in others)
 
 
-def grow_fixed(shape: TreeShape, levels: Tensor, first_1D: Tensor, read: Read, ids_D: Tensor) -> Tensor:
-    """The tree of this shape as int64 [4, n], one column for each node but the root: the target's tokens, parents' rows in the tree,
-    depths, and bits of the float64 scores. Nodes that are ruled out, such as those deeper than `levels` (int64 [1]), have score -inf, and
+def grow_fixed(shape: TreeShape, levels_B1: Tensor, first_B1D: Tensor, read: Read, ids_D: Tensor) -> Tensor:
+    """B trees of this shape as int64 [B, 4, n], one column for each node but the root: the target's tokens, parents' rows in the tree,
+    depths, and bits of the float64 scores. Nodes that are ruled out, such as those deeper than `levels_B1` (int64), have score -inf, and
     are the last.
 
-    `first_1D`: log scores of the root's children; `ids_D`: the target's id of each candidate.
+    `first_B1D`: log scores of the roots' children; `ids_D`: the target's id of each candidate.
     """
     count, device = shape.top_k, ids_D.device
-    root = torch.zeros(1, dtype=torch.int64, device=device)
-    found, made = [children_of(root, root.double(), first_1D, count, ids_D)], 1
+    root = torch.zeros(len(first_B1D), 1, dtype=torch.int64, device=device)
+    found, made = [children_of(root, root.double(), first_B1D, count, ids_D)], 1
     for level in range(1, shape.levels):
         tokens, _, scores = newest = found[-1]
-        best = scores.sort(descending=True, stable=True).indices[:count]
-        log_scores_KD = read(level, tokens[best], best // count)
-        found.append(children_of(made + best, scores[best], log_scores_KD, count, ids_D))
-        made += len(newest.tokens)
-    return kept(Candidates(*map(torch.cat, zip(*found, strict=True))), shape, levels)
+        best = scores.sort(descending=True, stable=True).indices[:, :count]
+        log_scores_BKD = read(level, tokens.gather(1, best), best // count)
+        found.append(children_of(made + best, scores.gather(1, best), log_scores_BKD, count, ids_D))
+        made += newest.tokens.shape[1]
+    return kept(Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True))), shape, levels_B1)
 
 
-def children_of(nodes_F: Tensor, scores_F: Tensor, log_scores_FD: Tensor, count: int, ids_D: Tensor) -> Candidates:
-    """The `count` best children of each of F nodes."""
-    best_FK, ids_FK = top(log_scores_FD, count)
-    parents = nodes_F[:, None].expand(-1, count).flatten()
-    return Candidates(ids_D[ids_FK.flatten()], parents, (scores_F[:, None] + best_FK).flatten())
+def children_of(nodes_BF: Tensor, scores_BF: Tensor, log_scores_BFD: Tensor, count: int, ids_D: Tensor) -> Candidates:
+    """The `count` best children of each of F nodes a tree."""
+    best, ids = (part.unflatten(0, nodes_BF.shape) for part in top(log_scores_BFD.flatten(0, 1), count))
+    parents = nodes_BF[..., None].expand(-1, -1, count).flatten(1)
+    return Candidates(ids_D[ids.flatten(1)], parents, (scores_BF[..., None] + best).flatten(1))
 
 
-def kept(all_C: Candidates, shape: TreeShape, levels: Tensor) -> Tensor:
+def kept(all_C: Candidates, shape: TreeShape, levels_B1: Tensor) -> Tensor:
     """The best of all candidates, as `grow_fixed` gives them: by score and then by order, so that a kept node's parent is kept."""
     tokens, parents, scores = all_C
-    level = shape.top_k**2  # candidates of every level but the first
-    order = torch.arange(len(tokens), device=tokens.device)
+    level, count = shape.top_k**2, tokens.shape[1]  # candidates of every level but the first; of all
+    order = torch.arange(count, device=tokens.device)
     depths = 1 + (order + level - shape.top_k) // level
-    scores = scores.masked_fill(depths > levels, IMPOSSIBLE)
-    best = scores.sort(descending=True, stable=True).indices[: shape.nodes - 1]
-    best = best[(best + len(tokens) * (scores[best] == IMPOSSIBLE)).argsort()]
-    rows = torch.zeros(1 + len(tokens), dtype=torch.int64, device=tokens.device)
-    rows.index_copy_(0, 1 + best, 1 + order[: len(best)])
-    return torch.stack([tokens[best], rows[parents[best]], depths[best], scores[best].view(torch.int64)])
+    scores = scores.masked_fill(depths > levels_B1, IMPOSSIBLE)
+    best = scores.sort(descending=True, stable=True).indices[:, : shape.nodes - 1]
+    best = best.gather(1, (best + count * (scores.gather(1, best) == IMPOSSIBLE)).argsort(1))
+    rows = torch.zeros(len(tokens), 1 + count, dtype=torch.int64, device=tokens.device)
+    rows = rows.scatter(1, 1 + best, 1 + order[: best.shape[1]].expand_as(best))
+    bits = scores.gather(1, best).view(torch.int64)
+    return torch.stack([tokens.gather(1, best), rows.gather(1, parents.gather(1, best)), depths[best], bits], 1)
 
 
-def log_scores(logits_FD: Tensor, drawn: Drawn, law_4: Tensor, noise_D: Tensor | None) -> Tensor:
-    """What `score.log_scores` computes, float64 [F, D]."""
-    scores = logits_FD if logits_FD.dtype == torch.float64 else logits_FD.float()
+def picked(each_BN: Tensor, rows_BM: Tensor) -> Tensor:
+    """Of each of B sequences these rows, [B, M, ..] of [B, N, ..]."""
+    return each_BN[torch.arange(len(rows_BM), device=rows_BM.device)[:, None], rows_BM]
+
+
+def log_scores(logits_BFD: Tensor, drawn: Drawn, law_B4: Tensor, noise_BD: Tensor | None) -> Tensor:
+    """What `score.log_scores` computes, float64 [B, F, D]; each sequence has a law and noise of its own."""
+    scores, law = logits_BFD if logits_BFD.dtype == torch.float64 else logits_BFD.float(), law_B4[..., None, :]
     if drawn.sampled:
-        scores = scores / law_4[:1].to(scores.dtype)
+        scores = scores / law[..., :1].to(scores.dtype)
         if any(drawn.filters):
-            scores = scores.masked_fill(filtered(scores.double(), *loosened(drawn.filters, law_4)) == IMPOSSIBLE, IMPOSSIBLE)
+            scores = scores.masked_fill(filtered(scores.double(), *loosened(drawn.filters, law)) == IMPOSSIBLE, IMPOSSIBLE)
         scores = scores.log_softmax(-1)
-    if noise_D is not None:
-        scores = scores + noise_D.to(scores.dtype)
+    if noise_BD is not None:
+        scores = scores + noise_BD[..., None, :].to(scores.dtype)
     return scores.log_softmax(-1)
 
 

@@ -35,15 +35,16 @@ def law_of(sampling: Sampling) -> Tensor:
     return torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p], dtype=torch.float64)
 
 
-def loosened(filters: Filters, law_4: Tensor) -> tuple[Filters, Tensor]:
-    """What `score.loosely_filtered` makes of them."""
-    temperature, top_k, top_p, min_p = law_4.split(1)
-    return filters._replace(most=2 * filters.most), torch.cat([temperature, 2 * top_k, (1 + top_p) / 2, min_p / 2])
+def loosened(filters: Filters, law: Tensor) -> tuple[Filters, Tensor]:
+    """What `score.loosely_filtered` makes of them; a law [4], or one for each row [.., 4]."""
+    temperature, top_k, top_p, min_p = law.split(1, -1)
+    return filters._replace(most=2 * filters.most), torch.cat([temperature, 2 * top_k, (1 + top_p) / 2, min_p / 2], -1)
 
 
-def filtered(scores_NV: Tensor, filters: Filters, law_4: Tensor) -> Tensor:
-    """Scores (logits over temperature, float64), minus infinity where a filter rules a token out."""
-    _, top_k, top_p, min_p = law_4.split(1)
+def filtered(scores_NV: Tensor, filters: Filters, law: Tensor) -> Tensor:
+    """Scores (logits over temperature, float64 [.., V]), minus infinity where a filter rules a token out. `law` [4], or [.., 4] for each
+    row; where it is 1 long in an axis it is that of all rows there."""
+    _, top_k, top_p, min_p = law.split(1, -1)
     if filters.most:
         scores_NV = of_best(scores_NV, filters.most, top_k)
     if filters.nucleus:
@@ -54,9 +55,9 @@ def filtered(scores_NV: Tensor, filters: Filters, law_4: Tensor) -> Tensor:
 
 
 def of_best(scores_NV: Tensor, most: int, count: Tensor) -> Tensor:
-    """Only each row's `count` (float64 [1], at most `most`) best."""
-    ranked = scores_NV.topk(min(most, scores_NV.shape[1]), -1).values
-    boundary = ranked.index_select(1, (count.long() - 1).clamp(max=ranked.shape[1] - 1))
+    """Only each row's `count` (float64 [.., 1], at most `most`) best."""
+    ranked = scores_NV.topk(min(most, scores_NV.shape[-1]), -1).values
+    boundary = ranked.gather(-1, (count.long() - 1).clamp(max=ranked.shape[-1] - 1).expand(*ranked.shape[:-1], 1))
     above, level = scores_NV > boundary, scores_NV == boundary
     places = above.sum(-1, keepdim=True) + level.cumsum(-1)
     return scores_NV.masked_fill(~(above | (level & (places <= count))), IMPOSSIBLE)
@@ -65,8 +66,8 @@ def of_best(scores_NV: Tensor, most: int, count: Tensor) -> Tensor:
 def of_nucleus(scores_NV: Tensor, most: int, top_p: Tensor) -> Tensor:
     """Only tokens whose likelier tokens together have less than `top_p` of the probability. `most`: how many are possible; 0: all."""
     probabilities = scores_NV.softmax(-1)
-    ids = probabilities.topk(most, -1).indices.sort(-1).values if 0 < most < scores_NV.shape[1] else None
-    ranked = (probabilities if ids is None else probabilities.gather(1, ids)).sort(dim=-1, descending=True, stable=True)
-    places = ranked.indices if ids is None else ids.gather(1, ranked.indices)
-    kept = torch.zeros_like(scores_NV, dtype=torch.bool).scatter(1, places, ranked.values.cumsum(-1) - ranked.values < top_p)
+    ids = probabilities.topk(most, -1).indices.sort(-1).values if 0 < most < scores_NV.shape[-1] else None
+    ranked = (probabilities if ids is None else probabilities.gather(-1, ids)).sort(dim=-1, descending=True, stable=True)
+    places = ranked.indices if ids is None else ids.gather(-1, ranked.indices)
+    kept = torch.zeros_like(scores_NV, dtype=torch.bool).scatter(-1, places, ranked.values.cumsum(-1) - ranked.values < top_p)
     return scores_NV.masked_fill(~kept, IMPOSSIBLE)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eyas.checks import within_memory
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, Sampling, TreeShape
-from eyas.decode.captured_round import captured_round
+from eyas.decode.captured_round import alike, captured_round
 from eyas.decode.captured_round import runs as graphs_run
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory, free_on, would_fit
@@ -72,7 +72,7 @@ class Decoder:
         """Run one round: each of these sequences gets at least one token."""
         plan, first, brought = self.plan, 0, 0
         plan.begin(len(sequences))
-        if len(sequences) == 1 and self.round_as_graph(sequences[0]):
+        if self.round_as_graph(sequences):
             return
         if plan.guesses:
             trees = plan.cut(self.fitted(sequences, self.drafter.propose([self.request(sequence) for sequence in sequences])))
@@ -87,23 +87,29 @@ class Decoder:
             first += len(tree)
         plan.ends(first, brought)
 
-    def round_as_graph(self, sequence: Sequence) -> bool:
-        """Run the round of one sequence as one graph, where a graph can; False: nothing was done."""
-        if sequence.processors or not self.verifier.shares_noise or not graphs_run(self.target, self.cache, self.drafter):
+    def round_as_graph(self, sequences: list[Sequence]) -> bool:
+        """Run the round of these sequences as one graph, where a graph can; False: nothing was done."""
+        unknown = not self.verifier.shares_noise or any(sequence.processors for sequence in sequences)
+        if unknown or not graphs_run(self.target, self.cache, self.drafter, len(sequences)):
             return False
-        asked = self.request(sequence)
-        if (shape := self.plan.whole(asked.shape)) is None:
+        asked = [replace(self.request(sequence), planner=None) for sequence in sequences]
+        largest = max((each.shape for each in asked), key=lambda shape: (shape.nodes, shape.levels))
+        if not alike(asked) or (shape := self.plan.whole(largest)) is None:
             return False
         self.plan.pass_begins()
-        found = captured_round(self.target, self.cache, self.drafter, replace(asked, planner=None), shape)
-        self.plan.judge_whole(None if found is None else found.ranks)
+        found = captured_round(self.target, self.cache, self.drafter, asked, shape)
+        self.plan.judge_whole([each.ranks for each in found or [] if each.ranks is not None])
         if found is None:
             return False
         self.plan.pass_ends(self.target.device)
-        tree, accepted, logits_NV = found.seen(sequence.root) if self.watch else (None, found.accepted, found.logits)
-        sequence.guesses += len(found.logits) - 1
-        brought = self.settle(sequence, tree, accepted, found.tokens, logits_NV, found.features)
-        self.plan.ends(len(found.logits), brought)
+        brought, seen = 0, list[tuple[Tree | None, Accepted, Tensor]]()
+        for sequence, each in zip(sequences, found, strict=True):  # before any is settled: the next graph overwrites their logits
+            looks = self.watch or sequence.top_logprobs is not None
+            seen.append(each.seen(sequence.root) if looks else (None, each.accepted, each.logits))
+        for sequence, each, (tree, accepted, logits_NV) in zip(sequences, found, seen, strict=True):
+            sequence.guesses += len(each.logits) - 1
+            brought += self.settle(sequence, tree, accepted, each.tokens, logits_NV, each.features)
+        self.plan.ends(sum(len(each.logits) for each in found), brought)
         return True
 
     def request(self, sequence: Sequence) -> TreeRequest:

@@ -42,7 +42,7 @@ def uniforms_on(seeds_N: Tensor, positions_N: Tensor, count: int, purpose: int =
 
 def gumbel_on(seeds_N: Tensor, positions_N: Tensor, count: int) -> Tensor:
     """The numbers of `gumbel`, float64 [N, count], but for the last bits of two logarithms."""
-    return -(-uniforms_on(seeds_N, positions_N, count, GUMBEL).log()).log()
+    return uniforms_on(seeds_N, positions_N, count, GUMBEL).log_().neg_().log_().neg_()  # in place: many rows of a large vocabulary
 
 
 def pair(numbers: tuple[int, int], device: torch.device) -> Tensor:

@@ -102,19 +102,25 @@ class NativeAttention:
         return attend
 
 
-def folded(q_nqd: Tensor, kv_heads: int) -> Tensor:
-    """The query heads of a group in the row axis [1, kv_heads, groups * n, d]: measured 7x faster in decode."""
-    n, heads, d = q_nqd.shape
-    return q_nqd.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, d)
+def folded(q_nqd: Tensor, kv_heads: int, sequences: int = 1) -> Tensor:
+    """The query heads of a group in the row axis [sequences, kv_heads, groups * n, d], n rows a sequence: measured 7x faster in decode."""
+    rows, heads, d = q_nqd.shape
+    apart = q_nqd.view(sequences, rows // sequences, kv_heads, heads // kv_heads, d)
+    return apart.permute(0, 2, 3, 1, 4).reshape(sequences, kv_heads, -1, d)
 
 
 def grouped_attention(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, bias: Tensor | None) -> Tensor:
     """Attention of n rows over t keys, [n, q * d]. The query heads of a group are folded into the row axis, so `bias` [groups * n, t] has
     a row for each of them."""
+    return attention_of_each(q_nqd, k_ktd[None], v_ktd[None], bias)
+
+
+def attention_of_each(q_nqd: Tensor, k_bktd: Tensor, v_bktd: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of b sequences with keys of their own, each with as many of the n rows; `bias` [b, 1, groups * n / b, t]."""
     n, heads, d = q_nqd.shape
-    kv_heads = k_ktd.shape[0]
-    out = F.scaled_dot_product_attention(folded(q_nqd, kv_heads), k_ktd[None], v_ktd[None], attn_mask=bias)
-    return out.view(kv_heads, heads // kv_heads, n, d).permute(2, 0, 1, 3).reshape(n, heads * d)
+    b, kv_heads, _, _ = k_bktd.shape
+    out = F.scaled_dot_product_attention(folded(q_nqd, kv_heads, b), k_bktd, v_bktd, attn_mask=bias)
+    return out.view(b, kv_heads, heads // kv_heads, n // b, d).permute(0, 3, 1, 2, 4).reshape(n, heads * d)
 
 
 def attention_with_lse(q_nqd: Tensor, k_ktd: Tensor, v_ktd: Tensor, seen_nt: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs one sequence's pass of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
+"""Runs passes of few rows in fixed shapes, which CUDA launches as one graph instead of kernel after kernel.
 
 Rows are padded to one of a few counts, and keys are read in windows that double, so a handful of graphs serve every tree and text. On a CPU
 the same fixed shapes run without a graph: slower, and used by tests alone. Knows rows, slabs of keys and shapes; what a pass computes is
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eyas.checks import EyasError
 from eyas.kernels import fused
-from eyas.kernels.attention import PassAttention, grouped_attention
+from eyas.kernels.attention import Attend, PassAttention, attention_of_each, grouped_attention
 
 if TYPE_CHECKING:
     from eyas.model.cache import Slabs
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ROWS = (1, 8, 16, 32, 64)  # padding costs hardly anything; a pass of more rows spends its time in products, not in launches
 WINDOW = 512  # keys of the smallest window; slabs have a multiple of it
+BATCHES = (1, 2, 4, 8, 16, 32)  # sequences of a round of several; those that pad cost their rows
+MOST_ROWS = 512  # of such a round's pass: more of them take a card so long that launches do not count, and their logits too much memory
 RUNS = 3  # how often making a graph on CUDA runs its function: twice before the capture, and in it
 
 # tokens [R], positions [R], attention, further inputs [R, ...] -> outputs [R, ...]
@@ -74,8 +76,7 @@ class StaticAttention:
     @cached_property
     def bias(self) -> Tensor:
         """[group * R, W] that is added to scores: 0 or -inf"""
-        bias_RW = torch.zeros(self.seen.shape, dtype=self.slabs.keys.dtype, device=self.seen.device).masked_fill_(~self.seen, float("-inf"))
-        return bias_RW.repeat(self.group, 1)
+        return bias_of(self.seen, self.slabs.keys.dtype).repeat(self.group, 1)
 
     def layer(self, layer: int) -> StaticAttend:
         return StaticAttend(self, self.slabs.keys[layer, 0], self.slabs.values[layer, 0])
@@ -99,6 +100,46 @@ class StaticAttend:
             return None
         q = fused.turned_and_kept(heads_NHd, rotation, self.keys, self.values, self.of.places)
         return fused.attention(q, self.keys, self.values, self.of.seen)
+
+
+class Seats(NamedTuple):
+    """How many sequences a pass in fixed shapes has, and where their keys lie."""
+
+    count: int  # some of them may be none: they pad
+    scattered: bool  # in any slots, whose keys are copied together to be read; else in the first ones, each in the slot of its number
+
+    def attention(self, slabs: Slabs, slots_B: Tensor, places_BR: Tensor, seen_BRW: Tensor, group: int) -> PassAttention:
+        """The attention of R rows for each of B sequences, which lie as `StaticAttention` has it in these slots."""
+        if self.count == 1:
+            return StaticAttention(slabs, places_BR[0], seen_BRW[0], group=group)
+        return SlotsAttention(slabs, slots_B, places_BR, seen_BRW, group, self.scattered)
+
+
+class SlotsAttention:
+    """Attention of R rows for each of B sequences over the first keys of its slot, by PyTorch's operations."""
+
+    def __init__(self, slabs: Slabs, slots_B: Tensor, places_BR: Tensor, seen_BRW: Tensor, group: int, scattered: bool) -> None:
+        self.slabs, self.slots, self.scattered, self.window = slabs, slots_B, scattered, seen_BRW.shape[2]
+        self.homes, self.places = slots_B[:, None].expand_as(places_BR).flatten(), places_BR.flatten()
+        self.bias = bias_of(seen_BRW, slabs.keys.dtype).repeat(1, group, 1)[:, None]
+
+    def layer(self, layer: int) -> Attend:
+        slabs = self.slabs.keys[layer], self.slabs.values[layer]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for slab, new in zip(slabs, (k, v), strict=True):
+                slab[self.homes, :, self.places] = new
+            keys, values = (slab[:, :, : self.window] for slab in slabs)
+            if self.scattered:
+                return attention_of_each(q, keys.index_select(0, self.slots), values.index_select(0, self.slots), self.bias)
+            return attention_of_each(q, keys[: len(self.slots)], values[: len(self.slots)], self.bias)
+
+        return attend
+
+
+def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of keys that are seen or not: 0 or -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 @remembered

@@ -25,6 +25,7 @@ from eyas.model.rows import Segment
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ALIGNED = 8  # rows of a slot are a multiple of it: a mask over them begins its lines where kernels of CUDA want them
 KEPT = 2  # slabs that a pool keeps for the next calls while no cache uses them
 
 
@@ -165,7 +166,8 @@ class Pool:
         """A cache for so many sequences, of at least `capacity` rows each. The last row of a slot is spare: rows that pad a pass are
         written there. Slabs of several slots are nobody's after their call: they would hold much memory for a batch that may not come."""
         if slots > 1:
-            return KVCache.over(Slabs((layers, slots, kv_heads, capacity + 1, head_dim), dtype, device, pooled=True), capacity)
+            rows = -(-(capacity + 1) // ALIGNED) * ALIGNED
+            return KVCache.over(Slabs((layers, slots, kv_heads, rows, head_dim), dtype, device, pooled=True), rows - 1)
         with self.lock:
             fitting = [slabs for slabs in self.idle if slabs.keys.shape[3] > capacity]
             slabs = min(fitting, key=lambda slabs: slabs.keys.shape[3], default=None)

@@ -139,6 +139,9 @@ def test_gpu_round(found):
     assert told["copying_alone_ms"] > 0 and all(nodes in ("1", "4", "8", "16", "32", "60") for nodes in told["planned_ms"])
     for form in ("launched", "captured", "captured, temperature 1", "captured, temperature 1, top-p 0.9"):
         assert all(each["over_plain"] > 0 for each in told[form]["rounds"].values()) and list(told[form]["rounds"]) == ["8"]
+    assert told["batch"]["sequences"] == 2 and told["batch"]["planned_ms"]
+    for form in ("launched", "captured", "captured, temperature 1"):
+        assert told["batch"][form]["plain_ms"] > 0 and told["batch"][form]["rounds"]["16"]["over_plain"] > 0
 
 
 def test_gpu_training(found):

@@ -20,6 +20,7 @@ from eyas.decode.tree import Tree
 from eyas.decode.verify import walk
 from eyas.drafters.eagle3 import Eagle3Drafter
 from eyas.kernels import captured
+from eyas.kernels.captured import Seats
 from eyas.methods import METHODS
 from eyas.model.cache import Pool, Slabs
 from eyas.model.mask import ancestor_mask
@@ -44,7 +45,7 @@ def rounds(monkeypatch):
 
     def tried(*given):
         told = inner(*given)
-        found.append(told and told.tokens)
+        found.append(told and [each.tokens for each in told])
         return told
 
     monkeypatch.setattr(generate, "captured_round", tried)
@@ -187,7 +188,7 @@ def test_what_a_graph_does_not_know_is_a_plain_round(rounds):
     run(pair(False)[0], pair(True)[1], "8x2x3", Sampling())
     run(pair(True)[0], None, "8x2x3", Sampling())
     list(Decoder(*pair(True), plan=OtherPlan()).run([[1, 2]], TreeShape.parse("8x2x3"), Sampling(), [5], 9))
-    assert rounds and not any(rounds)
+    assert not any(rounds)
 
 
 def random_tree(draw, nodes):
@@ -205,30 +206,33 @@ def test_the_path_is_the_walks(seed):
     draw = random.Random(seed)
     tree = random_tree(draw, 24)
     draws = [draw.choice([*children] * 3 + [draw.randrange(V)]) if children else draw.randrange(V) for children in tree.children]
-    parents = torch.tensor([0, *tree.parents[1:]])
+    parents = torch.tensor([[0, *tree.parents[1:]]])
     seen = ancestors(parents, max(tree.depths))
-    assert seen.equal(ancestor_mask(tree.parents))
-    path = walked(torch.tensor(tree.tokens), parents, torch.ones(24) > 0, seen, torch.tensor(draws))
+    assert seen[0].equal(ancestor_mask(tree.parents))
+    given = torch.tensor([tree.tokens]), parents
+    (path,) = walked(*given, torch.ones(1, 24) > 0, seen, torch.tensor([draws]))
     accepted = walk(tree, lambda row: draws[row])
     assert path.nonzero()[:, 0].tolist() == accepted.path
-    short = walked(torch.tensor(tree.tokens), parents, torch.tensor(tree.depths) <= 2, seen, torch.tensor(draws))
+    (short,) = walked(*given, torch.tensor([tree.depths]) <= 2, seen, torch.tensor([draws]))
     assert short.nonzero()[:, 0].tolist() == accepted.path[:3]
 
 
+@pytest.mark.parametrize("seats", [Seats(1, False), Seats(4, False), Seats(4, True)], ids=str)
 @pytest.mark.parametrize("drawn", [Drawn(False, False), Drawn(True, True), Drawn(True, True, Filters(8, True, True))])
-def test_a_round_asks_the_host_for_no_number(drawn):
+def test_a_round_asks_the_host_for_no_number(drawn, seats):
     """On the device "meta" there are no numbers: to ask for one is an error."""
     target = tiny_target(prepare=False)
     network, _ = tiny_draft(target)
     target.to("meta")
     network.to("meta").embedding = [target.embedding]
+    slots, count = 1 if seats.count == 1 else 6, seats.count
 
     def slabs(layers):
-        return Slabs((layers, 1, target.config.num_key_value_heads, 64, target.config.head_dim), torch.float64, torch.device("meta"))
+        return Slabs((layers, slots, target.config.num_key_value_heads, 64, target.config.head_dim), torch.float64, torch.device("meta"))
 
-    form = Round(Levels(TreeShape(20, 4, 5), 64, drawn), 7, 8, drawn, 64, (1, 2, 4))
-    given = [torch.zeros(4).long(), torch.ones(4).double(), torch.zeros(8).long(), torch.zeros(8, 96).double()]
-    given += [torch.zeros(4, 7).long(), torch.arange(29)]
-    told, features, logits, nodes = form.run(target, slabs(5), Draft(network, slabs(1), 2), *(each.to("meta") for each in given))
-    assert told.shape == (3, 8) and told.dtype == torch.int64 and features.shape == (8, 96)
-    assert logits.shape == (27, 53) and nodes.shape == (4, 26)
+    form = Round(Levels(TreeShape(20, 4, 5), 64, drawn), 7, 8, drawn, 64, (1, 2, 4), seats)
+    given = [torch.zeros(count, 5).long(), torch.ones(count, 4).double(), torch.zeros(count, 8).long(), torch.zeros(count, 8, 96).double()]
+    given += [torch.zeros(count, 4, 7).long(), torch.arange(29)]
+    told, features, logits, nodes = form.run(target, slabs(5), Draft(network, slabs(1), 2, seats), *(each.to("meta") for each in given))
+    assert told.shape == (count, 3, 8) and told.dtype == torch.int64 and features.shape == (count, 8, 96)
+    assert logits.shape == (count, 27, 53) and nodes.shape == (count, 4, 26)

@@ -25,17 +25,18 @@ PROMPT = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 7, 1, 2, 3]
 
 
 class Beside(CopyingDrafter):
-    """The plain twin: the draft's own tree and copying's, merged without weighing one by the other."""
+    """The plain twin: the draft's own trees and copying's, merged without weighing one by the other."""
 
     def propose(self, requests):
-        (request,) = requests
-        given, sure = self.given(request, min(DEEP, request.deepest or request.shape.levels))
-        most, rows = request.shape.nodes, 0
-        if len(given) > 1:
+        found = [self.given(request, min(DEEP, request.deepest or request.shape.levels)) for request in requests]
+        sure, most, rows = all(its for _, its in found), max(request.shape.nodes for request in requests), 0
+        if any(len(given) > 1 for given, _ in found):
             rows = min(MOST_GIVEN, most - 1 if sure else max(most // 2, 1))
-        shape = PLAIN if sure or most - rows < 2 else replace(request.shape, nodes=min(request.shape.nodes, most - rows))
-        (drafted,) = self.draft.propose([replace(request, shape=shape)]) if shape.nodes > 1 else [Tree.root(request.root)]
-        return [merge([drafted, given.best(rows + 1)])]
+        drafted = [Tree.root(request.root) for request in requests]
+        if not (sure or most - rows < 2):
+            cut = [replace(request.shape, nodes=min(request.shape.nodes, most - rows)) for request in requests]
+            drafted = self.draft.propose([replace(request, shape=shape) for request, shape in zip(requests, cut)])
+        return [merge([tree, given.best(rows + 1)]) for tree, (given, _) in zip(drafted, found)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -87,7 +88,7 @@ def test_look_up_alone_is_its_plain_round(shape, sampling, rounds):
 def test_beside_a_drafter_whose_part_no_graph_runs_the_round_is_plain(rounds):
     wanted, (target, _) = run(pair(False)[0], None, "chain:1", Sampling(0.5), (PROMPT,))[0][0], pair(True)
     for draft in (LookupDrafter(), pair(False)[1]):
-        assert not runs(target, target.new_cache(1, 60), CopyingDrafter(draft))
+        assert not runs(target, target.new_cache(1, 60), CopyingDrafter(draft), 1)
         assert run(target, CopyingDrafter(draft), "8x2x3", Sampling(0.5), (PROMPT,))[0][0] == wanted
     assert not any(rounds)
 

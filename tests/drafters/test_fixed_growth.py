@@ -190,6 +190,6 @@ def test_growth_asks_the_host_for_no_number(drawn):
     shape = (1, 1, network.midlayer.self_attn.kv_heads, 64, network.midlayer.self_attn.head_dim)
     slabs = Slabs(shape, torch.float64, torch.device("meta"))
     form = Levels(TreeShape(20, 4, 5), 64, drawn)
-    given = torch.zeros(3, dtype=torch.int64), torch.ones(4).double(), torch.zeros(1, 32, dtype=torch.float64), torch.arange(29)
+    given = torch.zeros(1, 5).long(), torch.ones(1, 4).double(), torch.zeros(1, 1, 32).double(), torch.arange(29)
     (found,) = form.grow(Draft(network, slabs, 2), V, *(each.to("meta") for each in given))
-    assert found.shape == (4, 19) and found.dtype == torch.int64
+    assert found.shape == (1, 4, 19) and found.dtype == torch.int64

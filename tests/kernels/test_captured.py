@@ -86,7 +86,7 @@ def test_texts_are_those_of_plain_decoding_call_after_call(shape, sampling):
     assert tokens(target, ModelDrafter(target.shallow(3), 53), "8x2x3", sampling) == wanted
 
 
-def test_several_sequences_take_the_pass_of_any_shape():
+def test_slabs_of_several_sequences_are_not_kept():
     target, prompts = pooled_target(), ([1, 2, 3], [4, 5])
     wanted = tokens(tiny_target(), None, "", Sampling(), prompts=prompts)
     assert tokens(target, pooled_draft(target), "8x2x3", Sampling(), prompts=prompts) == wanted
@@ -127,7 +127,7 @@ def test_a_call_takes_the_smallest_slabs_that_hold_its_text():
     del held
     assert [slabs(capacity) for capacity in (10, 31, 32, 95)] == [small, small, large, large]
     assert slabs(200) not in (small, large) and len(pool.idle) == 1  # the others were given up
-    assert pool.cache(2, 3, 20, 1, 8, torch.float32, torch.device("cpu")).slabs.keys.shape == (2, 3, 1, 21, 8)
+    assert pool.cache(2, 3, 20, 1, 8, torch.float32, torch.device("cpu")).slabs.keys.shape == (2, 3, 1, 24, 8)
     assert len(pool.idle) == 1  # those of a batch are not kept
 
 

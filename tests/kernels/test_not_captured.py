@@ -64,6 +64,18 @@ def test_plain_rounds_serve_and_each_form_is_tried_once(sampling, tried, capsys)
     assert len(tried) == forms and not capsys.readouterr().err
 
 
+def test_rounds_of_several_texts_go_on_launched(tried):
+    def texts(pooled, drafted):
+        target, drafter = pair(pooled)
+        decoder = Decoder(target, drafter if drafted else None)
+        *_, found = decoder.run([[1, 2], [3], [4]], TreeShape.parse("8x2x3") if drafted else PLAIN, Sampling(1.3), [5, 6, 7], 12)
+        return [(text.tokens, text.accepted_lengths) for text in found]
+
+    for drafted in (False, True):
+        assert texts(True, drafted) == texts(False, drafted)
+    assert tried
+
+
 def test_plain_decoding_goes_on_too(tried):
     assert run(pair(True)[0], None, Sampling(1.3)) == run(pair(False)[0], None, Sampling(1.3))
     assert tried

@@ -63,9 +63,9 @@ class Plan(RoundClock):
     def judge(self, tree: Tree, path: list[int]) -> None:
         """Learn which of a tree's guesses were right from the path of its walk."""
 
-    def judge_whole(self, ranks: list[int] | None) -> None:
-        """The same of a round that ran as one graph, from the ranks by score of its path's nodes. None: no draft made guesses in it, or it
-        was no graph after all."""
+    def judge_whole(self, ranks: list[list[int]]) -> None:
+        """The same of a round that ran as one graph, from each sequence's ranks by score of its path's nodes. None at all: no draft made
+        guesses in it, or it was no graph after all."""
 
     def ends(self, rows: int, tokens: int) -> None:
         """The round is over: its pass read `rows` rows, and it committed `tokens` tokens."""
@@ -127,7 +127,7 @@ class Planner(Plan):
     def whole(self, most: TreeShape) -> TreeShape | None:
         if not self.guesses:
             return None
-        self.chosen = self.shapes.choose(most)
+        self.chosen = self.shapes.of(self.batch).choose(most)
         self.guesses = self.chosen.nodes > 1
         return self.chosen
 
@@ -221,19 +221,20 @@ class Planner(Plan):
                 taken = children.index(path[place + 1]) if place + 1 < len(path) else None
                 self.calibration.judge(tree.depths[row] + 1, [guess(tree, child) for child in children], taken)
 
-    def judge_whole(self, ranks: list[int] | None) -> None:
+    def judge_whole(self, ranks: list[list[int]]) -> None:
         assert self.chosen is not None, "a shape was chosen"
-        if ranks is not None:
-            self.shapes.judge(self.chosen, ranks)
-        elif self.chosen.nodes > 1:  # not one of its rounds
+        for each in ranks:
+            self.shapes.of(self.batch).judge(self.chosen, each)
+        if not ranks and self.chosen.nodes > 1:  # not one of its rounds
             self.chosen = None
 
     def record(self, rows: int, pass_seconds: float, tokens: int, seconds: float) -> None:
         """Learn from a round that captured no graph: its pass's rows and seconds, the tokens it committed and its own seconds."""
         if self.chosen is not None:
-            self.shapes.record(self.chosen, seconds)
+            shapes = self.shapes.of(self.batch)
+            shapes.record(self.chosen, seconds)
             if self.chosen.nodes == 1:
-                self.shapes.judge(self.chosen, [0] * (tokens - 1))
+                shapes.learn(1, tokens / self.batch)
             return
         self.passes.record(rows, pass_seconds)
         self.pauses.record(self.guesses, tokens, seconds)

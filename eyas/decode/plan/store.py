@@ -85,7 +85,7 @@ class PlanStore:
         if self.passes is None or self.frozen:
             return
         learned = {
-            name: {"steps": steps.table(), "calibration": counts.as_dict()} | ({"rounds": shapes.table()} if shapes.seconds else {})
+            name: {"steps": steps.table(), "calibration": counts.as_dict()} | ({"rounds": rounds} if (rounds := shapes.table()) else {})
             for name, (steps, counts, _, shapes) in self.planned.items()
         }
         self.known |= {"passes": self.passes.table()} | learned
