@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ KINDS = replace(
 )
 
 
+@cache
 def said_by_any_rows(settings: SelfPlay, count: int, by) -> dict[int, tuple | None]:
     with torch.inference_mode():
         found = Writer(by(), template(), settings, QUESTIONS, 5).write(iter(range(count)))
@@ -48,9 +50,9 @@ def told(row) -> tuple:
 @pytest.mark.parametrize("slots", [1, 7, 64])
 @pytest.mark.parametrize("settings", [SETTINGS, KINDS], ids=["questions", "kinds"])
 def test_steps_of_fixed_shapes_write_what_any_rows_write(settings, slots):
-    wanted = said_by_any_rows(settings, 40, target)
-    assert sum(each is not None for each in wanted.values()) >= 10
-    assert said_in_steps(settings, 40, target, slots) == wanted
+    wanted = said_by_any_rows(settings, 20, target)
+    assert sum(each is not None for each in wanted.values()) >= 5
+    assert said_in_steps(settings, 20, target, slots) == wanted
 
 
 @pytest.mark.parametrize("stretch", [1, 3, 50])
