@@ -7,7 +7,8 @@ steps forward and back over tokens, and trees; knows nothing of how a grammar is
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -60,6 +61,7 @@ class Grammar(Processor):
         self.masks: dict[tuple[int, ...], Tensor | None] = {}  # by path: which tokens [V] are allowed; None: the path itself is not
         self.given_up: dict[tuple[int, ...], str] = {}  # by path: why the matcher gave up there
         self.failed: str | None = None
+        self.draws = True  # whether the target draws at the rows that are asked for; see `aside`
 
     # ---- where a text stands ----
 
@@ -99,6 +101,14 @@ class Grammar(Processor):
     def fail(self, why: str) -> None:
         self.failed = self.failed or " ".join(why.split())
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.draws = False
+        try:
+            yield
+        finally:
+            self.draws = True
+
     def allowed(self, text: list[int], path: Sequence[int]) -> Tensor | None:
         """Which tokens [V] may follow; None: no text of this grammar has this path."""
         if len(text) > self.known:
@@ -119,7 +129,7 @@ class Grammar(Processor):
         allowed_RC = torch.ones(logits_RC.shape, dtype=torch.bool)
         for row, path in enumerate(paths):
             mask_V = self.allowed(text, path)
-            if columns_V is None and tuple(path) in self.given_up:  # the target draws here, so the text has come to it
+            if self.draws and tuple(path) in self.given_up:  # the text has come to it
                 self.fail(self.given_up[tuple(path)])
             if self.failed is not None:
                 mask_V = torch.zeros(allowed_RC.shape[1] if columns_V is None else len(columns_V), dtype=torch.bool)
@@ -177,4 +187,4 @@ class Grammar(Processor):
                 parents.append(parent)
                 depths.append(depths[parent] + 1)
                 scores.append(scores[parent] + FORCED)
-        return tree if len(tokens) == len(tree) else Tree(tokens, parents, depths, scores)
+        return tree if len(tokens) == len(tree) else Tree(tokens, parents, depths, scores, grown=tree.grown)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class Processor:
     def rows(self, text: list[int], paths: Sequence[Sequence[int]], logits_RC: Tensor, columns_V: Tensor | None) -> Tensor:
         """The logits [R, C] after each of R paths. `columns_V`: each token's column, -1: none; None: column i is token i."""
         raise NotImplementedError
+
+    def aside(self) -> AbstractContextManager[None]:
+        """In this context it is asked about rows that the target draws nothing at: a draft's guesses, and what a watcher wants to know."""
+        return nullcontext()
 
     def forces(self, text: list[int]) -> bool:
         """Whether it says by itself what follows the text, so that no draft need be asked."""

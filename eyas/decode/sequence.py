@@ -99,7 +99,8 @@ class Sequence:
         Processors of one's own are not the draft's to know."""
         for process in self.processors:
             if isinstance(process, Processor):
-                logits_RD = process.rows(self.tokens, paths, logits_RD, columns_V)
+                with process.aside():
+                    logits_RD = process.rows(self.tokens, paths, logits_RD, columns_V)
         return logits_RD
 
     def forced(self) -> bool:

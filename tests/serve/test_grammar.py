@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eyas.decode.grammar import Grammar
+from eyas.decode.sequence import Sequence
 from eyas.decode.tree import Tree
 from eyas.serve import forms
 from eyas.serve.forms import Form, Forms
@@ -286,14 +288,15 @@ class GivesUp:
         return GivesUp(self.matcher.deep_copy(), self.where, self.seen)
 
 
-@pytest.mark.parametrize("guessed", [False, True])
+@pytest.mark.parametrize("guessed", ["nowhere", "in a draft's vocabulary", "in the target's"])
 def test_a_matcher_that_gives_up_on_a_guess_fails_no_text_but_one_that_comes_there(tokenizer, grammar, guessed):
     prompt, (a, b, c, x) = spell(tokenizer, "hi"), spell(tokenizer, "abcx")
     columns, scores = torch.arange(len(tokenizer)), torch.zeros(1, len(tokenizer))
     careful = Grammar(GivesUp(grammar.settled, [a, b, x]), 2, grammar.ends)
     text = [*prompt, a, b]
-    if guessed:
-        careful.rows(text, [[x]], scores, columns)
+    if guessed != "nowhere":
+        asked = SimpleNamespace(tokens=text, processors=(careful,))
+        Sequence.guessed(asked, [[x]], scores, columns if "draft" in guessed else None)  # type: ignore[arg-type]
         found = careful.fit(text, Tree([b, c, x], [-1, 0, 0], [0, 1, 1], [0.0, -0.5, -1.5]), 20, 10)
         assert "cdef" in paths(tokenizer, found)
     drawn = careful.rows(text, [[]], scores, None)[0].isfinite().nonzero()[:, 0].tolist()
