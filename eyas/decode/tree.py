@@ -23,6 +23,7 @@ class Tree:
     depths: list[int]  # 0 for the root
     scores: list[float]  # log of the chance that the path down to the node is drawn; 0.0 for the root
     distributions: list[Tensor | None] | None = field(default=None, repr=False, compare=False)  # [V] for each row; see `drawn`
+    grown: Tree | None = field(default=None, repr=False, compare=False)  # what it was cut out of, for whoever shows it; None: it is whole
     children: list[dict[int, int]] = field(init=False, repr=False, compare=False)  # token -> row, for each row
 
     def __post_init__(self) -> None:
@@ -65,7 +66,20 @@ class Tree:
             [place[self.parents[row]] for row in rows],
             [self.depths[row] for row in rows],
             [self.scores[row] for row in rows],
+            grown=self.grown or self,
         )
+
+    def cut(self) -> list[int]:
+        """Rows of `grown` that this tree has not, parents before children."""
+        if self.grown is None:
+            return []
+        places, found = [0], list[int]()
+        for row, parent in enumerate(self.grown.parents[1:], 1):
+            above = places[parent]
+            places.append(self.children[above].get(self.grown.tokens[row], -1) if above >= 0 else -1)
+            if places[row] < 0:
+                found.append(row)
+        return found
 
     def best(self, nodes: int) -> Tree:
         """The tree of the `nodes` best rows, root included, by score and then by order. A child never scores above its parent, so a kept
@@ -188,4 +202,4 @@ def merge(trees: Sequence[Tree]) -> Tree:
                 scores.append(tree.scores[row])
             scores[rows[key]] = max(scores[rows[key]], tree.scores[row])
             place.append(rows[key])
-    return Tree(tokens, parents, depths, scores)
+    return Tree(tokens, parents, depths, scores, grown=next((tree.grown for tree in trees if tree.grown), None))

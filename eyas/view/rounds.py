@@ -5,8 +5,11 @@ Knows records of rounds and the decoder that made them; knows nothing of how the
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from eyas.config import Request
 from eyas.decode.copying import CopyLaw
 from eyas.decode.generate import Decoder
 from eyas.decode.grammar import FORCED, Grammar
+from eyas.decode.processors import Processor
 from eyas.decode.prompt import Prompt
 from eyas.decode.rules import path_to
 from eyas.decode.sampling import allowed, draw
@@ -26,6 +30,7 @@ from eyas.engine import Engine
 
 Word = Callable[[int], str]  # a token's text
 BEFORE = 5  # tokens in front of the root that are told with a round
+MOST_CUT = 12  # guesses that are told of those that were grown and not kept
 LIKELIEST = 5  # tokens that are told of a draw
 DRAFT, COPY, FORM = "draft", "copy", "form"
 
@@ -42,15 +47,16 @@ def round_told(record: RoundRecord, decoder: Decoder, word: Word, everywhere: bo
     `ms`: of the whole round `draft` and `pass`, shared by its `sequences`, and `plain`, what a pass without guesses is known to take (null
     where no planner knows it); of this text `first`, until its first token, and `at`, until this round's last; `end`: when the round
     ended, by a clock of which differences alone mean something.
+    `left_out`: how many guesses were grown and cut before the pass; `cut`: the likeliest of these, told as `nodes` are, where a parent that
+    was cut too is numbered on behind the rows.
     """
     text, tree, accepted = record.text, record.tree, record.accepted
     assert text is not None, "the decoder's records have their sequence"
     root = root_of(record, text)
     clock, named = decoder.plan, [word(token) for token in tree.tokens]
-    chances = torch.tensor(tree.scores, dtype=torch.float64).exp().tolist()
     draws = draws_told(record, text, word) if decoder.verifier.shares_noise else []
     sequences = max(1, len(decoder.decoding))
-    guessers = ["", *guessed_by(tree, decoder, text)]
+    guessers = ["", *guessed_by(tree, range(1, len(tree)), decoder, text)]
     return {
         "n": text.rounds,
         "request": text.call,
@@ -58,9 +64,11 @@ def round_told(record: RoundRecord, decoder: Decoder, word: Word, everywhere: bo
         "before": [[token, word(token)] for token in text.tokens[max(0, root - BEFORE) : root]],
         "root": {"id": tree.tokens[0], "text": named[0], "pos": root},
         "nodes": [
-            [token, name, parent, depth, four_digits(chance), by]
-            for token, name, parent, depth, chance, by in zip(tree.tokens, named, tree.parents, tree.depths, chances, guessers, strict=True)
+            [token, named[row], tree.parents[row], tree.depths[row], chance_of(tree, row), guessers[row]]
+            for row, token in enumerate(tree.tokens)
         ],
+        "left_out": len(cut := tree.cut()),
+        "cut": cut_told(tree, cut, decoder, text, word),
         "path": accepted.path,
         "bonus": [accepted.bonus, word(accepted.bonus)],
         "committed": [[token, word(token)] for token in record.committed],
@@ -109,12 +117,41 @@ def root_of(record: RoundRecord, text: Sequence) -> int:
     return len(text.tokens) - len(record.committed) - 1
 
 
-def guessed_by(tree: Tree, decoder: Decoder, text: Sequence) -> list[str]:
-    """Who guessed each node below the root."""
+def cut_told(tree: Tree, cut: Items[int], decoder: Decoder, text: Sequence, word: Word) -> list[list[Any]]:
+    """The likeliest guesses that were grown and not kept. A parent is never less likely, so it is kept or among them."""
+    grown = tree.grown
+    if grown is None:
+        return []
+    rows = sorted(sorted(cut, key=lambda row: (-grown.scores[row], row))[:MOST_CUT])
+    numbers = {row: len(tree) + place for place, row in enumerate(rows)}
+    guessers = guessed_by(grown, rows, decoder, text)
+    return [
+        [grown.tokens[row], word(grown.tokens[row]), above(grown, row, tree, numbers), grown.depths[row], chance_of(grown, row), by]
+        for row, by in zip(rows, guessers, strict=True)
+    ]
+
+
+def above(grown: Tree, row: int, tree: Tree, numbers: dict[int, int]) -> int:
+    """The number of a cut guess's parent: its row in the tree, or behind these its own among the cut."""
+    parent = grown.parents[row]
+    if parent in numbers:
+        return numbers[parent]
+    place = 0
+    for each in path_to(grown, parent)[1:]:
+        place = tree.children[place][grown.tokens[each]]
+    return place
+
+
+def chance_of(tree: Tree, row: int) -> float:
+    return four_digits(math.exp(tree.scores[row]))
+
+
+def guessed_by(tree: Tree, rows: Iterable[int], decoder: Decoder, text: Sequence) -> list[str]:
+    """Who guessed each of these nodes, which lie below the root."""
     drafter, found = decoder.drafter, list[str]()
     laws: dict[int, CopyLaw | None] = {}
     formed = any(isinstance(process, Grammar) for process in text.processors)
-    for row in range(1, len(tree)):
+    for row in rows:
         parent = tree.parents[row]
         if formed and tree.scores[row] == tree.scores[parent] + FORCED:
             found.append(FORM)
@@ -177,10 +214,19 @@ def drawn_everywhere(record: RoundRecord, text: Sequence, word: Word) -> list[li
     root, path = root_of(record, text), record.accepted.path
     settled = dict(zip(path, [*(record.tree.tokens[row] for row in path[1:]), record.accepted.bonus], strict=True))
     drawn = [
-        settled[row] if row in settled else draw(logits_at(record, text, row), text.sampling, text.noise_at(root + depth + 1))
+        settled[row] if row in settled else draw(logits_aside(record, text, row), text.sampling, text.noise_at(root + depth + 1))
         for row, depth in enumerate(record.tree.depths)
     ]
     return [[token, word(token)] for token in drawn]
+
+
+def logits_aside(record: RoundRecord, text: Sequence, row: int) -> Tensor:
+    """`logits_at` a row that the walk did not come to, where a grammar may give up and the text goes on."""
+    with ExitStack() as stack:
+        for process in text.processors:
+            if isinstance(process, Processor):
+                stack.enter_context(process.aside())
+        return logits_at(record, text, row)
 
 
 def four_digits(chance: float) -> float:

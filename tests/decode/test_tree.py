@@ -135,6 +135,16 @@ def test_best_keeps_parents_and_the_best_scores():
         assert sorted(kept.scores) == sorted(tree.scores)[-nodes:]
 
 
+def test_what_a_tree_was_cut_out_of_is_known():
+    """However often it is cut, and behind a merge too; equal trees stay equal."""
+    tree = Tree([0, 5, 6, 7, 8], [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2], [0.0, -1.0, -2.0, -1.5, -3.0])
+    kept = tree.best(4).best(3)
+    assert tree.cut() == [] and kept.grown is tree and kept.cut() == [2, 4]
+    assert kept == Tree([0, 5, 7], [-1, 0, 1], [0, 1, 2], [0.0, -1.0, -1.5])
+    merged = merge([kept, Tree.chain(0, [6], [-2.5])])
+    assert merged.grown is tree and merged.cut() == [4]
+
+
 def test_best_breaks_ties_by_order():
     tree = Tree([0, 5, 6, 7], [-1, 0, 0, 0], [0, 1, 1, 1], [0.0, -2.0, -1.0, -2.0])
     assert tree.best(3) == Tree([0, 5, 6], [-1, 0, 0], [0, 1, 1], [0.0, -2.0, -1.0])

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from eyas.decode.grammar import Grammar
 from eyas.serve import watching
 from eyas.serve.recording import INDEX, PAGE, page_file, page_with, recording, turn
 from eyas.serve.watching import MOST_BEHIND, MOST_WATCHERS, Rounds
+from eyas.view.rounds import MOST_CUT
 from tests.serve.serving import CHAT, ask, events, listening, served
 
 ROUNDS = "/v1/eyas/rounds"
@@ -145,6 +147,45 @@ def test_what_an_answers_form_forces_is_told_and_watching_moves_no_token(engine)
     for each in told:
         drawn = [*(each["nodes"][row][0] for row in each["path"][1:]), each["bonus"][0]]
         assert [draw[0][0] for draw in each["draws"]] == drawn
+
+
+def test_a_form_that_gives_up_off_the_path_fails_nobody_who_is_watched(engine, monkeypatch):
+    """Whoever wants the draws at every row asks there for what decoding itself would not."""
+    body, started = ask(temperature=1.0, structured_outputs={"regex": "[a-z ]{60}"}, eyas=TREE, max_tokens=40, logprobs=True), Grammar.mask
+    with served(engine, "--no-copy") as (client, server):
+        alone = client.post(CHAT, json=body).json()["choices"]
+        text, gone = engine.encode(alone[0]["message"]["content"], raw=True), []
+        prompt = len(engine.encode("How can a hawk see?"))
+
+        def gives_up(self, path):
+            if path and path != text[self.known - prompt :][: len(path)]:
+                gone.append(path)
+                self.given_up[tuple(path)] = "it has too many states"
+                return None
+            return started(self, path)
+
+        assert len(text) == 40
+        monkeypatch.setattr(Grammar, "mask", gives_up)
+        with watched(client, server, "all", draws="all") as told:
+            assert client.post(CHAT, json=body).json()["choices"] == alone
+    assert gone and all(len(each["drawn"]) == len(each["nodes"]) for each in told)
+
+
+def test_guesses_that_were_grown_and_left_out_are_told(engine):
+    """They are no guess of the pass, and none is likelier than what is above it."""
+    with served(engine, "--no-copy") as (client, server), watched(client, server, "all") as told:
+        client.post(CHAT, json=ask(temperature=1.0, eyas=TREE, max_tokens=40))
+    assert any(each["cut"] for each in told)
+    for each in told:
+        rows = [*each["nodes"], *each["cut"]]
+        assert len(each["cut"]) == min(each["left_out"], MOST_CUT)
+        paths = {0: ()}
+        for row, (token, _, parent, depth, chance, by) in enumerate(rows[1:], 1):
+            paths[row] = (*paths[parent], token)
+            assert depth == len(paths[row]) and chance <= rows[parent][4] and by == "draft"
+        assert len(set(paths.values())) == len(rows)
+        kept = min((node[4] for node in each["nodes"][1:]), default=0.0)
+        assert all(node[4] <= kept for node in each["cut"])
 
 
 def test_without_a_name_a_request_goes_by_its_answers_id(engine):
@@ -303,5 +344,7 @@ def test_a_file_with_a_recording_opens_from_a_disk(engine, tmp_path, scheme, wid
         page.wait_for_function(f"() => document.querySelector('#where').textContent.startsWith('1 of {len(told)}')")
         assert page.inner_text(".prompt") == "<b>&</script>" and not page.is_visible("#ask")
         page.keyboard.press("ArrowRight")
+        assert page.locator(".node.hollow").count() == len(told[1]["cut"]) > 0 == page.locator(".node.hollow[data-row]").count()
+        assert page.is_visible(".legend .token.hollow") and "left out" in page.inner_text("#strokes")
         assert page.inner_text("#where").startswith("2 of") and "stands in" in page.inner_text("#strokes")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and wrong == []

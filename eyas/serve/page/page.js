@@ -241,7 +241,12 @@ function growth(event) {
     if (depth > 1)
       words += " From level 2 on there is no g, for the target has read none of these tokens: the draft's own a stands in for it.";
   }
-  return [`${words}${both} ${chances}`, tree(event, true)];
+  const more = event.left_out ?? 0;
+  const cut = more
+    ? ` Then ${guesses.length} ${guesses.length === 1 ? "is" : "are"} kept for the pass; ${some(more, "other was", "others were")} left out` +
+      `${event.cut.length ? (event.cut.length < more ? ", the likeliest of which are hollow." : ", hollow here.") : "."}`
+    : "";
+  return [`${words}${cut}${both} ${chances}`, tree(event, true)];
 }
 
 function growthOfAll(event) {
@@ -271,19 +276,21 @@ function tree(event, drafted) {
     GAP = 32,
     ROW = event.drawn?.length ? 42 : 30,
     TOP = 26;
+  const grown = [...event.nodes, ...(event.cut ?? [])]; // rows of the pass, then guesses that were left out of it
+  const hollow = (row) => row >= event.nodes.length && row < grown.length;
   const taken = new Set(event.path),
     end = event.path.at(-1),
-    bonus = event.nodes.length; // the bonus: one node more
+    bonus = grown.length; // the bonus: one node more
   const bonusDepth = event.nodes[end][3] + 1,
     cut = event.committed.length < event.path.length;
-  const kids = event.nodes.map(() => []);
-  event.nodes.forEach(([, , parent], row) => {
+  const kids = grown.map(() => []);
+  grown.forEach(([, , parent], row) => {
     if (parent >= 0) kids[parent].push(row);
   });
   kids.push([]);
   if (!cut) kids[end].push(bonus);
   const right = (row) => row === bonus || taken.has(row);
-  for (const line of kids) line.sort((one, other) => right(other) - right(one)); // the walk runs straight along the top
+  for (const line of kids) line.sort((one, other) => right(other) - right(one) || hollow(one) - hollow(other)); // the walk along the top
   const y = [];
   let leaves = 0;
   const place = (row) => {
@@ -291,7 +298,7 @@ function tree(event, drafted) {
     y[row] = kids[row].length ? y[kids[row][0]] : leaves++;
   };
   place(0);
-  const depth = Math.max(...event.nodes.map((node) => node[3]), cut ? 0 : bonusDepth);
+  const depth = Math.max(...grown.map((node) => node[3]), cut ? 0 : bonusDepth);
   const px = (level) => 1 + level * (W + GAP),
     py = (line) => TOP + line * ROW;
   const width = px(depth) + W + 2,
@@ -312,21 +319,23 @@ function tree(event, drafted) {
     const [x1, y1, x2, y2] = [px(levels[0]) + W, py(from) + middle, px(levels[1]), py(to) + middle];
     return s("path", { class: `edge${kind}`, d: `M${x1} ${y1}C${x1 + GAP / 2} ${y1} ${x2 - GAP / 2} ${y2} ${x2} ${y2}` });
   };
-  event.nodes.forEach(([, , parent, level], row) => {
-    if (parent >= 0 && !taken.has(row)) drawing.append(edge(y[parent], y[row], [level - 1, level], ""));
+  grown.forEach(([, , parent, level], row) => {
+    if (parent >= 0 && !taken.has(row)) drawing.append(edge(y[parent], y[row], [level - 1, level], hollow(row) ? " hollow" : ""));
   });
   event.nodes.forEach(([, , parent, level], row) => {
     if (parent >= 0 && taken.has(row)) drawing.append(edge(y[parent], y[row], [level - 1, level], " taken"));
   });
-  event.nodes.forEach(([, text, parent, level, chance, by], row) => {
-    const kind = `node ${parent < 0 ? "root" : by}${taken.has(row) ? " taken" : ""}`;
+  grown.forEach(([, text, parent, level, chance, by], row) => {
+    const kind = `node ${parent < 0 ? "root" : by}${taken.has(row) ? " taken" : hollow(row) ? " hollow" : ""}`;
     const told =
       parent < 0
         ? quoted(text)
-        : `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
+        : hollow(row)
+          ? `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; left out of the pass`
+          : `${quoted(text)}, ${GUESSED[by]}: ${chance.toFixed(3)}; ${own(event, row).toFixed(3)} given what is before it`;
     const group = s(
       "g",
-      { class: kind, "data-row": String(row), transform: `translate(${px(level)} ${py(y[row])})` },
+      { class: kind, "data-row": hollow(row) ? undefined : String(row), transform: `translate(${px(level)} ${py(y[row])})` },
       s("title", {}, told),
       s("rect", { class: "box", width: W, height: H - 12, rx: 4 }),
       s("text", { x: 6, y: 15.5 }, short(text, parent < 0 ? 12 : 8)),
