@@ -38,6 +38,7 @@ KEYS = "EYAS_API_KEYS"  # of the environment: keys with commas between them
 USUAL_CONTEXT = 4096  # tokens of a prompt and its answer, where the model has more and nothing is said
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FAILED = 1
+LAST_TURN_SECONDS = 5  # for the thread that decodes to end
 GONE_SECONDS = 60  # without a sign from the other side after which a connection's client counts as gone
 
 
@@ -55,7 +56,19 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_from(options)
     assert listening is not None, "the other processes follow the first one's passes until it ends"
     server = server_of(engine, options)
-    return asyncio.run(served(server, listening, options))
+    keep_plans(engine)  # what passes cost, timed just now where nothing was known
+    try:
+        return asyncio.run(served(server, listening, options))
+    finally:
+        server.scheduler.thread.join(LAST_TURN_SECONDS)
+        if not server.scheduler.thread.is_alive():
+            keep_plans(engine)
+
+
+def keep_plans(engine: Engine) -> None:
+    """Keep what planners have learned for the next start."""
+    if engine.plans:
+        engine.plans.save()
 
 
 def check(options: argparse.Namespace) -> None:
@@ -115,6 +128,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     shape = engine.shape(options.tree, method)
     shapes = {shape, TreeShape(MAX_TREE.nodes, MAX_TREE.depth, MOST_CHILDREN)} if method != "plain" else {shape}
     keeps = options.prefix_cache if options.prefix_cache is not None else engine.target.rows_stand_alone
+    metrics.about(version=eyas.__version__, precision=engine.precision, method=method, draft=engine.draft.name if engine.draft else "")
     scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, keeps, options.stall))
     server = Server(
         engine,
@@ -123,6 +137,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
         Usual(method, context, options.tree),
         names,
         fingerprint(engine),
+        directory_hash(engine.directory),
         keys_of(options),
         options.strict_fields,
         options.any_model,

@@ -8,7 +8,7 @@ knows no drafter.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import wraps
@@ -224,17 +224,24 @@ class Decoder:
         return self.read_prompt() if self.reading else self.decode()
 
     def seat(self) -> None:
-        """Give free slots to the waiting sequences, in the order they were admitted."""
+        """Give free slots to the waiting sequences."""
         while self.waiting and self.free:
+            sequence = self.next_seated()
             if self.prefixes is None:
-                self.waiting[0].slot = slot = min(self.free)  # one text after the other takes the same, over which there are graphs
+                sequence.slot = slot = min(self.free)  # one text after the other takes the same, over which there are graphs
                 self.free.remove(slot)
-            elif self.waiting[0].reuses and self.prefixes.worth_waiting(self.waiting[0], self.cache):
+            elif sequence.reuses and self.prefixes.worth_waiting(sequence, self.cache):
                 break
             else:
-                self.waiting[0].slot = self.prefixes.seat(self.waiting[0], self.free, self.cache, self.drafter)
-            self.waiting[0].seated = time.perf_counter()
-            self.reading.append(self.waiting.popleft())
+                sequence.slot = self.prefixes.seat(sequence, self.free, self.cache, self.drafter)
+            sequence.seated = time.perf_counter()
+            self.waiting.remove(sequence)
+            self.reading.append(sequence)
+
+    def next_seated(self) -> Sequence:
+        """Who waits longest, of the owners that have the fewest slots."""
+        taken = Counter(sequence.owner for sequence in (*self.reading, *self.decoding))
+        return min(self.waiting, key=lambda sequence: taken[sequence.owner])
 
     @on_its_cores
     def read_prompt(self, most: int = PROMPT_PART) -> list[Sequence]:

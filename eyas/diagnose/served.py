@@ -1,6 +1,6 @@
 """What a draft accepts in a running engine beside what it accepts here: asks an OpenAI-compatible server questions and reads its counts.
 
-Knows how vLLM, SGLang and llama.cpp tell their acceptance; knows nothing of how they run.
+Knows how vLLM, SGLang, llama.cpp and `eyas serve` tell their acceptance; knows nothing of how they run.
 """
 
 from __future__ import annotations
@@ -82,6 +82,15 @@ def sglang_told(api: Api) -> tuple[float, TreeShape] | None:
     return (float(length), TreeShape(nodes, steps - 1, top_k).checked()) if is_number(length) and length else None
 
 
+def own_tree(api: Api) -> TreeShape | None:
+    """The tree that a server of eyas's own grows, where it is one shape; None of a planned one, and of other servers."""
+    told = held(held(optional(api, "/props")).get("eyas")).get("tree")
+    try:
+        return TreeShape.parse(told) if isinstance(told, str) else None
+    except EyasError:
+        return None
+
+
 def ask(url: str) -> Served:
     """Ask the server the questions, greedily, one after the other."""
     api = Api(url := checked_url("--engine-url", url))
@@ -108,7 +117,7 @@ def ask(url: str) -> Served:
     if drafted:  # llama.cpp: each round writes one token more than it accepted, the first token comes from the prompt
         rounds = max(written - len(QUESTIONS) - accepted, 1)
         counts = Counts(rounds, drafted, accepted)
-        return Served(counts.tau(), TreeShape.chain(counts.chain()), prompts, written)
+        return Served(counts.tau(), own_tree(api) or TreeShape.chain(counts.chain()), prompts, written)
     if told := sglang_told(api):
         return Served(*told, prompts, written)
     return Served(None, None, prompts, written)

@@ -84,7 +84,8 @@ def kernel() -> ctypes.CDLL | None:
     if os.environ.get("EYAS_NATIVE") == "0" or not (compiler and fit and platform.system() == "Linux"):
         return None
     try:
-        library = ctypes.CDLL(str(built(compiler)))
+        with built(compiler) as path:
+            library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
     pointer, plan, long, whole = ctypes.c_void_p, ctypes.POINTER(Plan), ctypes.c_long, ctypes.c_int
@@ -160,18 +161,31 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def built(compiler: str) -> Path:
-    """The compiled kernel of this source on this machine, made on first use."""
+@contextmanager
+def built(compiler: str) -> Iterator[Path]:
+    """The compiled kernel of this source on this machine, made on first use; where it cannot be kept it is this process's alone."""
     flags = [*FLAGS, f"-march={'haswell' if os.environ.get('EYAS_NATIVE') == 'avx2' else 'native'}"]
     source = b"".join(part.read_bytes() for part in PARTS)
     key = hashlib.sha256(source + " ".join([*flags, compiler, cpu_name()]).encode()).hexdigest()[:16]
     final = cache_dir() / "native" / f"{key}.so"
-    if not final.exists():
+    if final.exists():
+        yield final
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / final.name
+        subprocess.run([compiler, *flags, "-shared", str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True)
+        yield kept(made, final) or made
+
+
+def kept(made: Path, final: Path) -> Path | None:
+    """A file copied to where it is kept, whole or not at all; None where it cannot be."""
+    work = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-            made = Path(folder) / "kernel.so"
-            subprocess.run([compiler, *flags, "-shared", str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True)
-            os.replace(made, final)
+        shutil.copyfile(made, work)
+        os.replace(work, final)
+    except OSError:
+        return None
     return final
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from eyas.serve.words import Words
 
 if TYPE_CHECKING:
     from eyas.decode.logprobs import TokenLogprobs
-    from eyas.decode.sequence import Result
+    from eyas.decode.sequence import Result, Sequence
     from eyas.serve.jobs import Ask
     from eyas.serve.scheduler import Piece
+    from eyas.serve.watching import Recorder
 
 DONE = b"data: [DONE]\n\n"
 
@@ -40,6 +41,7 @@ class Answer:
     offsets: list[int] = field(default_factory=list)  # of each choice, characters whose tokens were told
     readers: list[Reader] = field(default_factory=list)  # of each choice, where tools may be called
     called: list[int] = field(default_factory=list)  # of each choice, calls that were told
+    recorder: Recorder | None = None  # what keeps its rounds, where they are to be told; until they were
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -69,8 +71,7 @@ class Answer:
             choices.append(choice)
         return self.head(choices, "chat.completion" if self.chat else "text_completion") | {
             "usage": self.usage(),
-            "timings": self.timings(),
-            "eyas": self.told(),
+            **self.beside(),
         }
 
     def message(self, number: int, result: Result) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Answer:
         alone = [number for number in self.numbers() if self.ask.echo[number] and not self.ask.sequences[number].tells_prompt]
         return [self.chunk([self.text_choice(number, self.ask.echo[number], None, None)]) for number in alone]
 
-    def pieces(self, found: Sequence[Piece]) -> list[bytes]:
+    def pieces(self, found: Items[Piece]) -> list[bytes]:
         """What a turn brought, one chunk a choice; a chunk of nothing is not sent."""
         chunks = []
         for piece in found:
@@ -151,7 +152,7 @@ class Answer:
         elif self.ask.usage:
             told["usage"] = None
         if last:
-            told |= {"timings": self.timings(), "eyas": self.told()}
+            told |= self.beside()
         return sse(told)
 
     @staticmethod
@@ -179,6 +180,26 @@ class Answer:
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
+    def beside(self) -> dict[str, Any]:
+        """What is told beside OpenAI's fields, once a choice has ended."""
+        return {"timings": self.timings(), **self.metrics(), "eyas": self.told()}
+
+    def metrics(self) -> dict[str, Any]:
+        """As vLLM tells the guesses of one request; like there of a request for one choice alone. A step is a round."""
+        if len(self.ask.sequences) > 1:
+            return {}
+        (sequence,) = self.ask.sequences
+        by_length, right = sequence.accepted_lengths, right_guesses(sequence)
+        told = {
+            "mean_acceptance_length": 1 + right / max(sequence.rounds, 1),
+            "draft_acceptance_rate": right / max(sequence.guesses, 1),
+            "acceptance_histogram": [by_length.get(length, 0) for length in range(1, max(by_length, default=1) + 1)],
+            "num_accepted_draft_tokens": right,
+            "num_draft_tokens": sequence.guesses,
+            "num_spec_steps": sequence.rounds,
+        }
+        return {"metrics": {"speculative_decoding": told}}
+
     def timings(self) -> dict[str, Any]:
         """As llama.cpp's server names them, of the first choice."""
         sequence = self.ask.sequences[0]
@@ -194,7 +215,7 @@ class Answer:
             "predicted_per_second": round((written - 1) / writing, 3) if writing > 0 else None,
             "draft_n": sequence.guesses,
             "draft_n_rounds": sequence.rounds,
-            "draft_n_accepted": sum((length - 1) * count for length, count in sequence.accepted_lengths.items()),
+            "draft_n_accepted": right_guesses(sequence),
         }
 
     def told(self) -> dict[str, Any]:
@@ -206,11 +227,13 @@ class Answer:
             "rounds": [sequence.rounds for sequence in sequences],
             "noise_version": NOISE_VERSION,
         }
+        if self.recorder is not None and all(sequence.finish_reason for sequence in sequences):
+            told["trace"], self.recorder = self.recorder.rounds, None
         if self.ask.unknown:
             told["warning"] = f"fields that are not known here were not read: {', '.join(sorted(self.ask.unknown))}"
         return told
 
-    def logprobs(self, number: int, found: Sequence[TokenLogprobs], prompt: Sequence[TokenLogprobs] | None = None) -> dict[str, Any]:
+    def logprobs(self, number: int, found: Items[TokenLogprobs], prompt: Items[TokenLogprobs] | None = None) -> dict[str, Any]:
         """Of tokens of an answer; `prompt`: and before them of the prompt's, the first of which comes after nothing."""
         if self.chat:
             return {"content": [self.chat_logprob(each) for each in found], "refusal": None}
@@ -239,6 +262,11 @@ class Answer:
     def token(self, token: int, logprob: float) -> dict[str, Any]:
         word, found = self.words.text_and_bytes(token)
         return {"token": word, "logprob": logprob, "bytes": found}
+
+
+def right_guesses(sequence: Sequence) -> int:
+    """Guesses that a text kept."""
+    return sum((length - 1) * count for length, count in sequence.accepted_lengths.items())
 
 
 def sse(told: Any, event: str | None = None) -> bytes:

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import eyas
 from eyas.config import EyasError
 from eyas.decode.prompt import render
+from eyas.decode.sampling import NOISE_VERSION
 from eyas.engine import Engine
 from eyas.serve.answers import Answer, sse
 from eyas.serve.fields import CHAT, TEXT, is_whole, parsed, read
@@ -35,6 +36,7 @@ from eyas.serve.openapi import openapi
 from eyas.serve.recording import INDEX, PAGE, PAGE_HEADERS, page_file
 from eyas.serve.refusals import Refused, busy, not_found, unavailable
 from eyas.serve.scheduler import Job, Piece, Scheduler
+from eyas.serve.state import settings_told, slots_told
 from eyas.serve.streams import Events, Mailbox, Post, left
 from eyas.serve.traces import Trace, Traces
 from eyas.serve.watching import MOST_WATCHERS, Rounds, Watcher
@@ -50,6 +52,15 @@ OWN_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages of th
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "testserver")
 
 
+@dataclass(frozen=True)
+class Open:
+    """A request under way."""
+
+    call: str  # what it goes by
+    key: str  # whose it is
+    turns: Turns
+
+
 @dataclass
 class Server:
     """What the paths share."""
@@ -60,6 +71,7 @@ class Server:
     usual: Usual
     names: list[str]  # that the model goes by; the first is told
     fingerprint: str
+    target_hash: str
     keys: list[str] = field(default_factory=list)
     strict: bool = False  # whether unknown fields are refused
     any_model: bool = False
@@ -75,6 +87,7 @@ class Server:
         self.forms = Forms(self.engine.tokenizer, config.vocab_size, config.eos_token_ids)
         self.rounds = Rounds(lambda token: self.words.text_and_bytes(token)[0], self.watch_all)
         self.to_loop: Post | None = None
+        self.open: dict[int, Open] = {}  # by the id of its job
 
     # ---- generation ----
 
@@ -90,9 +103,12 @@ class Server:
             sequence.call = call
         turns: Turns = Mailbox(self.post())
         job = Job(asked.sequences, turns.put, asked.stream)
+        if asked.traced:
+            answer.recorder = self.rounds.record(asked.sequences)
         if not self.scheduler.submit(job):
             self.check_ready()
             raise busy(self.scheduler.most)
+        self.open[id(job)] = Open(call, key_of(request.headers), turns)
         headers = {"X-Request-Id": call}
         trace = self.traces and self.traces.request(kind, values, answer.id, request.headers)
         if asked.stream:
@@ -158,6 +174,7 @@ class Server:
 
     def leave(self, job: Job, trace: Trace | None) -> None:
         """Nobody waits for a job any more."""
+        self.open.pop(id(job), None)
         if trace:
             trace.ended(job)
         if job.open and not self.scheduler.failure:
@@ -168,9 +185,25 @@ class Server:
             self.scheduler.cancel(job)
 
     def fault(self, error: Exception) -> Refused:
+        if isinstance(error, Refused):
+            return error
         if isinstance(error, EyasError):
             return unavailable(str(error))
         return Refused(f"the server failed ({type(error).__name__}: {error})", status=500, kind="server_error")
+
+    async def cancel(self, request: Request) -> Response:
+        """End the requests of this name, if they are the asker's own."""
+        name, key = request.path_params["name"], key_of(request.headers)
+        found = [each for each in self.open.values() if each.call == name and self.may_see(key, each.key)]
+        if not found:
+            raise not_found(f"no request {name} is under way")
+        for each in found:
+            each.turns.take(Refused("the request was cancelled", kind="request_cancelled"))
+        return JSONResponse({"id": name, "cancelled": len(found)})
+
+    def may_see(self, asker: str, owner: str) -> bool:
+        """Whether who has one key may see and end what came with another."""
+        return not self.keys or hmac.compare_digest(asker.encode(), owner.encode())
 
     # ---- watching ----
 
@@ -247,6 +280,7 @@ class Server:
     def model(self, name: str) -> dict[str, Any]:
         own = {"draft": str(self.engine.draft.name) if self.engine.draft else None, "method": self.usual.method}
         own |= {"precision": self.engine.precision, "system_fingerprint": self.fingerprint}
+        own |= {"target_hash": self.target_hash, "noise_version": NOISE_VERSION}
         told = {"id": name, "object": "model", "created": 0, "owned_by": "eyas", "max_model_len": self.scheduler.settings.context}
         return {**told, "eyas": own}
 
@@ -257,8 +291,19 @@ class Server:
     async def alive(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    async def props(self, request: Request) -> Response:
+        return JSONResponse(settings_told(self.engine, self.scheduler, self.usual, self.names[0], self.fingerprint))
+
+    async def slots(self, request: Request) -> Response:
+        """What each slot does; under fail_on_no_slot=1 refused where none is free."""
+        key, calls = key_of(request.headers), {each.call: each.key for each in self.open.values()}
+        told = slots_told(self.scheduler, self.usual.method != "plain", lambda text: self.may_see(key, calls.get(text.call, "")))
+        if request.query_params.get("fail_on_no_slot") == "1" and all(each["is_processing"] for each in told):
+            raise unavailable("no slot is free")
+        return JSONResponse(told)
+
     async def metrics_page(self, request: Request) -> Response:
-        return Response(self.metrics.text(self.scheduler), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(self.scheduler, len(self.rounds.watchers)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def api(self, request: Request) -> Response:
         return JSONResponse(openapi(eyas.__version__))
@@ -399,11 +444,14 @@ def make_app(server: Server, loopback: bool = True, cors: list[str] | None = Non
         "/tokenize": server.tokenize,
         "/detokenize": server.detokenize,
         "/apply-template": server.template,
+        "/requests/{name}/cancel": server.cancel,
     }
     gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/models": server.models,
         "/models/{name:path}": server.one_model,
         "/health": server.health,
+        "/props": server.props,
+        "/slots": server.slots,
         "/eyas/rounds": server.watch,
     }
     routes = [Route(prefix + path, call, methods=["POST"]) for path, call in posts.items() for prefix in ("/v1", "")]

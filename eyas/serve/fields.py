@@ -284,7 +284,7 @@ FIELDS: tuple[Field, ...] = (
     Field("grammar", "as structured_outputs has it", text, STRING),
     Field("json_schema", "as structured_outputs has json", mapping, OBJECT),
     Field("cache_prompt", "whether rows of earlier prompts may be reused; no answer changes by it", boolean, BOOLEAN, default=True),
-    Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain", mapping, OBJECT),
+    Field("eyas", "tree: a shape as 16x4x4; method: the server's or plain; trace: true tells the rounds with the answer", mapping, OBJECT),
     Field("user", "not read", anything, {}),
     Field("metadata", "not read", anything, {}),
     Field("prediction", "not read", anything, {}, of=(CHAT,)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from eyas.config import EyasError, Request, Sampling, TreeShape, short
+from eyas.config import VERIFIERS, EyasError, Request, Sampling, TreeShape, short
 from eyas.decode.grammar import Grammar
 from eyas.decode.plan.planner import MAX_TREE
 from eyas.decode.prompt import ANSWER, MESSAGE, TURN, TooLong
@@ -28,6 +28,8 @@ from eyas.serve.refusals import Refused
 TEXT_TOKENS = 16  # tokens of a completion where nothing is said, as OpenAI has it
 SEEDS = 1 << 64
 MOST_CHILDREN = 16  # of a node, in a tree that a request asks for
+OWN = ("tree", "method", "verifier", "trace")  # what the field `eyas` takes
+WALK = VERIFIERS[0]
 WORDS = {"max-new-tokens": "max_tokens", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "logit-bias": "logit_bias"}
 
 
@@ -44,6 +46,7 @@ class Ask:
     unknown: list[str]  # fields that are not known
     reader: Callable[[], Reader] | None = None  # makes what looks for calls in an answer; None: no tool may be called
     grammars: list[Grammar] = field(default_factory=lambda: list[Grammar]())  # one for each sequence, where there is a form
+    traced: bool = False  # whether its rounds are told with the answer
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def ask(engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unkn
     if kind == CHAT and offered(values):
         written = engine.tokenizer.decode(prompts[0][0])
         reader = partial(reader_of, engine.tokenizer, offered(values), must_call(values), written)
-    return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, reader, grammars)
+    traced = (values["eyas"] or {}).get("trace", False)
+    return Ask(kind, sequences, seed, values["stream"], usage, echo, unknown, reader, grammars, traced)
 
 
 def shape_of(engine: Engine, request: Request, usual: Usual) -> TreeShape:
@@ -138,17 +142,25 @@ def check_choice(values: Mapping[str, Any]) -> None:
         raise Refused(f"tool_choice names {short(missing[0])}, and there is no such tool", "tool_choice")
 
 
+def check_own(own: Mapping[str, Any], method: str) -> None:
+    """Raise `Refused` for what a request may not ask of eyas itself."""
+    if unknown := [name for name in own if name not in OWN]:
+        raise Refused(f"eyas has no {unknown[0]}; it takes {', '.join(OWN)}", "eyas")
+    if own.get("method") not in (None, "plain", method, parted(method)[0]):
+        raise Refused(f"this server decodes with {method}; eyas.method may be that or plain", "eyas")
+    if own.get("verifier") not in (None, WALK):
+        raise Refused(f"guesses are verified by the {WALK} here, under which none can change the text; leave eyas.verifier out", "eyas")
+    if not isinstance(own.get("trace", False), bool):
+        raise Refused("eyas.trace must be true or false", "eyas")
+
+
 def request_of(kind: str, values: Mapping[str, Any], usual: Usual) -> Request:
     own, method = values["eyas"] or {}, usual.method
-    if unknown := [name for name in own if name not in ("tree", "method")]:
-        raise Refused(f"eyas has no {unknown[0]}; it takes tree and method", "eyas")
-    asked = own.get("method")
-    if asked not in (None, "plain", method, parted(method)[0]):
-        raise Refused(f"this server decodes with {method}; eyas.method may be that or plain", "eyas")
+    check_own(own, method)
     logprobs = (values["top_logprobs"] if values["logprobs"] else None) if kind == CHAT else values["logprobs"]
     try:
         return Request(
-            method=asked or method,
+            method=own.get("method") or method,
             tree=own.get("tree", usual.tree),
             sampling=Sampling(
                 temperature=values["temperature"],

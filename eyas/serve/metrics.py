@@ -5,6 +5,7 @@ Knows jobs and rounds; knows nothing of HTTP. Needs prometheus_client.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from eyas.serve.scheduler import Scheduler
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 DEPTHS = 16  # positions of accepted tokens that are told apart
 
 
@@ -42,10 +44,19 @@ class Metrics:
         self.running = self.gauge("num_requests_running", "sequences that have a slot")
         self.waiting = self.gauge("num_requests_waiting", "sequences that wait for one")
         self.free = self.gauge("slots_free", "slots that nobody has")
+        self.slots = self.gauge("slots", "answers that are written at a time")
+        self.usage = self.gauge("kv_cache_usage_perc", "share of the slots' rows that texts under way have")
+        self.watchers = self.gauge("watchers", "who watches rounds now")
+        self.turn_age = self.gauge("engine_turn_age_seconds", "since the last turn, while there is work")
         self.first_token = self.histogram("time_to_first_token_seconds", "from the request to its first token")
         self.whole = self.histogram("e2e_request_latency_seconds", "from the request to its end")
         self.queued = self.histogram("request_queue_time_seconds", "until the prompt is read")
         self.each_token = self.histogram("request_time_per_output_token_seconds", "of an answer, behind its first token")
+        self.reading = self.histogram("request_prefill_time_seconds", "from a slot to the first token")
+        self.writing = self.histogram("request_decode_time_seconds", "from the first token to the last")
+        self.prompts = self.histogram("request_prompt_tokens", "tokens of a prompt", TOKENS)
+        self.written = self.histogram("request_generation_tokens", "tokens of an answer", TOKENS)
+        self.by_round = self.histogram("committed_per_round", "tokens that a round committed", range(1, DEPTHS + 1))
 
     # ---- kinds ----
 
@@ -57,9 +68,14 @@ class Metrics:
     def gauge(self, name: str, what: str) -> Gauge:
         return Gauge(f"{self.prefix}:{name}", what, ("model_name",), registry=self.registry).labels(self.model)
 
-    def histogram(self, name: str, what: str) -> Histogram:
-        made = Histogram(f"{self.prefix}:{name}", what, ("model_name",), registry=self.registry, buckets=SECONDS)
+    def histogram(self, name: str, what: str, buckets: Iterable[float] = SECONDS) -> Histogram:
+        made = Histogram(f"{self.prefix}:{name}", what, ("model_name",), registry=self.registry, buckets=tuple(buckets))
         return made.labels(self.model)
+
+    def about(self, **told: str) -> None:
+        """What the server is, as labels."""
+        made = Gauge(f"{self.prefix}:info", "what the server is", ("model_name", *told), registry=self.registry)
+        made.labels(self.model, *told.values()).set(1)
 
     # ---- what happens ----
 
@@ -68,6 +84,7 @@ class Metrics:
         guesses, right = len(record.tree) - 1, len(record.committed) - 1
         self.rounds.inc()
         self.committed.inc(len(record.committed))
+        self.by_round.observe(len(record.committed))
         if guesses:
             self.drafts.inc()
             self.draft_tokens.inc(guesses)
@@ -87,16 +104,25 @@ class Metrics:
         self.first_token.observe(before + sequence.prefill_seconds)
         self.queued.observe(max(sequence.seated - asked, 0.0))
         self.whole.observe(before + sequence.seconds)
+        self.reading.observe(max(before + sequence.prefill_seconds - max(sequence.seated - asked, 0.0), 0.0))
+        self.writing.observe(sequence.seconds - sequence.prefill_seconds)
+        self.prompts.observe(sequence.prompt_length)
+        self.written.observe(written)
         if written > 1:
             self.each_token.observe((sequence.seconds - sequence.prefill_seconds) / (written - 1))
 
-    def text(self, scheduler: Scheduler) -> bytes:
-        """The page that is asked for now."""
+    def text(self, scheduler: Scheduler, watchers: int = 0) -> bytes:
+        """The page that is asked for now. `watchers`: how many watch rounds."""
         decoder = scheduler.decoder
         running = len(decoder.reading) + len(decoder.decoding)
         self.running.set(running)
         self.free.set(len(decoder.free))
         self.waiting.set(max(scheduler.in_hand - running, 0))
+        self.slots.set(decoder.slots)
+        rows = sum(each.read for each in list(decoder.reading)) + sum(len(each.tokens) for each in decoder.decoding)
+        self.usage.set(rows / (decoder.slots * scheduler.settings.context))
+        self.watchers.set(watchers)
+        self.turn_age.set(scheduler.turn_age)
         turns, own = scheduler.seconds, max(scheduler.seconds - scheduler.decoder_seconds, 0.0)
         for counter, before, now in ((self.turns, self.told[0], turns), (self.own, self.told[1], own)):
             counter.inc(max(now - before, 0.0))

@@ -10,6 +10,7 @@ from typing import Any
 from eyas.serve.fields import CHAT, TEXT, Field, fields_of
 
 STRING, INTEGER, BOOLEAN, OBJECT = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "object"}
+SLOTS = {"type": "array", "items": {"type": "object", "required": ["id", "n_ctx", "is_processing"]}}
 TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 REFUSALS = {
     400: "the request is refused",
@@ -36,6 +37,9 @@ def openapi(version: str) -> dict[str, Any]:
         "/v1/models/{name}": {"get": {**get("model", {"id": STRING, "object": STRING}), "parameters": [named("name")]}},
         "/health": {"get": get("health", {"status": STRING})},
         "/livez": {"get": get("livez", {"status": STRING})},
+        "/props": {"get": get("props", {"total_slots": INTEGER, "default_generation_settings": OBJECT, "eyas": OBJECT})},
+        "/slots": {"get": {"operationId": "slots", "responses": {**refusals(), "200": content("the slots", "application/json", SLOTS)}}},
+        "/v1/requests/{name}/cancel": {"post": {**get("cancel", {"id": STRING, "cancelled": INTEGER}), "parameters": [named("name")]}},
         "/metrics": {"get": {"operationId": "metrics", "responses": {**refusals(), "200": content("as it is", "text/plain", STRING)}}},
     }
     return {"openapi": "3.1.0", "info": {"title": "eyas serve", "version": version}, "paths": paths}

@@ -129,9 +129,14 @@ class Scheduler:
     def idle(self) -> bool:
         return self.in_hand == 0
 
+    @property
+    def turn_age(self) -> float:
+        """Seconds since a turn ended, while there is work; else 0."""
+        return time.monotonic() - self.turned if self.in_hand else 0.0
+
     def stuck(self, seconds: float) -> bool:
         """Whether there is work, and no turn has ended for so long."""
-        return self.in_hand > 0 and time.monotonic() - self.turned > seconds
+        return self.turn_age > seconds
 
     # ---- the thread ----
 

@@ -20,8 +20,8 @@ from tests.tiny import save_tiny_draft, save_tiny_target
 class Engine:
     """A server that answers as one of the engines does; every answer drafts 6 rounds of 3 tokens and accepts 4."""
 
-    def __init__(self, kind: str, prompt_tokens: int = 7) -> None:
-        self.kind, self.answered, self.prompt_tokens = kind, 0, prompt_tokens
+    def __init__(self, kind: str, prompt_tokens: int = 7, tree: str = "") -> None:
+        self.kind, self.answered, self.prompt_tokens, self.tree = kind, 0, prompt_tokens, tree
 
     def page(self, path: str) -> object:
         if path == "/v1/models":
@@ -35,6 +35,8 @@ class Engine:
         if path == "/server_info" and self.kind == "sglang tree":
             tree = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
             return {"speculative_algorithm": "EAGLE3", **tree, "internal_states": [{"avg_spec_accept_length": 1.9}]}
+        if path == "/props" and self.tree:
+            return {"eyas": {"tree": self.tree}}
         return None
 
     def answer(self) -> dict[str, object]:
@@ -110,6 +112,11 @@ def test_each_engine_is_understood(serve, kind, tau):
 def test_a_tree_of_sglang_is_compared_with_a_tree(serve):
     served = ask(serve(Engine("sglang tree")))
     assert (served.tau, served.shape) == (1.9, TreeShape(8, 2, 4))
+
+
+@pytest.mark.parametrize(("tree", "shape"), [("8x2x3", TreeShape(8, 2, 3)), ("auto", TreeShape.chain(3)), ("[", TreeShape.chain(3))])
+def test_a_tree_of_ours_is_taken_from_the_servers_settings(serve, tree, shape):
+    assert ask(serve(Engine("llama.cpp", tree=tree))).shape == shape
 
 
 def test_an_engine_that_tells_nothing_is_said_so(serve):

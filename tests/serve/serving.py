@@ -44,17 +44,23 @@ def served(engine: Engine, *words: str) -> Iterator[tuple[TestClient, Server]]:
 @contextlib.contextmanager
 def listening(engine: Engine, *words: str) -> Iterator[str]:
     """The address of a real server."""
-    with served(engine, *words) as (_, server):
-        http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=http.run, daemon=True)
-        thread.start()
-        while not http.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}/"
-        finally:
-            server.draining = http.should_exit = True
-            thread.join(10)
+    with served(engine, *words) as (_, server), at_an_address(server) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def at_an_address(server: Server) -> Iterator[str]:
+    """The address at which a server listens for real; it takes nothing more in behind the block."""
+    http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.draining = http.should_exit = True
+        thread.join(10)
 
 
 def events(content: str) -> list[Any]:
