@@ -1,8 +1,9 @@
 """Sends `eyas serve` what schemathesis makes of its /openapi.json: no 5xx, answers as declared, no hang.
 
-Run: python scripts/fuzz_server.py [--calls 10000] [--schemathesis EXECUTABLE] [--seed 1]     (pip install schemathesis, >= 4.32)
+Run: python scripts/fuzz_server.py [--calls 10000] [--minutes 40] [--schemathesis EXECUTABLE] [--seed 1] (pip install schemathesis, >= 4.32)
 
 The server has a tiny random model and few tokens of context, so that most calls are quick. Needs a checkout, for the model is the tests'.
+`--minutes` is a time that is spent whole: what the calls leave of it goes into more of them.
 Ends with schemathesis' own report and status, and 1 where the server then does not answer, or said something that it should not.
 """
 
@@ -23,7 +24,7 @@ from tests.tiny import save_tiny_draft, save_tiny_target
 
 ADDRESS = re.compile(r"http://([\d.]+):(\d+)/v1")
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
-OPERATIONS = 10
+TAKING = 6  # operations that take something; the others are called a few times whatever is asked
 TROUBLE = re.compile(r"Traceback|Task was destroyed|never retrieved|never awaited|Exception|Error")
 SECONDS = 60  # for a call
 
@@ -31,6 +32,7 @@ SECONDS = 60  # for a call
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, help="spend this time, with more calls where it is left (default: no bound)")
     parser.add_argument("--schemathesis", default="schemathesis", help="its executable")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -71,8 +73,9 @@ def main() -> int:
 
 
 def fuzzed(url: str, given: argparse.Namespace) -> int:
-    each = max(given.calls // OPERATIONS, 1)
+    each = max(given.calls // TAKING, 1)
     words = ["run", url, "--checks", CHECKS, "--max-examples", str(each), "--seed", str(given.seed), "--request-timeout", str(SECONDS)]
+    words += ["--max-time", str(round(60 * given.minutes))] if given.minutes else []
     return subprocess.run(
         [given.schemathesis, *words, "--workers", "4", "--continue-on-failure", "--generation-database", "none"], check=False
     ).returncode

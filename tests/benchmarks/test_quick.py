@@ -19,6 +19,7 @@ import eyas
 from eyas import cli
 from eyas.kernels import native
 from eyas.parallel.peers import PACKET
+from tests.own_cache import own_cache
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
@@ -44,6 +45,12 @@ def found(tmp_path):
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     return run
+
+
+@pytest.fixture
+def keeps_apart(tmp_path, monkeypatch):
+    """What servers in processes of their own learn from tiny models stays out of the user's cache."""
+    monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path / "cache"))
 
 
 def test_every_script_has_a_claim_here():
@@ -293,6 +300,7 @@ def test_gpu_tree_attention(found):
     assert several["processes"] == 2 and several["keys"] == 512 and several["off_by"] < 0.02 and several["same_bits"]
 
 
+@pytest.mark.usefixtures("keeps_apart")
 def test_serving(found):
     told = found("serving")
     for at_once in ("1 at once", "3 at once"):
@@ -300,12 +308,14 @@ def test_serving(found):
     assert told["second turn"]["without_ms"] > 0 and told["beside others"]["ratio"] > 0 and 0 < told["1 at once"]["own"] < 1
 
 
+@pytest.mark.usefixtures("keeps_apart")
 def test_serving_promise(found):
     told = found("serving_promise")
     assert told["different"] == 0 and told["requests alone"] == 12 and len(told["fingerprints"]) == 1, told["the first of these"]
     assert list(told["same, by server"].values()) == [12]
 
 
+@pytest.mark.usefixtures("keeps_apart")
 def test_serving_soak(found):
     told = found("serving_soak")
     assert not told["wrong"] and not told["trouble in the log"] and told["5xx"] == 0
@@ -314,6 +324,7 @@ def test_serving_soak(found):
     assert told["at the end"]["slots free"] == 16 and told["at the end"]["running"] == told["at the end"]["waiting"] == 0
 
 
+@pytest.mark.usefixtures("keeps_apart")
 def test_serving_peers(found):
     told = found("serving_peers")
     for at_once in ("1 at once", "2 at once"):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import Request, urlopen
 
 import pytest
+
+from eyas import cli
+from eyas.commands.common import engine_from
+from eyas.commands.parser import parser
+from tests.parallel import processes
+from tests.serve.serving import at_an_address, served
 
 
 def test_torchrun_writes_the_text_of_one_process(models, run, tmp_path):
@@ -42,38 +49,51 @@ def test_torchrun_writes_the_text_of_one_process(models, run, tmp_path):
     assert len(facts["seconds_waited"]) == 2 and facts["processes"] == 2 and facts["collectives"] == 5 * facts["passes"], "one a layer"
 
 
-def test_torchrun_serves_what_one_process_serves(models):
-    words = ["--target", models / "target", "--draft", models / "draft", "--context-parallel", "--precision", "fp32", "--tree", "12x3x4"]
-    words += ["--slots", "2", "--prefix-cache"]
-    start = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "eyas"]
-    said = [answers([*start, "serve", *words]), answers(["eyas", "serve", *words])]
-    assert said[0] == said[1] and len(set(map(str, said[0]))) == 4
+def test_processes_as_torchrun_starts_them_serve_what_one_process_serves(models):
+    words = ["--target", models / "target", "--draft", models / "draft", "--context-parallel", "--precision", "fp32"]
+    asked = ["--tree", "12x3x4", "--slots", "2", "--prefix-cache", "--drain", "5"]
+    port, command = processes.free_port(), ["serve", *map(str, words), *asked]
+    ids, ends = processes.start(2, lambda rank: cli.main([*command, "--port", str(port)]))
+    try:
+        several = answers(f"http://127.0.0.1:{port}/v1")
+    finally:
+        os.kill(ids[0], signal.SIGTERM)
+        statuses = [processes.result(end, 60) for end in ends]
+        for each in ids:
+            os.waitpid(each, 0)
+    with served(engine_from(parser().parse_args(command)), *asked) as (_, server), at_an_address(server) as address:
+        assert answers(f"{address}v1") == several and len(set(map(str, several))) == 4
+    assert statuses[0] == 0
 
 
-def answers(words: list) -> list:
+def answers(address: str) -> list:
     """What a server says to prompts that begin alike, alone and at once, and its fingerprint."""
-    command = [sys.executable, "-m", *map(str, words), "--port", "0", "--drain", "5"]
     body = {"max_tokens": 16, "temperature": 1, "echo": True, "logprobs": 1}
     bodies = [body | {"prompt": "how a hawk sees " * 6 + more, "seed": number} for number, more in enumerate(("far", "far", "near"))]
     bodies[1] |= {"echo": False}
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process, ThreadPoolExecutor() as pool:
-        try:
-            address = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+/v1", line)))
 
-            def ask(each: dict) -> tuple:
-                request = Request(f"{address}/completions", json.dumps(each).encode(), {"Content-Type": "application/json"})
-                with urlopen(request, timeout=60) as answer:
-                    told = json.load(answer)
-                return told["choices"], told["system_fingerprint"]
+    def ask(each: dict) -> tuple:
+        request = Request(f"{address}/completions", json.dumps(each).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            told = json.load(answer)
+        return told["choices"], told["system_fingerprint"]
 
-            alone = [ask(each) for each in bodies]
-            assert list(pool.map(ask, bodies)) == alone
-            with urlopen(f"{address}/models", timeout=60) as answer:
-                return [*alone, json.load(answer)["data"][0]["eyas"]["system_fingerprint"]]
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+    until = time.monotonic() + 60
+    while not listens(address) and time.monotonic() < until:
+        time.sleep(0.05)
+    alone = [ask(each) for each in bodies]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(ask, bodies)) == alone
+    with urlopen(f"{address}/models", timeout=60) as answer:
+        return [*alone, json.load(answer)["data"][0]["eyas"]["system_fingerprint"]]
+
+
+def listens(address: str) -> bool:
+    try:
+        with urlopen(f"{address}/health", timeout=60):
+            return True
+    except OSError:
+        return False
 
 
 def test_a_trace_tells_where_a_trees_keys_lie(models, run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -11,11 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import openai
 import pytest
 
+from eyas import cli
+from tests.parallel import processes
 from tests.tiny import save_tiny_draft, save_tiny_target
 
 QUESTION = [{"role": "user", "content": "How can a hawk see?"}]
@@ -30,35 +35,71 @@ def models(tmp_path_factory) -> Path:
 
 def command(models: Path, *words: str) -> list[str]:
     named = ["--target", str(models / "target"), "--draft", str(models / "draft"), "--tree", "8x2x3", "--precision", "fp32"]
-    return [sys.executable, "-m", "eyas", "serve", *named, *words]
+    return ["serve", *named, *words]
 
 
-@contextlib.contextmanager
-def running(models: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    with subprocess.Popen(command(models, "--port", "0", *words), stderr=subprocess.PIPE, text=True) as process:
+def client_at(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(models) -> Iterator[openai.OpenAI]:
+    """A client of a server that was started from a shell: one slot, and no room to wait."""
+    words = command(models, "--port", "0", "--served-model-name", "hawk", "--slots", "1", "--queue", "0")
+    with subprocess.Popen([sys.executable, "-m", "eyas", *words], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            said = iter(process.stderr.readline, "")
-            address = next(found[0] for line in said if (found := re.search(r"http://\S+/v1", line)))
-            yield process, openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+            yield client_at(next(found[0] for line in process.stderr if (found := re.search(r"http://\S+/v1", line))))
         finally:
             process.kill()
 
 
-def test_openais_client_is_answered_whole_and_streamed(models):
-    with running(models, "--served-model-name", "hawk") as (_, client):
-        assert [each.id for each in client.models.list()] == ["hawk"]
-        settings = {"model": "hawk", "messages": QUESTION, "max_tokens": 30, "seed": 7, "logprobs": True, "top_logprobs": 2}
-        whole = client.chat.completions.create(**settings)
-        pieces = [each.choices[0].delta.content or "" for each in client.chat.completions.create(**settings, stream=True)]
-        assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 4
-        assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
-        text = client.completions.create(model="hawk", prompt="a hawk", max_tokens=8, seed=1, echo=True).choices[0].text
-        assert text.startswith("a hawk")
-        with pytest.raises(openai.BadRequestError, match="temperature must be from 0 to 2"):
-            client.chat.completions.create(model="hawk", messages=QUESTION, temperature=7)
-        with pytest.raises(openai.NotFoundError, match="there is no model 'owl' here"):
-            client.chat.completions.create(model="owl", messages=QUESTION)
+@dataclass
+class Running:
+    """A server in a process of its own, which a fork of this one is; what it ends with comes through `end`."""
+
+    process: int
+    end: Connection
+    client: openai.OpenAI
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process, number)
+
+    def status(self) -> int:
+        return processes.result(self.end, 30)
+
+
+@contextlib.contextmanager
+def running(models: Path, *words: str) -> Iterator[Running]:
+    port = processes.free_port()
+    (process,), (end,) = processes.start(1, lambda _: cli.main(command(models, "--port", str(port), *words)))
+    client, until = client_at(f"http://127.0.0.1:{port}/v1"), time.monotonic() + 60
+    try:
+        while time.monotonic() < until:
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            time.sleep(0.05)
+        yield Running(process, end, client)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def test_openais_client_is_answered_whole_and_streamed(client):
+    assert [each.id for each in client.models.list()] == ["hawk"]
+    settings = {"model": "hawk", "messages": QUESTION, "max_tokens": 30, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**settings)
+    pieces = [each.choices[0].delta.content or "" for each in client.chat.completions.create(**settings, stream=True)]
+    assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 4
+    assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+    text = client.completions.create(model="hawk", prompt="a hawk", max_tokens=8, seed=1, echo=True).choices[0].text
+    assert text.startswith("a hawk")
+    with pytest.raises(openai.BadRequestError, match="temperature must be from 0 to 2"):
+        client.chat.completions.create(model="hawk", messages=QUESTION, temperature=7)
+    with pytest.raises(openai.NotFoundError, match="there is no model 'owl' here"):
+        client.chat.completions.create(model="owl", messages=QUESTION)
 
 
 def stream_in_background(client: openai.OpenAI, tokens: int) -> tuple[threading.Thread, list]:
@@ -82,58 +123,55 @@ def stream_in_background(client: openai.OpenAI, tokens: int) -> tuple[threading.
 
 
 def test_a_polite_end_lets_answers_finish(models):
-    with running(models) as (process, client):
-        thread, found = stream_in_background(client, 400)
-        process.send_signal(signal.SIGTERM)
+    with running(models) as server:
+        thread, found = stream_in_background(server.client, 400)
+        server.signal(signal.SIGTERM)
         thread.join(60)
-        assert found[-1] == "length" and process.wait(30) == 0
+        assert found[-1] == "length" and server.status() == 0
 
 
 def test_an_end_does_not_wait_for_ever(models):
-    with running(models, "--drain", "0.3") as (process, client):
-        thread, found = stream_in_background(client, 4000)
+    with running(models, "--drain", "0.3") as server:
+        thread, found = stream_in_background(server.client, 4000)
         began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        server.signal(signal.SIGTERM)
         thread.join(60)
-        assert process.wait(30) == 0 and time.monotonic() - began < 20
+        assert server.status() == 0 and time.monotonic() - began < 20
         assert isinstance(found[-1], openai.APIError) and "ending" in str(found[-1])
 
 
 def test_a_second_signal_ends_at_once(models):
-    with running(models, "--drain", "600") as (process, client):
-        thread, found = stream_in_background(client, 4000)
+    with running(models, "--drain", "600") as server:
+        thread, found = stream_in_background(server.client, 4000)
         for _ in range(2):
-            process.send_signal(signal.SIGINT)
+            server.signal(signal.SIGINT)
             time.sleep(0.5)
         thread.join(60)
-        assert process.wait(30) == 0 and isinstance(found[-1], openai.APIError)
+        assert server.status() == 0 and isinstance(found[-1], openai.APIError)
 
 
-def test_a_client_that_leaves_frees_its_slot(models):
-    with running(models, "--slots", "1", "--queue", "0") as (_, client):
-        for _ in range(3):
-            answer = client.chat.completions.create(
-                model="target", messages=QUESTION, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
-            )
-            next(iter(answer))
-            answer.close()
-            until = time.monotonic() + 30
-            while time.monotonic() < until:
-                try:
-                    client.chat.completions.create(model="target", messages=QUESTION, max_tokens=2)
-                    break
-                except openai.RateLimitError:
-                    time.sleep(0.05)
-            else:
-                pytest.fail("the slot was not freed")
+def test_a_client_that_leaves_frees_its_slot(client):
+    for _ in range(3):
+        more = {"extra_body": {"ignore_eos": True}}
+        answer = client.chat.completions.create(model="hawk", messages=QUESTION, max_tokens=4000, stream=True, **more)
+        next(iter(answer))
+        answer.close()
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                client.chat.completions.create(model="hawk", messages=QUESTION, max_tokens=2)
+                break
+            except openai.RateLimitError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("the slot was not freed")
 
 
-def test_a_port_in_use_and_bad_options_are_one_line(models):
+def test_a_port_in_use_and_bad_options_are_one_line(models, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        told = subprocess.run(command(models, "--port", port), capture_output=True, text=True, timeout=60)
-        assert told.returncode == 2 and told.stderr.startswith(f"eyas: cannot listen at 127.0.0.1, port {port} (")
-        assert told.stderr.count("\n") == 1
-    for words, said in ((["--slots", "0"], "--slots must be at least 1"), (["--stall", "0"], "--stall must be above 0 seconds")):
-        told = subprocess.run(command(models, "--port", "0", *words), capture_output=True, text=True, timeout=60)
-        assert told.returncode == 2 and said in told.stderr
+        assert cli.main(command(models, "--port", port)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"eyas: cannot listen at 127.0.0.1, port {port} (") and said.count("\n") == 1
+    for words, told in ((["--slots", "0"], "--slots must be at least 1"), (["--stall", "0"], "--stall must be above 0 seconds")):
+        assert cli.main(command(models, "--port", "0", *words)) == 2 and told in capsys.readouterr().err
