@@ -95,7 +95,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
-        words = getattr(error, "strerror", None) or error
+        words = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error  # Python's own tells the address again
         raise EyasError(f"cannot listen at {host}, port {port} ({words}); choose another --port or --host") from None
     watch_for_the_gone(listening)
     return listening
@@ -125,6 +125,7 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     names = options.served_model_name or [engine.directory.name]
     metrics = Metrics(names[0], options.metrics_prefix)
     decoder = engine.decoder(request)
+    decoder.lower = "lower --slots, --context or --tree"
     shape = engine.shape(options.tree, method)
     shapes = {shape, TreeShape(MAX_TREE.nodes, MAX_TREE.depth, MOST_CHILDREN)} if method != "plain" else {shape}
     keeps = options.prefix_cache if options.prefix_cache is not None else engine.target.rows_stand_alone

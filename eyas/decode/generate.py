@@ -64,6 +64,7 @@ class Decoder:
         self.target, self.drafter, self.verifier = target, drafter or NoDrafter(), VERIFY[verifier]
         self.plan: Plan = plan or FixedPlan()
         self.watch: Callable[[RoundRecord], None] | None = None
+        self.lower = LOWER  # what the user may lower where memory is wanting
 
     # ---- the round ----
 
@@ -180,7 +181,7 @@ class Decoder:
         room = longest + nodes
         self.memory, self.slots = self.memory_of(slots, room, nodes), slots
         if self.target.device.type == "cpu":  # a GPU says by itself when it is full, and pools what it has
-            check_memory(self.memory, LOWER)
+            check_memory(self.memory, self.lower)
         if hasattr(self, "cache"):
             self.cache.release()  # what it held may serve the next one
         with within_memory(self.way_out):
@@ -202,7 +203,7 @@ class Decoder:
     def way_out(self) -> str:
         """What to lower where memory has run out, and how many texts at a time would have fitted, as far as keys and logits tell."""
         held, free = getattr(getattr(self, "cache", None), "keys", None), free_on(self.target.device)
-        return LOWER + would_fit(self.memory, self.slots, free and free + (0 if held is None else 2 * held.nbytes))
+        return self.lower + would_fit(self.memory, self.slots, free and free + (0 if held is None else 2 * held.nbytes))
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence in. It waits until a slot is free; its clock starts now."""

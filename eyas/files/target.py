@@ -51,7 +51,7 @@ def target_directory(source: str | Path | None) -> Path:
         if not (final / "config.json").exists():
             convert_gguf(path, final)
         return final
-    if path.exists() or str(source).count("/") != 1:
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise EyasError(f"target {source} is neither a directory, a .gguf file nor a hub name like owner/model")
     directory = from_hub(str(source), HUB_FILES)
     if not any(directory.glob("*.safetensors")):

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eyas
-from eyas.config import EyasError
+from eyas.config import EyasError, short
 from eyas.decode.prompt import render
 from eyas.decode.sampling import NOISE_VERSION
 from eyas.engine import Engine
@@ -366,7 +366,7 @@ async def body_of(request: Request) -> bytes:
     """A request's body. Raises `Refused` where it is too large, or says that it is no JSON."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind not in ("application/json", ""):
-        raise Refused(f"the body must be application/json, not {kind}", status=415)
+        raise Refused(f"the body must be JSON, not {short(kind)}; send it with content-type: application/json", status=415)
     try:
         return await asyncio.wait_for(content_of(request), BODY_SECONDS)
     except asyncio.TimeoutError:
@@ -474,7 +474,9 @@ def make_app(server: Server, loopback: bool = True, cors: list[str] | None = Non
         if error.status_code == 404:
             return await refuse(request, not_found(f"eyas serves /v1/chat/completions and /v1/completions; {path} is not served"))
         headers = dict(error.headers or {})
-        return await refuse(request, Refused(f"{request.method} {path}: {error.detail}", status=error.status_code, headers=headers))
+        instead = f"; it takes {headers['Allow']}" if "Allow" in headers else ""
+        words = f"{request.method} {path}: {error.detail}{instead}"
+        return await refuse(request, Refused(words, status=error.status_code, headers=headers))
 
     middleware = [Middleware(Gate, server=server, loopback=loopback)]
     if cors:

@@ -21,6 +21,7 @@ BOTH = (CHAT, TEXT)
 MOST_STOPS, LONGEST_STOP, MOST_STOP_IDS = 16, 256, 128
 MOST_BIASED, MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS = 1024, 16, 64, 128
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ROLES = ["system", "developer", "user", "assistant", "tool"]
 STRUCTURED = ("json", "regex", "choice", "grammar")
 INT64 = 1 << 63
 
@@ -115,6 +116,9 @@ def messages(name: str, value: Any) -> list[dict[str, Any]]:
     for place, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refused(f"{name}[{place}] must be an object with a role and its content", f"{name}[{place}]")
+        if message["role"] not in ROLES:
+            words = f"{name}[{place}] has the unknown role {short(message['role'])}; known are {', '.join(ROLES)}"
+            raise Refused(words, f"{name}[{place}]")
     return value
 
 
@@ -239,8 +243,7 @@ def anything(name: str, value: Any) -> Any:
 STRING, BOOLEAN, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 ECHO = "whether the prompt's text comes first, with its log probabilities under logprobs; max_tokens may then be 0"
 PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": STRING}}
-ROLES = {"enum": ["system", "developer", "user", "assistant", "tool"]}
-SAID = {"role": ROLES, "content": {"anyOf": [STRING, {"type": "array", "items": PART}, {"type": "null"}]}}
+SAID = {"role": {"enum": ROLES}, "content": {"anyOf": [STRING, {"type": "array", "items": PART}, {"type": "null"}]}}
 MESSAGES = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"], "properties": SAID}}
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 SOME = {"type": "string", "minLength": 1}
@@ -334,7 +337,9 @@ def parsed(content: bytes) -> dict[str, Any]:
         raise Refused("the body is nested too deeply") from None
     except UnicodeError:
         raise Refused("the body is no UTF-8, or has half a character") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        raise Refused(f"the body is no JSON: {error.msg}, at character {error.pos}") from None
+    except ValueError as error:  # a number of more digits than Python reads
         raise Refused(f"the body is no JSON ({short(str(error))})") from None
     if not isinstance(body, dict):
         raise Refused("the body must be a JSON object")

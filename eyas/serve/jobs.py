@@ -61,7 +61,7 @@ class Usual:
 def ask(engine: Engine, forms: Forms, kind: str, values: Mapping[str, Any], unknown: list[str], usual: Usual, owner: str = "") -> Ask:
     """What these values ask for. `forms`: compiles them; `owner`: who asks. Raises `Refused`."""
     usage = stream_options(values)
-    check_served(kind, values)
+    check_served(kind, values, unknown)
     form = form_of(kind, values)
     matcher = forms.matcher(form) if form else None
     seed = new_seed() if values["seed"] is None else values["seed"] % SEEDS
@@ -118,17 +118,19 @@ def stream_options(values: Mapping[str, Any]) -> bool:
     return usage
 
 
-def check_served(kind: str, values: Mapping[str, Any]) -> None:
+def check_served(kind: str, values: Mapping[str, Any], unknown: Sequence[str] = ()) -> None:
     """Raise `Refused` for known fields whose values ask for something that is not served, or that do not go together."""
     if kind == CHAT:
         check_choice(values)
         if values["messages"] is None:
-            raise Refused("messages is missing: the conversation so far", "messages")
+            instead = "; prompt is for /v1/completions" if "prompt" in unknown else ""
+            raise Refused(f"messages is missing: the conversation so far{instead}", "messages")
         if values["top_logprobs"] and not values["logprobs"]:
             raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
     else:
         if values["prompt"] is None:
-            raise Refused("prompt is missing: the text to go on with", "prompt")
+            instead = "; messages are for /v1/chat/completions" if "messages" in unknown else ""
+            raise Refused(f"prompt is missing: the text to go on with{instead}", "prompt")
         if values["best_of"] not in (None, values["n"]):
             raise Refused("best_of is not served but as n", "best_of")
 

@@ -16,6 +16,7 @@ def test_a_target_that_is_none_is_one_line(models, refused, tmp_path):
     assert refused(*generate(models.parent, "hi", target=absent, draft=None)) == (
         f"target {absent} is neither a directory, a .gguf file nor a hub name like owner/model"
     )
+    assert "target ./absent is neither" in refused("generate", "hi", "--target", "./absent")  # no name of a hub's
     assert refused(*generate(models.parent, "hi", target=tmp_path, draft=None)) == f"{tmp_path / 'config.json'} does not exist"
     assert refused("generate", "hi", "--target", tmp_path / "no.gguf") == f"{tmp_path / 'no.gguf'} does not exist"
 

@@ -121,6 +121,11 @@ BAD = [
     ({"messages": []}, "messages must be a list of messages"),
     ({"messages": [{"content": "hi"}]}, "messages[0] must be an object with a role"),
     ({"messages": [{"role": "user", "content": 5}]}, "content"),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]},
+        "messages[1] has the unknown role 'robot'",
+    ),
+    ({"messages": None, "prompt": "a"}, "messages is missing: the conversation so far; prompt is for /v1/completions"),
     ({"eyas": {"tree": "bad"}}, "tree shape 'bad' is not understood"),
     ({"eyas": {"tree": "500x9x9"}}, "has 500 nodes"),
     ({"eyas": {"lossy": 1}}, "eyas has no lossy"),
@@ -146,7 +151,8 @@ def test_a_prompt_that_is_too_long_is_told_in_numbers(client):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "no JSON"),
+        (b"{", "the body is no JSON: Expecting property name enclosed in double quotes, at character 1"),
+        (b'{"messages": []}', "prompt is missing: the text to go on with; messages are for /v1/chat/completions"),
         (b"[]", "must be a JSON object"),
         (b'{"prompt": "a", "prompt": "b"}', "given twice"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is no JSON number"),
@@ -169,8 +175,10 @@ def test_bodies_that_are_none_are_refused(client, content, words):
 
 def test_what_is_not_served_says_so(client):
     assert client.post("/v1/responses", json={}).status_code == 404
-    assert client.get(CHAT).status_code == 405
-    assert client.post(CHAT, content=b"a=1", headers={"content-type": "application/x-www-form-urlencoded"}).status_code == 415
+    asked_for = client.get(CHAT)
+    assert asked_for.status_code == 405 and "it takes POST" in asked_for.json()["error"]["message"]
+    form = client.post(CHAT, content=b"a=1", headers={"content-type": "application/x-www-form-urlencoded"})
+    assert form.status_code == 415 and "send it with content-type: application/json" in form.json()["error"]["message"]
     assert client.post(CHAT, content=b" " * (5 << 20), headers={"content-type": "application/json"}).status_code == 413
     assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
     answer = client.post(CHAT, json=ask(model="gpt-9"))
