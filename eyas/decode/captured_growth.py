@@ -25,6 +25,7 @@ from eyas.model.protocols import EagleModule
 from eyas.model.vocab import DraftVocab
 
 ALONE = Seats(1, scattered=False)
+UnreadRows = tuple[Tensor, Tensor]  # tokens [B, C] and features [B, C, F] of text that a draft has not read
 
 
 class CapturedGrowth:
@@ -32,16 +33,15 @@ class CapturedGrowth:
 
     def __init__(self, network: EagleModule, vocab: DraftVocab, group: int) -> None:
         """`group`: query heads for each key head."""
-        self.network, self.vocab, self.group = network, vocab, group
+        self.network, self.vocab, self.group, self.levels = network, vocab, group, network.levels
         self.ids_D = vocab.on(network.device)
-        self.deepest: dict[tuple[int, int], int] = {}  # by nodes and children of a node: levels of the deepest tree that was asked for
 
     def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree | None:
         """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept. None where
         it cannot be captured."""
-        form, slabs = self.form(request.shape, [request], cache), cache.slabs.of(request.sequence)
+        form, slabs = self.form(request.whole, [request], cache), cache.slabs.of(request.sequence)
         given = numbers_of(request), law_of(request.sampling)
-        run = partial(form.grow, Draft(self.network, slabs, self.group), self.vocab.vocab_size)
+        run = partial(form.grow, self.part(slabs, ALONE), self.vocab.vocab_size)
         inputs = (*(each[None] for each in given), a_1H[None], self.ids_D)
         if (outputs := fixed_call(run, ("growth", form), slabs, *inputs)) is None:
             return None
@@ -50,12 +50,14 @@ class CapturedGrowth:
         return tree_of(request.root, found[0])[0]
 
     def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache) -> Levels:
-        """Levels are those of the deepest tree of so many nodes that was asked for: near a text's end trees get lower round by round, and
-        each would need a graph of its own."""
-        kind = shape.nodes, shape.top_k
-        levels = self.deepest[kind] = max(shape.levels, self.deepest.get(kind, 0))
-        window = window_of(max(request.position for request in requests) + (levels - 1) * shape.top_k, cache.capacity + 1)
-        return Levels(TreeShape(shape.nodes, levels - 1, shape.top_k), window, Drawn.of(requests[0]))
+        """The form of trees of this shape, whatever room the texts have: near their end a number rules deeper levels out, as a lower tree
+        would need a graph of its own."""
+        read = sum(map(bool, shape.counts[1:])) if shape.counts else (shape.levels - 1) * shape.top_k
+        furthest = max(request.position for request in requests) + read
+        return Levels(shape, window_of(furthest, cache.capacity + 1), Drawn.of(requests[0]))
+
+    def part(self, slabs: Slabs, seats: Seats) -> Draft:
+        return Draft(self.network, slabs, self.group, seats)
 
 
 def numbers_of(request: TreeRequest, unread: int = 1, slot: int = 0) -> Tensor:
@@ -76,6 +78,11 @@ class Numbers(NamedTuple):
     def of(cls, numbers_B5: Tensor) -> Numbers:
         return cls(*numbers_B5.split(1, 1))
 
+    @property
+    def last(self) -> Tensor:
+        """The last of the unread rows, whose token is the root."""
+        return (self.unread - 1).clamp(min=0)
+
     def places(self, behind: Tensor, slabs: Slabs) -> Tensor:
         """Where rows go that lie so far `behind` the roots: indices of their slots. Those for which there is none go to the spare row."""
         spare = slabs.keys.shape[3] - 1
@@ -93,7 +100,7 @@ class Draft(NamedTuple):
     network: EagleModule
     slabs: Slabs
     group: int
-    seats: Seats = ALONE
+    seats: Seats
 
     def read(self, numbers: Numbers, tokens_BR: Tensor, g_BRH: Tensor, positions_BR: Tensor, places_BR: Tensor, seen_BRW: Tensor) -> Tensor:
         """The outputs [B, R, H] of rows that are written at these places of their slots."""
@@ -115,24 +122,39 @@ class Levels(NamedTuple):
         noise_BLD = numbers.noise(depths_L, vocab_size)[..., ids_D] if self.drawn.noisy else None
         return (self.trees(draft, a_B1H, numbers, law_B4, noise_BLD, ids_D),)
 
+    def guess(self, draft: Draft, numbers: Numbers, law_B4: Tensor, unread: UnreadRows, noise_BLD: Tensor | None, ids_D: Tensor) -> Tensor:
+        """The same for texts of which some rows are to be read first."""
+        a_BCH = catch_up(draft, self.window, numbers, *unread)
+        return self.trees(draft, picked(a_BCH, numbers.last), numbers, law_B4, noise_BLD, ids_D)
+
     def trees(self, draft: Draft, a_B1H: Tensor, numbers: Numbers, law_B4: Tensor, noise_BLD: Tensor | None, ids_D: Tensor) -> Tensor:
         """The same, with the noise [B, levels, D] at hand."""
-        count, network, device = self.shape.top_k, draft.network, ids_D.device
-        columns_W, width_K = torch.arange(self.window, device=device), torch.arange(count, device=device)
-        seen, a = (columns_W < numbers.position)[:, None], a_B1H
+        columns_W, network = torch.arange(self.window, device=ids_D.device), draft.network
+        seen, a, made = (columns_W < numbers.position)[:, None], a_B1H, 0
 
         def follows(level: int) -> Tensor:
             logits = network.logits_at(level, a.flatten(0, 1)).unflatten(0, a.shape[:2])
             return log_scores(logits, self.drawn, law_B4, None if noise_BLD is None else noise_BLD[:, level])
 
-        def read(level: int, tokens_BK: Tensor, rows_BK: Tensor) -> Tensor:
+        def read(level: int, tokens_BF: Tensor, rows_BF: Tensor) -> Tensor:
             """Each row reads a node's token with its parent's a, and sees the text, its ancestors and itself."""
-            nonlocal seen, a
-            behind_K = (level - 1) * count + width_K
-            seen = picked(seen, rows_BK) | (columns_W == (numbers.position + behind_K)[..., None])
-            positions_BK = (numbers.position - 1 + level).expand_as(tokens_BK)
-            g = picked(network.fed_back(a.flatten(0, 1)).unflatten(0, a.shape[:2]), rows_BK)
-            a = draft.read(numbers, tokens_BK, g, positions_BK, numbers.places(behind_K, draft.slabs), seen)
+            nonlocal seen, a, made
+            behind_F = made + torch.arange(tokens_BF.shape[1], device=ids_D.device)
+            made += tokens_BF.shape[1]
+            seen = picked(seen, rows_BF) | (columns_W == (numbers.position + behind_F)[..., None])
+            positions_BF = (numbers.position - 1 + level).expand_as(tokens_BF)
+            g = picked(network.fed_back(a.flatten(0, 1)).unflatten(0, a.shape[:2]), rows_BF)
+            a = draft.read(numbers, tokens_BF, g, positions_BF, numbers.places(behind_F, draft.slabs), seen)
             return follows(level)
 
         return grow_fixed(self.shape, numbers.levels, follows(0), read, ids_D)
+
+
+def catch_up(draft: Draft, window: int, numbers: Numbers, tokens_BC: Tensor, features_BCF: Tensor) -> Tensor:
+    """The draft's outputs [B, C, H] at the unread rows of text, which end before the roots. The rows behind them go to the spare one."""
+    order_C, columns_W = (torch.arange(size, device=tokens_BC.device) for size in (tokens_BC.shape[1], window))
+    positions_BC = numbers.position - numbers.unread + order_C
+    places_BC = positions_BC.masked_fill(order_C >= numbers.unread, draft.slabs.keys.shape[3] - 1)
+    seen = columns_W <= positions_BC[..., None]
+    g = draft.network.fuse(features_BCF.flatten(0, 1).to(draft.network.dtype)).unflatten(0, tokens_BC.shape)
+    return draft.read(numbers, tokens_BC, g, positions_BC, places_BC, seen)

@@ -11,17 +11,18 @@ and, with 8 depths of 16 nodes, as much again; draws are taken sequence by seque
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from eyas.config import TreeShape
-from eyas.decode.captured_growth import ALONE, CapturedGrowth, Draft, Levels, Numbers, numbers_of
+from eyas.config import PLAIN, TreeShape
+from eyas.decode.captured_growth import ALONE, Numbers, UnreadRows, numbers_of
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.fixed import Drawn, picked, settled, tree_of
 from eyas.decode.fixed_filters import Filters, filtered, law_of
@@ -32,18 +33,51 @@ from eyas.kernels.captured import BATCHES, MOST_ROWS, Seats, fixed_call, window_
 from eyas.model.cache import Cache, KVCache, Slabs
 from eyas.model.protocols import TargetModel
 from eyas.model.target import Output, Target
+from eyas.model.vocab import DraftVocab
 
 END = -1  # behind a path's last row
 MOST_GIVEN = 16  # rows of guesses that are given
 DEEP = 15  # levels of them
 
 
+class Guesses(Protocol):
+    """All that a graph depends on of a draft's part in a round, besides models and slabs; it can be compared."""
+
+    @property
+    def shape(self) -> TreeShape: ...
+
+    def guess(self, part: Any, numbers: Numbers, law_B4: Tensor, unread: UnreadRows, noise_BLD: Tensor | None, ids_D: Tensor, /) -> Tensor:
+        """The trees, as `grow_fixed` gives them, with the noise [B, levels, D] at hand."""
+        ...
+
+
+class Captured(Protocol):
+    """A draft's part in rounds that are graphs: captured_growth.py, captured_heads.py."""
+
+    @property
+    def levels(self) -> int | None: ...  # how deep it can guess; None: as deep as is asked for
+    @property
+    def vocab(self) -> DraftVocab: ...
+    @property
+    def ids_D(self) -> Tensor: ...  # the target's id of each of its candidates
+
+    def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache, /) -> Guesses:
+        """The form of a round with trees of this shape over a cache."""
+        ...
+
+    def part(self, slabs: Slabs, seats: Seats, /) -> Any:
+        """What `Guesses.guess` computes with. It holds no cache, or slabs would never be idle once a graph ran over them."""
+        ...
+
+
 @runtime_checkable
 class CapturedDrafter(Drafter, Protocol):
     """A drafter whose part of a round a graph can run."""
 
-    cache: KVCache
-    captured: CapturedGrowth
+    @property
+    def captured(self) -> Captured: ...
+    @property
+    def cache(self) -> KVCache | None: ...  # with its own rows, where it keeps some
 
     def unread(self, sequence: int, most: int) -> Unread:
         """The last rows of committed text that it has not read, at least one and at most `most`, for a graph that reads them now."""
@@ -94,7 +128,7 @@ def runs(target: TargetModel, cache: Cache, drafter: Drafter, sequences: int) ->
 def draft_of(drafter: Drafter | None) -> CapturedDrafter | None:
     """The drafter whose part a graph may run, where there is one."""
     drafter = drafter.beside if isinstance(drafter, GivingDrafter) else drafter
-    return drafter if isinstance(drafter, CapturedDrafter) and pooled(drafter.cache) else None
+    return drafter if isinstance(drafter, CapturedDrafter) and (drafter.cache is None or pooled(drafter.cache)) else None
 
 
 def captured_round(
@@ -105,7 +139,7 @@ def captured_round(
     if not (isinstance(target, Target) and pooled(cache)):
         return None
     draft, given, sure = draft_of(drafter), [Tree.root(request.root) for request in requests], False
-    seats, most, rows = seats_of(requests, cache), max(request.shape.nodes for request in requests), 0
+    seats, most, rows = seats_of(requests, cache), largest(requests).nodes, 0
     if seats.count > 1:
         most = min(most, MOST_ROWS // seats.count)
     if shape.nodes > most:
@@ -117,7 +151,9 @@ def captured_round(
         given, sure = [tree for tree, _ in found], all(its for _, its in found)
     if any(len(tree) > 1 for tree in given):
         rows = min(MOST_GIVEN, max(most // 2, 1) if draft and not sure else most - 1)
-        shape = replace(shape, nodes=min(shape.nodes, most - rows))
+        shape = smaller(shape, most - rows)
+    if draft and draft.captured.levels is not None:
+        shape = shape.cut(draft.captured.levels)
     drafts = draft is not None and not sure and shape.nodes > 1
     if not (rows or drafts or seats.count > 1) or (draft and drafts and shape.top_k > len(draft.captured.vocab)):
         return None
@@ -126,9 +162,24 @@ def captured_round(
     return run_round(target, cache, draft if drafts else None, drafter.wants, requests, shape, columns, seats)
 
 
+def largest(requests: Sequence[TreeRequest]) -> TreeShape:
+    """The shape of the trees that are asked for, before they were cut; the empty one where no text has room for a guess."""
+    return next((request.whole for request in requests if request.shape.nodes > 1), PLAIN)
+
+
+def smaller(shape: TreeShape, nodes: int) -> TreeShape:
+    """A shape cut to so many nodes; of a static one the first ones."""
+    if nodes >= shape.nodes:
+        return shape
+    if not shape.counts:
+        return replace(shape, nodes=nodes)
+    before = itertools.accumulate(shape.counts, initial=1)
+    return TreeShape.static([min(count, max(nodes - made, 0)) for count, made in zip(shape.counts, before, strict=False)])
+
+
 def alike(requests: Sequence[TreeRequest]) -> bool:
     """Whether one graph may serve these sequences: trees of one shape, but for how deep they may be, and tokens drawn in one way."""
-    shapes = {(request.shape.nodes, request.shape.top_k) for request in requests if request.shape.nodes > 1}
+    shapes = {request.whole for request in requests if request.shape.nodes > 1}
     return all(map(settled, requests)) and len(shapes) <= 1 and len(set(map(Drawn.of, requests))) == 1
 
 
@@ -151,19 +202,19 @@ def run_round(
     seats: Seats,
 ) -> list[Found] | None:
     """The round with this drafter's guesses, where there is one, and those that are given to each sequence, [4, M]."""
-    levels, rows = drafter.captured.form(shape, requests, drafter.cache) if drafter else None, given[0].shape[1]
-    most = 1 + max(levels.shape.levels if levels else 0, min(rows, DEEP))  # a round commits no more
-    furthest = max(request.position for request in requests) + (levels.shape.nodes if levels else 1) + rows
-    form = Round(levels, rows, most, Drawn.of(requests[0]), window_of(furthest, cache.capacity + 1), taps, seats)
-    read = slabs_of(cache, requests, seats)
-    drafted = slabs_of(drafter.cache, requests, seats) if drafter else read
-    draft = Draft(drafter.captured.network, drafted, drafter.captured.group, seats) if drafter else None
+    drafted_in = cache if drafter is None or drafter.cache is None else drafter.cache
+    guesses, rows = drafter.captured.form(shape, requests, drafted_in) if drafter else None, given[0].shape[1]
+    most = 1 + max(guesses.shape.levels if guesses else 0, min(rows, DEEP))  # a round commits no more
+    furthest = max(request.position for request in requests) + (guesses.shape.nodes if guesses else 1) + rows
+    form = Round(guesses, rows, most, Drawn.of(requests[0]), window_of(furthest, cache.capacity + 1), taps, seats)
+    read, drafted = (slabs_of(each, requests, seats) for each in (cache, drafted_in))
+    part = drafter.captured.part(drafted, seats) if drafter else None
     key = ("round", form, weakref.ref(read))  # a graph runs over the slabs of both; it lies with the draft's, and does not keep the others
     waiting = [drafter.unread(request.sequence, most) if drafter else Unread([request.root], torch.zeros(1, 1)) for request in requests]
     first_slots = seats.count > 1 and not seats.scattered
     homes = [request.sequence if first_slots else place for place, request in enumerate(requests)]  # by sequence, its number in the graph
     inputs = (*laid(form, requests, homes, waiting, given), drafter.captured.ids_D if drafter else torch.zeros(0, dtype=torch.int64))
-    if (outputs := fixed_call(partial(form.run, target, read, draft), key, drafted, *inputs)) is None:
+    if (outputs := fixed_call(partial(form.run, target, read, part), key, drafted, *inputs)) is None:
         return None
     told, kept, logits, nodes = outputs
     assert told is not None and logits is not None and nodes is not None
@@ -212,7 +263,7 @@ def pooled(cache: Cache) -> TypeGuard[KVCache]:
 class Round(NamedTuple):
     """All that a round's graph depends on besides models and slabs."""
 
-    levels: Levels | None  # of the draft; None: it makes no guesses
+    guesses: Guesses | None  # of the draft; None: it makes none
     given: int  # rows of guesses that are given
     most: int  # tokens that a round may commit
     drawn: Drawn
@@ -224,7 +275,7 @@ class Round(NamedTuple):
         self,
         target: Target,
         slabs: Slabs,
-        draft: Draft | None,
+        part: Any,
         numbers_B5: Tensor,
         law_B4: Tensor,
         tokens_BC: Tensor,
@@ -237,12 +288,11 @@ class Round(NamedTuple):
         numbers, vocab_size = Numbers.of(numbers_B5), target.config.vocab_size
         depths_C = 1 + torch.arange(self.most, device=numbers_B5.device)
         noise_BCV = numbers.noise(depths_C, vocab_size) if self.drawn.noisy else None
-        last_B1 = (numbers.unread - 1).clamp(min=0)
-        root, nodes = tokens_BC.gather(1, last_B1), given_B4M
-        if self.levels and draft:
-            a_B1H = picked(catch_up(draft, self.levels.window, numbers, tokens_BC, features_BCF), last_B1)
-            noise_BLD = None if noise_BCV is None else noise_BCV[:, : self.levels.shape.levels, ids_D]
-            nodes = beside(self.levels.trees(draft, a_B1H, numbers, law_B4, noise_BLD, ids_D), given_B4M)
+        root, nodes = tokens_BC.gather(1, numbers.last), given_B4M
+        if self.guesses:
+            noise_BLD = None if noise_BCV is None else noise_BCV[:, : self.guesses.shape.levels, ids_D]
+            guessed = self.guesses.guess(part, numbers, law_B4, (tokens_BC, features_BCF), noise_BLD, ids_D)
+            nodes = beside(guessed, given_B4M)
         tokens_BN, parents_BN, depths_BN = (
             torch.cat([first, rest], 1) for first, rest in zip((root, 0 * root, 0 * root), nodes[:, :3].unbind(1), strict=True)
         )
@@ -275,16 +325,6 @@ class Round(NamedTuple):
             return logits_BNV.argmax(-1)
         each = zip(logits_BNV, law_B4, noise_BCV, depths_BN, strict=True)
         return torch.stack([drawn(logits, self.drawn.filters, law, noise[depths]) for logits, law, noise, depths in each])
-
-
-def catch_up(draft: Draft, window: int, numbers: Numbers, tokens_BC: Tensor, features_BCF: Tensor) -> Tensor:
-    """The draft's outputs [B, C, H] at the unread rows of text, which end before the roots. The rows behind them go to the spare one."""
-    order_C, columns_W = (torch.arange(size, device=tokens_BC.device) for size in (tokens_BC.shape[1], window))
-    positions_BC = numbers.position - numbers.unread + order_C
-    places_BC = positions_BC.masked_fill(order_C >= numbers.unread, draft.slabs.keys.shape[3] - 1)
-    seen = columns_W <= positions_BC[..., None]
-    g = draft.network.fuse(features_BCF.flatten(0, 1).to(draft.network.dtype)).unflatten(0, tokens_BC.shape)
-    return draft.read(numbers, tokens_BC, g, positions_BC, places_BC, seen)
 
 
 def ancestors(parents_BN: Tensor, levels: int) -> Tensor:

@@ -36,7 +36,12 @@ class TreeRequest:
     processed: Callable[[Sequence[Sequence[int]], Tensor, Tensor | None], Tensor] | None = None
     copied: Callable[[Sequence[int]], CopyLaw | None] | None = None  # path below the root -> what followed this context before
     seed: int | None = None  # what `noise` is made from, as sampling.py makes it, where that is known
+    uncut: TreeShape | None = None  # the shape of which `shape` is as much as the text has room for; None: all of it
     draws: Callable[[int, int], Tensor] | None = None  # (node, count) -> noise [count] to draw children with; None: take the likeliest
+
+    @property
+    def whole(self) -> TreeShape:
+        return self.uncut or self.shape
 
 
 class Drafter(Protocol):

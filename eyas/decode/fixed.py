@@ -1,10 +1,10 @@
 """Growth in fixed shapes: the tree that `Growth` grows, by operations on tensors without a decision of the host, so that CUDA can capture
 all of it as one graph.
 
-With K children a node the root has K candidates; on every further level K nodes are read, which have K * K. How many nodes the tree keeps
-and how deep it may be are settled too; a text that has less room left says so in a number, and what lies deeper is ruled out. grow.py is
-the readable twin. Of equal guesses of one node any may come first (there the lower id); all else is the same, tree for tree. Knows
-candidates, scores and noise; knows nothing of models.
+Where scores settle a tree's shape, with K children a node, the root has K candidates; on every further level K nodes are read, which have
+K * K. How many nodes the tree keeps and how deep it may be are settled too; a text that has less room left says so in a number, and what
+lies deeper is ruled out. grow.py is the readable twin. Of equal guesses of one node any may come first (there the lower id); all else is
+the same, tree for tree. Knows candidates, scores and noise; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from eyas.config import TreeShape
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.fixed_filters import Filters, filtered, loosened
+from eyas.decode.fixed_static import grow_static
 from eyas.decode.score import top
 from eyas.decode.tree import IMPOSSIBLE, Tree
 
@@ -46,8 +47,8 @@ class Candidates(NamedTuple):
 
 
 def grows_fixed(request: TreeRequest, vocab_size: int) -> bool:
-    """Whether the tree that is asked for can be grown in fixed shapes: one whose shape scores settle, from the draft's candidates alone (a
-    vocabulary of `vocab_size`), ranked by their logits or with noise made from a seed."""
+    """Whether the tree that is asked for can be grown in fixed shapes: from the draft's candidates alone (a vocabulary of `vocab_size`),
+    ranked by their logits or with noise made from a seed."""
     return settled(request) and request.shape.nodes > 1 and request.shape.top_k <= vocab_size
 
 
@@ -55,7 +56,7 @@ def settled(request: TreeRequest) -> bool:
     """Whether nobody is asked about single nodes while a tree grows, and noise is made from a seed."""
     others = (request.planner, request.processed, request.copied, request.draws)
     noisy = request.noise is None or request.seed is not None
-    return noisy and not (request.shape.counts or request.shape.growth) and all(each is None for each in others)
+    return noisy and not request.shape.growth and all(each is None for each in others)
 
 
 def grow_fixed(shape: TreeShape, levels_B1: Tensor, first_B1D: Tensor, read: Read, ids_D: Tensor) -> Tensor:
@@ -65,6 +66,8 @@ def grow_fixed(shape: TreeShape, levels_B1: Tensor, first_B1D: Tensor, read: Rea
 
     `first_B1D`: log scores of the roots' children; `ids_D`: the target's id of each candidate.
     """
+    if shape.counts:
+        return grow_static(shape, levels_B1, first_B1D, read, ids_D)
     count, device = shape.top_k, ids_D.device
     root = torch.zeros(len(first_B1D), 1, dtype=torch.int64, device=device)
     found, made = [children_of(root, root.double(), first_B1D, count, ids_D)], 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eyas.checks import within_memory
 from eyas.config import PLAIN, VERIFIERS, EyasError, Request, Sampling, TreeShape
-from eyas.decode.captured_round import alike, captured_round
+from eyas.decode.captured_round import alike, captured_round, largest
 from eyas.decode.captured_round import runs as graphs_run
 from eyas.decode.drafter import Drafter, NoDrafter, TreeRequest
 from eyas.decode.memory import check_memory, free_on, would_fit
@@ -94,8 +94,7 @@ class Decoder:
         if unknown or not graphs_run(self.target, self.cache, self.drafter, len(sequences)):
             return False
         asked = [replace(self.request(sequence), planner=None) for sequence in sequences]
-        largest = max((each.shape for each in asked), key=lambda shape: (shape.nodes, shape.levels))
-        if not alike(asked) or (shape := self.plan.whole(largest)) is None:
+        if not alike(asked) or (shape := self.plan.whole(largest(asked))) is None:
             return False
         self.plan.pass_begins()
         found = captured_round(self.target, self.cache, self.drafter, asked, shape)
@@ -124,6 +123,7 @@ class Decoder:
             PLAIN if sequence.forced() and not self.verifier.draws else sequence.shape.cut(deepest),
             sampling,
             noise=sequence.noise.at if shared else None,
+            uncut=sequence.shape,
             deepest=max(deepest, 0),
             planner=self.plan.planner,
             processed=sequence.guessed if sequence.processors else None,

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eyas.config import EyasError, TreeShape
+from eyas.decode.captured_heads import CapturedHeads
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.plan.static_tree import tree_for
 from eyas.decode.tree import Tree
+from eyas.decode.unread import Unread
 from eyas.files import draft_files
 from eyas.kernels.linear import Dense
 from eyas.model.protocols import TargetModel
@@ -99,9 +101,12 @@ class MedusaNetwork(SharedWeights, nn.ModuleList):
 
 
 class MedusaDrafter:
+    cache = None  # it keeps no rows
+
     def __init__(self, network: MedusaNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.wants = network, vocab, network.wants
-        self.last: dict[int, Tensor] = {}  # by slot, the hidden state [H] before the last token
+        self.captured = CapturedHeads(network, vocab)
+        self.last: dict[int, Unread] = {}  # by slot, the last token, and the hidden state [1, H] before it
 
     def reserve(self, sequences: int, capacity: int) -> None:
         self.last = {}
@@ -115,14 +120,20 @@ class MedusaDrafter:
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
         assert features is not None
-        self.last[sequence] = features[-1]
+        self.last[sequence] = Unread(list(tokens[-1:]), features[-1:])
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         requests = [replace(request, shape=request.shape.cut(self.network.levels)) for request in requests]
         return grow(requests, self.roots, self.read_level, self.network.logits_at, self.vocab)
 
     def roots(self, sequences: Sequence[int]) -> Tensor:
-        return torch.stack([self.last[sequence] for sequence in sequences])
+        return torch.cat([self.last[sequence].features for sequence in sequences])
+
+    def unread(self, sequence: int, most: int) -> Unread:
+        return self.last[sequence]
+
+    def was_read(self, sequence: int, count: int) -> None:
+        """The last one serves again."""
 
     def read_level(self, levels: list[Level]) -> Tensor:
         """Hand on the parents' states: nothing is read, since all heads see the same hidden state."""

@@ -192,7 +192,7 @@ def test_copied_guesses_go_beside_the_drafts(sampling, rounds):
 
     (wanted, _), (found, forms) = texts(False), texts(True)
     assert found == wanted and served(rounds) >= {3}
-    assert {(form.levels is not None, form.given) for form in forms} >= {(True, 10)}
+    assert {(form.guesses is not None, form.given) for form in forms} >= {(True, 10)}
 
 
 def test_where_all_copies_are_sure_the_draft_is_not_run(rounds):
@@ -200,7 +200,7 @@ def test_where_all_copies_are_sure_the_draft_is_not_run(rounds):
     decoder = Decoder(target, CopyingDrafter(draft))
     list(decoder.run([[1, 2, 3, 4, 5, 6] * 4] * 2, TreeShape.parse("20x4x5"), Sampling(), [1, 2], 30))
     forms = [key[1] for key in decoder.cache.slabs.graphs if key[0] == "round"]
-    assert (None, 16) in {(form.levels, form.given) for form in forms}
+    assert (None, 16) in {(form.guesses, form.given) for form in forms}
 
 
 def test_look_up_alone_and_plain_decoding_are_graphs_too(rounds):

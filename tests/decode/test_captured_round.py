@@ -182,7 +182,6 @@ class OtherPlan(Plan):
 
 def test_what_a_graph_does_not_know_is_a_plain_round(rounds):
     run(*pair(True), "8x2x3", Sampling(1.0, presence_penalty=0.5))
-    run(*pair(True), "static:3.2.0.1", Sampling())
     run(*pair(True), "chain:3", Sampling(1.0), verifier="block")
     run(pair(True)[0], pair(False)[1], "8x2x3", Sampling())
     run(pair(False)[0], pair(True)[1], "8x2x3", Sampling())

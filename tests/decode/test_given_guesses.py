@@ -54,10 +54,10 @@ def test_rounds_with_the_draft_alone_with_both_and_with_copying_alone_take_turns
     target, draft = pair(True)
     run(target, CopyingDrafter(draft), "20x4x5", Sampling(1.2), (PROMPT,))
     forms = {key[1] for slabs in (draft.cache.slabs, *target.pool.idle) for key in slabs.graphs if key[0] == "round"}
-    assert {(form.levels is not None, form.given) for form in forms} >= {(True, 0), (True, 10)}
+    assert {(form.guesses is not None, form.given) for form in forms} >= {(True, 0), (True, 10)}
     run(target, CopyingDrafter(draft), "20x4x5", Sampling(), ([1, 2, 3, 4, 5, 6] * 4,))
     forms = {key[1] for slabs in (draft.cache.slabs, *target.pool.idle) for key in slabs.graphs if key[0] == "round"}
-    assert (False, 16) in {(form.levels is not None, form.given) for form in forms}
+    assert (False, 16) in {(form.guesses is not None, form.given) for form in forms}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eyas.config import PLAIN, Sampling, TreeShape
-from eyas.decode.captured_growth import CapturedGrowth, Draft, Levels
+from eyas.decode.captured_growth import ALONE, CapturedGrowth, Draft, Levels
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.fixed import Drawn, grows_fixed
 from eyas.decode.fixed_filters import Filters
@@ -20,7 +20,7 @@ from eyas.model.cache import Pool, Slabs
 from tests.tiny import tiny_draft, tiny_target
 
 V = 53
-SHAPES = ["chain:1", "chain:4", "2x3x3", "8x2x3", "20x4x5", "60x7x10", "500x2x4", "6x7x2"]
+SHAPES = ["chain:1", "chain:4", "static:3.2.0.1.1", "2x3x3", "8x2x3", "20x4x5", "60x7x10", "500x2x4", "6x7x2"]
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.6), Sampling(1.2, top_k=4), Sampling(1.2, top_k=20, top_p=0.7, min_p=0.02)]
 
 
@@ -123,13 +123,13 @@ def test_one_graph_serves_the_lower_trees_at_a_texts_end(sampling, grown):
 
     def asked(tokens):
         whole = request(tokens, "20x4x5", sampling)
-        return replace(whole, shape=whole.shape.cut(cuts[(len(tokens) - 5) // 3]))
+        return replace(whole, shape=whole.shape.cut(cuts[(len(tokens) - 5) // 3]), uncut=whole.shape)
 
     both = drafters()
     plain, fixed = (rounds(drafter, *text, asked) for drafter in both)
     assert_same(fixed, plain)
     forms = [key[1] for key in both[1].cache.slabs.graphs if key[0] == "growth"]
-    assert {form.shape for form in forms} == {TreeShape(20, 3, 5)} and len(grown) == len(fixed)
+    assert {form.shape for form in forms} == {TreeShape(20, 4, 5)} and len(grown) == len(fixed)
 
 
 def test_a_full_cache_holds_the_rows_of_the_levels_there_is_room_for(monkeypatch):
@@ -172,11 +172,10 @@ def test_rounds_grow_the_same_trees_and_write_the_same_text_call_after_call(shap
 
 
 def test_what_fixed_shapes_do_not_know_grows_plainly(grown):
-    """Penalties, static trees, noise of unknown make."""
+    """Penalties, a verifier that draws, noise of unknown make."""
     target, (_, fixed) = tiny_target(), drafters()
     shape = TreeShape.parse("8x2x3")
     Told().decoded(fixed, target, shape, Sampling(1.0, presence_penalty=0.5))
-    Told().decoded(fixed, target, TreeShape.parse("static:3.2.0.1"), Sampling())
     Told().decoded(fixed, target, TreeShape.parse("chain:3"), Sampling(1.0), verifier="block")
     asked = request([1, 2, 3], "8x2x3", Sampling(1.0))
     assert not grown and grows_fixed(asked, 29) and not grows_fixed(replace(asked, seed=None), 29) and not grows_fixed(asked, 2)
@@ -191,5 +190,5 @@ def test_growth_asks_the_host_for_no_number(drawn):
     slabs = Slabs(shape, torch.float64, torch.device("meta"))
     form = Levels(TreeShape(20, 4, 5), 64, drawn)
     given = torch.zeros(1, 5).long(), torch.ones(1, 4).double(), torch.zeros(1, 1, 32).double(), torch.arange(29)
-    (found,) = form.grow(Draft(network, slabs, 2), V, *(each.to("meta") for each in given))
+    (found,) = form.grow(Draft(network, slabs, 2, ALONE), V, *(each.to("meta") for each in given))
     assert found.shape == (1, 4, 19) and found.dtype == torch.int64
