@@ -7,10 +7,15 @@ import importlib
 import io
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from eyas import cli
 from eyas.kernels import native
 from eyas.parallel.peers import PACKET
 from tests.own_cache import own_cache
+from tests.parallel import processes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
@@ -51,6 +57,24 @@ def found(tmp_path):
 def keeps_apart(tmp_path, monkeypatch):
     """What servers in processes of their own learn from tiny models stays out of the user's cache."""
     monkeypatch.setenv("EYAS_CACHE", own_cache(tmp_path / "cache"))
+
+
+@contextlib.contextmanager
+def forked(*words: str, environ: dict[str, str] | None = None) -> Iterator[str]:
+    """What eyas.bench.servers has as `serving`, by a fork of this process: to import all anew takes longer than the rest of a test."""
+    port = processes.free_port()
+    (process,), (end,) = processes.start(1, lambda _: cli.main(["serve", "--port", str(port), *words]))
+    until = time.monotonic() + 60
+    try:
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
+                break
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.kill(process, signal.SIGTERM)
+        assert processes.result(end, 60) == 0
+        os.waitpid(process, 0)
 
 
 def test_every_script_has_a_claim_here():
@@ -309,7 +333,8 @@ def test_serving(found):
 
 
 @pytest.mark.usefixtures("keeps_apart")
-def test_serving_promise(found):
+def test_serving_promise(found, monkeypatch):
+    monkeypatch.setattr(script("serving_promise"), "serving", forked)
     told = found("serving_promise")
     assert told["different"] == 0 and told["requests alone"] == 12 and len(told["fingerprints"]) == 1, told["the first of these"]
     assert list(told["same, by server"].values()) == [12]
@@ -325,7 +350,8 @@ def test_serving_soak(found):
 
 
 @pytest.mark.usefixtures("keeps_apart")
-def test_serving_peers(found):
+def test_serving_peers(found, monkeypatch):
+    monkeypatch.setattr(script("serving_peers"), "serving", forked)
     told = found("serving_peers")
     for at_once in ("1 at once", "2 at once"):
         assert set(told[at_once]) == {"eyas", "eyas plain"}
