@@ -20,9 +20,11 @@ from eyas.train.build import Studied, hold_out
 from eyas.train.features import Example, ShardStates, StateSource, kept_states
 from eyas.train.questions import SelfPlay
 from eyas.train.texts import check_text
+from eyas.train.trainer import Budget
 from eyas.view.pictures import draw_steps
 
-MINUTES, SELF_PLAY = 1.0, 20_000  # of training for each draft; answer tokens that a target without a text of its own here writes
+TOKENS = 60_000  # answer tokens that each draft reads: the text that lies here, twice
+SELF_PLAY = 20_000  # answer tokens that a target without a text of its own here writes
 TEXT = Path(__file__).parents[1] / "lessons" / "smollm2-135m.safetensors"  # what the embedded target wrote, 30 thousand answer tokens
 DRAFTS = {"one unroll step": 1, "seven": 7}
 BAR = 30  # columns of a bar that stands for always
@@ -34,7 +36,7 @@ WHY = (
 
 
 def run(options: argparse.Namespace) -> int:
-    budget, picture = budget_from(options, MINUTES), picture_file("--plot", options.plot)
+    budget, picture = budget_of(options), picture_file("--plot", options.plot)
     directory = target_directory(options.target)
     settings = base_settings(options, target_config(directory).vocab_size)
     studied = Studied.at(directory, taps_from(options.taps), None)
@@ -57,6 +59,13 @@ def run(options: argparse.Namespace) -> int:
         except OSError as error:
             raise EyasError(f"--plot {picture} could not be written ({error.strerror})") from None
     return 0
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """What each draft is trained for. Where nothing is asked for both read the same tokens: the unroll steps are all they differ in."""
+    if options.tokens is None and options.steps is None and options.minutes is None:
+        options.tokens = TOKENS
+    return budget_from(options)
 
 
 def text_of(options: argparse.Namespace, studied: Studied, settings: TrainSettings, console: Console) -> tuple[list[Example], StateSource]:

@@ -285,9 +285,9 @@ def lesson_options(commands: argparse._SubParsersAction) -> None:
         metavar="TOKENS",
         help="let the target write so many answer tokens (default: a text that is here, or 20000)",
     )
-    lesson.add_argument("--minutes", type=float, help="of training for each draft (default 1 if nothing else is given)")
+    lesson.add_argument("--tokens", type=int, help="answer tokens for each draft (default 60000 if nothing else is given)")
+    lesson.add_argument("--minutes", type=float, help="of training for each draft: seven steps then read less text than one")
     lesson.add_argument("--steps", type=int, help="so many optimiser steps for each draft")
-    lesson.add_argument("--tokens", type=int, help="so many answer tokens for each draft")
     lesson.add_argument("--taps", metavar="L,M,H", help="layers whose inputs the drafts read (default 2, n//2, n-3)")
     lesson.add_argument("--workers", type=int, default=None, help="single-thread workers (default: one a core)")
     lesson.add_argument("--plot", metavar="F.svg", help="draw it there (.png, .svg or .pdf)")

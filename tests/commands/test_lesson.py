@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from eyas.commands import lesson
+from eyas.commands.parser import parser
 from eyas.train.texts import pack_text, read_facts, read_text
+from eyas.train.trainer import Budget
 
 pytestmark = pytest.mark.usefixtures("writes_here")
 
@@ -66,6 +68,12 @@ def test_the_text_that_comes_along_is_the_embedded_targets():
 )
 def test_what_cannot_be_taught_is_one_line(models, refused, more, line):
     assert refused(*words(models, *more)) == line
+
+
+def test_where_nothing_is_asked_for_both_drafts_read_the_same_tokens():
+    told = [lesson.budget_of(parser().parse_args(["lesson", "ttt", *more])) for more in ([], ["--minutes", "2"], ["--steps", "3"])]
+    assert told == [Budget(tokens=lesson.TOKENS), Budget(minutes=2.0), Budget(steps=3)]
+    assert told[0].told() == "60,000 answer tokens"
 
 
 def test_another_lesson_is_refused_in_one_line(refused):
