@@ -65,11 +65,12 @@ def test_text_goes_on_for_several_prompts_with_several_answers(engine, client):
     assert parts[0] == wanted and parts[1] == [each["finish_reason"] for each in told["choices"]]
 
 
-def test_a_completion_has_16_tokens_where_nothing_is_said_and_chat_what_fits(client):
-    assert client.post(TEXT, json={"prompt": "a", "seed": 1, "ignore_eos": True}).json()["usage"]["completion_tokens"] == 16
-    for limit in ({}, {"max_tokens": -1}):
-        told = client.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}], "seed": 1, "ignore_eos": True, **limit}).json()
-        assert told["usage"]["total_tokens"] == 512 and told["choices"][0]["finish_reason"] == "length"
+def test_a_completion_has_16_tokens_where_nothing_is_said_and_chat_what_fits(engine):
+    with served(engine, "--context", "96") as (client, _):
+        assert client.post(TEXT, json={"prompt": "a", "seed": 1, "ignore_eos": True}).json()["usage"]["completion_tokens"] == 16
+        for limit in ({}, {"max_tokens": -1}):
+            told = client.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}], "seed": 1, "ignore_eos": True, **limit}).json()
+            assert told["usage"]["total_tokens"] == 96 and told["choices"][0]["finish_reason"] == "length"
 
 
 def test_log_probabilities_are_the_targets_own(engine, client):
@@ -257,9 +258,8 @@ def test_a_servers_own_tree_is_what_requests_get(engine):
 
 def test_more_than_fits_is_refused_with_a_time_to_come_again(engine):
     with served(engine, "--slots", "1", "--queue", "1") as (client, server):
-        threads = [
-            threading.Thread(target=client.post, args=(CHAT,), kwargs={"json": ask(max_tokens=300, ignore_eos=True)}) for _ in range(2)
-        ]
+        given = {"json": ask(max_tokens=300, ignore_eos=True), "headers": {"X-Request-Id": "long"}}
+        threads = [threading.Thread(target=client.post, args=(CHAT,), kwargs=given) for _ in range(2)]
         for thread in threads:
             thread.start()
         while server.scheduler.in_hand < 2:
@@ -267,6 +267,7 @@ def test_more_than_fits_is_refused_with_a_time_to_come_again(engine):
         answer = client.post(CHAT, json=ask())
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert client.post(CHAT, json=ask(n=4)).status_code == 429
+        assert client.post("/v1/requests/long/cancel").json()["cancelled"] == 2
         for thread in threads:
             thread.join()
         assert client.post(CHAT, json=ask()).status_code == 200

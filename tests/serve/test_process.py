@@ -124,7 +124,7 @@ def stream_in_background(client: openai.OpenAI, tokens: int) -> tuple[threading.
 
 def test_a_polite_end_lets_answers_finish(models):
     with running(models) as server:
-        thread, found = stream_in_background(server.client, 400)
+        thread, found = stream_in_background(server.client, 150)
         server.signal(signal.SIGTERM)
         thread.join(60)
         assert found[-1] == "length" and server.status() == 0
