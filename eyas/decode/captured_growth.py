@@ -54,7 +54,7 @@ class CapturedGrowth:
         would need a graph of its own."""
         read = sum(map(bool, shape.counts[1:])) if shape.counts else (shape.levels - 1) * shape.top_k
         furthest = max(request.position for request in requests) + read
-        return Levels(shape, window_of(furthest, cache.capacity + 1), Drawn.of(requests[0]))
+        return Levels(shape, window_of(furthest, cache.capacity + 1), Drawn.of_all(requests))
 
     def part(self, slabs: Slabs, seats: Seats) -> Draft:
         return Draft(self.network, slabs, self.group, seats)

@@ -28,7 +28,7 @@ class CapturedHeads:
         self.network, self.vocab, self.ids_D, self.levels = network, vocab, vocab.on(network.device), network.levels
 
     def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache) -> Heads:
-        return Heads(shape, Drawn.of(requests[0]))
+        return Heads(shape, Drawn.of_all(requests))
 
     def part(self, slabs: Slabs, seats: Seats) -> DraftModule:
         return self.network

@@ -178,9 +178,11 @@ def smaller(shape: TreeShape, nodes: int) -> TreeShape:
 
 
 def alike(requests: Sequence[TreeRequest]) -> bool:
-    """Whether one graph may serve these sequences: trees of one shape, but for how deep they may be, and tokens drawn in one way."""
+    """Whether one graph may serve these sequences: trees of one shape, but for how deep they may be, and tokens drawn greedily or in one
+    way."""
     shapes = {request.whole for request in requests if request.shape.nodes > 1}
-    return all(map(settled, requests)) and len(shapes) <= 1 and len(set(map(Drawn.of, requests))) == 1
+    kinds = {kind for kind in map(Drawn.of, requests) if kind.sampled}
+    return all(map(settled, requests)) and len(shapes) <= 1 and len(kinds) <= 1
 
 
 def seats_of(requests: Sequence[TreeRequest], cache: KVCache) -> Seats:
@@ -206,7 +208,7 @@ def run_round(
     guesses, rows = drafter.captured.form(shape, requests, drafted_in) if drafter else None, given[0].shape[1]
     most = 1 + max(guesses.shape.levels if guesses else 0, min(rows, DEEP))  # a round commits no more
     furthest = max(request.position for request in requests) + (guesses.shape.nodes if guesses else 1) + rows
-    form = Round(guesses, rows, most, Drawn.of(requests[0]), window_of(furthest, cache.capacity + 1), taps, seats)
+    form = Round(guesses, rows, most, Drawn.of_all(requests), window_of(furthest, cache.capacity + 1), taps, seats)
     read, drafted = (slabs_of(each, requests, seats) for each in (cache, drafted_in))
     part = drafter.captured.part(drafted, seats) if drafter else None
     key = ("round", form, weakref.ref(read))  # a graph runs over the slabs of both; it lies with the draft's, and does not keep the others
@@ -242,15 +244,15 @@ def laid(
     form: Round, requests: Sequence[TreeRequest], homes: Sequence[int], waiting: Sequence[Unread], given: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """What a graph is handed for each of its B sequences: numbers [B, 5], laws [B, 4], C rows of unread text with their features, and given
-    guesses [B, 4, M]. Zeros for those that are none."""
+    guesses [B, 4, M]. For those that are none zeros, and a law of ones."""
     count, most = form.seats.count, form.most
-    numbers, laws = torch.zeros(count, 5, dtype=torch.int64), law_of(requests[0].sampling).repeat(count, 1)
+    numbers, laws = torch.zeros(count, 5, dtype=torch.int64), torch.ones(count, 4, dtype=torch.float64)
     tokens, columns = torch.zeros(count, most, dtype=torch.int64), torch.zeros(count, *given[0].shape, dtype=torch.int64)
     features = waiting[0].features.new_zeros(count, most, waiting[0].features.shape[1])
     for home, request, unread, guesses in zip(homes, requests, waiting, given, strict=True):
         rows = len(unread.tokens)
         numbers[home] = numbers_of(request, rows, request.sequence if count > 1 else 0)
-        laws[home], columns[home] = law_of(request.sampling), guesses
+        laws[home], columns[home] = law_of(request.sampling, form.drawn.filters), guesses
         tokens[home, :rows], features[home, :rows] = torch.tensor(unread.tokens), unread.features
     return numbers, laws, tokens, features, columns
 
@@ -288,6 +290,10 @@ class Round(NamedTuple):
         numbers, vocab_size = Numbers.of(numbers_B5), target.config.vocab_size
         depths_C = 1 + torch.arange(self.most, device=numbers_B5.device)
         noise_BCV = numbers.noise(depths_C, vocab_size) if self.drawn.noisy else None
+        if noise_BCV is not None and self.seats.count > 1:  # greedy ones draw without noise, at any temperature
+            greedy_B1 = law_B4[:, :1] == 0
+            noise_BCV.masked_fill_(greedy_B1[..., None], 0.0)
+            law_B4 = torch.cat([law_B4[:, :1] + greedy_B1, law_B4[:, 1:]], 1)
         root, nodes = tokens_BC.gather(1, numbers.last), given_B4M
         if self.guesses:
             noise_BLD = None if noise_BCV is None else noise_BCV[:, : self.guesses.shape.levels, ids_D]

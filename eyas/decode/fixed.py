@@ -9,7 +9,7 @@ the same, tree for tree. Knows candidates, scores and noise; knows nothing of mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class Drawn(NamedTuple):
     @classmethod
     def of(cls, request: TreeRequest) -> Drawn:
         return cls(not request.sampling.greedy, request.noise is not None, Filters.of(request.sampling))
+
+    @classmethod
+    def of_all(cls, requests: Sequence[TreeRequest]) -> Drawn:
+        """That of those that are not greedy, which is one; greedy ones go along with it."""
+        return next((kind for kind in map(cls.of, requests) if kind.sampled), cls.of(requests[0]))
 
 
 class Candidates(NamedTuple):

@@ -30,8 +30,11 @@ class Filters(NamedTuple):
         return cls(1 << (sampling.top_k - 1).bit_length() if sampling.top_k else 0, sampling.top_p < 1, sampling.min_p > 0)
 
 
-def law_of(sampling: Sampling) -> Tensor:
-    """How tokens are drawn, float64 [4]: temperature, top-k, top-p, min-p."""
+def law_of(sampling: Sampling, filters: Filters | None = None) -> Tensor:
+    """How tokens are drawn, float64 [4]: temperature, top-k, top-p, min-p. Of greedy text among others, for which there are `filters`, what
+    rules out the least: temperature 0."""
+    if sampling.greedy and filters is not None:
+        return torch.tensor([0.0, filters.most, 1.0, 0.0], dtype=torch.float64)
     return torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p], dtype=torch.float64)
 
 
