@@ -59,8 +59,9 @@ def test_tree_output_is_plain_output_on_cuda(sampling):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", ["8x2x3", "static:3.2.0.1"])
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].draft])
-def test_every_method_with_a_draft_decodes_plain_text_on_cuda(method):
+def test_every_method_with_a_draft_decodes_plain_text_on_cuda(method, shape):
     target = tiny_target(prepare=False).to("cuda")
     network, vocab = tiny_network(METHODS[method].draft, target)
     drafter = METHODS[method].decoding().drafter(network.to("cuda").prepare(), vocab)
@@ -70,7 +71,7 @@ def test_every_method_with_a_draft_decodes_plain_text_on_cuda(method):
         *_, texts = Decoder(target, drafter).run([[1, 2, 3], [4, 5], [6]], shape, Sampling(1.0), [1, 2, 3], 24)
         return [text.tokens for text in texts]
 
-    assert tokens(drafter, TreeShape.parse("8x2x3")) == tokens(None, PLAIN)
+    assert tokens(drafter, TreeShape.parse(shape)) == tokens(None, PLAIN)
 
 
 @pytest.mark.gpu

@@ -66,8 +66,7 @@ def served(rounds):
     return {len(each) for each in rounds if each}
 
 
-@pytest.mark.parametrize("drawn", DRAWN)
-@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize(("count", "drawn"), [(2, "greedy"), (3, "greedy and not"), *((5, drawn) for drawn in DRAWN)])
 def test_batches_commit_what_the_plain_rounds_do(count, drawn, rounds):
     """Tokens, and how many of them in how many rounds, while texts of other lengths end one by one."""
     samplings = DRAWN[drawn][:count]

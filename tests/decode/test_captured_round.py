@@ -115,7 +115,7 @@ def test_a_text_that_is_alone_in_any_of_several_slots_is_read_by_graphs(sampling
     def texts(pooled):
         decoder, shape = Decoder(*pair(pooled)), TreeShape.parse("20x4x5")
         decoder.reserve(3, 90, [shape])
-        lengths, found = (8, 40, 20, 70, 30), []
+        lengths, found = (4, 20, 8, 45, 15), []
         for number, length in enumerate(lengths):
             request = Request(sampling=sampling, max_new_tokens=length)
             found.append(new_sequence([number, 2, 3], request, shape, number, decoder.target.config))
