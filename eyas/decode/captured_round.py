@@ -120,9 +120,10 @@ class Found(NamedTuple):
 def runs(target: TargetModel, cache: Cache, drafter: Drafter, sequences: int) -> bool:
     """Whether graphs may run rounds of so many sequences over these caches. Where nothing is guessed for one sequence, its pass alone is a
     graph."""
+    if not (isinstance(target, Target) and pooled(cache) and sequences <= BATCHES[-1]):
+        return False
     able = draft_of(drafter) is not None or (isinstance(drafter, GivingDrafter) and drafter.beside is None)
-    plain = isinstance(drafter, NoDrafter) and sequences > 1
-    return isinstance(target, Target) and pooled(cache) and (able or plain) and sequences <= BATCHES[-1]
+    return able or (isinstance(drafter, NoDrafter) and sequences > 1)
 
 
 def draft_of(drafter: Drafter | None) -> CapturedDrafter | None:
