@@ -220,6 +220,7 @@ class Soak:
     def leaves(self, draw: random.Random, number: int, asked: Asked) -> None:
         """Ask, read a part of the answer if it is a stream, and leave: politely, or with a reset."""
         until, reset = time.monotonic() + draw.choice([0, 0.01, 0.1, 0.5, 3]) * draw.random(), draw.random() < 0.5
+        ending = self.ending
         with self.server.connected() as connection:
             connection.sendall(request_text(asked))
             found = b""
@@ -231,7 +232,8 @@ class Soak:
                     found += part
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if (status := re.match(rb"HTTP/1.1 (\d+)", found)) and status[1][:1] == b"5" and b"ending" not in found:
+        refused = found.startswith(b"HTTP/1.1 503") and (ending or self.ending)  # perhaps no more than the head has come
+        if found.startswith(b"HTTP/1.1 5") and not refused:
             return self.count("5xx to one who leaves", found)
         parts = beginnings(asked, found)
         wanted = self.alone[number]["choices"]
