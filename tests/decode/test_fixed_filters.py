@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eyas.config import Sampling
-from eyas.decode.captured_round import drawn
 from eyas.decode.fixed import Drawn, log_scores
 from eyas.decode.fixed_filters import Filters, filtered, law_of
+from eyas.decode.fixed_round import drawn
 from eyas.decode.sampling import allowed, draw, gumbel
 from eyas.decode.score import loosely_filtered
 from eyas.decode.tree import IMPOSSIBLE
