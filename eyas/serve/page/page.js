@@ -945,7 +945,10 @@ function done(turn) {
   const parts = [`${some(timings.predicted_n, "token")} in ${some(timings.draft_n_rounds, "round")}`];
   if (timings.predicted_per_second) parts.push(`${timings.predicted_per_second.toFixed(0)} tokens a second`);
   if (turn.seed && turn.settings.temperature > 0) parts.push(`seed ${turn.seed}`);
-  say(`${parts.join(", ")}.`);
+  const bare = turn.rounds.filter((event) => !reads(event)).length;
+  const few = !turn.settings.plain && state.about.method !== "plain" && 2 * bare > turn.rounds.length;
+  const why = ` ${bare} of them guessed nothing: a guess costs more here and now than it brings. A server with --tree 8x3x2 grows a tree in each.`;
+  say(`${parts.join(", ")}.${few ? why : ""}`);
   $("spoken").textContent = turn.answer;
 }
 
