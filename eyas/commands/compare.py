@@ -299,7 +299,8 @@ def memory_mb(engine: Engine, row: Row, own: int) -> float:
     """The megabytes of the draft's own weights in bfloat16, and of its caches for a thousand tokens."""
     drafter: Any = engine.drafter(row.method)  # its caches are no part of what a drafter has to have
     drafter.reserve(1, 1000)
-    caches: list[KVCache] = getattr(drafter, "caches", [drafter.cache] if hasattr(drafter, "cache") else [])
+    alone: KVCache | None = getattr(drafter, "cache", None)
+    caches: list[KVCache] = getattr(drafter, "caches", [alone] if alone else [])
     return round((2 * own + sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)) / 1e6, 2)
 
 
