@@ -131,14 +131,15 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     keeps = options.prefix_cache if options.prefix_cache is not None else engine.target.rows_stand_alone
     metrics.about(version=eyas.__version__, precision=engine.precision, method=method, draft=engine.draft.name if engine.draft else "")
     scheduler = Scheduler(decoder, shapes, Settings(options.slots, context, options.queue, keeps, options.stall))
+    weights = directory_hash(engine.directory)
     server = Server(
         engine,
         scheduler,
         metrics,
         Usual(method, context, options.tree),
         names,
-        fingerprint(engine),
-        directory_hash(engine.directory),
+        fingerprint(engine, weights),
+        weights,
         keys_of(options),
         options.strict_fields,
         options.any_model,
@@ -156,12 +157,12 @@ def server_of(engine: Engine, options: argparse.Namespace) -> Server:
     return server
 
 
-def fingerprint(engine: Engine) -> str:
-    """What settles the bytes of an answer beside the request: weights, tokenizer, precision, noise, and the kernel that computes; neither
-    draft nor trees, neither batch nor order."""
+def fingerprint(engine: Engine, weights: str) -> str:
+    """What settles the bytes of an answer beside the request: weights (their hash), tokenizer, precision, noise, and the kernel that
+    computes; neither draft nor trees, neither batch nor order."""
     told: dict[str, Any] = {
         "eyas": eyas.__version__,
-        "target": directory_hash(engine.directory),
+        "target": weights,
         "read": reading_hash(engine.directory),
         "precision": engine.precision,
         "noise": NOISE_VERSION,
