@@ -20,7 +20,7 @@ import tempfile
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,6 +185,8 @@ def kept(made: Path, final: Path) -> Path | None:
         shutil.copyfile(made, work)
         os.replace(work, final)
     except OSError:
+        with suppress(OSError):
+            work.unlink()  # a disk may have been full half-way
         return None
     return final
 
