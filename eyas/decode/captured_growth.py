@@ -34,7 +34,7 @@ class CapturedGrowth:
     def __init__(self, network: EagleModule, vocab: DraftVocab, group: int) -> None:
         """`group`: query heads for each key head."""
         self.network, self.vocab, self.group, self.levels = network, vocab, group, network.levels
-        self.ids_D = vocab.on(network.device)
+        self.ids_D, self.again = vocab.on(network.device), 0
 
     def grow(self, request: TreeRequest, a_1H: Tensor, cache: KVCache) -> Tree | None:
         """The tree that `grow.grow` gives, from the output at its root. Its rows are written behind the text's and never kept. None where

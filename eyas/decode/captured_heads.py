@@ -26,6 +26,7 @@ class CapturedHeads:
 
     def __init__(self, network: DraftModule, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.ids_D, self.levels = network, vocab, vocab.on(network.device), network.levels
+        self.again = 0
 
     def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache) -> Heads:
         return Heads(shape, Drawn.of_all(requests))

@@ -38,12 +38,14 @@ DEEP = 15  # levels of them
 
 
 class Captured(Protocol):
-    """A draft's part in rounds that are graphs: captured_growth.py, captured_heads.py."""
+    """A draft's part in rounds that are graphs: captured_growth.py, captured_heads.py, captured_modules.py."""
 
     @property
     def levels(self) -> int | None: ...  # how deep it can guess; None: as deep as is asked for
     @property
     def vocab(self) -> DraftVocab: ...
+    @property
+    def again(self) -> int: ...  # the most rows of text that it reads anew in each round
     @property
     def ids_D(self) -> Tensor: ...  # the target's id of each of its candidates
 
@@ -199,10 +201,11 @@ def run_round(
     read, drafted = (slabs_of(each, requests, seats) for each in (cache, drafted_in))
     part = drafter.captured.part(drafted, seats) if drafter else None
     key = ("round", form, weakref.ref(read))  # a graph runs over the slabs of both; it lies with the draft's, and does not keep the others
-    waiting = [drafter.unread(request.sequence, most) if drafter else Unread([request.root], torch.zeros(1, 1)) for request in requests]
+    late = most + (drafter.captured.again if drafter else 0)
+    waiting = [drafter.unread(request.sequence, late) if drafter else Unread([request.root], torch.zeros(1, 1)) for request in requests]
     first_slots = seats.count > 1 and not seats.scattered
     homes = [request.sequence if first_slots else place for place, request in enumerate(requests)]  # by sequence, its number in the graph
-    inputs = (*laid(form, requests, homes, waiting, given), drafter.captured.ids_D if drafter else torch.zeros(0, dtype=torch.int64))
+    inputs = (*laid(form, late, requests, homes, waiting, given), drafter.captured.ids_D if drafter else torch.zeros(0, dtype=torch.int64))
     if (outputs := fixed_call(partial(form.run, target, read, part), key, drafted, *inputs)) is None:
         return None
     told, kept, logits, nodes = outputs
@@ -228,14 +231,14 @@ def slabs_of(cache: KVCache, requests: Sequence[TreeRequest], seats: Seats) -> S
 
 
 def laid(
-    form: Round, requests: Sequence[TreeRequest], homes: Sequence[int], waiting: Sequence[Unread], given: Sequence[Tensor]
+    form: Round, late: int, requests: Sequence[TreeRequest], homes: Sequence[int], waiting: Sequence[Unread], given: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What a graph is handed for each of its B sequences: numbers [B, 5], laws [B, 4], C rows of unread text with their features, and given
-    guesses [B, 4, M]. For those that are none zeros, and a law of ones."""
-    count, most = form.seats.count, form.most
+    """What a graph is handed for each of its B sequences: numbers [B, 5], laws [B, 4], `late` rows of unread text with their features, and
+    given guesses [B, 4, M]. For those that are none zeros, and a law of ones."""
+    count = form.seats.count
     numbers, laws = torch.zeros(count, 5, dtype=torch.int64), torch.ones(count, 4, dtype=torch.float64)
-    tokens, columns = torch.zeros(count, most, dtype=torch.int64), torch.zeros(count, *given[0].shape, dtype=torch.int64)
-    features = waiting[0].features.new_zeros(count, most, waiting[0].features.shape[1])
+    tokens, columns = torch.zeros(count, late, dtype=torch.int64), torch.zeros(count, *given[0].shape, dtype=torch.int64)
+    features = waiting[0].features.new_zeros(count, late, waiting[0].features.shape[1])
     for home, request, unread, guesses in zip(homes, requests, waiting, given, strict=True):
         rows = len(unread.tokens)
         numbers[home] = numbers_of(request, rows, request.sequence if count > 1 else 0)

@@ -28,7 +28,7 @@ from eyas.files.eagle3_files import check_fits, config_from_file, load_draft, sa
 from eyas.kernels.attention import NativeAttention, PassAttention
 from eyas.kernels.captured import fits, fixed_pass
 from eyas.kernels.step import Ranked
-from eyas.model.cache import KVCache
+from eyas.model.cache import KVCache, new_cache
 from eyas.model.draft import DraftNetwork
 from eyas.model.protocols import EagleModule, TargetModel
 from eyas.model.rows import Segment
@@ -61,7 +61,7 @@ class Eagle3Drafter:
         if window is not None and capacity > window:
             self.cache = WindowedCache(window, layers, sequences, *shape)
         else:
-            self.cache = pool.cache(layers, sequences, *shape) if pool else KVCache(layers, sequences, *shape)
+            self.cache = new_cache(pool, layers, sequences, *shape)
         self.pending = {sequence: PendingRows() for sequence in range(sequences)}
 
     def forget(self, sequence: int) -> None:

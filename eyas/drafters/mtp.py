@@ -22,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from eyas.config import EyasError, TargetConfig
+from eyas.decode.captured_modules import CapturedModules
 from eyas.decode.drafter import TreeRequest
 from eyas.decode.grow import Level, grow
 from eyas.decode.tree import Tree
+from eyas.decode.unread import ModuleRows, Unread
 from eyas.files import draft_files
+from eyas.kernels.attention import PassAttention
 from eyas.kernels.layer import OneLayer
 from eyas.kernels.linear import Dense
-from eyas.model.cache import KVCache
+from eyas.model.cache import KVCache, new_cache
 from eyas.model.protocols import TargetModel
 from eyas.model.rows import Segment
 from eyas.model.shared_weights import FrozenHead, SharedWeights
@@ -71,6 +74,10 @@ class MtpNetwork(SharedWeights, nn.Module):
         module = self.stack[level]
         return module.joined(torch.cat([module.enorm(self.embed(tokens_N)), module.hnorm(h_NH.to(self.dtype))], -1))
 
+    def step(self, level: int, tokens_N: Tensor, h_NH: Tensor, positions_N: Tensor, attention: PassAttention) -> Tensor:
+        """What module `level` makes [N, H] of these."""
+        return self.runs[level](self.join(level, tokens_N, h_NH), self.rotary, positions_N, attention)
+
     def normed(self, level: int, h_NH: Tensor) -> Tensor:
         return cast("RMSNorm", self.stack[level].shared_head["norm"])(h_NH.to(self.dtype))
 
@@ -87,27 +94,30 @@ class MtpNetwork(SharedWeights, nn.Module):
 
 
 class MtpDrafter:
+    cache: KVCache  # of all modules, a layer each; made by `reserve`
+
     def __init__(self, network: MtpNetwork, vocab: DraftVocab) -> None:
         self.network, self.vocab, self.wants = network, vocab, network.wants
-        self.tokens: dict[int, list[int]] = {}  # each sequence's text
-        self.states: dict[int, list[list[Tensor]]] = {}  # by slot and module, the input states it has not read: the target's, then modules'
+        self.attention = network.stack[0].self_attn
+        self.group = self.attention.heads // self.attention.kv_heads  # query heads for each key head
+        self.captured = CapturedModules(network, vocab, network.levels, self.group)
+        self.texts: dict[int, ModuleRows] = {}  # by slot
 
     def reserve(self, sequences: int, capacity: int) -> None:
-        network, attention = self.network, self.network.stack[0].self_attn
-        self.group = attention.heads // attention.kv_heads
-        shape = (attention.kv_heads, attention.head_dim, network.dtype, network.device)
-        self.caches = [KVCache(1, sequences, capacity + SPARE * network.levels, *shape) for _ in network.layers]
+        network, room = self.network, capacity + SPARE * self.network.levels
+        if hasattr(self, "cache"):
+            self.cache.release()  # what it held may serve the next one
+        shape = (room, self.attention.kv_heads, self.attention.head_dim, network.dtype, network.device)
+        self.cache = new_cache(network.pool, network.levels, sequences, *shape)
+        self.caches = [KVCache.over(self.cache.slabs.layer(level), self.cache.capacity) for level in range(network.levels)]
         for sequence in range(sequences):
             self.forget(sequence)
 
     def forget(self, sequence: int) -> None:
-        self.tokens[sequence], self.states[sequence] = [], [[] for _ in range(self.network.levels + 1)]
-        for cache in self.caches:
-            cache.clear(sequence)
+        self.texts[sequence] = ModuleRows(self.caches, sequence, self.captured.again)
 
     def observe(self, sequence: int, tokens: Sequence[int], features: Tensor | None) -> None:
-        self.tokens[sequence] += tokens
-        self.states[sequence][0].append(cast("Tensor", features))
+        self.texts[sequence].observe(tokens, cast("Tensor", features))
 
     def propose(self, requests: Sequence[TreeRequest]) -> list[Tree]:
         most = self.network.levels  # and module k reads nothing before k tokens are there
@@ -117,32 +127,25 @@ class MtpDrafter:
     def roots(self, sequences: Sequence[int]) -> Tensor:
         """What module 1 made of the last position of each sequence, [S, 1, H]."""
         self.catch_up(sequences)
-        return torch.stack([self.states[sequence][1][-1][-1:] for sequence in sequences])
+        return torch.stack([self.texts[sequence].last(0) for sequence in sequences])
 
     def catch_up(self, sequences: Sequence[int]) -> None:
         """Let each module read the positions whose tokens and states are known by now. What it makes of them waits for the next module."""
         for level in range(self.network.levels):
-            while parts := [part for part in (self.waiting(sequence, level) for sequence in sequences) if len(part[1])]:
+            while parts := [part for part in (self.texts[sequence].take(level, CATCH_UP) for sequence in sequences) if part[0]]:
                 tokens, states, segments, positions = zip(*parts, strict=True)
                 made = self.read(level, list(chain(*tokens)), torch.cat(states), list(chain(*positions)), list(segments))
                 for segment, rows in zip(segments, made.split([segment.count for segment in segments]), strict=True):
-                    self.caches[level].keep(segment.slot, range(segment.count))
-                    following = self.states[segment.slot][level + 1]
-                    following.append(rows)
-                    if level + 1 == self.network.levels:  # no module reads these
-                        following[:] = [rows[-1:]]
+                    self.texts[segment.slot].made(level, rows)
 
-    def waiting(self, sequence: int, level: int) -> tuple[list[int], Tensor, Segment, list[int]]:
-        """What a module has still to read of a sequence: tokens, states, segment and positions. Position m goes with token m + 1 + level.
-        Of the states that modules made and that were read, only the last stays; the tree begins from it."""
-        states, start = self.states[sequence], self.caches[level].lengths[sequence]
-        tokens = self.tokens[sequence][start + 1 + level :]
-        held = torch.cat(states[level]) if states[level] else self.network.embedding[0][:0]
-        if level:  # of the module before, the last state that was read is still there
-            held = held[len(held) - (self.caches[level - 1].lengths[sequence] - start) :]
-        rows = held[: min(len(tokens), CATCH_UP)]
-        states[level] = [held[min(len(rows), len(held) - 1) if level else len(rows) :]]
-        return tokens[: len(rows)], rows, Segment(sequence, len(rows)), list(range(start, start + len(rows)))
+    def unread(self, sequence: int, most: int) -> Unread:
+        text = self.texts[sequence]
+        if text.position - text.begun > most:
+            self.catch_up([sequence])
+        return text.unread
+
+    def was_read(self, sequence: int, count: int) -> None:
+        self.texts[sequence].was_read()
 
     def read_level(self, levels: list[Level]) -> Tensor:
         """What module d + 1 made of each node's path, [F, d + 1, H]: first the last position of the text that it could read, then the nodes
@@ -156,15 +159,13 @@ class MtpDrafter:
             positions += list(range(start, start + depth)) * count
             alone = torch.block_diag(*[torch.ones(depth, depth)] * count).tril().bool()
             segments.append(Segment(level.request.sequence, depth * count, alone))
-            first.append(self.states[level.request.sequence][depth + 1][-1][-1].expand(count, 1, -1))
+            first.append(self.texts[level.request.sequence].last(depth).expand(count, 1, -1))
         made = self.read(depth, tokens, torch.cat(states), positions, segments)
         return torch.cat([torch.cat(first).to(made.dtype), made.view(-1, depth, made.shape[-1])], 1)
 
     def read(self, level: int, tokens: list[int], states: Tensor, positions: list[int], segments: list[Segment]) -> Tensor:
-        network, device = self.network, self.network.device
-        x_NH = network.join(level, torch.tensor(tokens, device=device), states)
-        places, attention = torch.tensor(positions, device=device), self.caches[level].attention(segments, self.group)
-        return network.runs[level](x_NH, network.rotary, places, attention)
+        tokens_N, positions_N = (torch.tensor(each, device=self.network.device) for each in (tokens, positions))
+        return self.network.step(level, tokens_N, states, positions_N, self.caches[level].attention(segments, self.group))
 
 
 drafter = MtpDrafter

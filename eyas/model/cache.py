@@ -51,6 +51,13 @@ class Slabs:
             view.graphs, view.views = {}, {}
         return self.views[slot]
 
+    def layer(self, number: int) -> Slabs:
+        """The part of one layer, over which nothing is captured by itself."""
+        view = copy(self)
+        view.keys, view.values = (slab[number : number + 1] for slab in (self.keys, self.values))
+        view.graphs, view.views = {}, {}
+        return view
+
 
 class Cache(ABC):
     """What a round asks of a target's cache: slots, each with a committed length. What a pass asks of it is up to the target."""
@@ -184,6 +191,14 @@ class Pool:
     def take_back(self, slabs: Slabs) -> None:
         with self.lock:
             self.idle = [*self.idle, slabs][-KEPT:]
+
+
+def new_cache(
+    pool: Pool | None, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """A cache from a pool, where there is one."""
+    make = pool.cache if pool else KVCache
+    return make(layers, slots, capacity, kv_heads, head_dim, dtype, device)
 
 
 def pool_on(device: torch.device) -> Pool | None:

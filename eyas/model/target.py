@@ -21,7 +21,7 @@ from eyas.kernels.captured import fits, fixed_pass
 from eyas.kernels.layer import NativeLayer, NativeLayers
 from eyas.kernels.linear import Dense
 from eyas.kernels.native import threads
-from eyas.model.cache import KVCache, Pool, pool_on
+from eyas.model.cache import KVCache, Pool, new_cache, pool_on
 from eyas.model.rows import Rows
 from eyas.model.transformer import Block, RMSNorm, Rotary, pack
 from eyas.model.window import WindowedCache
@@ -130,9 +130,7 @@ class Target(nn.Module):
         if config.sliding_window is not None and capacity > config.sliding_window:
             shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
             return WindowedCache(config.sliding_window, *shape, *kind)
-        if self.pool:
-            return self.pool.cache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
-        return KVCache(config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
+        return new_cache(self.pool, config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:

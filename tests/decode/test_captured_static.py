@@ -53,7 +53,7 @@ def watched(method, pooled, shape, sampling, count, copy=False):
 
 
 @pytest.mark.parametrize(("shape", "sampling"), CASES)
-@pytest.mark.parametrize("method", ["medusa", "eagle1"])
+@pytest.mark.parametrize("method", ["medusa", "eagle1", "mtp"])
 def test_trees_paths_and_texts_are_the_plain_rounds(method, shape, sampling, rounds):
     """Of one sequence and of three, to their ends."""
     for count in (1, 3):
