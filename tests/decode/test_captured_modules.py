@@ -37,12 +37,13 @@ def pair(pooled, modules=STEPS):
     return target, MtpDrafter(network, vocab)
 
 
-def texts(decoder, prompts, sampling=Sampling(0.8), tokens=20, shape=TREE, plans=()):
-    found = []
-    for turn, found in enumerate(decoder.run(prompts, shape, sampling, range(len(prompts)), tokens)):
+def texts(decoder, prompts, shape=TREE, plans=()):
+    """What it says at a temperature, with plans that take turns."""
+    everyone = []
+    for turn, everyone in enumerate(decoder.run(prompts, shape, Sampling(0.8), range(len(prompts)), 20)):
         if plans:
             decoder.plan = plans[turn % len(plans)]
-    return told(found)
+    return told(everyone)
 
 
 @pytest.mark.parametrize("modules", [1, 2, 5])
@@ -152,8 +153,8 @@ def test_a_round_asks_the_host_for_no_number(seats):
     drawn = Drawn(True, True)
     form = Round(Modules(TreeShape(20, 3, 4), 64, drawn), 0, 5, drawn, 64, network.wants, seats)
     width, group = config.hidden_size, config.num_attention_heads // config.num_key_value_heads
-    given = [torch.zeros(count, 5).long(), torch.ones(count, 4).double(), torch.zeros(count, 8).long(), torch.zeros(count, 8, width).double()]
-    given += [torch.zeros(count, 4, 0).long(), torch.arange(29)]
+    numbers, laws, tokens, features = (torch.zeros(count, *each) for each in ((5,), (4,), (8,), (8, width)))
+    given = [numbers.long(), laws.double(), tokens.long(), features.double(), torch.zeros(count, 4, 0).long(), torch.arange(29)]
     part = Stack(network, STEPS, slabs(STEPS), group, seats)
     told, features, logits, nodes = form.run(target, slabs(5), part, *(each.to("meta") for each in given))
     assert told.shape == (count, 3, 5) and features.shape == (count, 5, width)
