@@ -40,7 +40,7 @@ def pair(pooled, modules=STEPS):
 def texts(decoder, prompts, shape=TREE, plans=()):
     """What it says at a temperature, with plans that take turns."""
     everyone = []
-    for turn, everyone in enumerate(decoder.run(prompts, shape, Sampling(0.8), range(len(prompts)), 20)):
+    for turn, everyone in enumerate(decoder.run(prompts, shape, Sampling(0.8), range(len(prompts)), 20)):  # noqa: B007 (the last)
         if plans:
             decoder.plan = plans[turn % len(plans)]
     return told(everyone)
