@@ -19,7 +19,7 @@
 #define ROWS_AT_ONCE 64 /* their inputs stay in the second-level cache while the weights stream by */
 #define TASK_NUMBERS 32768 /* outputs that a task of a product computes at most, but for the least that a task takes */
 #define ROWS_IN_TASK 16    /* rows that a task takes at most, of what lies between products */
-#define AHEAD 2048      /* bytes between the weights in use and those asked for */
+#define AHEAD 2048      /* bytes between the weights in use and those asked for; see ASKS_NEXT */
 #define ALL _Pragma("GCC unroll 16") /* unrolled early, or gcc keeps the sums on the stack */
 
 /* w[o, i] of 8 bits is d * n (n signed), of 4 bits m + d * n (n unsigned), with d and m for each output and group of 32 inputs, as GGUF's
@@ -38,8 +38,9 @@ typedef struct {
 } matrix;
 
 /* Some rows of x, as a product reads them, by a block; with 8 or 4 bits the rows' scales and sums of groups [n, in / 32] beside them. y:
- * where the block's outputs go, `out` numbers a row. */
-typedef void inner(const void *x, const float *scale, const float *sums, const void *w, float *y, long in, long out);
+ * where the block's outputs go, `out` numbers a row. ask: which weights are asked for meanwhile, `stride` bytes for each pair of inputs. */
+typedef void inner(const void *x, const float *scale, const float *sums, const void *w, float *y, long in, long out, const char *ask,
+                   long stride);
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "native_avx512.h"
@@ -145,12 +146,16 @@ static void multiply(const matrix *m, inputs x, float *y, long rows, long first,
     inner *const *some = choices(m);
     for (long top = 0; top < rows; top += ROWS_AT_ONCE) {
         long bottom = rows - top < ROWS_AT_ONCE ? rows : top + ROWS_AT_ONCE;
-        for (long b = first; b < last; b++)
-            for (long r = top, groups = (bottom - top + MOST_ROWS - 1) / MOST_ROWS, n; groups > 0; groups--, r += n) {
+        long all = (bottom - top + MOST_ROWS - 1) / MOST_ROWS, next = all == 2 && ASKS_NEXT, stride = 2 * block / in / (1 + next);
+        for (long b = first; b < last; b++) {
+            const char *w = (const char *)m->w + b * block;
+            for (long r = top, groups = all, n; groups > 0; groups--, r += n) {
                 n = (bottom - r + groups - 1) / groups; /* as equal as can be */
-                some[n - 1](x.rows + r * bytes_of_row(m), x.scale + r, x.sums + r * (in / GROUP), (const char *)m->w + b * block,
-                            y + r * out + (b - first) * LANES, in, out);
+                const char *ask = next ? w + block + (all - groups) * block / 2 : w + AHEAD;
+                some[n - 1](x.rows + r * bytes_of_row(m), x.scale + r, x.sums + r * (in / GROUP), w, y + r * out + (b - first) * LANES, in,
+                            out, ask, stride);
             }
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 /* The innermost loops of products with AVX2: 16 registers, so 6 rows by a block at most. Knows packed blocks; what they are is native.c's. */
 
 #define MOST_ROWS 6
+#define ASKS_NEXT 1 /* of 7 to 12 rows by 16-bit weights: while a block meets the one half and the other, the next block is asked for */
 
 /* R rows by a block of bfloat16 weights. Sums, two halves of weights and one input must fit 16 registers. An input that was broadcast meets
  * both halves at once: two loads a cycle would otherwise hold up two multiplications. */
 #define EXACT(R)                                                                                                                     \
-    static void exact_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out) {\
+    static void exact_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out, \
+                          const char *ask, long stride) {                                                                            \
         const float *x = rows;                                                                                                       \
         const uint16_t *w = weights;                                                                                                 \
         const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);                                                                   \
@@ -13,7 +15,7 @@
         ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();                                                 \
         for (long i = 0; i < in; i += 2) {                                                                                           \
             const __m256i *pairs = (const __m256i *)(w + i * LANES);                                                                 \
-            _mm_prefetch((const char *)pairs + AHEAD, _MM_HINT_T0);                                                                  \
+            _mm_prefetch(ask, _MM_HINT_T0), ask += stride;                                                                           \
             ALL for (int odd = 0; odd < 2; odd++) {                                                                                  \
                 __m256i low = _mm256_loadu_si256(pairs), high = _mm256_loadu_si256(pairs + 1);                                       \
                 low = odd ? _mm256_and_si256(low, upper) : _mm256_slli_epi32(low, 16);                                               \
@@ -35,8 +37,8 @@ static inner *const exact[] = {exact_1, exact_2, exact_3, exact_4, exact_5, exac
 static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
 #define GROUPED(R, BITS)                                                                                                             \
-    static void grouped_##R##_##BITS(const void *rows, const float *scale, const float *sums, const void *weights, float *y,             \
-                                     long in, long out) {                                                                               \
+    static void grouped_##R##_##BITS(const void *rows, const float *scale, const float *sums, const void *weights, float *y,         \
+                                     long in, long out, const char *ask, long stride) {                                              \
         const int16_t *q = rows;                                                                                                     \
         const uint8_t *w = weights;                                                                                                  \
         __m256 total[R][2];                                                                                                          \
@@ -47,7 +49,7 @@ static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu
             ALL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();                                          \
             for (long i = g * GROUP; i < (g + 1) * GROUP; i += 2) {                                                                  \
                 __m256i first, second;                                                                                               \
-                _mm_prefetch((const char *)(n + AHEAD), _MM_HINT_T0);                                                            \
+                _mm_prefetch((const char *)(n + AHEAD), _MM_HINT_T0);                                                                \
                 if (BITS == 8) {                                                                                                     \
                     first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)n));                                               \
                     second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(n + LANES)));                                    \
@@ -71,7 +73,7 @@ static inline __m256 load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu
             }                                                                                                                        \
             ALL for (int half = 0; half < 2; half++) {                                                                               \
                 __m256 d = load_half(w + half * LANES);                                                                              \
-                ALL for (int r = 0; r < R; r++) total[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][half]), d, total[r][half]);   \
+                ALL for (int r = 0; r < R; r++) total[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][half]), d, total[r][half]);\
                 if (BITS == 4) {                                                                                                     \
                     __m256 m = load_half(w + 2 * LANES + half * LANES);                                                              \
                     ALL for (int r = 0; r < R; r++)                                                                                  \

@@ -2,10 +2,12 @@
  * native.c's. A pair of weights of 16 outputs fills a register, and a pair of a row's inputs is broadcast to meet it. */
 
 #define MOST_ROWS 12
+#define ASKS_NEXT 0 /* what to ask for is settled here: AHEAD of the weights in use; another way was not measured */
 
 #define EACH_OF(R) ALL for (int r = 0; r < R; r++)
 #define OPEN(NAME, R)                                                                                                                \
-    static void NAME##_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out) {
+    static void NAME##_##R(const void *rows, const float *scale, const float *sums, const void *weights, float *y, long in, long out,  \
+                           const char *ask, long stride) {
 
 /* float32 x with bfloat16 weights */
 #define EXACT(R)                                                                                                                     \
