@@ -1,4 +1,4 @@
-"""What a pass costs: its seconds by its number of rows, timed once and then moved by every pass that is served.
+"""What a pass costs: its seconds by its number of rows, timed once or assumed, and then moved by every pass that is served.
 
 Prices between two timed numbers of rows lie on a line, which goes on beyond the last. Knows rows and seconds; knows nothing of models.
 """
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 PRICE_STEP = 0.05  # how far one served pass moves a price: by (seconds / price) ** PRICE_STEP
 LARGEST_NEWS = 1.5  # the largest ratio of a pass's seconds to its price that is believed: a stalled pass moves prices no further
+LARGEST_ERROR = 8.0  # the same of a price that was assumed, until as many passes have told as a timed price is worth
 
 
 class Prices:
-    def __init__(self, seconds: Mapping[int, float]) -> None:
-        """`seconds`: rows of a pass -> its seconds; at least one entry."""
+    def __init__(self, seconds: Mapping[int, float], assumed: bool = False) -> None:
+        """`seconds`: rows of a pass -> its seconds; at least one entry. `assumed`: they were not timed, so the first passes count most."""
+        self.told = 0 if assumed else round(1 / PRICE_STEP)  # passes that have told
         self.rows = sorted(seconds)
         self.seconds = [seconds[rows] for rows in self.rows]
 
@@ -31,10 +33,12 @@ class Prices:
     def record(self, rows: int, seconds: float) -> None:
         """Learn from a pass of `rows` rows. Half of the change moves all prices, as the machine may be faster or slower; half moves the
         nearest timed price alone."""
-        news = min(max(seconds / self.of(rows), 1 / LARGEST_NEWS), LARGEST_NEWS)
+        self.told += 1
+        step, most = max(PRICE_STEP, 1 / self.told), LARGEST_NEWS if self.told * PRICE_STEP > 1 else LARGEST_ERROR
+        news = min(max(seconds / self.of(rows), 1 / most), most)
         above = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         at = above - 1 if above and rows - self.rows[above - 1] <= self.rows[above] - rows else above
-        half = news ** (PRICE_STEP / 2)
+        half = news ** (step / 2)
         self.seconds = [price * half for price in self.seconds]
         self.seconds[at] *= half
 

@@ -60,7 +60,7 @@ class PlanStore:
             found = self.known.get(name, self.known.get(before + kind))
             known: dict[str, Any] = found if isinstance(found, dict) else {}
             alone = self.passes.of(1)
-            steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in DRAFT_STEP_SHARE.items()})
+            steps = prices(known.get("steps")) or Prices({rows: share * alone for rows, share in DRAFT_STEP_SHARE.items()}, assumed=True)
             counts = known.get("calibration")
             self.planned[name] = steps, Calibration(counts if isinstance(counts, dict) else None), {}, Shapes(known.get("rounds"))
         steps, calibration, gains, shapes = self.planned[name]

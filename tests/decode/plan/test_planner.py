@@ -226,6 +226,19 @@ def test_prices_lie_on_lines_between_what_was_timed_and_go_on_beyond():
     assert Prices({1: 10.0, 4: 4.0}).of(12) == 4.0, "a line that falls is not followed below what was seen"
 
 
+def test_an_assumed_price_is_soon_the_mean_of_what_passes_took_and_then_moves_like_a_timed_one():
+    assumed, timed = Prices({1: 15.0, 16: 25.0}, assumed=True), Prices({1: 15.0, 16: 25.0})
+    for prices in (assumed, timed):
+        for seconds in [4.0, 5.0] * 5:
+            prices.record(1, seconds)
+    assert 3.9 < assumed.of(1) < 5.1 < 10 < timed.of(1)
+    for _ in range(20):
+        assumed.record(1, 4.5)
+    before = assumed.of(1)
+    assumed.record(1, 1000.0)
+    assert assumed.of(1) == pytest.approx(before * 1.5**0.05)
+
+
 def test_served_passes_move_prices_and_a_stalled_one_hardly():
     prices = Prices({1: 10.0, 8: 20.0})
     prices.record(8, 20000.0)
