@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 PRICE_STEP = 0.05  # how far one served pass moves a price: by (seconds / price) ** PRICE_STEP
 LARGEST_NEWS = 1.5  # the largest ratio of a pass's seconds to its price that is believed: a stalled pass moves prices no further
-LARGEST_ERROR = 8.0  # the same of a price that was assumed, until as many passes have told as a timed price is worth
+LARGEST_ERROR = 8.0  # how many times too high a price may be that was assumed, until as many passes have told as a timed price is worth
 
 
 class Prices:
@@ -34,8 +34,8 @@ class Prices:
         """Learn from a pass of `rows` rows. Half of the change moves all prices, as the machine may be faster or slower; half moves the
         nearest timed price alone."""
         self.told += 1
-        step, most = max(PRICE_STEP, 1 / self.told), LARGEST_NEWS if self.told * PRICE_STEP > 1 else LARGEST_ERROR
-        news = min(max(seconds / self.of(rows), 1 / most), most)
+        step, least = max(PRICE_STEP, 1 / self.told), 1 / (LARGEST_NEWS if self.told * PRICE_STEP > 1 else LARGEST_ERROR)
+        news = min(max(seconds / self.of(rows), least), LARGEST_NEWS)
         above = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         at = above - 1 if above and rows - self.rows[above - 1] <= self.rows[above] - rows else above
         half = news ** (step / 2)
