@@ -99,26 +99,28 @@ def test_batches_in_float32_and_of_deeper_drafts_commit_the_same(rounds):
     assert served(rounds) >= {2, 3}
 
 
+def joined(decoder, slots, lengths):
+    """What texts of these lengths say of which the last ones join one by one."""
+    decoder.reserve(slots, 80, [TREE])
+    found = []
+    for row, length in enumerate(lengths):
+        request = Request(sampling=WARM[row % 5], max_new_tokens=length)
+        found.append(new_sequence([row, 2, 3], request, TREE, row, decoder.target.config))
+        decoder.admit(found[-1])
+        for _ in range(3 if row > 3 else 0):
+            decoder.step()
+    while decoder.busy:
+        decoder.step()
+    return told(found)
+
+
 def test_texts_join_and_leave_in_any_slots(rounds, monkeypatch):
     """Where those that decode are not in the first slots, their keys are copied together to be read."""
     seats, inner = set(), captured_round.seats_of
     monkeypatch.setattr(captured_round, "seats_of", lambda *given: seats.add(found := inner(*given)) or found)
 
-    def texts(pooled):
-        decoder = Decoder(*pair(pooled))
-        decoder.reserve(5, 80, [TREE])
-        found, lengths = [], (4, 30, 5, 25, 40, 9, 20)
-        for row, length in enumerate(lengths):
-            request = Request(sampling=WARM[row % 5], max_new_tokens=length)
-            found.append(new_sequence([row, 2, 3], request, TREE, row, decoder.target.config))
-            decoder.admit(found[-1])
-            for _ in range(3 if row > 3 else 0):
-                decoder.step()
-        while decoder.busy:
-            decoder.step()
-        return told(found)
-
-    assert texts(True) == texts(False)
+    lengths = (4, 30, 5, 25, 40, 9, 20)
+    assert joined(Decoder(*pair(True)), 5, lengths) == joined(Decoder(*pair(False)), 5, lengths)
     assert {each.scattered for each in seats if each.count > 1} == {True, False} and {each.count for each in seats} >= {1, 2, 5}
     assert served(rounds) >= {2, 3, 4, 5}
 
@@ -127,33 +129,38 @@ def kept(cache, slot, rows):
     return torch.stack([cache.keys[:, slot, :, :rows], cache.values[:, slot, :, :rows]]).clone()
 
 
+def beside_a_prompt(decoder, count, part, look):
+    """What texts say of which all but the first decode while that one's prompt is read, so many tokens at a time. What `look` sees of the
+    decoder is not changed by a round."""
+    decoder.reserve(count, 80, [TREE])
+    found = sequences(decoder.target, WARM[:count])
+    found[0].tokens = [number * number % V for number in range(40)]
+    found[0].prompt_length, found[0].limit = 40, 60
+    for text in found:
+        decoder.admit(text)
+    decoder.seat()
+    decoder.reading.rotate(-1)
+    for _ in found[1:]:
+        decoder.read_prompt()
+    while True:
+        decoder.read_prompt(part)
+        if not decoder.reading:
+            break
+        before = look(decoder)
+        decoder.decode()
+        assert all(one.equal(other) for one, other in zip(before, look(decoder))) and before[0].any()
+    while decoder.busy:
+        decoder.step()
+    return told(found)
+
+
 @pytest.mark.parametrize("count", [3, 4], ids=["beside slots that are copied together", "among slots that are read in place"])
 def test_a_slot_that_reads_a_prompt_meanwhile_keeps_its_rows(count, rounds):
-    def texts(pooled):
-        decoder = Decoder(*pair(pooled))
-        decoder.reserve(count, 80, [TREE])
-        found = sequences(decoder.target, WARM[:count])
-        found[0].tokens = [number * number % V for number in range(40)]
-        found[0].prompt_length, found[0].limit = 40, 60
-        for text in found:
-            decoder.admit(text)
-        decoder.seat()
-        decoder.reading.rotate(-1)
-        for _ in found[1:]:
-            decoder.read_prompt()
-        while True:
-            decoder.read_prompt(8)
-            if not decoder.reading:
-                break
-            before = [kept(cache, 0, 40) for cache in (decoder.cache, decoder.drafter.cache)]
-            decoder.decode()
-            after = [kept(cache, 0, 40) for cache in (decoder.cache, decoder.drafter.cache)]
-            assert all(one.equal(other) for one, other in zip(before, after)) and before[0].any()
-        while decoder.busy:
-            decoder.step()
-        return told(found)
+    def look(decoder):
+        return [kept(cache, 0, 40) for cache in (decoder.cache, decoder.drafter.cache)]
 
-    assert texts(True) == texts(False) and served(rounds) >= {1, 2, 3}
+    wanted, found = (beside_a_prompt(Decoder(*pair(pooled)), count, 8, look) for pooled in (False, True))
+    assert found == wanted and served(rounds) >= {1, 2, 3}
 
 
 def test_rows_that_wait_in_a_free_slot_for_a_prompt_that_begins_alike_stay(rounds):

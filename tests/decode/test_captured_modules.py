@@ -6,26 +6,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eyas.config import Request, Sampling, TreeShape
+from eyas.config import Sampling, TreeShape
 from eyas.decode import captured_round
 from eyas.decode.captured_modules import Modules, Stack
 from eyas.decode.fixed import Drawn
 from eyas.decode.fixed_round import Round
 from eyas.decode.generate import Decoder
 from eyas.decode.plan.planner import Plan
-from eyas.decode.sequence import new_sequence
 from eyas.drafters.copying import CopyingDrafter
 from eyas.drafters.mtp import MtpDrafter
 from eyas.kernels.captured import Seats
 from eyas.model.cache import Pool, Slabs
-from tests.decode.test_captured_batches import WARM, kept, served, told
+from tests.decode.test_captured_batches import TREE, beside_a_prompt, joined, kept, served, told
 from tests.decode.test_captured_round import V, rounds, short_windows
 from tests.tiny import tiny_target
 from tests.tiny_family import STEPS, tiny_network
 
 _ = rounds, short_windows  # fixtures
-
-TREE = TreeShape.parse("12x3x3")
 
 
 def pair(pooled, modules=STEPS):
@@ -77,47 +74,18 @@ def test_where_nothing_can_be_captured_rounds_go_on_plain(rounds, monkeypatch):
 
 
 def test_texts_join_and_leave_in_any_slots(rounds):
-    def joined(pooled):
-        decoder, found = Decoder(*pair(pooled)), []
-        decoder.reserve(4, 80, [TREE])
-        for row, length in enumerate((4, 30, 9, 25, 12, 20)):
-            request = Request(sampling=WARM[row % 5], max_new_tokens=length)
-            found.append(new_sequence([row, 2, 3], request, TREE, row, decoder.target.config))
-            decoder.admit(found[-1])
-            for _ in range(3 if row > 3 else 0):
-                decoder.step()
-        while decoder.busy:
-            decoder.step()
-        return told(found)
-
-    assert joined(True) == joined(False) and served(rounds) >= {2, 3, 4}
+    lengths = (4, 30, 9, 25, 12, 20)
+    assert joined(Decoder(*pair(True)), 4, lengths) == joined(Decoder(*pair(False)), 4, lengths)
+    assert served(rounds) >= {2, 3, 4}
 
 
 def test_a_slot_that_reads_a_prompt_meanwhile_keeps_its_rows(rounds):
-    def read(pooled):
-        decoder = Decoder(*pair(pooled))
-        decoder.reserve(3, 80, [TREE])
-        prompts = [[number * number % V for number in range(40)], [1, 2], [5]]
-        found = [
-            new_sequence(prompt, Request(sampling=WARM[row], max_new_tokens=18), TREE, row, decoder.target.config)
-            for row, prompt in enumerate(prompts)
-        ]
-        for text in found:
-            decoder.admit(text)
-        decoder.seat()
-        decoder.reading.rotate(-1)
-        for _ in found[1:]:
-            decoder.read_prompt()
-        decoder.read_prompt(20)
+    def look(decoder):
         decoder.drafter.catch_up([0])
-        before = kept(decoder.drafter.cache, 0, 16)
-        decoder.decode()
-        assert kept(decoder.drafter.cache, 0, 16).equal(before) and before.any()
-        while decoder.busy:
-            decoder.step()
-        return told(found)
+        return [kept(decoder.drafter.cache, 0, min(decoder.drafter.caches[-1].lengths[0], 40))]
 
-    assert read(True) == read(False) and served(rounds) >= {2, 3}
+    wanted, found = (beside_a_prompt(Decoder(*pair(pooled)), 3, 20, look) for pooled in (False, True))
+    assert found == wanted and served(rounds) >= {2, 3}
 
 
 def test_copied_guesses_go_beside_those_of_modules(rounds):
