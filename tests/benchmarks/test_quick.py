@@ -111,6 +111,15 @@ def test_draft_step(found):
         assert all(0 < each["least"] <= each["median"] for levels in way.values() for each in levels.values())
 
 
+@pytest.mark.skipif(native.kernel() is None, reason="times the native kernel, which cannot be built here")
+def test_two_kernels(found):
+    told = found("two_kernels")
+    for precision in ("bf16", "int8", "q4"):
+        assert list(told[precision]) == ["1 rows", "8 rows"]
+        for each in told[precision].values():
+            assert each["same_bits"] and min(each["before"], each["after"], each["before_over_after"]) > 0
+
+
 def test_startup(found, monkeypatch):
     """A fresh process is what it measures; importing PyTorch again takes long, so here this one answers."""
 
