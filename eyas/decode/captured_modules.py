@@ -28,6 +28,9 @@ from eyas.model.vocab import DraftVocab
 class Stacked(DraftModule, Protocol):
     """A network with a module for each level, which reads what the one before made."""
 
+    @property
+    def levels(self) -> int: ...
+
     def step(self, level: int, tokens_N: Tensor, h_NH: Tensor, positions_N: Tensor, attention: PassAttention, /) -> Tensor:
         """What module `level` makes [N, H] of states and the tokens that followed them."""
         ...
@@ -36,10 +39,10 @@ class Stacked(DraftModule, Protocol):
 class CapturedModules:
     """What `CapturedGrowth` is for networks that guess on from their own output."""
 
-    def __init__(self, network: Stacked, vocab: DraftVocab, levels: int, group: int) -> None:
+    def __init__(self, network: Stacked, vocab: DraftVocab, group: int) -> None:
         """`group`: query heads for each key head."""
-        self.network, self.vocab, self.levels, self.group = network, vocab, levels, group
-        self.ids_D, self.again = vocab.on(network.device), max(levels - 1, 1)
+        self.network, self.vocab, self.group, self.levels = network, vocab, group, network.levels
+        self.ids_D, self.again = vocab.on(network.device), max(network.levels - 1, 1)
 
     def form(self, shape: TreeShape, requests: Sequence[TreeRequest], cache: KVCache) -> Modules:
         widest = sum(map(bool, shape.counts)) if shape.counts else shape.top_k  # nodes of a level that are read
@@ -47,7 +50,7 @@ class CapturedModules:
         return Modules(shape, window_of(furthest, cache.capacity + 1), Drawn.of_all(requests))
 
     def part(self, slabs: Slabs, seats: Seats) -> Stack:
-        return Stack(self.network, self.levels, slabs, self.group, seats)
+        return Stack(self.network, slabs, self.group, seats)
 
 
 class Stack(NamedTuple):
@@ -55,7 +58,6 @@ class Stack(NamedTuple):
     over them."""
 
     network: Stacked
-    levels: int
     slabs: Slabs
     group: int
     seats: Seats
@@ -112,7 +114,7 @@ class Modules(NamedTuple):
         """What each module made of the last position that it could read, [B, 1, H] each. Module k reads row m with token m + 1 + k, so
         one row less than the module before; what is behind them goes to the spare row."""
         texts, columns_W, spare = list[Tensor](), torch.arange(self.window, device=tokens_BC.device), stack.slabs.keys.shape[3] - 1
-        for level in range(stack.levels):
+        for level in range(stack.network.levels):
             tokens, states = tokens_BC[:, level:], states_BCH[:, : tokens_BC.shape[1] - level]
             order = torch.arange(tokens.shape[1], device=tokens_BC.device)
             positions, count = numbers.position - numbers.unread + order, numbers.unread - level
@@ -124,9 +126,8 @@ class Modules(NamedTuple):
     def path_rows(self, stack: Stack, level: int, numbers: Numbers, tokens_BR: Tensor, states_BRH: Tensor) -> Rows:
         """The rows of some paths of `level` nodes: each sees the text that the module has read, and its own path up to itself."""
         order, columns_W = (torch.arange(size, device=tokens_BR.device) for size in (tokens_BR.shape[1], self.window))
-        start_B1 = (numbers.position - level).clamp(
-            min=0
-        )  # where there is no such row its nodes are ruled out; it sees itself all the same
+        # Where the text is shorter these nodes are ruled out; their rows must see something all the same, and see themselves.
+        start_B1 = (numbers.position - level).clamp(min=0)
         behind = columns_W - start_B1[..., None]
         seen = (behind < 0) | ((behind >= (order - order % level)[:, None]) & (behind <= order[:, None]))
         return Rows(tokens_BR, states_BRH, start_B1 + order % level, numbers.places(start_B1 + order - numbers.position, stack.slabs), seen)

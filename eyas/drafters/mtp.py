@@ -100,7 +100,7 @@ class MtpDrafter:
         self.network, self.vocab, self.wants = network, vocab, network.wants
         self.attention = network.stack[0].self_attn
         self.group = self.attention.heads // self.attention.kv_heads  # query heads for each key head
-        self.captured = CapturedModules(network, vocab, network.levels, self.group)
+        self.captured = CapturedModules(network, vocab, self.group)
         self.texts: dict[int, ModuleRows] = {}  # by slot
 
     def reserve(self, sequences: int, capacity: int) -> None:

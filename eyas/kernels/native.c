@@ -38,7 +38,8 @@ typedef struct {
 } matrix;
 
 /* Some rows of x, as a product reads them, by a block; with 8 or 4 bits the rows' scales and sums of groups [n, in / 32] beside them. y:
- * where the block's outputs go, `out` numbers a row. ask: which weights are asked for meanwhile, `stride` bytes for each pair of inputs. */
+ * where the block's outputs go, `out` numbers a row. ask: which weights are asked for meanwhile, `stride` bytes for each pair of inputs, by
+ * loops that do not settle that themselves. */
 typedef void inner(const void *x, const float *scale, const float *sums, const void *w, float *y, long in, long out, const char *ask,
                    long stride);
 

@@ -46,15 +46,17 @@ class Slabs:
         if self.keys.shape[1] == 1:
             return self
         if slot not in self.views:
-            view = self.views[slot] = copy(self)
-            view.keys, view.values = (slab[:, slot : slot + 1] for slab in (self.keys, self.values))
-            view.graphs, view.views = {}, {}
+            self.views[slot] = self.part(slice(None), slice(slot, slot + 1))
         return self.views[slot]
 
     def layer(self, number: int) -> Slabs:
         """The part of one layer, over which nothing is captured by itself."""
+        return self.part(slice(number, number + 1))
+
+    def part(self, *places: slice) -> Slabs:
+        """The part at these places of layers and slots, with graphs of its own."""
         view = copy(self)
-        view.keys, view.values = (slab[number : number + 1] for slab in (self.keys, self.values))
+        view.keys, view.values = (slab[places] for slab in (self.keys, self.values))
         view.graphs, view.views = {}, {}
         return view
 

@@ -127,10 +127,10 @@ class Target(nn.Module):
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Room for `slots` sequences of `capacity` rows each."""
         config, kind = self.config, (self.dtype, self.device)
+        shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
         if config.sliding_window is not None and capacity > config.sliding_window:
-            shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
             return WindowedCache(config.sliding_window, *shape, *kind)
-        return new_cache(self.pool, config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim, *kind)
+        return new_cache(self.pool, *shape, *kind)
 
     def forward(self, rows: Rows, cache: KVCache, taps: Sequence[int] = (), logits_of: Tensor | slice | None = None) -> Output:
         """One pass; its rows become tentative cache rows. `taps`: numbers of the layers whose input is wanted, or LAST_HIDDEN. `logits_of`:

@@ -123,7 +123,7 @@ def test_a_round_asks_the_host_for_no_number(seats):
     width, group = config.hidden_size, config.num_attention_heads // config.num_key_value_heads
     numbers, laws, tokens, features = (torch.zeros(count, *each) for each in ((5,), (4,), (8,), (8, width)))
     given = [numbers.long(), laws.double(), tokens.long(), features.double(), torch.zeros(count, 4, 0).long(), torch.arange(29)]
-    part = Stack(network, STEPS, slabs(STEPS), group, seats)
+    part = Stack(network, slabs(STEPS), group, seats)
     told, features, logits, nodes = form.run(target, slabs(5), part, *(each.to("meta") for each in given))
     assert told.shape == (count, 3, 5) and features.shape == (count, 5, width)
     assert logits.shape == (count, 20, 53) and nodes.shape == (count, 4, 19)
